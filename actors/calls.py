@@ -1,0 +1,79 @@
+"""Calls of one actor: their order, their repeats, their cancellation. It knows no operation."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from actors.process import reply_of
+from tg_tinker.errors import ActorLostError, FutureCancelledError, ServiceError
+from tg_tinker.wire import Reply, Request
+
+Check = Callable[[], None]
+Run = Callable[[Request, Check], Any]
+
+KEPT_REPLIES = 256
+
+
+class Calls:
+    """Runs each request once; a repeat gets the stored reply.
+
+    `run` and `admit` belong to the training thread. `cancel` and `stored` may be called from any
+    thread meanwhile.
+    """
+
+    def __init__(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._next: dict[str, int] = {}
+        self._replies: OrderedDict[str, Reply] = OrderedDict()
+        self._cancelled: OrderedDict[str, None] = OrderedDict()
+
+    def run(self, request: Request, work: Run) -> Reply:
+        """The reply to a request, from `work` or, for a repeat, from memory."""
+        known = self._replies.get(request.request_id)
+        if known is not None:
+            return known
+
+        def admitted_work() -> Any:
+            self.admit(request)
+            return work(request, lambda: self.check_cancelled(request.request_id))
+
+        reply = reply_of(admitted_work, request.request_id)
+        _remember(self._replies, request.request_id, reply)
+        return reply
+
+    def admit(self, request: Request) -> None:
+        """Refuses a call of another epoch, and one whose predecessor never arrived."""
+        if request.epoch != self._epoch:
+            raise ActorLostError(
+                f"this client belongs to epoch {request.epoch}, the actor to {self._epoch}: get a"
+                " new client with service.get_training_client"
+            )
+        expected = self._next.get(request.handle, 0)
+        if request.sequence != expected:
+            raise ServiceError(
+                f"call {request.sequence} of this client arrived where {expected} was due: an"
+                " earlier call was lost; get a new client with service.get_training_client"
+            )
+        self._next[request.handle] = expected + 1
+
+    def cancel(self, request_id: str) -> bool:
+        """Asks a call to stop; false if it has answered already."""
+        if request_id in self._replies:
+            return False
+        _remember(self._cancelled, request_id, None)
+        return True
+
+    def check_cancelled(self, request_id: str) -> None:
+        if request_id in self._cancelled:
+            raise FutureCancelledError("the call was cancelled before it changed anything")
+
+    def stored(self, request_id: str) -> Reply | None:
+        return self._replies.get(request_id)
+
+
+def _remember(memory: OrderedDict[str, Any], request_id: str, value: Any) -> None:
+    memory[request_id] = value
+    while len(memory) > KEPT_REPLIES:
+        memory.popitem(last=False)

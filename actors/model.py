@@ -1,0 +1,344 @@
+"""The door to transformers and PEFT: base models, adapters, and one forward over a flat stream.
+
+`Base.load` takes a hub id, a Hugging Face directory or a GGUF file. Weights are always read from
+a safetensors directory in the compute dtype, so that all actors of a node share its pages by
+mmap; whatever is not one is converted once into the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from actors import attention
+from actors.batching import FlatStream, flatten
+from tg_tinker.batch import Example
+from tg_tinker.config import LoRAConfig
+from tg_tinker.errors import InvalidRequestError, NotFoundError
+from tg_tinker.text import read_tokenizer
+
+Progress = Callable[[str], None]
+Parameters = dict[str, torch.nn.Parameter]
+
+transformers.AttentionInterface.register(
+    attention.NAME, attention.segmented(sdpa_attention_forward)
+)
+AttentionMaskInterface.register(attention.NAME, attention.padding_only(sdpa_mask))
+transformers.utils.logging.disable_progress_bar()
+
+_CACHE_VERSION = 1
+_WEIGHTS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+
+
+@dataclass(repr=False)
+class Base:
+    """Frozen weights of a language model, shareable by sessions of one process.
+
+    Attributes:
+        digest: `sha256:` over the weight files as loaded.
+        flat: several examples may share a stream; found by a probe, see `_rows_are_separate`.
+    """
+
+    model: Any
+    digest: str
+    directory: Path
+    vocab_size: int
+    context_length: int
+    eos_ids: frozenset[int]
+    flat: bool
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @classmethod
+    def load(
+        cls,
+        model_ref: str,
+        *,
+        cache: Path,
+        dtype: str = "auto",
+        progress: Progress = lambda message: None,
+    ) -> Base:
+        """Finds, converts where needed, loads and probes a model.
+
+        Raises:
+            NotFoundError: no such file or directory, or the hub has (or gives) no such model.
+        """
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        auto = "bfloat16" if device.type == "cuda" else "float32"
+        target = getattr(torch, auto if dtype == "auto" else dtype)
+        directory = _prepare(model_ref, target, cache, progress)
+        progress("loading the weights")
+        model = _from_directory(directory, target, attention.NAME).to(device)
+        flat = _rows_are_separate(model)
+        if not flat:
+            # The architecture mixes tokens outside of attention, or needs an attention of its
+            # own: it gets one example per stream and transformers' own choice of attention.
+            model = _from_directory(directory, target, None).to(device)
+        config = model.config.get_text_config()
+        return cls(
+            model=model.requires_grad_(False),
+            digest=_digest(directory),
+            directory=directory,
+            vocab_size=model.get_input_embeddings().num_embeddings,
+            context_length=getattr(config, "max_position_embeddings", None) or 2**31,
+            eos_ids=_eos_ids(model),
+            flat=flat,
+        )
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        return read_tokenizer(self.directory)
+
+
+def labelled_logits(base: Base, stream: FlatStream) -> torch.Tensor:
+    """[L, V]: one forward over the stream, logits only where the next token carries a loss."""
+    device = base.device
+    options: dict[str, Any] = {"input_ids": stream.tokens.to(device), "use_cache": False}
+    predictors = stream.predictors.to(device)
+    if base.flat:
+        options |= {"position_ids": stream.positions.to(device), "segment_bounds": stream.bounds}
+    if "logits_to_keep" in inspect.signature(base.model.forward).parameters:
+        return base.model(**options, logits_to_keep=predictors).logits[0]  # type: ignore[no-any-return]
+    return base.model(**options).logits[0, predictors]  # type: ignore[no-any-return]
+
+
+# --- what trains -----------------------------------------------------------------------------
+
+
+def make_trainable(base: Base, lora: LoRAConfig | None) -> tuple[Parameters, dict[str, Any] | None]:
+    """Parameters to train by their stored names, and the PEFT config (None for all weights).
+
+    LoRA layers are injected into `base.model`; its own weights stay frozen.
+
+    Raises:
+        InvalidRequestError: target modules this model does not have, or a rank above a layer.
+    """
+    if lora is None:
+        base.model.requires_grad_(True)
+        return dict(base.model.named_parameters()), None
+    _check_lora(base.model, lora)
+    targets = lora.target_modules if lora.target_modules == "all-linear" else [*lora.target_modules]
+    peft_config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        bias=lora.bias,
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(base.model, peft_config)
+    named = {
+        name.replace(".default.", "."): parameter
+        for name, parameter in adapted.named_parameters()
+        if parameter.requires_grad
+    }
+    return named, _export_config(adapted)
+
+
+def _export_config(adapted: PeftModel) -> dict[str, Any]:
+    """`adapter_config.json` as PEFT itself writes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        adapted.peft_config["default"].save_pretrained(folder)
+        loaded: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_text())
+    return loaded | {"base_model_name_or_path": None, "inference_mode": True}
+
+
+def _check_lora(model: Any, lora: LoRAConfig) -> None:
+    linear = {
+        name: min(module.weight.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D)
+        and module is not model.get_output_embeddings()
+    }
+    last_names = sorted({name.rpartition(".")[2] for name in linear})
+    wanted = last_names if lora.target_modules == "all-linear" else lora.target_modules
+    for target in wanted:
+        sides = [side for name, side in linear.items() if f".{name}".endswith(f".{target}")]
+        if not sides:
+            raise InvalidRequestError(
+                f"target module {target!r} is not a linear layer of this model; it has:"
+                f" {', '.join(last_names)} (or use 'all-linear')",
+                details={"target_modules": last_names},
+            )
+        if lora.rank > min(sides):
+            raise InvalidRequestError(
+                f"rank {lora.rank} exceeds the smaller side {min(sides)} of {target!r}: a larger"
+                " rank adds nothing, lower it or train all weights (lora_config=None)",
+                details={"rank": lora.rank, "bound": min(sides)},
+            )
+
+
+# --- finding and converting ------------------------------------------------------------------
+
+
+def _prepare(model_ref: str, dtype: torch.dtype, cache: Path, progress: Progress) -> Path:
+    """A directory whose safetensors hold `dtype`: the model's own, or one in the cache."""
+    source = _locate(model_ref, progress)
+    if source.is_dir() and _stored_dtypes(source) <= {dtype}:
+        return source
+    progress("hashing the model file")
+    identity = _file_digest(source) if source.is_file() else _digest(source).removeprefix("sha256:")
+    name = str(dtype).removeprefix("torch.")
+    target = cache / f"v{_CACHE_VERSION}-{identity[:32]}-{name}"
+    if not target.exists():
+        progress(f"converting to {name} safetensors, once (about 30 s for 135M parameters)")
+        _convert(source, dtype, target)
+    return target
+
+
+def _locate(model_ref: str, progress: Progress) -> Path:
+    path = Path(model_ref).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return path.resolve()
+    if path.is_dir() and (path / "config.json").exists():
+        return path.resolve()
+    if path.exists() or model_ref.startswith(("/", ".", "~")) or model_ref.count("/") != 1:
+        raise NotFoundError(
+            f"model_ref {model_ref!r} is neither a GGUF file nor a directory with config.json on"
+            " this node, nor a hub id such as 'org/name'"
+        )
+    progress("fetching from the hub")
+    return _from_hub(model_ref)
+
+
+def _from_hub(model_ref: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model_ref, allow_patterns=list(_WEIGHTS)))
+    except Exception as error:
+        raise NotFoundError(
+            f"the hub gave no model {model_ref!r} ({type(error).__name__}): check the name, the"
+            " network and HF_TOKEN, or pass a local directory or GGUF file"
+        ) from None
+
+
+def _stored_dtypes(directory: Path) -> set[torch.dtype]:
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise NotFoundError(
+            f"{directory} has no .safetensors file: other formats may run code when they are read"
+        )
+    found = set()
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            found |= {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    return {names.get(name, torch.float64) for name in found}
+
+
+def _convert(source: Path, dtype: torch.dtype, target: Path) -> None:
+    """Writes `target` whole or not at all: a directory of another name, renamed at the end."""
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
+    try:
+        if source.is_file():
+            options: dict[str, Any] = {
+                "gguf_file": source.name,
+                "quantization_config": GgufConfig(gguf_file=source.name, dequantize=True),
+            }
+            folder, tokenizer_options = source.parent, {"gguf_file": source.name}
+        else:
+            folder, options, tokenizer_options = source, {}, {}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(folder, **tokenizer_options).save_pretrained(partial)
+        try:
+            partial.rename(target)
+        except OSError:
+            if not target.exists():  # another actor was first: its copy serves as well
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _from_directory(directory: Path, dtype: torch.dtype, implementation: str | None) -> Any:
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    options: Mapping[str, Any] = {"local_files_only": True, "config": config, "dtype": dtype}
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            directory, attn_implementation=implementation, **options
+        ).eval()
+    except ValueError:
+        if implementation is None:
+            raise
+        # This architecture takes no foreign attention: the probe will find rows mixed.
+        return AutoModelForCausalLM.from_pretrained(directory, **options).eval()
+
+
+def _digest(directory: Path) -> str:
+    whole = hashlib.sha256()
+    for file in sorted(directory.glob("*.safetensors")):
+        whole.update(f"{file.name} {_file_digest(file)}\n".encode())
+    return "sha256:" + whole.hexdigest()
+
+
+def _file_digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _eos_ids(model: Any) -> frozenset[int]:
+    found: set[int] = set()
+    for config in (model.generation_config, model.config.get_text_config()):
+        ids = getattr(config, "eos_token_id", None)
+        found |= {ids} if isinstance(ids, int) else set(ids or ())
+    return frozenset(found)
+
+
+@torch.no_grad()
+def _rows_are_separate(model: Any) -> bool:
+    """Probe: does an example in a flat stream get the logits that it gets alone?
+
+    The reference is transformers' eager attention, which knows every architecture's extras.
+    """
+    generator = np.random.default_rng(0)
+    vocab_size = model.get_input_embeddings().num_embeddings
+    rows = [generator.integers(0, vocab_size, size) for size in (11, 7)]
+    stream = flatten([Example(row, row) for row in rows])
+    place: dict[str, Any] = {"device": model.device}
+    try:
+        together = model(
+            input_ids=stream.tokens.to(**place),
+            position_ids=stream.positions.to(**place),
+            segment_bounds=stream.bounds,
+            use_cache=False,
+        ).logits[0, stream.bounds[1] :]
+        model.set_attn_implementation("eager")
+        alone = model(input_ids=torch.from_numpy(rows[1])[None].to(**place), use_cache=False)
+        model.set_attn_implementation(attention.NAME)
+    except (TypeError, ValueError, NotImplementedError, RuntimeError):
+        return False
+    tolerance = 1e-4 if model.dtype == torch.float32 else 3e-2
+    difference = (together - alone.logits[0]).abs().max()
+    return bool(difference <= tolerance * alone.logits.abs().max())
+
+
+def use_threads(count: int | None) -> int:
+    """Sets torch's threads (None: every core this process may use) and says how many."""
+    torch.set_num_threads(count or len(os.sched_getaffinity(0)))
+    return torch.get_num_threads()

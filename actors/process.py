@@ -1,0 +1,40 @@
+"""What every actor process of ours does: leave no core dump, and answer failures as values."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from tg_tinker.errors import InternalError, TGTinkerError
+from tg_tinker.wire import Reply
+
+
+def forbid_core_dumps() -> None:
+    """A core file would hold weights, keys and texts in clear."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def reply_of(work: Callable[[], Any], request_id: str = "") -> Reply:
+    """The outcome of `work` as a reply; nothing is raised, nothing is logged.
+
+    An error that is not ours is reported by its type and place only: its text could hold data.
+    """
+    try:
+        return Reply(value=work())
+    except TGTinkerError as error:
+        return Reply(error=error.to_wire())
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)[-4:]
+        where = " < ".join(
+            f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in reversed(frames)
+        )
+        internal = InternalError(
+            f"{type(error).__name__} in the service at {where}"
+            f"{f' (request {request_id})' if request_id else ''}: please report it",
+            details={"type": type(error).__name__, "where": where, "request_id": request_id},
+        )
+        return Reply(error=internal.to_wire())

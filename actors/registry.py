@@ -1,0 +1,286 @@
+"""The registry: runs and artifacts in a database that outlives every Ray cluster.
+
+The only door to SQLAlchemy, and the only owner of the tenant's keys. A plain class; its Ray
+shell is `registry_actor`. Every change is one immediate transaction, nothing lasting is kept in
+memory, and parameters never show in errors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from actors.keys import FileKeyring
+from tg_tinker.envelope import context_of, new_key
+from tg_tinker.errors import (
+    ActorLostError,
+    IntegrityError,
+    NotFoundError,
+    StorageError,
+)
+from tg_tinker.types import ArtifactInfo, TrainingClientInfo
+
+_metadata = sa.MetaData()
+
+_runs = sa.Table(
+    "runs",
+    _metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("tenant", sa.String, nullable=False),
+    sa.Column("config", sa.String, nullable=False),
+    sa.Column("status", sa.String, nullable=False),
+    sa.Column("epoch", sa.Integer, nullable=False),
+    sa.Column("step", sa.Integer, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+)
+_artifacts = sa.Table(
+    "artifacts",
+    _metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("tenant", sa.String, nullable=False),
+    sa.Column("run_id", sa.String, sa.ForeignKey("runs.id"), nullable=False),
+    sa.Column("step", sa.Integer, nullable=False),
+    sa.Column("size_bytes", sa.Integer, nullable=False),
+    sa.Column("include_optimizer", sa.Boolean, nullable=False),
+    sa.Column("manifest_sha256", sa.String, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("deleted_at", sa.Float),
+)
+_KEY = "data key"
+
+
+class Registry:
+    """Runs, their artifacts, and the keys that open them."""
+
+    def __init__(self, database: str, keyring: Path) -> None:
+        self._keyring = FileKeyring(keyring)
+        self._engine = sa.create_engine(database, hide_parameters=True)
+        if self._engine.dialect.name == "sqlite":
+            _make_sqlite_durable(self._engine, database)
+        _metadata.create_all(self._engine)
+
+    # --- runs --------------------------------------------------------------------------------
+
+    def create_run(self, tenant: str, config: str) -> str:
+        """A new run id; its epoch is 0 until an actor claims it."""
+        run_id = f"tc-{secrets.token_hex(8)}"
+        with self._change() as tx:
+            tx.execute(
+                _runs.insert().values(
+                    id=run_id, tenant=tenant, config=config, status="active", epoch=0, step=0,
+                    created_at=time.time(),
+                )
+            )  # fmt: skip
+        return run_id
+
+    def claim(self, run_id: str) -> int:
+        """The next epoch of a run: from now on the actors of earlier ones can publish nothing."""
+        with self._change() as tx:
+            tx.execute(_runs.update().where(_runs.c.id == run_id).values(epoch=_runs.c.epoch + 1))
+            return int(
+                tx.execute(sa.select(_runs.c.epoch).where(_runs.c.id == run_id)).scalar_one()
+            )
+
+    def record(self, run_id: str, epoch: int, step: int, status: str) -> None:
+        """Notes how far a run is; an actor of an earlier epoch is ignored."""
+        with self._change() as tx:
+            tx.execute(
+                _runs.update()
+                .where(_runs.c.id == run_id, _runs.c.epoch == epoch)
+                .values(step=step, status=status)
+            )
+
+    def finish(self, run_id: str, status: str) -> None:
+        """Ends a run as `completed` or `failed`; its last actor can note nothing more."""
+        with self._change() as tx:
+            tx.execute(
+                _runs.update()
+                .where(_runs.c.id == run_id)
+                .values(status=status, epoch=_runs.c.epoch + 1)
+            )
+
+    def run(self, tenant: str, run_id: str) -> tuple[TrainingClientInfo, str]:
+        """A run and its configuration as JSON.
+
+        Raises:
+            NotFoundError: this tenant has no such run.
+        """
+        with self._engine.connect() as connection:
+            row = connection.execute(
+                sa.select(_runs).where(_runs.c.id == run_id, _runs.c.tenant == tenant)
+            ).one_or_none()
+            if row is None:
+                raise NotFoundError(
+                    f"no training client {run_id!r}: service.list_training_clients() names them"
+                )
+            return self._run_info(connection, row), row.config
+
+    def runs(self, tenant: str) -> list[TrainingClientInfo]:
+        """All runs of a tenant, oldest first."""
+        query = sa.select(_runs).where(_runs.c.tenant == tenant).order_by(_runs.c.created_at)
+        with self._engine.connect() as connection:
+            return [self._run_info(connection, row) for row in connection.execute(query)]
+
+    def _run_info(self, connection: sa.Connection, row: Any) -> TrainingClientInfo:
+        latest = (
+            sa.select(_artifacts.c.id)
+            .where(_artifacts.c.run_id == row.id, _artifacts.c.deleted_at.is_(None))
+            .order_by(_artifacts.c.created_at.desc())
+            .limit(1)
+        )
+        return TrainingClientInfo(
+            training_client_id=row.id,
+            status=row.status,
+            step=row.step,
+            epoch=row.epoch,
+            model_ref=json.loads(row.config)["model_ref"],
+            created_at=datetime.fromtimestamp(row.created_at, UTC),
+            last_artifact_id=connection.execute(latest).scalar_one_or_none(),
+        )
+
+    # --- artifacts ---------------------------------------------------------------------------
+
+    def publish(
+        self, tenant: str, run_id: str, epoch: int, artifact_id: str, step: int,
+        size_bytes: int, include_optimizer: bool, manifest: bytes,
+    ) -> None:  # fmt: skip
+        """Enters an artifact whose files are all in the store.
+
+        Raises:
+            ActorLostError: the run has a newer actor; this one may publish nothing.
+        """
+        with self._change() as tx:
+            current = tx.execute(sa.select(_runs.c.epoch).where(_runs.c.id == run_id)).scalar()
+            if current != epoch:
+                raise ActorLostError(
+                    f"this actor (epoch {epoch}) was replaced by epoch {current}: it may not"
+                    " publish; use get_training_client to reach the new one"
+                )
+            tx.execute(
+                _artifacts.insert().values(
+                    id=artifact_id, tenant=tenant, run_id=run_id, step=step,
+                    size_bytes=size_bytes, include_optimizer=include_optimizer,
+                    manifest_sha256=hashlib.sha256(manifest).hexdigest(), created_at=time.time(),
+                )
+            )  # fmt: skip
+
+    def check_manifest(self, tenant: str, artifact_id: str, manifest: bytes) -> None:
+        """Refuses a manifest that is not the published one, or of a deleted artifact."""
+        row = self._artifact(tenant, artifact_id)
+        if hashlib.sha256(manifest).hexdigest() != row.manifest_sha256:
+            raise IntegrityError(
+                f"the manifest of artifact {artifact_id} is not the one that was published"
+            )
+
+    def artifact(self, tenant: str, artifact_id: str) -> ArtifactInfo:
+        return _artifact_info(self._artifact(tenant, artifact_id))
+
+    def artifacts(self, tenant: str) -> list[ArtifactInfo]:
+        """All artifacts of a tenant that are not deleted, oldest first."""
+        query = (
+            sa.select(_artifacts)
+            .where(_artifacts.c.tenant == tenant, _artifacts.c.deleted_at.is_(None))
+            .order_by(_artifacts.c.created_at)
+        )
+        with self._engine.connect() as connection:
+            return [_artifact_info(row) for row in connection.execute(query)]
+
+    def delete_artifact(self, tenant: str, artifact_id: str) -> None:
+        """Marks it deleted, for good: an old copy of its files is refused from now on."""
+        self._artifact(tenant, artifact_id)
+        with self._change() as tx:
+            tx.execute(
+                _artifacts.update()
+                .where(_artifacts.c.id == artifact_id)
+                .values(deleted_at=time.time())
+            )
+
+    def _artifact(self, tenant: str, artifact_id: str) -> Any:
+        query = sa.select(_artifacts).where(
+            _artifacts.c.id == artifact_id,
+            _artifacts.c.tenant == tenant,
+            _artifacts.c.deleted_at.is_(None),
+        )
+        with self._engine.connect() as connection:
+            row = connection.execute(query).one_or_none()
+        if row is None:
+            raise NotFoundError(f"no artifact {artifact_id!r}: service.list_artifacts() names them")
+        return row
+
+    # --- keys --------------------------------------------------------------------------------
+
+    def new_data_key(self, tenant: str, artifact_id: str) -> tuple[bytes, bytes]:
+        """A fresh data key, and its wrapped form as stored beside the artifact."""
+        key = new_key()
+        wrapped = self._keyring.wrap(key, context_of(tenant, artifact_id, _KEY))
+        return key, json.dumps(wrapped).encode()
+
+    def open_data_key(self, tenant: str, artifact_id: str, wrapped: bytes) -> bytes:
+        """The data key of an artifact that exists.
+
+        Raises:
+            NotFoundError: the artifact is unknown or deleted.
+            IntegrityError: the wrapped key is of another artifact or keyring.
+        """
+        self._artifact(tenant, artifact_id)
+        try:
+            stored = json.loads(wrapped)
+        except ValueError:
+            raise IntegrityError(f"the stored key of artifact {artifact_id} is damaged") from None
+        return self._keyring.unwrap(stored, context_of(tenant, artifact_id, _KEY))
+
+    def key_info(self) -> tuple[str, str]:
+        """Id of the wrapping key, and its provider."""
+        return self._keyring.primary, self._keyring.provider
+
+    @contextmanager
+    def _change(self) -> Iterator[sa.Connection]:
+        """One immediate transaction; a refusing disk becomes a typed error."""
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except sa.exc.OperationalError as error:
+            raise StorageError(
+                f"the registry's database refused the change ({type(error.orig).__name__}): check"
+                " its disk and that no other program holds it"
+            ) from None
+
+
+def _artifact_info(row: Any) -> ArtifactInfo:
+    return ArtifactInfo(
+        artifact_id=row.id,
+        training_client_id=row.run_id,
+        step=row.step,
+        size_bytes=row.size_bytes,
+        include_optimizer=row.include_optimizer,
+        created_at=datetime.fromtimestamp(row.created_at, UTC),
+    )
+
+
+def _make_sqlite_durable(engine: sa.Engine, database: str) -> None:
+    """WAL with synchronous=FULL, immediate transactions; the file must exist (`home.create`)."""
+    path = Path(database.removeprefix("sqlite:///"))
+    if not path.exists():
+        raise StorageError(
+            f"the registry {path} does not exist: put its backup back, or run `tg-tinker init` in"
+            " a new home. A new registry would forget every run"
+        )
+
+    @sa.event.listens_for(engine, "connect")
+    def _connected(connection: Any, record: Any) -> None:
+        connection.isolation_level = None  # SQLAlchemy's `begin` below says BEGIN, not sqlite3
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @sa.event.listens_for(engine, "begin")
+    def _begun(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -1,0 +1,48 @@
+"""The Ray shell of the registry: one detached actor per namespace.
+
+It also makes the transport key, under which everything travels between clients and actors. The
+key lives in this process alone and is handed out by small inline calls.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.process import forbid_core_dumps, reply_of
+from actors.registry import Registry
+from tg_tinker.cluster import REGISTRY_NAME
+from tg_tinker.envelope import new_key, open_payload, seal_payload
+
+
+@ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)
+class RegistryActor:
+    """Answers one sealed call at a time."""
+
+    def __init__(self, database: str, keyring: str) -> None:
+        forbid_core_dumps()
+        self._key = new_key()
+        self._opened = reply_of(lambda: Registry(database, Path(keyring)))
+
+    def transport_key(self) -> bytes:
+        return self._key
+
+    def call(self, sealed: bytes) -> bytes:
+        """Calls a public method of `Registry`: (name, arguments) in, a `Reply` out."""
+        name, arguments = open_payload(self._key, sealed)
+        return seal_payload(self._key, reply_of(lambda: self._method(name)(*arguments)))
+
+    def _method(self, name: str) -> Any:
+        registry = self._opened.unwrap()
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(registry, name)
+
+
+def start(namespace: str, database: str, keyring: str) -> Any:
+    """The registry actor of a namespace: the running one, or a new one on this database."""
+    return RegistryActor.options(  # type: ignore[attr-defined]
+        name=REGISTRY_NAME, namespace=namespace, lifetime="detached", get_if_exists=True
+    ).remote(database, keyring)

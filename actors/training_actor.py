@@ -1,0 +1,161 @@
+"""The Ray shell of one training client: it owns the client's CPUs and GPUs for as long as it lives.
+
+Training calls run one at a time in the order they were sent. The control group answers beside
+them, and touches nothing but counters, the journal and the list of cancelled calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from actors.calls import Calls
+from actors.process import forbid_core_dumps, reply_of
+from tg_tinker.cluster import ActorInfo, RemoteRegistry
+from tg_tinker.config import TrainingConfig
+from tg_tinker.envelope import open_payload, seal_payload
+from tg_tinker.errors import ServiceError
+from tg_tinker.types import StreamChunk
+from tg_tinker.wire import Reply, Request
+
+if TYPE_CHECKING:
+    from actors.worker import Worker
+
+_control = ray.method(concurrency_group="control")
+
+
+@ray.remote(  # type: ignore[call-overload]
+    max_restarts=0, max_task_retries=0, concurrency_groups={"control": 4}
+)
+class TrainingActor:
+    """See the module. `load` comes first; everything else is refused until it has returned."""
+
+    def __init__(
+        self, tenant: str, run_id: str, epoch: int, config: str, store: str, home: str,
+        registry: Any,
+    ) -> None:  # fmt: skip
+        forbid_core_dumps()
+        self._registry = RemoteRegistry(registry)
+        self._key = self._registry.key
+        self._run_id, self._epoch = run_id, epoch
+        self._arguments = (tenant, config, store, home)
+        self._calls = Calls(epoch)
+        self._worker: Worker | None = None
+        self._progress = "starting"
+        self._loading: Reply | None = None
+
+    # --- training, in order ------------------------------------------------------------------
+
+    def load(self) -> bytes:
+        """Loads the model; the reply is a `ModelInfo`."""
+        self._loading = reply_of(self._load)
+        return seal_payload(self._key, self._loading)
+
+    def call(self, sealed: bytes) -> bytes:
+        """One sealed `Request` in, one sealed `Reply` out."""
+        request: Request = open_payload(self._key, sealed)
+        reply = self._calls.run(request, lambda r, check: self._ready_worker().run(r, check))
+        if request.operation in ("optim_step", "load_state"):
+            self._record()
+        return seal_payload(self._key, reply)
+
+    def stream(self, sealed: bytes) -> Iterator[bytes]:
+        """Like `call` for `sample_stream`: one sealed `Reply` per chunk."""
+        request: Request = open_payload(self._key, sealed)
+        chunks = self._chunks(request)
+        while True:
+            reply = reply_of(lambda: next(chunks, None), request.request_id)
+            if reply == Reply():
+                return
+            yield seal_payload(self._key, reply)
+            if reply.error is not None:
+                return
+
+    # --- control, beside training ------------------------------------------------------------
+
+    @_control
+    def ready(self) -> bool:
+        return True
+
+    @_control
+    def progress(self) -> str:
+        return self._progress
+
+    @_control
+    def description(self) -> bytes | None:
+        """What `load` answered, for a second client of the same run; None while loading."""
+        return None if self._loading is None else seal_payload(self._key, self._loading)
+
+    @_control
+    def info(self) -> ActorInfo:
+        worker = self._worker
+        if worker is None:
+            return ActorInfo(self._epoch, 0, "active")
+        return ActorInfo(self._epoch, worker.session.step, worker.status)
+
+    @_control
+    def tokenizer(self) -> bytes:
+        files = reply_of(lambda: self._ready_worker().tokenizer_files())
+        return seal_payload(self._key, files)
+
+    @_control
+    def cancel(self, request_id: str) -> bool:
+        return self._calls.cancel(request_id)
+
+    @_control
+    def stored(self, request_id: str) -> bytes | None:
+        """The reply to a call whose answer was lost on the way, if it is still remembered."""
+        reply = self._calls.stored(request_id)
+        return None if reply is None else seal_payload(self._key, reply)
+
+    # --- inside ------------------------------------------------------------------------------
+
+    def _load(self) -> Any:
+        self._progress = "importing torch and transformers"
+        from actors.home import MODELS
+        from actors.worker import Place, Worker
+
+        tenant, config, store, home = self._arguments
+        cache = Path(home) / MODELS
+        place = Place(tenant, self._run_id, self._epoch, store, cache)
+        parsed = TrainingConfig.model_validate_json(config)
+        self._worker = Worker(place, parsed, self._registry.typed, self._set_progress)
+        self._set_progress("ready")
+        return self._worker.model_info()
+
+    def _set_progress(self, message: str) -> None:
+        self._progress = message
+
+    def _chunks(self, request: Request) -> Iterator[StreamChunk]:
+        self._calls.admit(request)
+        check = partial(self._calls.check_cancelled, request.request_id)
+        yield from self._ready_worker().sample_stream(check, **request.arguments)
+
+    def _ready_worker(self) -> Worker:
+        if self._worker is None:
+            raise ServiceError("the model is not loaded: the client's creation failed or goes on")
+        return self._worker
+
+    def _record(self) -> None:
+        """Tells the registry the step without waiting: the run's answer does not depend on it."""
+        if self._worker is not None:
+            step, status = self._worker.session.step, self._worker.status
+            self._registry.notify("record", self._run_id, self._epoch, step, status)
+
+
+def start(
+    namespace: str, tenant: str, run_id: str, epoch: int, config: str, store: str, home: str,
+    registry: Any, num_cpus: float, num_gpus: float,
+) -> Any:  # fmt: skip
+    """A new training actor under the run's name and epoch."""
+    return TrainingActor.options(  # type: ignore[attr-defined]
+        name=f"{run_id}@{epoch}",
+        namespace=namespace,
+        lifetime="detached",
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+    ).remote(tenant, run_id, epoch, config, store, home, registry)

@@ -1,0 +1,168 @@
+"""One run: its session, its artifacts, its completions. A plain class; Ray is in its shell.
+
+Each public method named in `TRAINING_OPERATIONS` is one operation of the API.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from actors.artifacts import fetch, publish
+from actors.completion import sample, stream_chunks
+from actors.engine import Session
+from actors.generation import LiveEngine
+from actors.model import Base, Progress, use_threads
+from actors.registry import Registry
+from actors.state import Checkpoint, from_files, to_files
+from actors.store import ArtifactStore
+from tg_tinker.batch import Example
+from tg_tinker.config import TrainingConfig
+from tg_tinker.sampling import SamplingParams
+from tg_tinker.text import load_tokenizer
+from tg_tinker.types import (
+    ForwardBackwardResult,
+    LoadStateResult,
+    ModelInfo,
+    OptimStepResult,
+    SampleResult,
+    SaveStateResult,
+    StreamChunk,
+)
+from tg_tinker.wire import TRAINING_OPERATIONS, Request
+
+Check = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which run this is, and where its things lie."""
+
+    tenant: str
+    run_id: str
+    epoch: int
+    store: str
+    model_cache: Path
+
+
+class Worker:
+    """The operations of one training client."""
+
+    def __init__(
+        self, place: Place, config: TrainingConfig, registry: Registry, progress: Progress
+    ) -> None:
+        self._place = place
+        self._registry = registry
+        self._store = ArtifactStore(place.store)
+        self._threads = use_threads(config.resources.num_threads)
+        base = Base.load(
+            config.model_ref, cache=place.model_cache, dtype=config.dtype, progress=progress
+        )
+        progress("preparing the trainable weights")
+        self.session = Session(base, config)
+
+    def run(self, request: Request, check_cancelled: Check) -> Any:
+        """One operation by name, with its arguments."""
+        if request.operation not in TRAINING_OPERATIONS:
+            raise AttributeError(request.operation)
+        return getattr(self, request.operation)(check_cancelled, **request.arguments)
+
+    def model_info(self) -> ModelInfo:
+        base = self.session.base
+        return ModelInfo(
+            vocab_size=base.vocab_size,
+            context_length=base.context_length,
+            num_trainable=self.session.num_trainable,
+            base_digest=base.digest,
+            dtype=str(base.dtype).removeprefix("torch."),
+            device=str(base.device),
+            flat_stream=base.flat,
+            num_threads=self._threads,
+        )
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        return self.session.base.tokenizer_files()
+
+    @property
+    def status(self) -> str:
+        return "completed" if self.session.completed else "active"
+
+    # --- operations --------------------------------------------------------------------------
+
+    def forward_backward(
+        self, check_cancelled: Check, examples: list[Example], batch_hash: str | None, train: bool
+    ) -> ForwardBackwardResult:
+        return self.session.forward_backward(
+            examples, train=train, batch_hash=batch_hash, check_cancelled=check_cancelled
+        )
+
+    def optim_step(self, check_cancelled: Check, apply_dp_noise: bool) -> OptimStepResult:
+        check_cancelled()
+        return self.session.optim_step()
+
+    def sample(
+        self, check_cancelled: Check, prompts: list[str], params: SamplingParams
+    ) -> SampleResult:
+        return sample(
+            LiveEngine(self.session.base),
+            self._tokenizer,
+            prompts,
+            params,
+            version=self._version,
+            check_cancelled=check_cancelled,
+        )
+
+    def sample_stream(
+        self, check_cancelled: Check, prompts: list[str], params: SamplingParams
+    ) -> Iterator[StreamChunk]:
+        return stream_chunks(
+            LiveEngine(self.session.base),
+            self._tokenizer,
+            prompts,
+            params,
+            version=self._version,
+            check_cancelled=check_cancelled,
+        )
+
+    def save_state(
+        self, check_cancelled: Check, include_optimizer: bool, metadata: dict[str, Any]
+    ) -> SaveStateResult:
+        """Seals the state in this process; returns when it is durable and entered."""
+        check_cancelled()
+        state = self.session.state(include_optimizer)
+        checkpoint = Checkpoint(state, metadata, datetime.now(UTC))
+        artifact_id, size, encryption = publish(
+            self._registry,
+            self._store,
+            to_files(checkpoint),
+            tenant=self._place.tenant,
+            run_id=self._place.run_id,
+            epoch=self._place.epoch,
+            step=state.step,
+            include_optimizer=include_optimizer,
+        )
+        return SaveStateResult(artifact_id, size, encryption, metadata, checkpoint.timestamp)
+
+    def load_state(self, check_cancelled: Check, artifact_id: str) -> LoadStateResult:
+        """Reads and verifies everything, then changes the session in one go."""
+        check_cancelled()
+        files = fetch(self._registry, self._store, self._place.tenant, artifact_id)
+        checkpoint = from_files(files)
+        warnings = self.session.load(checkpoint.state)
+        return LoadStateResult(
+            artifact_id, self.session.step, checkpoint.metadata, checkpoint.timestamp, warnings
+        )
+
+    # --- inside ------------------------------------------------------------------------------
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.tokenizer_files())
+
+    @property
+    def _version(self) -> str:
+        return f"{self._place.run_id}@{self.session.step}"

@@ -1,0 +1,101 @@
+"""TG-Tinker: private fine-tuning of language models as a service on Ray.
+
+    from tg_tinker import LoRAConfig, ServiceClient, TrainingConfig
+
+    with ServiceClient() as service:
+        tc = service.create_training_client(
+            TrainingConfig(model_ref="path/or/hub-id", lora_config=LoRAConfig(rank=16))
+        )
+        tc.forward_backward({"input_ids": [[1, 2, 3]]})
+        print(tc.optim_step().result())
+
+Importing the package loads neither torch, ray nor transformers.
+"""
+
+from tg_tinker.batch import BatchData
+from tg_tinker.config import (
+    DPConfig,
+    LoRAConfig,
+    OptimizerConfig,
+    ResourceConfig,
+    TrainingConfig,
+)
+from tg_tinker.errors import (
+    ActorLostError,
+    ArtifactMismatchError,
+    ClusterUnavailableError,
+    DPBudgetExceededError,
+    FutureCancelledError,
+    FutureTimeoutError,
+    IntegrityError,
+    InternalError,
+    InvalidRequestError,
+    NonFiniteError,
+    NotFoundError,
+    PlacementError,
+    QueueFullError,
+    ServiceError,
+    StorageError,
+    TGTinkerError,
+    WindowSpoiledError,
+)
+from tg_tinker.future import FutureHandle
+from tg_tinker.hashing import batch_hash
+from tg_tinker.service import ServiceClient
+from tg_tinker.training import TrainingClient
+from tg_tinker.types import (
+    ArtifactInfo,
+    DPMetrics,
+    EncryptionInfo,
+    ForwardBackwardResult,
+    LoadStateResult,
+    OptimStepResult,
+    Sample,
+    SampleResult,
+    SaveStateResult,
+    StreamChunk,
+    TrainingClientInfo,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActorLostError",
+    "ArtifactInfo",
+    "ArtifactMismatchError",
+    "BatchData",
+    "ClusterUnavailableError",
+    "DPBudgetExceededError",
+    "DPConfig",
+    "DPMetrics",
+    "EncryptionInfo",
+    "ForwardBackwardResult",
+    "FutureCancelledError",
+    "FutureHandle",
+    "FutureTimeoutError",
+    "IntegrityError",
+    "InternalError",
+    "InvalidRequestError",
+    "LoRAConfig",
+    "LoadStateResult",
+    "NonFiniteError",
+    "NotFoundError",
+    "OptimStepResult",
+    "OptimizerConfig",
+    "PlacementError",
+    "QueueFullError",
+    "ResourceConfig",
+    "Sample",
+    "SampleResult",
+    "SaveStateResult",
+    "ServiceClient",
+    "ServiceError",
+    "StorageError",
+    "StreamChunk",
+    "TGTinkerError",
+    "TrainingClient",
+    "TrainingClientInfo",
+    "TrainingConfig",
+    "WindowSpoiledError",
+    "batch_hash",
+]

@@ -1,0 +1,229 @@
+"""One training batch: what a caller may pass, and the one form everything else works with.
+
+    from tg_tinker import BatchData
+    BatchData(input_ids=[[5, 6, 7], [8, 9]], labels=[[-100, 6, 7], [8, 9]])
+
+`normalise` turns it into `Example`s: ragged, unpadded, checked. It knows neither torch nor
+a tokenizer; the bounds of a model are checked by `check_bounds`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tg_tinker.errors import InvalidRequestError
+
+IGNORED = -100
+"""Label of a token that carries no loss (the Hugging Face convention)."""
+
+FIELDS = ("input_ids", "attention_mask", "labels", "example_ids")
+Row = npt.NDArray[np.int64]
+
+
+class BatchData:
+    """A training batch.
+
+    Args:
+        input_ids: token ids, one row per example; rows may differ in length. Lists, numpy
+            arrays or tensors.
+        attention_mask: 1 for kept tokens, 0 for padding on either side; all kept when missing.
+        labels: token ids of the same shape, -100 where no loss is wanted; shifted inside, so
+            pass them aligned with `input_ids`. The inputs themselves when missing.
+        example_ids: one string per row, naming the unit of privacy in private runs.
+    """
+
+    def __init__(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        labels: Any = None,
+        example_ids: Any = None,
+    ) -> None:
+        self.input_ids = input_ids
+        self.attention_mask = attention_mask
+        self.labels = labels
+        self.example_ids = example_ids
+
+    def __repr__(self) -> str:
+        """Sizes only: a batch that lands in a log must not take its tokens along."""
+        rows = len(self.input_ids) if hasattr(self.input_ids, "__len__") else "?"
+        return f"BatchData({rows} rows, contents hidden)"
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, repr=False)
+class Example:
+    """One normalised row: T tokens, no padding.
+
+    Attributes:
+        input_ids: int64 [T], T >= 1.
+        labels: int64 [T]; `labels[t]` is predicted from the tokens before t, so `labels[0]`
+            carries no loss.
+        example_id: the caller's name of the unit, if any.
+    """
+
+    input_ids: Row
+    labels: Row
+    example_id: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Example({len(self.input_ids)} tokens, contents hidden)"
+
+    @property
+    def num_labelled(self) -> int:
+        return int((self.labels[1:] != IGNORED).sum())
+
+
+def normalise(batch: BatchData | Mapping[str, Any]) -> list[Example]:
+    """Checked, unpadded rows; masked tokens at either end are cut with their labels.
+
+    Raises:
+        InvalidRequestError: wrong shape, type or mask, naming the row and the field.
+    """
+    fields = _fields(batch)
+    rows = _rows(fields["input_ids"], "input_ids")
+    if not rows:
+        raise InvalidRequestError("the batch is empty: pass at least one row of input_ids")
+    masks, labels = _like(rows, fields, "attention_mask"), _like(rows, fields, "labels")
+    names = _example_ids(fields["example_ids"], len(rows))
+    return [
+        _example(i, row, masks[i] if masks else None, labels[i] if labels else row, names[i])
+        for i, row in enumerate(rows)
+    ]
+
+
+def check_bounds(examples: Sequence[Example], vocab_size: int, context_length: int) -> None:
+    """Refuses a batch that this model cannot take or learn from.
+
+    Raises:
+        InvalidRequestError: a row longer than the context, an id outside the vocabulary, or
+            no labelled token in the whole batch.
+    """
+    for i, example in enumerate(examples):
+        if len(example.input_ids) > context_length:
+            raise InvalidRequestError(
+                f"row {i} has {len(example.input_ids)} tokens, the context is {context_length}:"
+                " cut or split it",
+                details={"row": i, "tokens": len(example.input_ids), "context": context_length},
+            )
+        kept = example.labels[example.labels != IGNORED]
+        for name, ids in (("input_ids", example.input_ids), ("labels", kept)):
+            _check_vocabulary(i, name, ids, vocab_size)
+    if not any(example.num_labelled for example in examples):
+        raise InvalidRequestError(
+            "no token of the batch is labelled: every label after the first of its row is -100."
+            " Leave out `labels` to train on the inputs themselves"
+        )
+
+
+def _check_vocabulary(row: int, name: str, ids: Row, vocab_size: int) -> None:
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(outside):
+        hint = " (only labels may be -100)" if name == "input_ids" else " or -100"
+        raise InvalidRequestError(
+            f"{name} of row {row} holds the id {int(outside[0])}, the vocabulary is"
+            f" 0..{vocab_size - 1}{hint}: use this model's tokenizer, `tc.tokenizer`",
+            details={"row": row, "field": name, "vocab_size": vocab_size},
+        )
+
+
+def _fields(batch: BatchData | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(batch, BatchData):
+        return {name: getattr(batch, name) for name in FIELDS}
+    # A `BatchEncoding` of transformers is a UserDict: a mapping by duty, not by registration.
+    if not hasattr(batch, "keys"):
+        raise InvalidRequestError(
+            f"a batch is a BatchData or a dict, got {type(batch).__name__}; its keys are"
+            f" {', '.join(FIELDS)}"
+        )
+    unknown = sorted(str(key) for key in batch if key not in FIELDS)
+    if unknown:
+        raise InvalidRequestError(f"unknown batch keys {unknown}; known keys: {', '.join(FIELDS)}")
+    if batch.get("input_ids") is None:
+        raise InvalidRequestError("the batch has no input_ids")
+    return {name: batch.get(name) for name in FIELDS}
+
+
+def _rows(value: Any, name: str) -> list[Row]:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, str) or not hasattr(value, "__len__"):
+        raise InvalidRequestError(f"{name} must be a list of rows, got {type(value).__name__}")
+    return [_row(i, row, name) for i, row in enumerate(value)]
+
+
+def _row(index: int, row: Any, name: str) -> Row:
+    row = row.tolist() if hasattr(row, "tolist") else row
+    if isinstance(row, str) or not hasattr(row, "__len__"):
+        raise InvalidRequestError(
+            f"{name} must be a list of rows; wrap a single row as [row]",
+            details={"field": name, "row": index},
+        )
+    try:
+        array = np.asarray(row)
+    except (ValueError, OverflowError):
+        array = np.empty(0, dtype=object)
+    whole = array.dtype.kind in "iub" or array.size == len(row) == 0
+    if array.ndim != 1 or not whole:
+        raise InvalidRequestError(
+            f"{name} of row {index} must hold integers, one per token",
+            details={"field": name, "row": index},
+        )
+    return array.astype(np.int64)
+
+
+def _like(rows: list[Row], fields: dict[str, Any], name: str) -> list[Row] | None:
+    """The field as rows of the same lengths as `input_ids`, None where it was left out."""
+    if fields[name] is None:
+        return None
+    others = _rows(fields[name], name)
+    if len(others) != len(rows):
+        raise InvalidRequestError(f"{name} has {len(others)} rows, input_ids has {len(rows)}")
+    for i, (row, other) in enumerate(zip(rows, others, strict=True)):
+        if len(row) != len(other):
+            raise InvalidRequestError(
+                f"{name} of row {i} has {len(other)} entries, its input_ids {len(row)};"
+                " they must be equal",
+                details={"field": name, "row": i},
+            )
+    return others
+
+
+def _example_ids(value: Any, count: int) -> list[str | None]:
+    if value is None:
+        return [None] * count
+    names = [str(name) for name in value]
+    if len(names) != count:
+        raise InvalidRequestError(f"example_ids has {len(names)} entries, input_ids {count} rows")
+    return list(names)
+
+
+def _example(index: int, row: Row, mask: Row | None, labels: Row, name: str | None) -> Example:
+    start, stop = (0, len(row)) if mask is None else _kept(index, mask)
+    if start == stop:
+        raise InvalidRequestError(
+            f"row {index} has no tokens: leave it out", details={"row": index}
+        )
+    return Example(row[start:stop], labels[start:stop], name)
+
+
+def _kept(index: int, mask: Row) -> tuple[int, int]:
+    if ((mask != 0) & (mask != 1)).any():
+        raise InvalidRequestError(f"attention_mask of row {index} must hold 0 and 1 only")
+    kept = np.flatnonzero(mask)
+    if not len(kept):
+        return 0, 0
+    start, stop = int(kept[0]), int(kept[-1]) + 1
+    if stop - start != len(kept):
+        raise InvalidRequestError(
+            f"attention_mask of row {index} has a hole: only padding at the ends can be masked."
+            " To take tokens out of the loss set their labels to -100",
+            details={"row": index},
+        )
+    return start, stop

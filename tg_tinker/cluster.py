@@ -1,0 +1,395 @@
+"""The SDK's only door to Ray: finding or starting a cluster, reaching actors, awaiting refs.
+
+Ray's own exceptions end here: what leaves this module is a value or a `TGTinkerError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from tg_tinker.envelope import open_payload, seal_payload
+from tg_tinker.errors import (
+    ActorLostError,
+    ClusterUnavailableError,
+    FutureTimeoutError,
+    InvalidRequestError,
+    PlacementError,
+)
+from tg_tinker.wire import Reply, Request
+
+if TYPE_CHECKING:
+    import ray
+
+REGISTRY_NAME = "tg_tinker.registry"
+ENTRY_POINTS = "tg_tinker.cluster"
+
+_STARTED_BY_RAY_START = Path("/tmp/ray/ray_current_cluster")  # noqa: S108
+_OBJECT_STORE_BYTES = 512 * 2**20
+_log = logging.getLogger("tg_tinker")
+
+
+@dataclass(frozen=True)
+class ActorInfo:
+    """What a training actor's control group answers at any time."""
+
+    epoch: int
+    step: int
+    status: str
+
+
+def provided(name: str) -> Callable[..., Any]:
+    """What an upper package offers under an entry point of this name."""
+    for entry in entry_points(group=ENTRY_POINTS, name=name):
+        return cast("Callable[..., Any]", entry.load())
+    raise ClusterUnavailableError(
+        f"no installed package offers {name!r}: reinstall tg-tinker (pip install -e . in a clone)"
+    )
+
+
+# --- one cluster ------------------------------------------------------------------------------
+
+
+class Cluster:
+    """A connection of this process to Ray; embedded clusters end with their last user."""
+
+    placement_timeout_s = 120.0
+    _embedded_users = 0
+    _lock = threading.Lock()
+
+    def __init__(self, address: str | None, namespace: str) -> None:
+        self.namespace = namespace
+        with Cluster._lock:
+            self.embedded = _connect(address) if not _ray().is_initialized() else _we_embedded()
+            Cluster._embedded_users += self.embedded
+        self._open = True
+
+    def close(self) -> None:
+        """Leaves the cluster; the last user of an embedded one ends it. Safe to repeat."""
+        with Cluster._lock:
+            if not self._open:
+                return
+            self._open = False
+            Cluster._embedded_users -= self.embedded
+            if self.embedded and not Cluster._embedded_users:
+                _ray().shutdown()
+
+    def registry(self, database: str, keyring: str) -> RemoteRegistry:
+        with _translated():
+            return RemoteRegistry(provided("registry")(self.namespace, database, keyring))
+
+    def resources(self) -> dict[str, float]:
+        with _translated():
+            return dict(_ray().cluster_resources())
+
+    def start_training(self, num_cpus: float, num_gpus: float, **arguments: Any) -> Any:
+        """A placed training actor.
+
+        Raises:
+            PlacementError: the cluster is too small, or has no room within the deadline.
+        """
+        for name, wanted in (("CPU", num_cpus), ("GPU", num_gpus)):
+            total = self.resources().get(name, 0)
+            if wanted > total:
+                raise PlacementError(
+                    f"the client wants {wanted:g} {name}s, the whole cluster has {total:g}: ask"
+                    " for less in ResourceConfig or add nodes",
+                    details={"resource": name, "wanted": wanted, "total": total},
+                )
+        with _translated():
+            actor = provided("training")(
+                self.namespace, num_cpus=num_cpus, num_gpus=num_gpus, **arguments
+            )
+            placed, _ = _ray().wait([actor.ready.remote()], timeout=self.placement_timeout_s)
+        if not placed:
+            self.kill(actor)
+            raise PlacementError(
+                f"no node had {num_cpus:g} CPUs and {num_gpus:g} GPUs free within"
+                f" {self.placement_timeout_s:g} s. Held now: {self._holders()}. Close a client or"
+                " ask for less in ResourceConfig",
+                details={"num_cpus": num_cpus, "num_gpus": num_gpus},
+            )
+        return actor
+
+    def _holders(self) -> str:
+        with _translated():
+            named = _ray().util.list_named_actors(all_namespaces=True)
+            free = _ray().available_resources()
+        ours = [a["name"] for a in named if a["namespace"] == self.namespace]
+        runs = ", ".join(sorted(name for name in ours if name != REGISTRY_NAME)) or "no client"
+        return f"{runs}; free are {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs"
+
+    def find_training(self, run_id: str, epoch: int) -> Any | None:
+        """The living actor of a run's epoch, if there is one."""
+        with _translated():
+            try:
+                actor = _ray().get_actor(f"{run_id}@{epoch}", namespace=self.namespace)
+                _ray().get(actor.ready.remote(), timeout=30)
+            except (ValueError, _ray().exceptions.RayActorError):
+                return None
+            return actor
+
+    def kill(self, actor: Any) -> None:
+        """Ends an actor and frees what it holds."""
+        with contextlib.suppress(Exception):
+            _ray().kill(actor)
+
+
+class RemoteRegistry:
+    """The methods of `actors.registry.Registry`, called in its actor; payloads are sealed."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+        self.key: bytes = fetch_now(actor.transport_key.remote())
+
+    @property
+    def typed(self) -> Any:
+        """This object where a `Registry` is expected."""
+        return self
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            sealed = fetch_now(self._send(name, arguments))
+            return open_payload(self.key, sealed).unwrap()
+
+        return call
+
+    def notify(self, name: str, *arguments: Any) -> None:
+        """Calls without waiting for, or learning of, the outcome."""
+        self._send(name, arguments)
+
+    def _send(self, name: str, arguments: Sequence[Any]) -> Any:
+        return self.actor.call.remote(seal_payload(self.key, (name, arguments)))
+
+
+class TrainingLink:
+    """One training actor as a client reaches it: sealed calls out, replies back."""
+
+    def __init__(self, actor: Any, key: bytes) -> None:
+        self.actor = actor
+        self._key = key
+
+    def load(self, progress: Callable[[str], None]) -> Any:
+        """Loads the model, telling `progress` what takes time; a `ModelInfo`."""
+        ref, said = self.actor.load.remote(), ""
+        while not self.done(ref, wait_s=0.3):
+            now = fetch_now(self.actor.progress.remote())
+            if now != said:
+                progress(now)
+                said = now
+        return self.open(ref, "").unwrap()
+
+    def send(self, request: Request) -> ray.ObjectRef[bytes]:
+        with _translated():
+            ref: ray.ObjectRef[bytes] = self.actor.call.remote(seal_payload(self._key, request))
+            return ref
+
+    def open(self, ref: Any, request_id: str, timeout: float | None = None) -> Reply:
+        """The reply behind a ref; a reply lost on the way is asked for once more.
+
+        Raises:
+            FutureTimeoutError: nothing within `timeout` seconds.
+            ActorLostError: the actor is gone, and the reply with it.
+        """
+        try:
+            sealed = fetch_now(ref, timeout)
+        except ActorLostError:
+            sealed = self._stored(request_id)
+            if sealed is None:
+                raise
+        reply: Reply = open_payload(self._key, sealed)
+        return reply
+
+    def stream(self, request: Request) -> Iterator[Any]:
+        """Values of a streamed call; leaving the loop early cancels the rest."""
+        with _translated():
+            refs = self.actor.stream.options(num_returns="streaming").remote(
+                seal_payload(self._key, request)
+            )
+        finished = False
+        try:
+            while True:
+                try:
+                    with _translated():
+                        ref = next(refs)
+                except StopIteration:
+                    finished = True
+                    return
+                yield self.open(ref, request.request_id).unwrap()
+        finally:
+            if not finished:
+                self.cancel(request.request_id)
+
+    def description(self) -> Any:
+        """The `ModelInfo`, or None while the model loads."""
+        sealed = fetch_now(self.actor.description.remote())
+        return None if sealed is None else open_payload(self._key, sealed).unwrap()
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        sealed = fetch_now(self.actor.tokenizer.remote())
+        files: dict[str, bytes] = open_payload(self._key, sealed).unwrap()
+        return files
+
+    def info(self) -> ActorInfo:
+        info: ActorInfo = fetch_now(self.actor.info.remote())
+        return info
+
+    def cancel(self, request_id: str) -> bool:
+        return bool(fetch_now(self.actor.cancel.remote(request_id)))
+
+    def done(self, ref: Any, wait_s: float = 0) -> bool:
+        with _translated():
+            ready, _ = _ray().wait([ref], timeout=wait_s)
+            return bool(ready)
+
+    def pending(self, refs: list[Any]) -> list[Any]:
+        """Those refs whose calls have not answered yet."""
+        with _translated():
+            return list(_ray().wait(refs, num_returns=len(refs), timeout=0)[1])
+
+    def when_done(self, ref: Any, work: Callable[[], object]) -> None:
+        """Runs `work` on the dispatcher thread once the call has answered."""
+        ref.future().add_done_callback(lambda _: _dispatcher().put(work))
+
+    def _stored(self, request_id: str) -> bytes | None:
+        try:
+            sealed: bytes | None = fetch_now(self.actor.stored.remote(request_id), 30)
+        except (ActorLostError, FutureTimeoutError):
+            return None
+        return sealed
+
+
+# --- Ray's functions and exceptions ------------------------------------------------------------
+
+
+def fetch_now(ref: Any, timeout: float | None = None) -> Any:
+    """`ray.get` with our errors."""
+    with _translated():
+        return _ray().get(ref, timeout=timeout)
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """Ray's exceptions as ours, without their texts: those may quote arguments."""
+    errors = _ray().exceptions
+    try:
+        yield
+    except errors.GetTimeoutError:
+        raise FutureTimeoutError(
+            "no answer within the timeout: the call goes on, ask for its result again or cancel it"
+        ) from None
+    except errors.RayActorError:
+        raise ActorLostError(
+            "the actor of this client is gone (killed, out of memory, or its node was lost):"
+            " service.get_training_client(id) brings the run back from its last artifact"
+        ) from None
+    except (errors.RayError, ConnectionError) as error:
+        raise ClusterUnavailableError(
+            f"the Ray cluster does not answer ({type(error).__name__}): check `ray status`, then"
+            " open a new ServiceClient"
+        ) from None
+
+
+def _ray() -> Any:
+    # Usage statistics are off before Ray is first imported: no telemetry leaves.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    return ray
+
+
+def _we_embedded() -> bool:
+    return Cluster._embedded_users > 0
+
+
+def _connect(address: str | None) -> bool:
+    """Connects this process; true if it had to start an embedded cluster."""
+    target = address or os.environ.get("RAY_ADDRESS") or _running_cluster()
+    quiet = {"configure_logging": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    if target is None or target == "local":
+        with _quiet_stderr():
+            _ray().init(
+                address="local", include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES, **quiet,
+            )  # fmt: skip
+        _close_token_file()
+        return True
+    if "://" in target:
+        raise InvalidRequestError(
+            f"address {target!r}: run on the head node, by `ray job submit`, or use HTTP; Ray"
+            " Client connections are not supported"
+        )
+    if target != "auto" and not _answers(target):
+        raise ClusterUnavailableError(
+            f"no Ray cluster answers at {target}: start one with `ray start --head`, correct"
+            " RAY_ADDRESS or `address`, or pass address='local' for an embedded one"
+        )
+    with _translated():
+        _ray().init(address=target, **quiet)
+    return False
+
+
+def _running_cluster() -> str | None:
+    """The cluster that `ray start` left running on this machine. Embedded ones write no file."""
+    try:
+        address = _STARTED_BY_RAY_START.read_text().strip()
+    except OSError:
+        return None
+    return address if _answers(address) else None
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=3):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def _close_token_file() -> None:
+    """Ray writes its cluster token readable by all; whoever reads it may run code."""
+    token = Path.home() / ".ray" / "auth_token"
+    with contextlib.suppress(OSError):
+        token.chmod(0o600)
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Drops Ray's start-up notices; its errors come as exceptions."""
+    with contextlib.redirect_stderr(None if sys.stderr is None else open(os.devnull, "w")):  # noqa: PTH123
+        yield
+
+
+# --- the dispatcher ----------------------------------------------------------------------------
+
+_work: queue.SimpleQueue[Callable[[], object]] | None = None
+_work_lock = threading.Lock()
+
+
+def _dispatcher() -> queue.SimpleQueue[Callable[[], object]]:
+    """The queue of the thread that runs callbacks: not Ray's, so they may call the client."""
+    global _work
+    with _work_lock:
+        if _work is None:
+            _work = queue.SimpleQueue()
+            threading.Thread(target=_dispatch, args=(_work,), daemon=True).start()
+        return _work
+
+
+def _dispatch(work: queue.SimpleQueue[Callable[[], object]]) -> None:
+    while True:
+        try:
+            work.get()()
+        except Exception as error:
+            _log.error("a callback of a FutureHandle raised %s", type(error).__name__)

@@ -1,0 +1,68 @@
+"""Parameters of text generation, checked before a prompt leaves the client."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tg_tinker.errors import InvalidRequestError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How completions are drawn. Order: penalties, temperature, top-k, top-p.
+
+    Attributes:
+        max_tokens: tokens to generate at most, >= 1.
+        temperature: >= 0; 0 is greedy.
+        top_p: in (0, 1]; the smallest set of tokens with at least this probability.
+        top_k: None or >= 1; the k most probable tokens.
+        stop_sequences: texts that end a completion; they are not part of it.
+        num_completions: completions per prompt, >= 1.
+        repetition_penalty: > 0; divides positive and multiplies negative logits of tokens in
+            prompt or completion (CTRL, arXiv:1909.05858).
+        presence_penalty, frequency_penalty: in [-2, 2]; subtracted from the logits of tokens
+            generated so far, once, or once per occurrence (OpenAI's definition).
+    """
+
+    max_tokens: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    stop_sequences: tuple[str, ...] = ()
+    num_completions: int = 1
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        top_k = 1 if self.top_k is None else self.top_k
+        bounds = (
+            ("max_tokens", self.max_tokens, self.max_tokens >= 1, ">= 1"),
+            ("temperature", self.temperature, self.temperature >= 0, ">= 0; 0 is greedy"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]; 1 is off"),
+            ("top_k", top_k, top_k >= 1, ">= 1, or None for off"),
+            ("num_completions", self.num_completions, self.num_completions >= 1, ">= 1"),
+            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0,
+             "> 0; 1 is off"),
+            ("presence_penalty", self.presence_penalty, abs(self.presence_penalty) <= 2,
+             "in [-2, 2]; 0 is off"),
+            ("frequency_penalty", self.frequency_penalty, abs(self.frequency_penalty) <= 2,
+             "in [-2, 2]; 0 is off"),
+        )  # fmt: skip
+        for name, value, holds, bound in bounds:
+            if not (math.isfinite(value) and holds):
+                raise InvalidRequestError(
+                    f"{name}={value} is out of range: it must be {bound}",
+                    details={"parameter": name},
+                )
+        if any(not stop for stop in self.stop_sequences):
+            raise InvalidRequestError("stop_sequences holds an empty string: leave it out")
+
+
+def check_prompts(prompts: str | list[str]) -> list[str]:
+    """The prompts as a list; refuses anything that is not text."""
+    listed = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not listed or any(not isinstance(prompt, str) for prompt in listed):
+        raise InvalidRequestError("prompts must be a string or a non-empty list of strings")
+    return listed

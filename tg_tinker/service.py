@@ -1,0 +1,267 @@
+"""`ServiceClient`: the entry point. Finds or starts a cluster, opens and lists runs.
+
+with ServiceClient() as service:
+    tc = service.create_training_client(TrainingConfig(model_ref="..."))
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+from tg_tinker.cluster import Cluster, TrainingLink, provided
+from tg_tinker.config import ResourceConfig, TrainingConfig
+from tg_tinker.errors import ActorLostError, InvalidRequestError, StorageError, TGTinkerError
+from tg_tinker.training import TrainingClient
+from tg_tinker.types import ArtifactInfo, LoadStateResult, TrainingClientInfo
+
+Progress = Callable[[str], None]
+_log = logging.getLogger("tg_tinker")
+
+
+def home_directory() -> Path:
+    """`TG_TINKER_HOME`, or `~/.tg-tinker`: registry, store, keyring and converted models."""
+    return Path(os.environ.get("TG_TINKER_HOME") or "~/.tg-tinker").expanduser().absolute()
+
+
+def init_home(home: Path | None = None) -> Path:
+    """Makes the home directory where there is none: a keyring and an empty registry."""
+    home = home or home_directory()
+    if provided("home")(home):
+        _log.warning("made a new home in %s: back up its keyring, it opens every artifact", home)
+    return home
+
+
+class ServiceClient:
+    """A connection to TG-Tinker on a Ray cluster, or on one started inside this process.
+
+    Args:
+        address: ``host:port`` of a Ray cluster or ``"local"``. None: `RAY_ADDRESS`, else the
+            cluster that `ray start` left running here, else an embedded one.
+        namespace: Ray namespace of the service's actors.
+        tenant: a label that keeps runs and artifacts apart; not a security boundary.
+        store: folder of the sealed artifacts; in the home directory when None.
+        database: SQLAlchemy URL of the registry; SQLite in the home directory when None.
+        keyring: file with the tenant's keys; in the home directory when None.
+
+    All lasting state is in the home directory (or where these point), none in the cluster.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        namespace: str = "tg_tinker",
+        tenant: str = "default",
+        store: str | os.PathLike[str] | None = None,
+        database: str | None = None,
+        keyring: str | os.PathLike[str] | None = None,
+    ) -> None:
+        _check_tenant(tenant)
+        self._home = home_directory()
+        self._tenant = tenant
+        self._store = str(store or self._home / "store")
+        self._cluster = Cluster(address, namespace)
+        try:
+            if self._cluster.embedded:
+                init_home(self._home)
+            elif not self._home.exists():
+                raise StorageError(
+                    f"there is no home at {self._home}: run `tg-tinker init` on the head node once"
+                )
+            self._registry = self._cluster.registry(
+                database or f"sqlite:///{self._home / 'registry.db'}",
+                str(keyring or self._home / "keyring"),
+            )
+            self._registry.key_info()  # a registry that cannot open its files says so now
+        except BaseException:
+            self._cluster.close()
+            raise
+
+    # --- training clients --------------------------------------------------------------------
+
+    def create_training_client(
+        self, config: TrainingConfig, progress: Progress | None = None
+    ) -> TrainingClient:
+        """A new run on an actor of its own; returns when its model is loaded.
+
+        Args:
+            config: what to train and how.
+            progress: told what is going on while the model is found, converted and loaded.
+
+        Raises:
+            InvalidRequestError: the configuration does not fit the model.
+            NotFoundError: no such model.
+            PlacementError: no room on the cluster.
+        """
+        _refuse_private(config)
+        run_id = self._registry.create_run(self._tenant, config.model_dump_json())
+        try:
+            return self._open(run_id, config, progress)[0]
+        except BaseException:
+            self._registry.finish(run_id, "failed")
+            raise
+
+    def get_training_client(
+        self, training_client_id: str, progress: Progress | None = None
+    ) -> TrainingClient:
+        """A client of an existing run, from any process.
+
+        A run whose actor is gone comes back from its last artifact under a new epoch, with a
+        warning that says how many steps were lost.
+
+        Raises:
+            NotFoundError: no such run.
+            ActorLostError: its actor is gone and it never saved an artifact.
+        """
+        info, stored = self._registry.run(self._tenant, training_client_id)
+        config = TrainingConfig.model_validate_json(stored)
+        actor = self._cluster.find_training(info.training_client_id, info.epoch)
+        if actor is not None:
+            link = TrainingLink(actor, self._registry.key)
+            return self._client(info.training_client_id, config, link, info.epoch)
+        if info.last_artifact_id is None:
+            raise ActorLostError(
+                f"the actor of {training_client_id} is gone and it saved no artifact: its"
+                f" {info.step} steps are lost; create a new client"
+            )
+        return self._bring_back(info, config, progress)
+
+    def list_training_clients(self) -> list[TrainingClientInfo]:
+        """All runs of this tenant, oldest first."""
+        runs: list[TrainingClientInfo] = self._registry.runs(self._tenant)
+        return runs
+
+    # --- artifacts ---------------------------------------------------------------------------
+
+    def list_artifacts(self) -> list[ArtifactInfo]:
+        """All saved artifacts of this tenant, oldest first."""
+        artifacts: list[ArtifactInfo] = self._registry.artifacts(self._tenant)
+        return artifacts
+
+    def get_artifact(self, artifact_id: str) -> ArtifactInfo:
+        """One artifact; `NotFoundError` if there is none of this id."""
+        artifact: ArtifactInfo = self._registry.artifact(self._tenant, artifact_id)
+        return artifact
+
+    def delete_artifact(self, artifact_id: str) -> None:
+        """Deletes an artifact for good: its entry, its key, its files."""
+        provided("delete_artifact")(self._registry, self._store, self._tenant, artifact_id)
+
+    def export_adapter(self, artifact_id: str, path: str | os.PathLike[str]) -> Path:
+        """Writes a LoRA artifact, decrypted, as a PEFT directory that must not exist yet."""
+        target = Path(path)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise InvalidRequestError(f"{target} exists: export into a new or empty directory")
+        provided("export_adapter")(self._registry, self._store, self._tenant, artifact_id, target)
+        return target
+
+    # --- life --------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Leaves the cluster. An embedded one ends, and its clients with it; artifacts stay."""
+        self._cluster.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # --- inside ------------------------------------------------------------------------------
+
+    def _open(
+        self, run_id: str, config: TrainingConfig, progress: Progress | None
+    ) -> tuple[TrainingClient, TrainingLink]:
+        """Starts an actor under the run's next epoch and loads its model."""
+        epoch = self._registry.claim(run_id)
+        resources = self._resources(config.resources)
+        actor = self._cluster.start_training(
+            num_cpus=resources.num_cpus or 0,
+            num_gpus=resources.num_gpus or 0,
+            tenant=self._tenant,
+            run_id=run_id,
+            epoch=epoch,
+            config=config.model_copy(update={"resources": resources}).model_dump_json(),
+            store=self._store,
+            home=str(self._home),
+            registry=self._registry.actor,
+        )
+        link = TrainingLink(actor, self._registry.key)
+        try:
+            link.load(progress or (lambda message: None))
+            return self._client(run_id, config, link, epoch), link
+        except BaseException:
+            self._cluster.kill(actor)
+            raise
+
+    def _bring_back(
+        self, info: TrainingClientInfo, config: TrainingConfig, progress: Progress | None
+    ) -> TrainingClient:
+        """A new actor in the state of the last artifact."""
+        client, link = self._open(info.training_client_id, config, progress)
+        try:
+            loaded: LoadStateResult = client.load_state(str(info.last_artifact_id))
+        except TGTinkerError:
+            self._cluster.kill(link.actor)
+            raise
+        if info.step > loaded.step:
+            warnings.warn(
+                f"steps lost after the last artifact: {info.step - loaded.step}; the run goes on"
+                f" from step {loaded.step}",
+                stacklevel=3,
+            )
+        return client
+
+    def _client(
+        self, run_id: str, config: TrainingConfig, link: TrainingLink, epoch: int
+    ) -> TrainingClient:
+        model = link.description()
+        if model is None:
+            raise ActorLostError(f"{run_id} is still loading its model: ask again in a moment")
+        return TrainingClient(
+            run_id=run_id,
+            config=config,
+            link=link,
+            model=model,
+            epoch=epoch,
+            describe=lambda: self._registry.run(self._tenant, run_id)[0],
+            finish=partial(self._finish, run_id, link),
+        )
+
+    def _finish(self, run_id: str, link: TrainingLink) -> None:
+        self._registry.finish(run_id, "completed")
+        self._cluster.kill(link.actor)
+
+    def _resources(self, wanted: ResourceConfig) -> ResourceConfig:
+        """The defaults of `ResourceConfig` made explicit for this cluster."""
+        embedded = self._cluster.embedded
+        gpus = wanted.num_gpus
+        if gpus is None:
+            gpus = min(1.0, self._cluster.resources().get("GPU", 0))
+        cpus = (0 if embedded else 1) if wanted.num_cpus is None else wanted.num_cpus
+        threads = wanted.num_threads or (None if embedded else max(1, int(cpus)))
+        return ResourceConfig(num_cpus=cpus, num_gpus=gpus, num_threads=threads)
+
+
+def _check_tenant(tenant: str) -> None:
+    """A tenant's name becomes part of paths."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", tenant):
+        raise InvalidRequestError(
+            f"tenant {tenant!r}: use 1 to 64 letters, digits, dashes and underscores"
+        )
+
+
+def _refuse_private(config: TrainingConfig) -> None:
+    """Training without the promised guarantee would be worse than not training."""
+    if config.dp_config is not None and config.dp_config.enabled:
+        raise InvalidRequestError(
+            "differential privacy is not available in this version: it refuses rather than"
+            " trains without the guarantee. Leave out dp_config to train without privacy"
+        )

@@ -1,0 +1,317 @@
+"""`TrainingClient`: the training loop's side of one run. Created by `ServiceClient`."""
+
+from __future__ import annotations
+
+import html
+import json
+import secrets
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from typing import Any, Self
+
+from tg_tinker.batch import BatchData, check_bounds, normalise
+from tg_tinker.cluster import TrainingLink
+from tg_tinker.config import TrainingConfig
+from tg_tinker.errors import (
+    ActorLostError,
+    ClusterUnavailableError,
+    InvalidRequestError,
+    QueueFullError,
+)
+from tg_tinker.future import FutureHandle
+from tg_tinker.hashing import resolve_batch_hash
+from tg_tinker.sampling import SamplingParams, check_prompts
+from tg_tinker.text import load_tokenizer
+from tg_tinker.types import (
+    ForwardBackwardResult,
+    LoadStateResult,
+    ModelInfo,
+    OptimStepResult,
+    SampleResult,
+    SaveStateResult,
+    StreamChunk,
+    TrainingClientInfo,
+)
+from tg_tinker.wire import Request
+
+MAX_QUEUED = 1000
+"""Calls of one client that may wait on its actor."""
+
+
+class TrainingClient:
+    """Training, sampling and checkpoints of one run, which one Ray actor executes in order.
+
+    Calls that return a `FutureHandle` may be queued ahead without waiting. Use it as a context
+    manager, or `close()` it: the actor holds its resources until then.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        config: TrainingConfig,
+        link: TrainingLink,
+        model: ModelInfo,
+        epoch: int,
+        describe: Callable[[], TrainingClientInfo],
+        finish: Callable[[], None],
+    ) -> None:
+        self._id = run_id
+        self._config = config
+        self._link = link
+        self._model = model
+        self._epoch = epoch
+        self._describe = describe
+        self._finish = finish
+        self._handle = secrets.token_hex(8)
+        self._sequence = 0
+        self._training = True
+        self._closed = False
+        self._outstanding: list[Any] = []
+        self._lock = threading.Lock()
+
+    # --- properties --------------------------------------------------------------------------
+
+    @property
+    def id(self) -> str:
+        """Unique identifier of this training client."""
+        return self._id
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps completed; does not wait behind queued calls."""
+        return self.info().step
+
+    @property
+    def config(self) -> TrainingConfig:
+        """The training configuration."""
+        return self._config
+
+    @property
+    def status(self) -> str:
+        """`active`; `completed` at `max_steps` or when closed; `failed` when its actor is gone."""
+        return self.info().status
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's transformers tokenizer, with its chat template."""
+        return load_tokenizer(self._link.tokenizer_files())
+
+    def info(self) -> TrainingClientInfo:
+        """What registry and actor know of this run."""
+        known = self._describe()
+        values = {**vars(known), "num_trainable": self._model.num_trainable}
+        if not self._closed:
+            try:
+                actor = self._link.info()
+                queued = len(self._still_pending())
+                values |= {"step": actor.step, "status": actor.status, "queued": queued}
+            except (ActorLostError, ClusterUnavailableError):
+                values |= {"status": "failed"}
+        return TrainingClientInfo(**values)
+
+    # --- training ----------------------------------------------------------------------------
+
+    def forward_backward(
+        self,
+        batch: BatchData | Mapping[str, Any],
+        batch_hash: str | None = None,
+    ) -> FutureHandle[ForwardBackwardResult]:
+        """Loss of a batch and, in train mode, its gradient added to the current step.
+
+        Gradients add up until `optim_step`; how a step's rows are split into calls changes
+        nothing but rounding.
+
+        Args:
+            batch: see `BatchData`; a dict with the same keys works everywhere.
+            batch_hash: your own name for the batch, echoed back; one that starts with
+                ``sha256:`` is checked.
+
+        Raises:
+            InvalidRequestError: the batch is malformed or does not fit the model; it was not sent.
+        """
+        examples = normalise(batch)
+        check_bounds(examples, self._model.vocab_size, self._model.context_length)
+        resolve_batch_hash(examples, batch_hash)
+        return self._submit(
+            "forward_backward", examples=examples, batch_hash=batch_hash, train=self._training
+        )
+
+    def optim_step(self, apply_dp_noise: bool = True) -> FutureHandle[OptimStepResult]:
+        """One optimizer step on the mean gradient since the last one.
+
+        Args:
+            apply_dp_noise: has a meaning in private runs only.
+        """
+        return self._submit("optim_step", apply_dp_noise=apply_dp_noise)
+
+    def train(self) -> None:
+        """Later `forward_backward` calls of this handle compute gradients, with dropout."""
+        self._training = True
+
+    def eval(self) -> None:
+        """Later `forward_backward` calls of this handle only compute the loss.
+
+        Pending gradients stay as they are.
+        """
+        self._training = False
+
+    # --- sampling ----------------------------------------------------------------------------
+
+    def sample(
+        self,
+        prompts: str | list[str],
+        max_tokens: int = 128,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        stop_sequences: list[str] | None = None,
+        num_completions: int = 1,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+    ) -> SampleResult:
+        """Completions by the weights after every step queued before this call.
+
+        See `SamplingParams` for the parameters and their ranges.
+        """
+        params = SamplingParams(
+            max_tokens, temperature, top_p, top_k, tuple(stop_sequences or ()), num_completions,
+            repetition_penalty, presence_penalty, frequency_penalty,
+        )  # fmt: skip
+        handle: FutureHandle[SampleResult] = self._submit(
+            "sample", prompts=check_prompts(prompts), params=params
+        )
+        return handle.result()
+
+    def sample_stream(
+        self,
+        prompts: str,
+        max_tokens: int = 128,
+        temperature: float = 1.0,
+        **kwargs: Any,
+    ) -> Iterator[StreamChunk]:
+        """Like `sample` for one prompt, chunk by chunk; leaving the loop stops the generation.
+
+        Args:
+            kwargs: the other parameters of `sample`.
+        """
+        if not isinstance(prompts, str):
+            raise InvalidRequestError("sample_stream takes one prompt, a string")
+        stops = tuple(kwargs.pop("stop_sequences", None) or ())
+        try:
+            params = SamplingParams(max_tokens, temperature, stop_sequences=stops, **kwargs)
+        except TypeError:
+            known = ", ".join(SamplingParams.__dataclass_fields__)
+            raise InvalidRequestError(
+                f"sample_stream got unknown parameters among {sorted(kwargs)}; known: {known}"
+            ) from None
+        with self._lock:
+            request = self._next_request("sample_stream", prompts=[prompts], params=params)
+            return self._link.stream(request)
+
+    # --- checkpoints -------------------------------------------------------------------------
+
+    def save_state(
+        self, include_optimizer: bool = True, metadata: dict[str, Any] | None = None
+    ) -> SaveStateResult:
+        """Saves the state after the last `optim_step`, sealed; returns when it is durable.
+
+        Args:
+            include_optimizer: needed to resume exactly.
+            metadata: anything JSON can hold; stored encrypted.
+        """
+        return self.save_state_async(include_optimizer, metadata).result()
+
+    def save_state_async(
+        self, include_optimizer: bool = True, metadata: dict[str, Any] | None = None
+    ) -> FutureHandle[SaveStateResult]:
+        """Like `save_state`, without waiting."""
+        try:
+            copy = json.loads(json.dumps(metadata or {}, allow_nan=True))
+        except (TypeError, ValueError) as error:
+            raise InvalidRequestError(
+                f"metadata must be what JSON can hold ({type(error).__name__}): strings, numbers,"
+                " lists, dicts with string keys"
+            ) from None
+        return self._submit("save_state", include_optimizer=include_optimizer, metadata=copy)
+
+    def load_state(self, artifact_id: str) -> LoadStateResult:
+        """Restores an artifact; pending gradients are dropped.
+
+        Raises:
+            NotFoundError: no such artifact.
+            ArtifactMismatchError: of another model, rank or layer set; nothing was changed.
+            IntegrityError: stored bytes are not what was saved; nothing was changed.
+        """
+        result: LoadStateResult = self._submit("load_state", artifact_id=artifact_id).result()
+        for warning in result.warnings:
+            warnings.warn(warning, stacklevel=2)
+        return result
+
+    # --- life --------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Ends the run and frees its resources; saved artifacts stay. Safe to repeat."""
+        if not self._closed:
+            self._closed = True
+            self._finish()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<TrainingClient {self._id} of {self._config.model_ref}>"
+
+    def _repr_html_(self) -> str:
+        """A small table for notebooks."""
+        info = self.info()
+        rows = {
+            "id": info.training_client_id, "model": info.model_ref, "status": info.status,
+            "step": info.step, "trainable": f"{info.num_trainable:,}", "queued": info.queued,
+            "last artifact": info.last_artifact_id or "none",
+        }  # fmt: skip
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{name}</th><td>{html.escape(str(value))}</td></tr>"
+            for name, value in rows.items()
+        )
+        return f"<table><caption>TrainingClient</caption>{cells}</table>"
+
+    # --- inside ------------------------------------------------------------------------------
+
+    def _submit(self, operation: str, **arguments: Any) -> FutureHandle[Any]:
+        """Sends one call; the lock makes the order of calls the order of their numbers."""
+        with self._lock:
+            if len(self._outstanding) >= MAX_QUEUED and len(self._still_pending()) >= MAX_QUEUED:
+                raise QueueFullError(
+                    f"{MAX_QUEUED} calls are waiting on this client: take the results of earlier"
+                    " ones first"
+                )
+            request = self._next_request(operation, **arguments)
+            ref = self._link.send(request)
+            self._outstanding.append(ref)
+        return FutureHandle(self._link, ref, request.request_id, self._id, operation)
+
+    def _next_request(self, operation: str, **arguments: Any) -> Request:
+        if self._closed:
+            raise InvalidRequestError(
+                f"client {self._id} is closed: service.get_training_client(id) opens the run again"
+            )
+        number, self._sequence = self._sequence, self._sequence + 1
+        return Request(
+            request_id=f"{self._handle}-{number}",
+            operation=operation,
+            epoch=self._epoch,
+            handle=self._handle,
+            sequence=number,
+            arguments=arguments,
+        )
+
+    def _still_pending(self) -> list[Any]:
+        if self._outstanding:
+            self._outstanding = self._link.pending(self._outstanding)
+        return self._outstanding

@@ -1,0 +1,177 @@
+"""Results of the public API: plain frozen dataclasses, the seed's fields first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ForwardBackwardResult:
+    """What one `forward_backward` found. Seen by the data owner alone.
+
+    Attributes:
+        loss: token-weighted mean over the labelled tokens of the batch, in nats.
+        batch_hash: `sha256:` over the normalised rows, or the caller's own string.
+        gradient_hash: hash of this call's gradient sum; empty in eval mode.
+        num_tokens: kept input tokens, padding not counted.
+        latency_ms: time on the actor.
+    """
+
+    loss: float
+    batch_hash: str
+    gradient_hash: str
+    num_tokens: int
+    latency_ms: float
+
+
+@dataclass(frozen=True)
+class DPMetrics:
+    """Privacy figures of one private step."""
+
+    noise_applied: bool
+    epsilon_spent: float
+    total_epsilon: float
+    delta: float
+    grad_norm_before_clip: float
+    grad_norm_after_clip: float
+    num_clipped: int
+
+
+@dataclass(frozen=True)
+class OptimStepResult:
+    """What one optimizer step did.
+
+    Attributes:
+        grad_norm: L2 norm of the gradient handed to the optimizer, before global clipping.
+        learning_rate: the rate used in this very step.
+        step: optimizer steps completed, this one included.
+        dp_metrics: None in a run without differential privacy.
+        latency_ms: time on the actor.
+    """
+
+    grad_norm: float
+    learning_rate: float
+    step: int
+    dp_metrics: DPMetrics | None
+    latency_ms: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion. `finish_reason` is `length`, `stop` (a stop sequence) or `eos`."""
+
+    prompt: str
+    completion: str
+    num_tokens: int
+    finish_reason: str
+    latency_ms: float
+    token_ids: list[int] = field(default_factory=list, repr=False)
+    logprobs: list[float] = field(default_factory=list, repr=False)
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """All completions, prompt by prompt; `weights_version` is `run@step`."""
+
+    samples: list[Sample]
+    total_tokens: int
+    latency_ms: float
+    weights_version: str = ""
+
+
+@dataclass(frozen=True)
+class StreamChunk:
+    """A piece of a streamed completion: whole characters, never part of a stop sequence.
+
+    The last chunk carries `finish_reason`; its text may be empty.
+    """
+
+    text: str
+    index: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+    weights_version: str = ""
+
+
+@dataclass(frozen=True)
+class EncryptionInfo:
+    """How an artifact is sealed. The key id names a key; it is not the key."""
+
+    algorithm: str
+    key_id: str
+    key_provider: str
+    format_version: int
+
+
+@dataclass(frozen=True)
+class SaveStateResult:
+    """A published artifact: it is durable when this object exists. `timestamp` is UTC."""
+
+    artifact_id: str
+    size_bytes: int
+    encryption: EncryptionInfo
+    metadata: dict[str, Any]
+    timestamp: datetime
+
+
+@dataclass(frozen=True)
+class LoadStateResult:
+    """What was restored. `warnings` names what will differ from an uninterrupted run."""
+
+    artifact_id: str
+    step: int
+    metadata: dict[str, Any]
+    timestamp: datetime
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ArtifactInfo:
+    """One row of `ServiceClient.list_artifacts`. `size_bytes` counts ciphertext."""
+
+    artifact_id: str
+    training_client_id: str
+    step: int
+    size_bytes: int
+    include_optimizer: bool
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class TrainingClientInfo:
+    """A run as the registry and, where it lives, its actor know it.
+
+    Attributes:
+        status: `active`, `completed` or `failed`.
+        step: completed optimizer steps.
+        epoch: how often an actor was started for this run.
+        num_trainable: trainable parameters; 0 where no actor is asked.
+        queued: calls waiting on the actor.
+    """
+
+    training_client_id: str
+    status: str
+    step: int
+    epoch: int
+    model_ref: str
+    created_at: datetime
+    last_artifact_id: str | None = None
+    num_trainable: int = 0
+    queued: int = 0
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the SDK must know of a loaded model to check a batch before it is sent."""
+
+    vocab_size: int
+    context_length: int
+    num_trainable: int
+    base_digest: str
+    dtype: str
+    device: str
+    flat_stream: bool
+    num_threads: int
