@@ -6,6 +6,7 @@ Legend: T tokens of a stream, S segments, H heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def segmented(dense: Attention) -> Attention:
         if segment_bounds is None:
             return dense(module, query, key, value, attention_mask, **options)
         outputs = []
-        for start, stop in zip(segment_bounds, segment_bounds[1:], strict=False):
+        for start, stop in pairwise(segment_bounds):
             q, k, v = (x[:, :, start:stop] for x in (query, key, value))
             mask = _window_mask(stop - start, options.get("sliding_window"), query.device)
             outputs.append(dense(module, q, k, v, mask, **options)[0])  # [1, t, H, D]

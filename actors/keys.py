@@ -11,7 +11,7 @@ import os
 import stat
 from pathlib import Path
 
-from tg_tinker.envelope import new_key, unwrap_key, wrap_key
+from tg_tinker.envelope import KEY_BYTES, new_key, unwrap_key, wrap_key
 from tg_tinker.errors import IntegrityError, StorageError
 
 _FORMAT = 1
@@ -23,20 +23,27 @@ class FileKeyring:
     provider = "file"
 
     def __init__(self, path: Path) -> None:
-        mode = stat.S_IMODE(path.stat().st_mode)
+        try:
+            mode, text = stat.S_IMODE(path.stat().st_mode), path.read_bytes()
+        except OSError as error:
+            raise StorageError(
+                f"cannot read the keyring {path} ({error.strerror}): put its backup back, or"
+                " correct `keyring`"
+            ) from None
         if mode & 0o077:
             raise StorageError(
                 f"the keyring {path} has mode {mode:04o}, others may read it: chmod 600 it, and"
                 " treat its keys as known to others"
             )
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(text)
             self._keys = {
-                name: base64.b64decode(text, validate=True)
-                for name, text in content["keys"].items()
+                name: base64.b64decode(key, validate=True) for name, key in content["keys"].items()
             }
             self.primary: str = content["primary"]
             self._primary_key = self._keys[self.primary]
+            if content["format"] != _FORMAT or {*map(len, self._keys.values())} != {KEY_BYTES}:
+                raise ValueError
         except (ValueError, KeyError, AttributeError, TypeError):
             raise IntegrityError(
                 f"the keyring {path} is damaged: put its backup back; without it no artifact opens"
@@ -74,10 +81,15 @@ class FileKeyring:
         Raises:
             IntegrityError: a key this ring does not have, another context, or changed bytes.
         """
-        key = self._keys.get(wrapped.get("key_id", ""))
+        try:
+            key_id = str(wrapped["key_id"])
+            sealed = base64.b64decode(wrapped["wrapped"], validate=True)
+        except (ValueError, KeyError, TypeError):
+            raise IntegrityError("the wrapped data key is damaged: put its backup back") from None
+        key = self._keys.get(key_id)
         if key is None:
             raise IntegrityError(
-                f"the artifact needs key {wrapped.get('key_id')!r}, this keyring has"
+                f"the artifact needs key {key_id!r}, this keyring has"
                 f" {sorted(self._keys)}: use the keyring it was saved with"
             )
-        return unwrap_key(key, base64.b64decode(wrapped["wrapped"]), context)
+        return unwrap_key(key, sealed, context)

@@ -13,8 +13,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from actors import attention
 from actors.batching import FlatStream, flatten
 from tg_tinker.batch import Example
 from tg_tinker.config import LoRAConfig
-from tg_tinker.errors import InvalidRequestError, NotFoundError
+from tg_tinker.errors import InvalidRequestError, NotFoundError, StorageError, TGTinkerError
 from tg_tinker.text import read_tokenizer
 
 Progress = Callable[[str], None]
@@ -87,7 +89,14 @@ class Base:
 
         Raises:
             NotFoundError: no such file or directory, or the hub has (or gives) no such model.
+            InvalidRequestError: the files are damaged, or of an architecture that cannot train.
+            StorageError: no room for the converted copy.
         """
+        with _explained(model_ref):
+            return cls._load(model_ref, cache, dtype, progress)
+
+    @classmethod
+    def _load(cls, model_ref: str, cache: Path, dtype: str, progress: Progress) -> Base:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         auto = "bfloat16" if device.type == "cuda" else "float32"
         target = getattr(torch, auto if dtype == "auto" else dtype)
@@ -208,6 +217,30 @@ def _prepare(model_ref: str, dtype: torch.dtype, cache: Path, progress: Progress
         progress(f"converting to {name} safetensors, once (about 30 s for 135M parameters)")
         _convert(source, dtype, target)
     return target
+
+
+@contextmanager
+def _explained(model_ref: str) -> Iterator[None]:
+    """What transformers and the disk raise while a model is loaded, as our errors."""
+    try:
+        yield
+    except TGTinkerError:
+        raise
+    except ImportError as error:
+        raise InvalidRequestError(
+            f"model_ref {model_ref!r} needs the package {error.name!r}: pip install"
+            f" {error.name or 'tg-tinker[demo]'}"
+        ) from None
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG):
+            raise StorageError(
+                "no room for the converted model in the home directory: free some, or point"
+                " TG_TINKER_HOME elsewhere"
+            ) from None
+        raise InvalidRequestError(
+            f"model_ref {model_ref!r} cannot be loaded ({type(error).__name__}): its files are"
+            " damaged, or transformers does not know it as a causal language model"
+        ) from None
 
 
 def _locate(model_ref: str, progress: Progress) -> Path:

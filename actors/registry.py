@@ -66,7 +66,8 @@ class Registry:
         self._engine = sa.create_engine(database, hide_parameters=True)
         if self._engine.dialect.name == "sqlite":
             _make_sqlite_durable(self._engine, database)
-        _metadata.create_all(self._engine)
+        with _typed_refusal():
+            _metadata.create_all(self._engine)
 
     # --- runs --------------------------------------------------------------------------------
 
@@ -114,7 +115,7 @@ class Registry:
         Raises:
             NotFoundError: this tenant has no such run.
         """
-        with self._engine.connect() as connection:
+        with _typed_refusal(), self._engine.connect() as connection:
             row = connection.execute(
                 sa.select(_runs).where(_runs.c.id == run_id, _runs.c.tenant == tenant)
             ).one_or_none()
@@ -127,7 +128,7 @@ class Registry:
     def runs(self, tenant: str) -> list[TrainingClientInfo]:
         """All runs of a tenant, oldest first."""
         query = sa.select(_runs).where(_runs.c.tenant == tenant).order_by(_runs.c.created_at)
-        with self._engine.connect() as connection:
+        with _typed_refusal(), self._engine.connect() as connection:
             return [self._run_info(connection, row) for row in connection.execute(query)]
 
     def _run_info(self, connection: sa.Connection, row: Any) -> TrainingClientInfo:
@@ -159,7 +160,11 @@ class Registry:
             ActorLostError: the run has a newer actor; this one may publish nothing.
         """
         with self._change() as tx:
-            current = tx.execute(sa.select(_runs.c.epoch).where(_runs.c.id == run_id)).scalar()
+            current = tx.execute(
+                sa.select(_runs.c.epoch).where(_runs.c.id == run_id, _runs.c.tenant == tenant)
+            ).scalar()
+            if current is None:
+                raise NotFoundError(f"no training client {run_id!r} of this tenant")
             if current != epoch:
                 raise ActorLostError(
                     f"this actor (epoch {epoch}) was replaced by epoch {current}: it may not"
@@ -191,7 +196,7 @@ class Registry:
             .where(_artifacts.c.tenant == tenant, _artifacts.c.deleted_at.is_(None))
             .order_by(_artifacts.c.created_at)
         )
-        with self._engine.connect() as connection:
+        with _typed_refusal(), self._engine.connect() as connection:
             return [_artifact_info(row) for row in connection.execute(query)]
 
     def delete_artifact(self, tenant: str, artifact_id: str) -> None:
@@ -210,7 +215,7 @@ class Registry:
             _artifacts.c.tenant == tenant,
             _artifacts.c.deleted_at.is_(None),
         )
-        with self._engine.connect() as connection:
+        with _typed_refusal(), self._engine.connect() as connection:
             row = connection.execute(query).one_or_none()
         if row is None:
             raise NotFoundError(f"no artifact {artifact_id!r}: service.list_artifacts() names them")
@@ -244,15 +249,23 @@ class Registry:
 
     @contextmanager
     def _change(self) -> Iterator[sa.Connection]:
-        """One immediate transaction; a refusing disk becomes a typed error."""
-        try:
-            with self._engine.begin() as connection:
-                yield connection
-        except sa.exc.OperationalError as error:
-            raise StorageError(
-                f"the registry's database refused the change ({type(error.orig).__name__}): check"
-                " its disk and that no other program holds it"
-            ) from None
+        """One immediate transaction."""
+        with _typed_refusal(), self._engine.begin() as connection:
+            yield connection
+
+
+@contextmanager
+def _typed_refusal() -> Iterator[None]:
+    """A full disk, a locked or a damaged database becomes a typed error without its SQL."""
+    try:
+        yield
+    except sa.exc.DatabaseError as error:
+        if isinstance(error, sa.exc.IntegrityError | sa.exc.ProgrammingError):
+            raise  # a defect of ours
+        raise StorageError(
+            f"the registry's database refused ({type(error.orig).__name__}): check its disk, that"
+            " no other program holds it, and that its file is whole"
+        ) from None
 
 
 def _artifact_info(row: Any) -> ArtifactInfo:

@@ -5,7 +5,7 @@
     │   ├── NotFoundError                  no such client, artifact or model
     │   └── ArtifactMismatchError          an artifact of another model, rank or layer set
     ├── NonFiniteError                     loss or gradient is NaN or infinite; weights as before
-    ├── WindowSpoiledError                 an earlier call of this step failed; its window is dropped
+    ├── WindowSpoiledError                 an earlier call of this step failed; it is dropped
     ├── DPBudgetExceededError              the privacy budget cannot pay for the step
     ├── FutureTimeoutError (TimeoutError)  no answer within the timeout; the call goes on
     ├── FutureCancelledError               the call was cancelled before it changed anything

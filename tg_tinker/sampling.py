@@ -62,7 +62,11 @@ class SamplingParams:
 
 def check_prompts(prompts: str | list[str]) -> list[str]:
     """The prompts as a list; refuses anything that is not text."""
-    listed = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not listed or any(not isinstance(prompt, str) for prompt in listed):
+    listed = [prompts] if isinstance(prompts, str) else prompts
+    if (
+        not isinstance(listed, list | tuple)
+        or not listed
+        or any(not isinstance(prompt, str) for prompt in listed)
+    ):
         raise InvalidRequestError("prompts must be a string or a non-empty list of strings")
-    return listed
+    return list(listed)

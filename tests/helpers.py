@@ -1,0 +1,101 @@
+"""The slow, obvious versions that the engine is compared with, and ragged batches for both."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from actors.engine import Session
+from actors.model import Base
+from tg_tinker import LoRAConfig, TrainingConfig
+from tg_tinker.batch import Example, normalise
+
+IGNORED = -100
+
+RAGGED = [
+    ([5, 6, 7, 8, 9, 10, 11], [IGNORED, IGNORED, 7, 8, 9, 10, 11]),
+    ([20, 21, 22], [20, 21, 22]),
+    ([30, 31, 32, 33, 34], [30, IGNORED, 32, IGNORED, 34]),
+    ([40, 41, 42, 43], [IGNORED] * 4),
+    ([50] * 12, [50] * 12),
+    ([61, 62], [61, 62]),
+    ([70, 71, 72, 73, 74, 75], [IGNORED] * 5 + [75]),
+    ([80, 81, 82, 83], [80, 81, 82, 83]),
+]
+"""Eight rows of (input_ids, labels): ragged, masked, one without any label."""
+
+
+def examples(rows: list[tuple[list[int], list[int]]] = RAGGED) -> list[Example]:
+    return normalise({"input_ids": [r[0] for r in rows], "labels": [r[1] for r in rows]})
+
+
+def padded(rows: list[tuple[list[int], list[int]]], side: str) -> dict[str, list[list[int]]]:
+    """The same rows as a rectangle, padded with a real token id under a zero mask."""
+    width = max(len(ids) for ids, _ in rows)
+
+    def pad(row: list[int], value: int) -> list[int]:
+        fill = [value] * (width - len(row))
+        return fill + row if side == "left" else row + fill
+
+    return {
+        "input_ids": [pad(ids, 99) for ids, _ in rows],
+        "attention_mask": [pad([1] * len(ids), 0) for ids, _ in rows],
+        "labels": [pad(labels, 99) for _, labels in rows],
+    }
+
+
+def session(model: Path, **config: Any) -> Session:
+    """A session with LoRA of rank 4 on its own copy of the base model."""
+    values: dict[str, Any] = {"lora_config": LoRAConfig(rank=4)} | config
+    base = Base.load(str(model), cache=Path(tempfile.mkdtemp()))
+    return Session(base, TrainingConfig(model_ref=str(model), **values))
+
+
+def window(of: Session) -> dict[str, torch.Tensor]:
+    """Copies of the gradient sums that the next step would use."""
+    return {name: tensor.clone() for name, tensor in of._window.tensors.items()}
+
+
+def weights(of: Session) -> dict[str, torch.Tensor]:
+    return of.state().weights
+
+
+def oracle_gradients(of: Session, batch: dict[str, list[list[int]]]) -> dict[str, torch.Tensor]:
+    """Summed token gradients of the plain padded loop, by transformers and PEFT alone.
+
+    Runs on the session's own parameters, through the model's ordinary masked forward.
+    """
+    ids, mask, labels = (torch.tensor(batch[k]) for k in ("input_ids", "attention_mask", "labels"))
+    labels = labels.masked_fill(mask == 0, IGNORED)
+    # The first real token of a row has no predictor, also where padding stands before it.
+    first = mask.argmax(1)
+    labels[torch.arange(len(labels)), first] = IGNORED
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = of.base.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum",
+        ignore_index=IGNORED,
+    )  # fmt: skip
+    loss.backward()
+    found = {}
+    for name, parameter in of._parameters.items():
+        found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = None
+    return found
+
+
+def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], bound: float) -> None:
+    """Equal names, and every difference within `bound` of the largest value."""
+    assert a.keys() == b.keys()
+    scale = max(float(tensor.abs().max()) for tensor in b.values())
+    worst = max(float((a[name] - b[name]).abs().max()) for name in a)
+    assert worst <= bound * scale, f"{worst / scale:.1e} apart"
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name

@@ -1,0 +1,251 @@
+"""Drawing tokens and turning them into text, without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import examples, session
+
+from actors.completion import sample, stream_chunks
+from actors.engine import Session
+from actors.generation import Completion, LiveEngine, _penalised, draw
+from tg_tinker import InvalidRequestError, OptimizerConfig
+from tg_tinker.sampling import SamplingParams, check_prompts
+from tg_tinker.text import encode_prompt, load_tokenizer
+
+GREEDY = SamplingParams(max_tokens=20, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model: Path) -> Session:
+    s = session(tiny_model, optimizer=OptimizerConfig(learning_rate=0.05))
+    for _ in range(3):
+        s.forward_backward(examples())
+        s.optim_step()
+    return s
+
+
+@pytest.fixture(scope="module")
+def tokenizer(trained: Session) -> Any:
+    return load_tokenizer(trained.base.tokenizer_files())
+
+
+def generated(of: Session, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
+    rows: dict[int, Completion] = {}
+    for grown in LiveEngine(of.base).generate(prompts, params):
+        rows |= {row.index: row for row in grown}
+    return [rows[i] for i in sorted(rows)]
+
+
+def test_greedy_equals_generate_token_for_token(trained: Session) -> None:
+    prompts = [[65, 66, 67], [70], [80, 81, 82, 83, 84, 85]]
+    ours = generated(trained, prompts, GREEDY)
+    for prompt, row in zip(prompts, ours, strict=True):
+        expected = trained.base.model.generate(
+            torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=256
+        )
+        assert row.token_ids == expected[0, len(prompt) :].tolist()
+
+
+def test_logprobs_are_the_models_own(trained: Session) -> None:
+    prompt = [65, 66, 67]
+    params = SamplingParams(max_tokens=6, temperature=0.7, top_k=5, repetition_penalty=1.3)
+    (row,) = generated(trained, [prompt], params)
+    ids = torch.tensor([prompt + row.token_ids])
+    with torch.no_grad():
+        logits = trained.base.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    expected = torch.log_softmax(logits[0, 2:-1], -1).gather(1, ids[0, 3:, None])[:, 0]
+    assert row.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_completions_of_one_prompt_differ_and_come_in_order(
+    trained: Session, tokenizer: Any
+) -> None:
+    params = SamplingParams(max_tokens=12, temperature=1.5, num_completions=3)
+    result = sample(LiveEngine(trained.base), tokenizer, ["ab", "xy"], params, version="r@3")
+    assert [s.prompt for s in result.samples] == ["ab"] * 3 + ["xy"] * 3
+    assert len({tuple(s.token_ids) for s in result.samples}) == 6
+    assert result.total_tokens == sum(s.num_tokens for s in result.samples)
+    assert result.weights_version == "r@3"
+
+
+def test_top_k_1_and_tiny_top_p_are_greedy(trained: Session) -> None:
+    (greedy,) = generated(trained, [[65, 66]], GREEDY)
+    for params in (
+        SamplingParams(max_tokens=20, temperature=2.0, top_k=1),
+        SamplingParams(max_tokens=20, temperature=1.0, top_p=1e-6),
+    ):
+        assert generated(trained, [[65, 66]], params)[0].token_ids == greedy.token_ids
+
+
+def draws(logits: list[float], params: SamplingParams, count: int = 20_000) -> torch.Tensor:
+    """Frequencies of tokens over many draws."""
+    scores = torch.tensor(logits).expand(count, -1)
+    drawn = draw(scores, params, torch.Generator().manual_seed(0))
+    return torch.bincount(drawn, minlength=len(logits)) / count
+
+
+def test_draws_follow_softmax_at_the_temperature() -> None:
+    logits = [2.0, 1.0, 0.0, -1.0]
+    for temperature in (0.5, 1.0, 3.0):
+        expected = torch.softmax(torch.tensor(logits) / temperature, -1)
+        found = draws(logits, SamplingParams(temperature=temperature))
+        assert torch.allclose(found, expected, atol=0.015)
+
+
+def test_top_p_keeps_the_smallest_sufficient_set() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().tolist()
+    for top_p, kept in ((0.4, 1), (0.5, 1), (0.51, 2), (0.8, 2), (0.9, 3), (1.0, 4)):
+        found = draws(logits, SamplingParams(top_p=top_p))
+        assert int((found > 0).sum()) == kept, top_p
+
+
+def test_top_k_keeps_k_tokens() -> None:
+    found = draws([1.0, 3.0, 2.0, 0.0], SamplingParams(top_k=2))
+    assert (found > 0).tolist() == [False, True, True, False]
+
+
+def test_top_p_is_applied_to_what_top_k_left() -> None:
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().tolist()
+    found = draws(logits, SamplingParams(top_k=2, top_p=0.55))  # 0.4 / 0.7 = 0.57
+    assert (found > 0).tolist() == [True, False, False, False]
+
+
+def test_penalties_are_those_of_their_definitions() -> None:
+    logits = torch.tensor([[2.0, -2.0, 1.0, 0.5, 0.0]])
+    row = Completion(0, 0, token_ids=[2, 2, 3])
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
+    found = _penalised(logits, [row], [[0, 1]], params)
+    assert found[0].tolist() == pytest.approx([2.0, -2.0, 1 - 0.5 - 0.5, 0.5 - 0.75, 0.0])
+    params = SamplingParams(repetition_penalty=2.0)
+    found = _penalised(logits, [row], [[0, 1]], params)
+    assert found[0].tolist() == pytest.approx([1.0, -4.0, 0.5, 0.25, 0.0])
+    assert logits[0, 0] == 2.0
+
+
+def test_repetition_penalty_equals_transformers(trained: Session) -> None:
+    prompt = [65, 66, 65, 66]
+    params = SamplingParams(max_tokens=15, temperature=0.0, repetition_penalty=1.5)
+    expected = trained.base.model.generate(
+        torch.tensor([prompt]), max_new_tokens=15, do_sample=False, pad_token_id=256,
+        repetition_penalty=1.5,
+    )  # fmt: skip
+    assert generated(trained, [prompt], params)[0].token_ids == expected[0, 4:].tolist()
+
+
+class Script:
+    """An engine that says what it is told, one token per step for every row."""
+
+    def __init__(self, *texts: list[int], eos: int | None = None) -> None:
+        self.texts = texts
+        self.eos = eos
+        self.steps = 0
+
+    def generate(
+        self, prompts: Sequence[list[int]], params: SamplingParams
+    ) -> Iterator[list[Completion]]:
+        rows = [Completion(i, i) for i in range(len(prompts))]
+        while rows:
+            self.steps += 1
+            for row in rows:
+                script = self.texts[row.index]
+                row.token_ids.append(script[len(row.token_ids)])
+                row.logprobs.append(-1.0)
+                if row.token_ids[-1] == self.eos:
+                    row.finish_reason = "eos"
+                elif len(row.token_ids) == min(params.max_tokens, len(script)):
+                    row.finish_reason = "length"
+            yield list(rows)
+            rows = [row for row in rows if row.finish_reason is None]
+
+
+def test_stop_sequence_over_tokens_ends_one_row_and_is_not_emitted(tokenizer: Any) -> None:
+    script = Script(tokenizer("Ende: STOP und mehr")["input_ids"], tokenizer("kurz")["input_ids"])
+    params = SamplingParams(stop_sequences=("STOP", "nie"))
+    chunks = list(stream_chunks(script, tokenizer, ["a", "b"], params))
+    texts = ["".join(c.text for c in chunks if c.index == i) for i in (0, 1)]
+    assert texts == ["Ende: ", "kurz"]
+    ends = {c.index: c.finish_reason for c in chunks if c.finish_reason}
+    assert ends == {0: "stop", 1: "length"}
+    assert script.steps == len("Ende: STOP")
+    assert not any("S" in c.text for c in chunks)
+
+
+def test_an_unfinished_stop_sequence_is_text(tokenizer: Any) -> None:
+    script = Script(tokenizer("am Ende STO")["input_ids"])
+    result = sample(script, tokenizer, ["a"], SamplingParams(stop_sequences=("STOP",)))
+    assert result.samples[0].completion == "am Ende STO"
+    assert result.samples[0].finish_reason == "length"
+
+
+def test_chunks_hold_whole_characters(tokenizer: Any) -> None:
+    text = "Grüße 🙂 日本"
+    script = Script(tokenizer(text)["input_ids"])
+    chunks = list(stream_chunks(script, tokenizer, ["a"], SamplingParams()))
+    assert "".join(c.text for c in chunks) == text
+    assert not any("\ufffd" in c.text for c in chunks)
+    assert [t for c in chunks for t in c.token_ids] == tokenizer(text)["input_ids"]
+
+
+def test_eos_is_a_token_but_not_text(tokenizer: Any) -> None:
+    script = Script([*tokenizer("ja")["input_ids"], 258, 65], eos=258)
+    (one,) = sample(script, tokenizer, ["a"], SamplingParams()).samples
+    assert (one.completion, one.finish_reason, one.num_tokens) == ("ja", "eos", 3)
+
+
+def test_real_engine_reports_eos(trained: Session) -> None:
+    (row,) = generated(trained, [[65, 66]], SamplingParams(max_tokens=10, temperature=0.0))
+    engine = LiveEngine(trained.base)
+    ends = trained.base.eos_ids
+    trained.base.eos_ids = frozenset([row.token_ids[2]])
+    try:
+        (again,) = [list(g) for g in engine.generate([[65, 66]], GREEDY)][-1]
+    finally:
+        trained.base.eos_ids = ends
+    first = row.token_ids.index(row.token_ids[2])
+    assert again.finish_reason == "eos"
+    assert again.token_ids == row.token_ids[: first + 1]
+
+
+def test_a_prompt_past_the_context_is_refused_with_the_room_left(
+    trained: Session, tokenizer: Any
+) -> None:
+    with pytest.raises(InvalidRequestError, match="at most 118 max_tokens"):
+        sample(LiveEngine(trained.base), tokenizer, ["x" * 10], SamplingParams(max_tokens=119))
+
+
+def test_sampling_draws_anew_each_time(trained: Session, tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    first = sample(LiveEngine(trained.base), tokenizer, ["a"], SamplingParams(max_tokens=20))
+    torch.manual_seed(0)
+    second = sample(LiveEngine(trained.base), tokenizer, ["a"], SamplingParams(max_tokens=20))
+    assert first.samples[0].token_ids != second.samples[0].token_ids
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_tokens": 0}, {"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0},
+        {"top_p": 1.1}, {"top_k": 0}, {"num_completions": 0}, {"repetition_penalty": 0},
+        {"presence_penalty": 2.5}, {"frequency_penalty": -2.5}, {"stop_sequences": ("",)},
+    ],
+)  # fmt: skip
+def test_parameters_out_of_range_are_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match=next(iter(wrong))):
+        SamplingParams(**wrong)
+
+
+@pytest.mark.parametrize("prompts", [[], [1], 5, [["a"]]])
+def test_prompts_that_are_no_text_are_refused(prompts: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="prompts"):
+        check_prompts(prompts)
+
+
+def test_a_prompt_that_starts_with_the_start_token_gets_no_second(tokenizer: Any) -> None:
+    start = tokenizer.bos_token_id
+    assert encode_prompt(tokenizer, "<|im_start|>a").count(start) == 1
+    assert encode_prompt(tokenizer, "") == [start]
