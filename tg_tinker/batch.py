@@ -137,7 +137,7 @@ def _check_vocabulary(row: int, name: str, ids: Row, vocab_size: int) -> None:
 def _fields(batch: BatchData | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(batch, BatchData):
         return {name: getattr(batch, name) for name in FIELDS}
-    # A `BatchEncoding` of transformers is a UserDict: a mapping by duty, not by registration.
+    # By its methods: what tokenizers return need not be registered as a mapping.
     if not hasattr(batch, "keys"):
         raise InvalidRequestError(
             f"a batch is a BatchData or a dict, got {type(batch).__name__}; its keys are"
@@ -198,10 +198,12 @@ def _like(rows: list[Row], fields: dict[str, Any], name: str) -> list[Row] | Non
 def _example_ids(value: Any, count: int) -> list[str | None]:
     if value is None:
         return [None] * count
-    names = [str(name) for name in value]
+    names = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(names, list | tuple) or not all(isinstance(n, str | int) for n in names):
+        raise InvalidRequestError("example_ids must be a list of strings, one per row")
     if len(names) != count:
         raise InvalidRequestError(f"example_ids has {len(names)} entries, input_ids {count} rows")
-    return list(names)
+    return [str(name) for name in names]
 
 
 def _example(index: int, row: Row, mask: Row | None, labels: Row, name: str | None) -> Example:

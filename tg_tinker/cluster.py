@@ -10,7 +10,6 @@ import logging
 import os
 import queue
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -367,7 +366,7 @@ def _close_token_file() -> None:
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
     """Drops Ray's start-up notices; its errors come as exceptions."""
-    with contextlib.redirect_stderr(None if sys.stderr is None else open(os.devnull, "w")):  # noqa: PTH123
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
         yield
 
 

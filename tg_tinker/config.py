@@ -15,7 +15,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
 
 from tg_tinker.errors import InvalidRequestError
 
@@ -36,6 +44,9 @@ class _Config(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise InvalidRequestError(_explain(type(self), error)) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise InvalidRequestError(f"{type(self).__name__} is frozen: make a new one to set {name}")
 
 
 def _explain(model: type[BaseModel], error: ValidationError) -> str:
@@ -68,7 +79,7 @@ class LoRAConfig(_Config):
     rank: int = Field(16, ge=1)
     alpha: Positive = 32.0
     dropout: Fraction = 0.0
-    target_modules: tuple[str, ...] | Literal["all-linear"] = (
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"] = (
         "q_proj", "k_proj", "v_proj", "o_proj",
     )  # fmt: skip
     bias: Literal["none", "all", "lora_only"] = "none"
@@ -183,7 +194,7 @@ class TrainingConfig(_Config):
     seed: int = Field(0, ge=0, lt=2**63)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     resources: ResourceConfig = ResourceConfig()
-    metadata: dict[str, Any] = Field(default_factory=dict)
+    metadata: dict[str, JsonValue] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _schedule_has_an_end(self) -> Self:

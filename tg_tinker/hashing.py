@@ -2,7 +2,7 @@
 
     >>> from tg_tinker.hashing import batch_hash
     >>> batch_hash({"input_ids": [[5, 6, 7]]})[:15]
-    'sha256:a4ec19c9'
+    'sha256:e5f7cb73'
 
 Version 1 is SHA-256 over the line ``tg-tinker batch v1``, then int64 little-endian: the number
 of rows, and per row its length T, its T input ids and its T labels. Rows are normalised first,

@@ -93,9 +93,10 @@ class TextStream:
         if self.stopped:
             return ""
         self._held += new
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        # The stop that is complete first wins, however the text is cut into tokens.
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self.stopped, text, self._held = True, self._held[: min(found)], ""
+            self.stopped, text, self._held = True, self._held[: min(found)[1]], ""
             return text
         keep = 0 if final else self._possible_stop()
         text, self._held = self._held[: len(self._held) - keep], self._held[-keep:] if keep else ""

@@ -1,0 +1,228 @@
+"""The command line: it teaches, it is quick, and an error is one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from fakes import FakeService
+from typer.testing import CliRunner
+
+from tg_tinker.cli import main
+from tg_tinker.config import TrainingConfig
+from tg_tinker.demo import DemoOptions, resume_command
+
+
+@pytest.fixture
+def service() -> FakeService:
+    """One run with one artifact."""
+    service = FakeService()
+    client = service.create_training_client(TrainingConfig(model_ref="some/model[x]"))
+    client.forward_backward({"input_ids": [[1, 2, 3]]})
+    client.optim_step()
+    client.save_state()
+    return service
+
+
+def call(*words: str, service: FakeService | None = None, answer: str | None = None) -> Any:
+    return CliRunner().invoke(main, list(words), obj=lambda: service, input=answer)
+
+
+# --- help ---------------------------------------------------------------------------------------
+
+
+def all_commands() -> list[tuple[str, ...]]:
+    found: list[tuple[str, ...]] = []
+
+    def walk(command: Any, words: tuple[str, ...]) -> None:
+        found.append(words)
+        for name, sub in getattr(command, "commands", {}).items():
+            walk(sub, (*words, name))
+
+    walk(typer.main.get_command(main), ())
+    return found
+
+
+def test_the_commands_are_these() -> None:
+    assert {" ".join(words) for words in all_commands() if words} == {
+        "demo", "init", "runs", "version",
+        "artifacts", "artifacts list", "artifacts export", "artifacts delete",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [w for w in all_commands() if w != ("version",)], ids=" ".join)
+def test_every_help_shows_an_example(words: tuple[str, ...]) -> None:
+    found = call(*words, "--help")
+    assert found.exit_code == 0
+    examples = [line.strip() for line in found.output.splitlines()]
+    wanted = " ".join(("tg-tinker", *words))
+    assert any(line.startswith(wanted) for line in examples)
+
+
+def test_without_a_command_it_shows_help() -> None:
+    assert "tg-tinker demo" in call().output
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, tg_tinker.cli;"
+        "heavy = {'ray', 'torch', 'transformers', 'matplotlib', 'pyarrow', 'gguf'};"
+        "print(heavy & set(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert found.stdout.strip() == "set()"
+
+
+def test_the_installed_command_is_this_program() -> None:
+    (entry,) = importlib.metadata.entry_points(group="console_scripts", name="tg-tinker")
+    assert entry.load() is main
+
+
+# --- demo ---------------------------------------------------------------------------------------
+
+
+def test_options_and_defaults_of_the_demo_are_those_of_its_function() -> None:
+    command: Any = typer.main.get_command(main)
+    params = {p.name: p.default for p in command.commands["demo"].params if p.name != "help"}
+    defaults = {f.name: f.default for f in dataclasses.fields(DemoOptions)}
+    assert {n: Path(d) if n == "output" else d for n, d in params.items()} == defaults
+
+
+def write_rows(folder: Path) -> Path:
+    path = folder / "rows.jsonl"
+    rows = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_demo_runs_from_the_command_line_and_resumes_by_its_own_command(
+    tmp_path: Path,
+) -> None:
+    options = DemoOptions(
+        model="m", data=write_rows(tmp_path), steps=3, batch_size=2, rank=4, max_length=99,
+        learning_rate=2e-3, output=tmp_path / "out", seed=5,
+    )  # fmt: skip
+    service = FakeService()
+    service.artifacts["art-0"] = dataclasses.replace(_artifact(), artifact_id="art-0", step=1)
+    words = resume_command(options, "art-0", "x").split()[1:]
+    found = call(*words, service=service)
+    assert found.exit_code == 0, found.output
+    config = service.clients[0].config
+    assert (config.model_ref, config.batch_size, config.seed) == ("m", 2, 5)
+    assert config.lora_config is not None
+    assert (config.lora_config.rank, config.optimizer.learning_rate) == (4, 2e-3)
+    assert len(service.clients[0].trained) == 2  # steps 2 and 3
+    assert (tmp_path / "out" / "loss.png").exists()
+
+
+def _artifact() -> Any:
+    service = FakeService()
+    client = service.create_training_client(TrainingConfig(model_ref="m"))
+    return service.artifact(client.save_state().artifact_id)
+
+
+def test_ctrl_c_gives_the_exit_status_of_shells(tmp_path: Path) -> None:
+    service = FakeService()
+    service.on_create = lambda: signal.raise_signal(signal.SIGINT)
+    words = ["--model", "m", "--data", str(write_rows(tmp_path)), "--output", str(tmp_path)]
+    assert call("demo", *words, service=service).exit_code == 130
+
+
+@pytest.mark.parametrize("wrong", [["--steps", "0"], ["--rank", "x"], ["--colour", "red"]])
+def test_wrong_options_are_usage_errors(wrong: list[str]) -> None:
+    assert call("demo", *wrong).exit_code == 2
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+def test_an_error_is_one_line_on_stderr_and_status_1(tmp_path: Path) -> None:
+    data = tmp_path / "[b]rows.csv"
+    data.write_text("x")
+    found = call("demo", "--model", "m", "--data", str(data), "--output", str(tmp_path))
+    assert found.exit_code == 1
+    assert found.stderr.startswith(f"error: {data} ends in '.csv'")
+    assert len(found.stderr.splitlines()) == 1
+    assert found.stdout == ""
+
+
+def test_errors_are_red_on_a_terminal(tmp_path: Path) -> None:
+    code = "from tg_tinker.cli import main; main(['demo', '--model', 'm', '--data', 'no.jsonl'])"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "FORCE_COLOR": "1", "TERM": "xterm-256color"},
+    )
+    assert found.returncode == 1
+    assert "\x1b[31merror:" in found.stderr
+    assert "Traceback" not in found.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- runs and artifacts -------------------------------------------------------------------------
+
+
+def test_runs_lists_what_there_is(service: FakeService) -> None:
+    lines = call("runs", service=service).stdout.splitlines()
+    assert lines[0].split()[:4] == ["run", "status", "step", "model"]
+    assert lines[1].split()[:4] == ["run-1", "active", "1", "model[x]"]
+    assert service.closed
+
+
+def test_artifacts_lists_what_there_is(service: FakeService) -> None:
+    lines = call("artifacts", "list", service=service).stdout.splitlines()
+    assert " ".join(lines[1].split()) == "art-1 run-1 1 2.5 MB yes 2025-01-02 03:04"
+
+
+@pytest.mark.parametrize("words", [["runs"], ["artifacts", "list"]])
+def test_empty_lists_say_what_to_do(words: list[str]) -> None:
+    assert "tg-tinker demo" in call(*words, service=FakeService()).stdout
+
+
+def test_export_writes_where_told(service: FakeService, tmp_path: Path) -> None:
+    target = tmp_path / "adapter"
+    found = call("artifacts", "export", "art-1", str(target), service=service)
+    assert found.exit_code == 0
+    assert target.is_dir()
+    assert str(target) in found.stdout
+
+
+def test_exporting_an_unknown_artifact_is_an_error(service: FakeService, tmp_path: Path) -> None:
+    found = call("artifacts", "export", "art-9", str(tmp_path / "a"), service=service)
+    assert found.exit_code == 1
+    assert "art-9" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "answer", "left"), [(["--yes"], None, 0), ([], "y\n", 0), ([], "n\n", 1)]
+)
+def test_delete_asks_unless_told_not_to(
+    service: FakeService, words: list[str], answer: str | None, left: int
+) -> None:
+    found = call("artifacts", "delete", "art-1", *words, service=service, answer=answer)
+    assert len(service.artifacts) == left
+    assert (found.exit_code == 0) == (left == 0)
+
+
+def test_init_makes_a_home(tmp_path: Path) -> None:
+    found = call("init", "--home", str(tmp_path / "home"))
+    assert found.exit_code == 0
+    assert (tmp_path / "home" / "keyring").exists()
+    assert str(tmp_path / "home") in found.stdout
+
+
+def test_version_is_that_of_the_package() -> None:
+    found = call("version").stdout.strip()
+    assert found == f"tg-tinker {importlib.metadata.version('tg-tinker')}"

@@ -1,0 +1,214 @@
+"""The keyring file and the home directory: who may read them, and what is never done to them."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.home import DATABASE, KEYRING, create
+from actors.keys import FileKeyring
+from tg_tinker.envelope import new_key
+from tg_tinker.errors import IntegrityError, StorageError
+
+CONTEXT = b"artifact 7"
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.fixture
+def keyring(tmp_path: Path) -> Path:
+    FileKeyring.create(tmp_path / "keyring")
+    return tmp_path / "keyring"
+
+
+@pytest.fixture
+def careless_umask() -> Iterator[None]:
+    """Whatever the user's umask is, no file of ours may follow it."""
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+def keys_in(path: Path) -> list[bytes]:
+    return [base64.b64decode(key) for key in json.loads(path.read_text())["keys"].values()]
+
+
+# --- the keyring -----------------------------------------------------------------------------
+
+
+def test_a_data_key_comes_back_in_another_process_of_the_same_file(keyring: Path) -> None:
+    data_key = new_key()
+    wrapped = json.loads(json.dumps(FileKeyring(keyring).wrap(data_key, CONTEXT)))
+    assert FileKeyring(keyring).unwrap(wrapped, CONTEXT) == data_key
+    assert wrapped["key_id"] == FileKeyring(keyring).primary
+    assert data_key not in base64.b64decode(wrapped["wrapped"])
+
+
+def test_a_new_keyring_is_readable_by_its_owner_alone(tmp_path: Path, careless_umask: None) -> None:
+    FileKeyring.create(tmp_path / "keyring")
+    assert mode(tmp_path / "keyring") == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == ["keyring"], "a partial file is left"
+
+
+def test_every_keyring_has_a_key_of_its_own(tmp_path: Path) -> None:
+    for name in "abc":
+        FileKeyring.create(tmp_path / name)
+    keys = [key for name in "abc" for key in keys_in(tmp_path / name)]
+    assert {len(key) for key in keys} == {32}
+    assert len(set(keys)) == 3
+
+
+@pytest.mark.parametrize("wider", [0o640, 0o604, 0o660, 0o644, 0o666, 0o610, 0o601, 0o620])
+def test_a_keyring_that_others_may_touch_is_refused(keyring: Path, wider: int) -> None:
+    keyring.chmod(wider)
+    with pytest.raises(StorageError, match=rf"mode {wider:04o}.*chmod 600"):
+        FileKeyring(keyring)
+
+
+@pytest.mark.parametrize("narrow", [0o600, 0o400, 0o700])
+def test_a_keyring_that_only_its_owner_may_read_is_taken(keyring: Path, narrow: int) -> None:
+    keyring.chmod(narrow)
+    FileKeyring(keyring)
+
+
+def test_an_existing_keyring_is_never_overwritten(keyring: Path) -> None:
+    before = keyring.read_bytes()
+    with pytest.raises(FileExistsError):
+        FileKeyring.create(keyring)
+    assert keyring.read_bytes() == before
+    assert [path.name for path in keyring.parent.iterdir()] == ["keyring"]
+
+
+def test_not_even_an_empty_file_or_a_dangling_link_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for name in ("empty", "link"):
+        with pytest.raises(FileExistsError):
+            FileKeyring.create(tmp_path / name)
+    assert (tmp_path / "empty").read_bytes() == b""
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_missing_keyring_is_a_typed_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"no such keyring.*No such file"):
+        FileKeyring(tmp_path / "no such keyring")
+
+
+def changed(keyring: Path, **values: Any) -> str:
+    return json.dumps(json.loads(keyring.read_text()) | values)
+
+
+def damages(keyring: Path) -> Iterator[str | bytes]:
+    content = keyring.read_text()
+    short = base64.b64encode(bytes(16)).decode()
+    yield from ("", "{}", "[]", "null", "5", '"keys"', content[:-1], content + "x", b"\xff\xfe\xff")
+    yield from (content.replace("keys", "kyes"), content.replace("primary", "first"))
+    yield from (changed(keyring, keys={}), changed(keyring, keys=[]), changed(keyring, keys=None))
+    yield changed(keyring, keys={"k1": "no base64!"})
+    yield changed(keyring, keys={"k1": 5})
+    yield changed(keyring, keys={"k1": short})
+    yield changed(keyring, keys={"k1": ""})
+    yield from (changed(keyring, primary="k2"), changed(keyring, primary=["k1"]))
+    yield changed(keyring, format=2)
+
+
+def test_a_damaged_keyring_is_refused_without_showing_it(keyring: Path) -> None:
+    key = json.loads(keyring.read_text())["keys"]["k1"]
+    for damage in list(damages(keyring)):
+        keyring.write_bytes(damage if isinstance(damage, bytes) else damage.encode())
+        with pytest.raises(IntegrityError, match="is damaged: put its backup back") as caught:
+            FileKeyring(keyring)
+        assert key not in str(caught.value)
+
+
+def test_a_key_of_another_keyring_does_not_open(tmp_path: Path, keyring: Path) -> None:
+    """Two rings name their keys alike; the keys differ."""
+    other = FileKeyring.create(tmp_path / "other")
+    wrapped = FileKeyring(keyring).wrap(new_key(), CONTEXT)
+    with pytest.raises(IntegrityError):
+        other.unwrap(wrapped, CONTEXT)
+
+
+def test_a_key_in_another_place_does_not_open(keyring: Path) -> None:
+    ring = FileKeyring(keyring)
+    with pytest.raises(IntegrityError):
+        ring.unwrap(ring.wrap(new_key(), CONTEXT), b"artifact 8")
+
+
+def test_a_key_that_the_ring_does_not_have_is_named_with_those_it_has(keyring: Path) -> None:
+    ring = FileKeyring(keyring)
+    with pytest.raises(IntegrityError, match=r"needs key 'k9'.*has \['k1'\]"):
+        ring.unwrap({**ring.wrap(new_key(), CONTEXT), "key_id": "k9"}, CONTEXT)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {}, [], 5, {"key_id": "k1"}, {"wrapped": "AAAA"}, {"key_id": "k1", "wrapped": "A"},
+        {"key_id": "k1", "wrapped": "!!!!"}, {"key_id": "k1", "wrapped": 5},
+        {"key_id": "k1", "wrapped": ""}, {"key_id": ["k1"], "wrapped": "AAAA"},
+    ],
+)  # fmt: skip
+def test_a_damaged_wrapped_key_is_an_integrity_error(keyring: Path, wrong: Any) -> None:
+    with pytest.raises(IntegrityError):
+        FileKeyring(keyring).unwrap(wrong, CONTEXT)
+
+
+def test_a_keyring_never_prints_its_keys(keyring: Path) -> None:
+    ring = FileKeyring(keyring)
+    (key,) = keys_in(keyring)
+    for shown in (repr(ring), str(ring), f"{ring.wrap(new_key(), CONTEXT)}"):
+        assert base64.b64encode(key).decode() not in shown
+        assert repr(key) not in shown
+
+
+# --- the home directory ----------------------------------------------------------------------
+
+
+def test_a_new_home_is_open_to_its_owner_alone(tmp_path: Path, careless_umask: None) -> None:
+    home = tmp_path / "new" / "home"
+    assert create(home) is True
+    assert mode(home) == 0o700
+    assert {path.name: mode(path) for path in home.iterdir()} == {KEYRING: 0o600, DATABASE: 0o600}
+    FileKeyring(home / KEYRING)
+
+
+def test_an_existing_wide_directory_is_closed_when_it_becomes_a_home(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    create(tmp_path)
+    assert mode(tmp_path) == 0o700
+
+
+def test_a_second_create_returns_false_and_changes_nothing(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    create(home)
+    (home / DATABASE).write_bytes(b"runs")
+    before = {path.name: path.read_bytes() for path in home.iterdir()}
+    assert create(home) is False
+    assert {path.name: path.read_bytes() for path in home.iterdir()} == before
+
+
+@pytest.mark.parametrize(("lost", "left"), [(KEYRING, DATABASE), (DATABASE, KEYRING)])
+def test_half_a_home_is_refused_and_never_completed(tmp_path: Path, lost: str, left: str) -> None:
+    create(tmp_path / "home")
+    (tmp_path / "home" / lost).unlink()
+    with pytest.raises(StorageError, match=rf"holds {left} but no {lost}.*backup"):
+        create(tmp_path / "home")
+    assert [path.name for path in (tmp_path / "home").iterdir()] == [left]
+
+
+def test_a_home_that_cannot_be_made_is_a_typed_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="cannot make the home"):
+        create(tmp_path / "file" / "home")
+    with pytest.raises(StorageError, match="cannot make the home"):
+        create(tmp_path / "file")
