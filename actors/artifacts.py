@@ -17,7 +17,7 @@ from actors.registry import Registry
 from actors.state import WEIGHTS, from_files
 from actors.store import MANIFEST, ArtifactStore
 from tg_tinker.envelope import ALGORITHM, FORMAT_VERSION, context_of, seal, unseal
-from tg_tinker.errors import IntegrityError, InvalidRequestError
+from tg_tinker.errors import IntegrityError, InvalidRequestError, StorageError
 from tg_tinker.types import EncryptionInfo
 
 
@@ -32,6 +32,7 @@ def publish(
         ActorLostError: a newer actor owns the run; nothing is left of the artifact.
     """
     artifact_id = f"art-{int(time.time() * 1e3):011x}{secrets.token_hex(8)}"
+    key_id, provider = registry.key_info()
     key, wrapped = registry.new_data_key(tenant, artifact_id)
     sealed = {
         f"{name}.enc": seal(key, content, context_of(tenant, artifact_id, name))
@@ -47,7 +48,6 @@ def publish(
     except BaseException:
         store.delete(tenant, artifact_id)
         raise
-    key_id, provider = registry.key_info()
     return artifact_id, size, EncryptionInfo(ALGORITHM, key_id, provider, FORMAT_VERSION)
 
 
@@ -83,7 +83,12 @@ def delete(registry: Registry, store: str, tenant: str, artifact_id: str) -> Non
 def export_adapter(
     registry: Registry, store: str, tenant: str, artifact_id: str, target: Path
 ) -> None:
-    """Writes an adapter in clear, as the directory that `PeftModel.from_pretrained` reads."""
+    """Writes an adapter in clear, as the directory that `PeftModel.from_pretrained` reads.
+
+    Raises:
+        InvalidRequestError: the artifact holds all weights, not an adapter.
+        StorageError: the target's disk is full or refuses; no half-written adapter is left.
+    """
     files = fetch(registry, ArtifactStore(store), tenant, artifact_id)
     adapter_config = from_files(files).state.adapter_config
     if adapter_config is None:
@@ -91,9 +96,20 @@ def export_adapter(
             f"artifact {artifact_id} is of a full fine-tune, not an adapter; this version exports"
             " adapters only"
         )
-    target.mkdir(parents=True, exist_ok=True)
-    (target / WEIGHTS).write_bytes(files[WEIGHTS])
-    (target / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2))
+    outputs = {
+        WEIGHTS: files[WEIGHTS],
+        "adapter_config.json": json.dumps(adapter_config, indent=2).encode(),
+    }
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for name, content in outputs.items():
+            (target / name).write_bytes(content)
+    except OSError as error:
+        for name in outputs:
+            (target / name).unlink(missing_ok=True)
+        raise StorageError(
+            f"cannot export to {target} ({error.strerror}): choose another directory"
+        ) from None
 
 
 def _manifest(tenant: str, artifact_id: str, sealed: dict[str, bytes]) -> bytes:

@@ -20,6 +20,7 @@ def create(home: Path) -> bool:
     parts = [home / KEYRING, home / DATABASE]
     there = [part for part in parts if part.exists()]
     if len(there) == len(parts):
+        home.chmod(0o700)
         return False
     if there:
         missing = next(part for part in parts if part not in there)

@@ -1,8 +1,9 @@
-"""What every actor process of ours does: leave no core dump, and answer failures as values."""
+"""What each actor process of ours does: keep files to itself, and answer failures as values."""
 
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import traceback
 from collections.abc import Callable
@@ -12,8 +13,9 @@ from tg_tinker.errors import InternalError, TGTinkerError
 from tg_tinker.wire import Reply
 
 
-def forbid_core_dumps() -> None:
-    """A core file would hold weights, keys and texts in clear."""
+def harden() -> None:
+    """No core file, which would hold keys and texts in clear; new files for their owner only."""
+    os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.getLogger("transformers").setLevel(logging.ERROR)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from actors.process import forbid_core_dumps, reply_of
+from actors.process import harden, reply_of
 from actors.registry import Registry
 from tg_tinker.cluster import REGISTRY_NAME
 from tg_tinker.envelope import new_key, open_payload, seal_payload
@@ -22,7 +22,7 @@ class RegistryActor:
     """Answers one sealed call at a time."""
 
     def __init__(self, database: str, keyring: str) -> None:
-        forbid_core_dumps()
+        harden()
         self._key = new_key()
         self._opened = reply_of(lambda: Registry(database, Path(keyring)))
 

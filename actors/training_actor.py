@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.calls import Calls
-from actors.process import forbid_core_dumps, reply_of
+from actors.process import harden, reply_of
 from tg_tinker.cluster import ActorInfo, RemoteRegistry
 from tg_tinker.config import TrainingConfig
 from tg_tinker.envelope import open_payload, seal_payload
@@ -38,7 +38,7 @@ class TrainingActor:
         self, tenant: str, run_id: str, epoch: int, config: str, store: str, home: str,
         registry: Any,
     ) -> None:  # fmt: skip
-        forbid_core_dumps()
+        harden()
         self._registry = RemoteRegistry(registry)
         self._key = self._registry.key
         self._run_id, self._epoch = run_id, epoch

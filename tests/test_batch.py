@@ -329,3 +329,9 @@ def test_the_repr_of_batch_and_example_hides_contents() -> None:
 
 def test_a_batch_has_as_many_rows_as_it_says() -> None:
     assert len(BatchData(np.array(ROWS))) == 2
+
+
+def test_ids_past_int64_are_refused_not_wrapped() -> None:
+    for row in ([2**64 - 100] * 3, [2**63] * 3, [2**64] * 3):
+        with pytest.raises(InvalidRequestError, match="integers"):
+            normalise({"input_ids": [[1, 2, 3]], "labels": [row]})

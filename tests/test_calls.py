@@ -321,8 +321,8 @@ def test_requests_and_replies_never_print_what_they_carry() -> None:
 
 def test_an_actor_process_leaves_no_core_dump() -> None:
     program = (
-        "import resource; from actors.process import forbid_core_dumps;"
-        "forbid_core_dumps(); print(resource.getrlimit(resource.RLIMIT_CORE))"
+        "import resource; from actors.process import harden;"
+        "harden(); print(resource.getrlimit(resource.RLIMIT_CORE))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True

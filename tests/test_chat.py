@@ -20,7 +20,7 @@ ALTERNATING = (
 FORGETFUL = "{% set messages = messages[-2:] %}" + CHATML  # rewrites all earlier turns
 DROPPING = CHATML.replace(  # forgets answers once the user has spoken again
     "{{ m['content'] }}",
-    "{% if m['role'] == 'user' or loop.index >= messages|length - messages|length % 2 %}"
+    "{% if m['role'] == 'user' or loop.index >= messages|length + messages|length % 2 %}"
     "{{ m['content'] }}{% endif %}",
 )
 PLAIN = (  # does not begin with the token that a tokenizer puts before every text

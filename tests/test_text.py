@@ -117,8 +117,8 @@ def test_spaces_that_depend_on_the_tokens_before_are_kept() -> None:
         def decode(self, ids: list[int], **options: bool) -> str:
             return super().decode(ids).removeprefix(" ")
 
-    pieces = Spaced([" the", " cat", "s", " sat"])
-    assert list(streamed(pieces, [0, 1, 2, 3])) == ["the", " cat", "s", " sat", ""]
+    pieces = Spaced([" the", " cat", "s", "", "", " sat"])
+    assert list(streamed(pieces, range(6))) == ["the", " cat", "s", "", "", " sat", ""]
 
 
 # --- stop sequences --------------------------------------------------------------------------

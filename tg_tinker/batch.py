@@ -24,6 +24,8 @@ IGNORED = -100
 FIELDS = ("input_ids", "attention_mask", "labels", "example_ids")
 Row = npt.NDArray[np.int64]
 
+_LARGEST = np.uint64(2**63 - 1)
+
 
 class BatchData:
     """A training batch.
@@ -51,8 +53,10 @@ class BatchData:
 
     def __repr__(self) -> str:
         """Sizes only: a batch that lands in a log must not take its tokens along."""
-        rows = len(self.input_ids) if hasattr(self.input_ids, "__len__") else "?"
-        return f"BatchData({rows} rows, contents hidden)"
+        try:
+            return f"BatchData({len(self)} rows, contents hidden)"
+        except TypeError:
+            return "BatchData(? rows, contents hidden)"
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -170,6 +174,8 @@ def _row(index: int, row: Any, name: str) -> Row:
     except (ValueError, OverflowError):
         array = np.empty(0, dtype=object)
     whole = array.dtype.kind in "iub" or array.size == len(row) == 0
+    # Ids of 2^63 and more would wrap around: 2^64 - 100 would read as an ignored label.
+    whole = whole and not (array.dtype == np.uint64 and (array > _LARGEST).any())
     if array.ndim != 1 or not whole:
         raise InvalidRequestError(
             f"{name} of row {index} must hold integers, one per token",

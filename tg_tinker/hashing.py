@@ -42,6 +42,8 @@ def hash_examples(examples: Sequence[Example]) -> str:
 
 def resolve_batch_hash(examples: Sequence[Example], given: str | None) -> str:
     """The hash to report: the caller's own string, unless it claims to be ours and is not."""
+    if given is not None and not isinstance(given, str):
+        raise InvalidRequestError(f"batch_hash must be a string, got {type(given).__name__}")
     if given is not None and not given.startswith(_PREFIX):
         return given
     computed = hash_examples(examples)
