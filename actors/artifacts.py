@@ -75,9 +75,17 @@ def fetch(
 
 
 def delete(registry: Registry, store: str, tenant: str, artifact_id: str) -> None:
-    """Entry first, so that no copy of the files counts any more; then manifest, key, files."""
+    """Entry first, so that no copy of the files counts any more; then manifest, key, files.
+
+    Raises:
+        NotFoundError: unknown, deleted already, or in another store; nothing was deleted.
+        StorageError: the store refused: the artifact is gone, some of its files are not.
+    """
+    folder = ArtifactStore(store)
+    registry.artifact(tenant, artifact_id)
+    folder.read(tenant, artifact_id, MANIFEST)  # in another store its files would stay
     registry.delete_artifact(tenant, artifact_id)
-    ArtifactStore(store).delete(tenant, artifact_id)
+    folder.delete(tenant, artifact_id)
 
 
 def export_adapter(
@@ -101,7 +109,7 @@ def export_adapter(
         "adapter_config.json": json.dumps(adapter_config, indent=2).encode(),
     }
     try:
-        target.mkdir(parents=True, exist_ok=True)
+        target.mkdir(parents=True, exist_ok=True, mode=0o700)
         for name, content in outputs.items():
             (target / name).write_bytes(content)
     except OSError as error:

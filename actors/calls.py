@@ -13,7 +13,8 @@ from tg_tinker.wire import Reply, Request
 Check = Callable[[], None]
 Run = Callable[[Request, Check], Any]
 
-KEPT_REPLIES = 256
+KEPT_REPLIES = 2000
+"""More than the calls that may wait on a client: nothing pending is ever forgotten."""
 
 
 class Calls:
@@ -41,6 +42,7 @@ class Calls:
 
         reply = reply_of(admitted_work, request.request_id)
         _remember(self._replies, request.request_id, reply)
+        self._cancelled.pop(request.request_id, None)
         return reply
 
     def admit(self, request: Request) -> None:

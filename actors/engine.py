@@ -87,18 +87,18 @@ class Session:
             if train:
                 self._seed_dropout()
             total_loss, gradient = self._run(examples, train, check_cancelled)
+            weight = sum(example.num_labelled for example in examples)
+            # Hashed before it is added: `add` may keep and change the very tensors.
+            fingerprint = gradient_hash(gradient) if train else ""
+            if train:
+                self._window.add(GradientSum(gradient, weight, len(examples)))
         except BaseException:
             self._spoiled |= train
             raise
-        weight = sum(example.num_labelled for example in examples)
-        if train:
-            # Hashed before it is added: `add` may keep and change the very tensors.
-            fingerprint = gradient_hash(gradient)
-            self._window.add(GradientSum(gradient, weight, len(examples)))
         return ForwardBackwardResult(
             loss=total_loss / weight,
             batch_hash=digest,
-            gradient_hash=fingerprint if train else "",
+            gradient_hash=fingerprint,
             num_tokens=sum(len(example.input_ids) for example in examples),
             latency_ms=1e3 * (time.perf_counter() - started),
         )
@@ -135,10 +135,6 @@ class Session:
             dp_metrics=None,
             latency_ms=1e3 * (time.perf_counter() - started),
         )
-
-    def spoil(self) -> None:
-        """Marks the window: a `forward_backward` meant for it never ran."""
-        self._spoiled = True
 
     # --- state -------------------------------------------------------------------------------
 
@@ -178,12 +174,14 @@ class Session:
         """Summed loss over all streams and, in train mode, the summed gradient."""
         self.base.model.train(train)
         limit = MAX_STREAM_TOKENS if self.base.flat else 0
-        total = 0.0
+        total, gradient = 0.0, GradientSum.zero()
         try:
             for stream in flat_streams(examples, limit):
                 check_cancelled()
                 total += self._run_stream(stream, train)
-            return total, self._take_gradients() if train else {}
+                if train:  # summed in float32 here, not in a parameter's own dtype
+                    gradient.add(GradientSum(self._take_gradients()))
+            return total, gradient.tensors
         finally:
             self.base.model.eval()
             for parameter in self._parameters.values():

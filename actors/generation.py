@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from actors.model import Base
-from tg_tinker.errors import InvalidRequestError
+from tg_tinker.errors import InvalidRequestError, NonFiniteError
 from tg_tinker.sampling import SamplingParams
 
 
@@ -68,6 +68,8 @@ class LiveEngine:
         rows = [Completion(i, i // n) for i in range(n * len(prompts))]
         logits, batch = self._prefill(prompts, n)
         while rows:
+            if logits.isnan().any():
+                raise NonFiniteError("the model's output is not a number: load an earlier artifact")
             logprobs = torch.log_softmax(logits.float(), dim=-1)  # [R, V]
             scores = _penalised(logits.float(), rows, prompts, params)
             drawn = draw(scores, params, generator)  # [R]
@@ -85,7 +87,7 @@ class LiveEngine:
         row.logprobs.append(logprob)
         if token in self._base.eos_ids:
             row.finish_reason = "eos"
-        elif len(row.token_ids) == params.max_tokens:
+        elif len(row.token_ids) >= params.max_tokens:
             row.finish_reason = "length"
 
     def _check_context(self, prompts: Sequence[list[int]], params: SamplingParams) -> None:
@@ -113,7 +115,12 @@ class LiveEngine:
             use_cache=True,
             logits_to_keep=1,
         )
-        cache = output.past_key_values
+        cache: Any = getattr(output, "past_key_values", None)
+        if not hasattr(cache, "batch_select_indices"):
+            raise InvalidRequestError(
+                "this architecture keeps no key/value cache: it can be trained, not sampled; export"
+                " the adapter and generate with transformers"
+            )
         cache.batch_repeat_interleave(copies)
         mask = mask.repeat_interleave(copies, 0)
         return output.logits[:, -1].repeat_interleave(copies, 0), _Batch(cache, mask)
@@ -149,10 +156,11 @@ def draw(scores: torch.Tensor, params: SamplingParams, generator: torch.Generato
     """One token per row of scores [R, V]: int64 [R]; the most probable at temperature 0."""
     if params.temperature == 0:
         return scores.argmax(-1)
-    scores = scores / params.temperature
+    # The largest score becomes 0, so that no temperature, however small, overflows.
+    scores = (scores - scores.max(-1, keepdim=True).values) / max(params.temperature, 1e-30)
     if params.top_k is not None and params.top_k < scores.shape[-1]:
-        lowest = scores.topk(params.top_k).values[:, -1:]
-        scores = scores.masked_fill(scores < lowest, -torch.inf)
+        best = scores.topk(params.top_k)  # by index: equal scores must not add tokens
+        scores = torch.full_like(scores, -torch.inf).scatter(1, best.indices, best.values)
     if params.top_p < 1:
         scores = _nucleus(scores, params.top_p)
     probabilities = torch.softmax(scores, dim=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from actors.keys import FileKeyring
@@ -17,22 +18,32 @@ def create(home: Path) -> bool:
     Raises:
         StorageError: half a home: making the other half would hide that something was lost.
     """
-    parts = [home / KEYRING, home / DATABASE]
-    there = [part for part in parts if part.exists()]
-    if len(there) == len(parts):
-        home.chmod(0o700)
+    keyring, database = home / KEYRING, home / DATABASE
+    if keyring.exists() and database.exists():
         return False
-    if there:
-        missing = next(part for part in parts if part not in there)
+    # An empty database without a keyring is a home whose making was interrupted.
+    if keyring.exists() or (database.exists() and database.stat().st_size):
+        missing = database if keyring.exists() else keyring
         raise StorageError(
-            f"{home} holds {there[0].name} but no {missing.name}: put the backup back, or choose"
-            " another TG_TINKER_HOME"
+            f"{home} has lost its {missing.name}: put the backup back, or choose another"
+            " TG_TINKER_HOME"
         )
     try:
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        home.chmod(0o700)
-        FileKeyring.create(home / KEYRING)
-        os.close(os.open(home / DATABASE, os.O_CREAT | os.O_EXCL, 0o600))
+        _refuse_shared(home)
+        os.close(os.open(database, os.O_CREAT, 0o600))
+        FileKeyring.create(keyring)
+    except FileExistsError:
+        return False  # another process made the keyring at this very moment
     except OSError as error:
         raise StorageError(f"cannot make the home {home}: {error.strerror}") from None
     return True
+
+
+def _refuse_shared(home: Path) -> None:
+    mode = stat.S_IMODE(home.stat().st_mode)
+    if mode & 0o077:
+        raise StorageError(
+            f"{home} has mode {mode:04o}, others may look into it: chmod 700 it, or choose another"
+            " TG_TINKER_HOME"
+        )

@@ -13,10 +13,10 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -46,15 +46,16 @@ AttentionMaskInterface.register(attention.NAME, attention.padding_only(sdpa_mask
 transformers.utils.logging.disable_progress_bar()
 
 _CACHE_VERSION = 1
+_STALE_S = 86_400  # a conversion older than a day was killed
 _WEIGHTS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
 
 @dataclass(repr=False)
 class Base:
-    """Frozen weights of a language model, shareable by sessions of one process.
+    """A language model as one session trains it; its file's pages are shared between processes.
 
     Attributes:
-        digest: `sha256:` over the weight files as loaded.
+        digest: `sha256:` over the weight files as loaded and what of config.json shapes them.
         flat: several examples may share a stream; found by a probe, see `_rows_are_separate`.
     """
 
@@ -210,7 +211,7 @@ def _prepare(model_ref: str, dtype: torch.dtype, cache: Path, progress: Progress
     if source.is_dir() and _stored_dtypes(source) <= {dtype}:
         return source
     progress("hashing the model file")
-    identity = _file_digest(source) if source.is_file() else _digest(source).removeprefix("sha256:")
+    identity = _file_digest(source) if source.is_file() else _folder_digest(source)
     name = str(dtype).removeprefix("torch.")
     target = cache / f"v{_CACHE_VERSION}-{identity[:32]}-{name}"
     if not target.exists():
@@ -226,17 +227,17 @@ def _explained(model_ref: str) -> Iterator[None]:
         yield
     except TGTinkerError:
         raise
+    except (MemoryError, torch.OutOfMemoryError):
+        raise InvalidRequestError(
+            f"model_ref {model_ref!r} does not fit into this node's memory: take a smaller model, a"
+            " smaller dtype, or a larger node"
+        ) from None
     except ImportError as error:
         raise InvalidRequestError(
             f"model_ref {model_ref!r} needs the package {error.name!r}: pip install"
             f" {error.name or 'tg-tinker[demo]'}"
         ) from None
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG):
-            raise StorageError(
-                "no room for the converted model in the home directory: free some, or point"
-                " TG_TINKER_HOME elsewhere"
-            ) from None
         raise InvalidRequestError(
             f"model_ref {model_ref!r} cannot be loaded ({type(error).__name__}): its files are"
             " damaged, or transformers does not know it as a causal language model"
@@ -287,6 +288,9 @@ def _stored_dtypes(directory: Path) -> set[torch.dtype]:
 def _convert(source: Path, dtype: torch.dtype, target: Path) -> None:
     """Writes `target` whole or not at all: a directory of another name, renamed at the end."""
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for stale in target.parent.glob(".converting-*"):
+        if time.time() - stale.stat().st_mtime > _STALE_S:
+            shutil.rmtree(stale, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
     try:
         if source.is_file():
@@ -298,8 +302,16 @@ def _convert(source: Path, dtype: torch.dtype, target: Path) -> None:
         else:
             folder, options, tokenizer_options = source, {}, {}
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-        model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(folder, **tokenizer_options).save_pretrained(partial)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **tokenizer_options)
+        try:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+        except (OSError, SafetensorError):
+            raise StorageError(
+                f"the converted model could not be written to {target.parent}: free some space, or"
+                " point TG_TINKER_HOME elsewhere"
+            ) from None
+        os.sync()  # its bytes before its name, should the power fail
         try:
             partial.rename(target)
         except OSError:
@@ -324,10 +336,21 @@ def _from_directory(directory: Path, dtype: torch.dtype, implementation: str | N
 
 
 def _digest(directory: Path) -> str:
-    whole = hashlib.sha256()
+    """Identity of a base model: its weights, and its config without what names or dates it."""
+    config = json.loads((directory / "config.json").read_text())
+    for volatile in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):
+        config.pop(volatile, None)
+    whole = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for file in sorted(directory.glob("*.safetensors")):
         whole.update(f"{file.name} {_file_digest(file)}\n".encode())
     return "sha256:" + whole.hexdigest()
+
+
+def _folder_digest(directory: Path) -> str:
+    """Identity of all that a conversion reads: weights, configs, tokenizer, chat template."""
+    files = sorted(file for pattern in _WEIGHTS for file in directory.glob(pattern))
+    lines = "".join(f"{file.name} {_file_digest(file)}\n" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _file_digest(file: Path) -> str:

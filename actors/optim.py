@@ -66,10 +66,12 @@ class Optimizer:
             group.update({name: number for name, number in numbers.items() if name in known})
         for name, parameter in self._parameters.items():
             parameter.grad = gradient.tensors[name].to(parameter.dtype)
-        if max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), max_grad_norm, norm)
-        self._torch.step()
-        self._torch.zero_grad(set_to_none=True)
+        try:
+            if max_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), max_grad_norm, norm)
+            self._torch.step()
+        finally:
+            self._torch.zero_grad(set_to_none=True)
         return float(norm)
 
     def state(self) -> Tensors:

@@ -64,6 +64,7 @@ class Registry:
     def __init__(self, database: str, keyring: Path) -> None:
         self._keyring = FileKeyring(keyring)
         self._engine = sa.create_engine(database, hide_parameters=True)
+        self._reader = self._engine.execution_options(reading=True)
         if self._engine.dialect.name == "sqlite":
             _make_sqlite_durable(self._engine, database)
         with _typed_refusal():
@@ -100,13 +101,16 @@ class Registry:
                 .values(step=step, status=status)
             )
 
-    def finish(self, run_id: str, status: str) -> None:
-        """Ends a run as `completed` or `failed`; its last actor can note nothing more."""
+    def finish(self, run_id: str, epoch: int, status: str) -> None:
+        """Ends a run as `completed` or `failed`; its last actor can note nothing more.
+
+        Nothing happens to a run that a newer actor has taken over since.
+        """
         with self._change() as tx:
             tx.execute(
                 _runs.update()
-                .where(_runs.c.id == run_id)
-                .values(status=status, epoch=_runs.c.epoch + 1)
+                .where(_runs.c.id == run_id, _runs.c.epoch == epoch)
+                .values(status=status, epoch=epoch + 1)
             )
 
     def run(self, tenant: str, run_id: str) -> tuple[TrainingClientInfo, str]:
@@ -115,7 +119,7 @@ class Registry:
         Raises:
             NotFoundError: this tenant has no such run.
         """
-        with _typed_refusal(), self._engine.connect() as connection:
+        with _typed_refusal(), self._reader.connect() as connection:
             row = connection.execute(
                 sa.select(_runs).where(_runs.c.id == run_id, _runs.c.tenant == tenant)
             ).one_or_none()
@@ -128,7 +132,7 @@ class Registry:
     def runs(self, tenant: str) -> list[TrainingClientInfo]:
         """All runs of a tenant, oldest first."""
         query = sa.select(_runs).where(_runs.c.tenant == tenant).order_by(_runs.c.created_at)
-        with _typed_refusal(), self._engine.connect() as connection:
+        with _typed_refusal(), self._reader.connect() as connection:
             return [self._run_info(connection, row) for row in connection.execute(query)]
 
     def _run_info(self, connection: sa.Connection, row: Any) -> TrainingClientInfo:
@@ -196,7 +200,7 @@ class Registry:
             .where(_artifacts.c.tenant == tenant, _artifacts.c.deleted_at.is_(None))
             .order_by(_artifacts.c.created_at)
         )
-        with _typed_refusal(), self._engine.connect() as connection:
+        with _typed_refusal(), self._reader.connect() as connection:
             return [_artifact_info(row) for row in connection.execute(query)]
 
     def delete_artifact(self, tenant: str, artifact_id: str) -> None:
@@ -215,7 +219,7 @@ class Registry:
             _artifacts.c.tenant == tenant,
             _artifacts.c.deleted_at.is_(None),
         )
-        with _typed_refusal(), self._engine.connect() as connection:
+        with _typed_refusal(), self._reader.connect() as connection:
             row = connection.execute(query).one_or_none()
         if row is None:
             raise NotFoundError(f"no artifact {artifact_id!r}: service.list_artifacts() names them")
@@ -296,4 +300,5 @@ def _make_sqlite_durable(engine: sa.Engine, database: str) -> None:
 
     @sa.event.listens_for(engine, "begin")
     def _begun(connection: sa.Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        reading = connection.get_execution_options().get("reading", False)
+        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")

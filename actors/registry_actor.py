@@ -24,7 +24,8 @@ class RegistryActor:
     def __init__(self, database: str, keyring: str) -> None:
         harden()
         self._key = new_key()
-        self._opened = reply_of(lambda: Registry(database, Path(keyring)))
+        self._places = (database, Path(keyring))
+        self._registry: Registry | None = None
 
     def transport_key(self) -> bytes:
         return self._key
@@ -35,10 +36,11 @@ class RegistryActor:
         return seal_payload(self._key, reply_of(lambda: self._method(name)(*arguments)))
 
     def _method(self, name: str) -> Any:
-        registry = self._opened.unwrap()
+        if self._registry is None:  # here, so that a mended keyring or disk is seen
+            self._registry = Registry(*self._places)
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(registry, name)
+        return getattr(self._registry, name)
 
 
 def start(namespace: str, database: str, keyring: str) -> Any:

@@ -41,6 +41,7 @@ class ArtifactStore:
                 _write(folder / name, content)
             _write(key_file, key)
             _write(folder / MANIFEST, manifest)
+            _sync_directory(folder.parent)
         except OSError as error:
             self.delete(tenant, artifact_id)
             raise StorageError(
@@ -58,9 +59,15 @@ class ArtifactStore:
     def delete(self, tenant: str, artifact_id: str) -> None:
         """Manifest first, so that it stops existing; then the key, then the data."""
         folder = self._folder(tenant, artifact_id)
-        (folder / MANIFEST).unlink(missing_ok=True)
-        self._key_file(tenant, artifact_id).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            (folder / MANIFEST).unlink(missing_ok=True)
+            self._key_file(tenant, artifact_id).unlink(missing_ok=True)
+            if folder.exists():
+                shutil.rmtree(folder)
+        except OSError as error:
+            raise StorageError(
+                f"the store kept files of {artifact_id} ({error.strerror}): remove {folder} by hand"
+            ) from None
 
     def _folder(self, tenant: str, artifact_id: str) -> Path:
         return self._root / "t" / tenant / "a" / artifact_id
@@ -91,7 +98,12 @@ def _write(path: Path, content: bytes) -> None:
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
-    descriptor = os.open(path.parent, os.O_RDONLY)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    """Makes new names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

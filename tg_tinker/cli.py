@@ -91,7 +91,7 @@ def demo(
             " ({prompt, completion}); Python's own documentation if left out."
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer step to train up to.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer step to train up to.")] = 50,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="Peak rate of AdamW.")] = 1e-3,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA adapter.")] = 16,

@@ -109,9 +109,15 @@ class Cluster:
             actor = provided("training")(
                 self.namespace, num_cpus=num_cpus, num_gpus=num_gpus, **arguments
             )
-            placed, _ = _ray().wait([actor.ready.remote()], timeout=self.placement_timeout_s)
+        placed = False
+        try:
+            with _translated():
+                ready = [actor.ready.remote()]
+                placed = bool(_ray().wait(ready, timeout=self.placement_timeout_s)[0])
+        finally:
+            if not placed:  # also after Ctrl-C: a waiting actor would take the next free place
+                self.kill(actor)
         if not placed:
-            self.kill(actor)
             raise PlacementError(
                 f"no node had {num_cpus:g} CPUs and {num_gpus:g} GPUs free within"
                 f" {self.placement_timeout_s:g} s. Held now: {self._holders()}. Close a client or"
@@ -158,7 +164,13 @@ class RemoteRegistry:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
-            sealed = fetch_now(self._send(name, arguments))
+            try:
+                sealed = fetch_now(self._send(name, arguments))
+            except ActorLostError:
+                raise ClusterUnavailableError(
+                    "the registry's actor is gone: close this ServiceClient and open a new one;"
+                    " runs and artifacts are in its database, not in the actor"
+                ) from None
             return open_payload(self.key, sealed).unwrap()
 
         return call
@@ -202,7 +214,7 @@ class TrainingLink:
         """
         try:
             sealed = fetch_now(ref, timeout)
-        except ActorLostError:
+        except (ActorLostError, ClusterUnavailableError):
             sealed = self._stored(request_id)
             if sealed is None:
                 raise
@@ -210,11 +222,14 @@ class TrainingLink:
         return reply
 
     def stream(self, request: Request) -> Iterator[Any]:
-        """Values of a streamed call; leaving the loop early cancels the rest."""
+        """Sends a streamed call now; its values, of which leaving the loop early drops the rest."""
         with _translated():
             refs = self.actor.stream.options(num_returns="streaming").remote(
                 seal_payload(self._key, request)
             )
+        return self._values(refs, request)
+
+    def _values(self, refs: Any, request: Request) -> Iterator[Any]:
         finished = False
         try:
             while True:
@@ -263,7 +278,7 @@ class TrainingLink:
     def _stored(self, request_id: str) -> bytes | None:
         try:
             sealed: bytes | None = fetch_now(self.actor.stored.remote(request_id), 30)
-        except (ActorLostError, FutureTimeoutError):
+        except (ActorLostError, ClusterUnavailableError, FutureTimeoutError):
             return None
         return sealed
 
@@ -292,7 +307,7 @@ def _translated() -> Iterator[None]:
             "the actor of this client is gone (killed, out of memory, or its node was lost):"
             " service.get_training_client(id) brings the run back from its last artifact"
         ) from None
-    except (errors.RayError, ConnectionError) as error:
+    except (errors.RayError, ConnectionError, RuntimeError) as error:
         raise ClusterUnavailableError(
             f"the Ray cluster does not answer ({type(error).__name__}): check `ray status`, then"
             " open a new ServiceClient"
@@ -302,6 +317,8 @@ def _translated() -> Iterator[None]:
 def _ray() -> Any:
     # Usage statistics are off before Ray is first imported: no telemetry leaves.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A handle asked after its service closed must fail, not start a cluster of Ray's own choice.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     import ray
 
     return ray
@@ -316,7 +333,7 @@ def _connect(address: str | None) -> bool:
     target = address or os.environ.get("RAY_ADDRESS") or _running_cluster()
     quiet = {"configure_logging": False, "log_to_driver": False, "logging_level": logging.ERROR}
     if target is None or target == "local":
-        with _quiet_stderr():
+        with _quiet_stderr(), _translated():
             _ray().init(
                 address="local", include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES, **quiet,
@@ -341,6 +358,9 @@ def _connect(address: str | None) -> bool:
 def _running_cluster() -> str | None:
     """The cluster that `ray start` left running on this machine. Embedded ones write no file."""
     try:
+        # Anyone may write into the shared temporary directory: trust this user's file only.
+        if _STARTED_BY_RAY_START.stat().st_uid != os.getuid():
+            return None
         address = _STARTED_BY_RAY_START.read_text().strip()
     except OSError:
         return None

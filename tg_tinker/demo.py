@@ -62,7 +62,7 @@ class DemoOptions:
 
     model: str | None = None
     data: Path | None = None
-    steps: int = 60
+    steps: int = 50
     batch_size: int = 8
     learning_rate: float = 1e-3
     rank: int = 16

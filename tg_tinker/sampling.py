@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import NoneType
 
 from tg_tinker.errors import InvalidRequestError
 
@@ -17,7 +18,8 @@ class SamplingParams:
         temperature: >= 0; 0 is greedy.
         top_p: in (0, 1]; the smallest set of tokens with at least this probability.
         top_k: None or >= 1; the k most probable tokens.
-        stop_sequences: texts that end a completion; they are not part of it.
+        stop_sequences: texts that end a completion; they are not part of it. They are matched in
+            the visible text, which special tokens are not part of.
         num_completions: completions per prompt, >= 1.
         repetition_penalty: > 0; divides positive and multiplies negative logits of tokens in
             prompt or completion (CTRL, arXiv:1909.05858).
@@ -36,6 +38,13 @@ class SamplingParams:
     frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_k", "num_completions"):
+            if not isinstance(getattr(self, name), int | (NoneType if name == "top_k" else int)):
+                raise InvalidRequestError(f"{name} must be a whole number")
+        for name in ("temperature", "top_p", "repetition_penalty", "presence_penalty",
+                     "frequency_penalty"):  # fmt: skip
+            if not isinstance(getattr(self, name), int | float):
+                raise InvalidRequestError(f"{name} must be a number")
         top_k = 1 if self.top_k is None else self.top_k
         bounds = (
             ("max_tokens", self.max_tokens, self.max_tokens >= 1, ">= 1"),
@@ -58,6 +67,14 @@ class SamplingParams:
                 )
         if any(not stop for stop in self.stop_sequences):
             raise InvalidRequestError("stop_sequences holds an empty string: leave it out")
+
+
+def as_stops(stop_sequences: list[str] | None) -> tuple[str, ...]:
+    """Stop sequences as `SamplingParams` holds them; a bare string is not a list of letters."""
+    stops = () if stop_sequences is None else stop_sequences
+    if not isinstance(stops, list | tuple) or any(not isinstance(stop, str) for stop in stops):
+        raise InvalidRequestError("stop_sequences must be a list of strings")
+    return tuple(stops)
 
 
 def check_prompts(prompts: str | list[str]) -> list[str]:

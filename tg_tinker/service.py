@@ -6,6 +6,7 @@ with ServiceClient() as service:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -101,11 +102,16 @@ class ServiceClient:
             PlacementError: no room on the cluster.
         """
         _refuse_private(config)
+        if Path(config.model_ref).exists():  # actors work in directories of their own
+            absolute = str(Path(config.model_ref).absolute())
+            config = config.model_copy(update={"model_ref": absolute})
         run_id = self._registry.create_run(self._tenant, config.model_dump_json())
         try:
             return self._open(run_id, config, progress)[0]
         except BaseException:
-            self._registry.finish(run_id, "failed")
+            self._registry.finish(
+                run_id, self._registry.run(self._tenant, run_id)[0].epoch, "failed"
+            )
             raise
 
     def get_training_client(
@@ -232,12 +238,16 @@ class ServiceClient:
             model=model,
             epoch=epoch,
             describe=lambda: self._registry.run(self._tenant, run_id)[0],
-            finish=partial(self._finish, run_id, link),
+            finish=partial(self._finish, run_id, epoch, link),
         )
 
-    def _finish(self, run_id: str, link: TrainingLink) -> None:
-        self._registry.finish(run_id, "completed")
-        self._cluster.kill(link.actor)
+    def _finish(self, run_id: str, epoch: int, link: TrainingLink) -> None:
+        try:
+            with contextlib.suppress(ActorLostError):
+                self._registry.record(run_id, epoch, link.info().step, "completed")
+            self._registry.finish(run_id, epoch, "completed")
+        finally:
+            self._cluster.kill(link.actor)
 
     def _resources(self, wanted: ResourceConfig) -> ResourceConfig:
         """The defaults of `ResourceConfig` made explicit for this cluster."""

@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from tg_tinker.batch import BatchData, check_bounds, normalise
 from tg_tinker.cluster import TrainingLink
@@ -22,7 +22,7 @@ from tg_tinker.errors import (
 )
 from tg_tinker.future import FutureHandle
 from tg_tinker.hashing import resolve_batch_hash
-from tg_tinker.sampling import SamplingParams, check_prompts
+from tg_tinker.sampling import SamplingParams, as_stops, check_prompts
 from tg_tinker.text import load_tokenizer
 from tg_tinker.types import (
     ForwardBackwardResult,
@@ -35,6 +35,8 @@ from tg_tinker.types import (
     TrainingClientInfo,
 )
 from tg_tinker.wire import Request
+
+_Sent = TypeVar("_Sent")
 
 MAX_QUEUED = 1000
 """Calls of one client that may wait on its actor."""
@@ -81,7 +83,7 @@ class TrainingClient:
     @property
     def step(self) -> int:
         """Optimizer steps completed; does not wait behind queued calls."""
-        return self.info().step
+        return self.info().step if self._closed else self._link.info().step
 
     @property
     def config(self) -> TrainingConfig:
@@ -105,10 +107,12 @@ class TrainingClient:
         if not self._closed:
             try:
                 actor = self._link.info()
-                queued = len(self._still_pending())
+                with self._lock:
+                    queued = len(self._still_pending())
                 values |= {"step": actor.step, "status": actor.status, "queued": queued}
             except (ActorLostError, ClusterUnavailableError):
-                values |= {"status": "failed"}
+                # Another client of this run may have closed it: then it ended well.
+                values |= {"status": "failed"} if known.status == "active" else {}
         return TrainingClientInfo(**values)
 
     # --- training ----------------------------------------------------------------------------
@@ -177,7 +181,7 @@ class TrainingClient:
         See `SamplingParams` for the parameters and their ranges.
         """
         params = SamplingParams(
-            max_tokens, temperature, top_p, top_k, tuple(stop_sequences or ()), num_completions,
+            max_tokens, temperature, top_p, top_k, as_stops(stop_sequences), num_completions,
             repetition_penalty, presence_penalty, frequency_penalty,
         )  # fmt: skip
         handle: FutureHandle[SampleResult] = self._submit(
@@ -199,7 +203,7 @@ class TrainingClient:
         """
         if not isinstance(prompts, str):
             raise InvalidRequestError("sample_stream takes one prompt, a string")
-        stops = tuple(kwargs.pop("stop_sequences", None) or ())
+        stops = as_stops(kwargs.pop("stop_sequences", None))
         try:
             params = SamplingParams(max_tokens, temperature, stop_sequences=stops, **kwargs)
         except TypeError:
@@ -208,8 +212,8 @@ class TrainingClient:
                 f"sample_stream got unknown parameters among {sorted(kwargs)}; known: {known}"
             ) from None
         with self._lock:
-            request = self._next_request("sample_stream", prompts=[prompts], params=params)
-            return self._link.stream(request)
+            arguments = {"prompts": [prompts], "params": params}
+            return self._send(self._link.stream, "sample_stream", arguments)[0]
 
     # --- checkpoints -------------------------------------------------------------------------
 
@@ -255,8 +259,8 @@ class TrainingClient:
     def close(self) -> None:
         """Ends the run and frees its resources; saved artifacts stay. Safe to repeat."""
         if not self._closed:
-            self._closed = True
             self._finish()
+            self._closed = True
 
     def __enter__(self) -> Self:
         return self
@@ -291,10 +295,22 @@ class TrainingClient:
                     f"{MAX_QUEUED} calls are waiting on this client: take the results of earlier"
                     " ones first"
                 )
-            request = self._next_request(operation, **arguments)
-            ref = self._link.send(request)
+            ref, request = self._send(self._link.send, operation, arguments)
             self._outstanding.append(ref)
         return FutureHandle(self._link, ref, request.request_id, self._id, operation)
+
+    def _send(
+        self, send: Callable[[Request], _Sent], operation: str, arguments: dict[str, Any]
+    ) -> tuple[_Sent, Request]:
+        """Numbers and sends one call. Call it with the lock held."""
+        request = self._next_request(operation, **arguments)
+        try:
+            return send(request), request
+        except BaseException:
+            # Whether it went out is unknown: later calls start a numbering of their own, since
+            # the actor would wait for ever for a number that never arrives.
+            self._handle, self._sequence = secrets.token_hex(8), 0
+            raise
 
     def _next_request(self, operation: str, **arguments: Any) -> Request:
         if self._closed:
