@@ -32,11 +32,14 @@ def create(home: Path) -> bool:
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
         _refuse_shared(home)
         os.close(os.open(database, os.O_CREAT, 0o600))
-        FileKeyring.create(keyring)
-    except FileExistsError:
-        return False  # another process made the keyring at this very moment
     except OSError as error:
         raise StorageError(f"cannot make the home {home}: {error.strerror}") from None
+    try:
+        FileKeyring.create(keyring)
+    except FileExistsError:
+        return False  # another process was first, at this very moment
+    except OSError as error:
+        raise StorageError(f"cannot write {keyring}: {error.strerror}") from None
     return True
 
 

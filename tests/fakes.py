@@ -136,6 +136,10 @@ class FakeTrainingClient(TrainingClient):
         self.sent: list[FakeHandle[Any]] = []
         self.most_queued = 0
 
+    @property
+    def step(self) -> int:
+        return self._step
+
     def info(self) -> TrainingClientInfo:
         status = "completed" if self._closed else "active"
         ref = self._config.model_ref

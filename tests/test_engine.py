@@ -61,7 +61,8 @@ def test_loss_is_the_token_weighted_mean_over_labelled_tokens(tiny_model: Path) 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_how_a_batch_is_split_into_calls_changes_nothing(tiny_model: Path, size: int) -> None:
     one, many = session(tiny_model), session(tiny_model)
-    rows = [e for e in examples() if e.num_labelled]
+    rows = [*(e for e in examples() if e.num_labelled), examples()[0]]
+    assert len(rows) == 8
     one.forward_backward(rows)
     for start in range(0, len(rows), size):
         many.forward_backward(rows[start : start + size])

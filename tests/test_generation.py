@@ -107,6 +107,13 @@ def test_top_p_keeps_the_smallest_sufficient_set() -> None:
 def test_top_k_keeps_k_tokens() -> None:
     found = draws([1.0, 3.0, 2.0, 0.0], SamplingParams(top_k=2))
     assert (found > 0).tolist() == [False, True, True, False]
+    ties = draws([1.0, 1.0, 1.0], SamplingParams(top_k=1))
+    assert int((ties > 0).sum()) == 1
+
+
+def test_the_smallest_temperature_is_greedy_not_nan() -> None:
+    found = draws([1.0, 3.0, 2.0], SamplingParams(temperature=1e-45), count=10)
+    assert found.tolist() == [0, 1, 0]
 
 
 def test_top_p_is_applied_to_what_top_k_left() -> None:

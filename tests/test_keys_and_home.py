@@ -182,10 +182,24 @@ def test_a_new_home_is_open_to_its_owner_alone(tmp_path: Path, careless_umask: N
     FileKeyring(home / KEYRING)
 
 
-def test_an_existing_wide_directory_is_closed_when_it_becomes_a_home(tmp_path: Path) -> None:
+def test_an_existing_directory_that_others_may_read_is_refused_and_left_as_it_is(
+    tmp_path: Path,
+) -> None:
     tmp_path.chmod(0o755)
-    create(tmp_path)
-    assert mode(tmp_path) == 0o700
+    with pytest.raises(StorageError, match=r"0755.*chmod 700"):
+        create(tmp_path)
+    assert mode(tmp_path) == 0o755
+    assert list(tmp_path.iterdir()) == []
+    tmp_path.chmod(0o700)
+    assert create(tmp_path)
+
+
+def test_a_home_whose_making_was_interrupted_is_completed(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    (home / DATABASE).touch()
+    assert create(home)
+    assert FileKeyring(home / KEYRING).primary
 
 
 def test_a_second_create_returns_false_and_changes_nothing(tmp_path: Path) -> None:
@@ -200,8 +214,9 @@ def test_a_second_create_returns_false_and_changes_nothing(tmp_path: Path) -> No
 @pytest.mark.parametrize(("lost", "left"), [(KEYRING, DATABASE), (DATABASE, KEYRING)])
 def test_half_a_home_is_refused_and_never_completed(tmp_path: Path, lost: str, left: str) -> None:
     create(tmp_path / "home")
+    (tmp_path / "home" / DATABASE).write_bytes(b"runs")
     (tmp_path / "home" / lost).unlink()
-    with pytest.raises(StorageError, match=rf"holds {left} but no {lost}.*backup"):
+    with pytest.raises(StorageError, match=rf"lost its {lost}.*backup"):
         create(tmp_path / "home")
     assert [path.name for path in (tmp_path / "home").iterdir()] == [left]
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import resource
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import assert_close, examples, oracle_gradients, padded, session, window
 
+from actors.generation import LiveEngine
 from actors.model import Base
-from tg_tinker import InvalidRequestError, LoRAConfig, NotFoundError
+from tg_tinker import InvalidRequestError, LoRAConfig, NotFoundError, StorageError
 from tg_tinker.batch import normalise
+from tg_tinker.sampling import SamplingParams
 
 
 def files(directory: Path) -> list[str]:
@@ -39,6 +44,35 @@ def test_other_dtypes_are_converted_once_into_the_cache(tiny_model: Path, tmp_pa
     assert not any("convert" in message for message in said)
     assert (first.digest, len(files(cache))) == (second.digest, 1)
     assert first.tokenizer_files()["tokenizer.json"]
+
+
+def test_the_cache_knows_a_model_by_all_its_files(tiny_model: Path, tmp_path: Path) -> None:
+    edited = tmp_path / "edited"
+    shutil.copytree(tiny_model, edited)
+    (edited / "chat_template.jinja").write_text("another template")
+    config = json.loads((edited / "config.json").read_text())
+    (edited / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    cache = tmp_path / "cache"
+    first = Base.load(str(tiny_model), cache=cache, dtype="bfloat16")
+    second = Base.load(str(edited), cache=cache, dtype="bfloat16")
+    assert (first.context_length, second.context_length) == (128, 64)
+    assert second.tokenizer_files()["chat_template.jinja"] == b"another template"
+    assert first.digest != second.digest
+
+
+def test_a_full_disk_while_converting_is_named_and_leaves_nothing(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="free some space"):
+            Base.load(str(tiny_model), cache=tmp_path / "cache", dtype="bfloat16")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert files(tmp_path / "cache") == []
 
 
 def test_a_conversion_that_fails_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:
@@ -154,3 +188,5 @@ def test_recurrent_models_are_found_to_mix_rows_and_still_train(tmp_path: Path) 
     assert both == pytest.approx(each, rel=1e-5)
     s.forward_backward([a, b])
     assert s.optim_step().step == 1
+    with pytest.raises(InvalidRequestError, match="trained, not sampled"):
+        next(LiveEngine(s.base).generate([[1, 2]], SamplingParams()))

@@ -115,12 +115,22 @@ def test_a_record_of_an_old_epoch_is_ignored(registry: Registry, run: str) -> No
 
 def test_a_finished_run_hears_its_last_actor_no_more(registry: Registry, run: str) -> None:
     epoch = registry.claim(run)
-    registry.finish(run, "completed")
+    registry.finish(run, epoch, "completed")
     registry.record(run, epoch, 9, "active")
     info = registry.run(US, run)[0]
     assert (info.step, info.status) == (0, "completed")
     with pytest.raises(ActorLostError):
         publish(registry, run, epoch=epoch)
+
+
+def test_a_stale_client_that_closes_does_not_touch_the_newer_actor(
+    registry: Registry, run: str
+) -> None:
+    stale, newer = registry.claim(run), registry.claim(run)
+    registry.finish(run, stale, "completed")
+    registry.record(run, newer, 7, "active")
+    assert (registry.run(US, run)[0].status, registry.run(US, run)[0].step) == ("active", 7)
+    publish(registry, run, epoch=newer)
 
 
 # --- artifacts -------------------------------------------------------------------------------

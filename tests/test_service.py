@@ -387,6 +387,57 @@ def test_leaving_a_stream_early_frees_the_actor(tc: TrainingClient) -> None:
     clean_window(tc)
 
 
+def test_a_stream_has_its_place_in_the_order_when_it_is_made(tc: TrainingClient) -> None:
+    clean_window(tc)
+    before = tc.step
+    stream = tc.sample_stream("abc", max_tokens=5, temperature=0)
+    tc.forward_backward(BATCH)
+    assert tc.optim_step().result(timeout=60).step == before + 1
+    assert {chunk.weights_version for chunk in stream} == {f"{tc.id}@{before}"}
+    tc.sample_stream("abc", max_tokens=5)  # made and never read
+    assert tc.sample("abc", max_tokens=2).total_tokens
+
+
+def test_a_call_that_could_not_be_sent_does_not_block_later_ones(tc: TrainingClient) -> None:
+    clean_window(tc)
+
+    def interrupted(request: Request) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), tc._lock:
+        tc._send(interrupted, "save_state", {})
+    tc.forward_backward(BATCH)
+    assert tc.optim_step().exception(timeout=60) is None
+
+
+def test_hundreds_of_cancelled_calls_all_stay_cancelled(tc: TrainingClient) -> None:
+    clean_window(tc)
+    running = tc.forward_backward(LONG)
+    handles = [tc.forward_backward(BATCH) for _ in range(400)]
+    assert all(handle.cancel() for handle in reversed(handles))
+    assert {handle.exception().code for handle in handles} == {"cancelled"}
+    assert running.result().num_tokens
+    clean_window(tc)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_tokens": 5.5}, "max_tokens"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"stop_sequences": "END"}, "list of strings"),
+    ],
+)
+def test_sampling_parameters_of_the_wrong_type_are_named(
+    tc: TrainingClient, arguments: dict, message: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        tc.sample("ab", **arguments)
+    with pytest.raises(InvalidRequestError, match=message):
+        tc.sample_stream("ab", **arguments)
+
+
 # --- artifacts --------------------------------------------------------------------------------
 
 
@@ -425,6 +476,18 @@ def test_saving_leaves_the_live_window_alone(tc: TrainingClient) -> None:
 def test_metadata_that_json_cannot_hold_is_refused(tc: TrainingClient) -> None:
     with pytest.raises(InvalidRequestError, match="JSON"):
         tc.save_state(metadata={"x": object()})
+
+
+def test_deleting_through_another_store_deletes_nothing(
+    tc: TrainingClient, service: ServiceClient, tmp_path: Path
+) -> None:
+    saved = tc.save_state().artifact_id
+    with (
+        ServiceClient(address="local", store=tmp_path) as elsewhere,
+        pytest.raises(NotFoundError, match="not in the store"),
+    ):
+        elsewhere.delete_artifact(saved)
+    assert service.get_artifact(saved).artifact_id == saved
 
 
 def test_unknown_deleted_and_foreign_artifacts_are_not_found(
@@ -596,8 +659,9 @@ def test_a_killed_actor_fails_typed_and_the_run_comes_back(
         assert again.step == 1
         again.forward_backward(BATCH)
         assert again.optim_step().result().step == 2
-    with pytest.raises(ActorLostError):
-        tc.forward_backward(BATCH).result(timeout=60)
+        tc.close()  # the stale client: the run belongs to `again`
+        again.save_state()
+        assert again.status == "active"
 
 
 def test_a_lost_run_without_artifact_says_so(service: ServiceClient, tiny_model: Path) -> None:
