@@ -198,3 +198,50 @@ def test_an_ended_script_leaves_no_process(tiny_model: Path, tmp_path: Path, how
     while descendants(process.pid) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert descendants(process.pid) == []
+
+
+# --- what Ray spills --------------------------------------------------------------------------
+
+SPILLING = """
+import sys
+from tg_tinker import *
+from tg_tinker import cluster
+cluster._OBJECT_STORE_BYTES = 80 * 2**20  # Ray's smallest: what waits must go to disk
+model, canary = sys.argv[1:3]
+with ServiceClient(address="local") as service:
+    tc = service.create_training_client(
+        TrainingConfig(model_ref=model, lora_config=LoRAConfig(rank=4))
+    )
+    row = tc.tokenizer(canary)["input_ids"]
+    tc.eval()
+    waiting = [tc.forward_backward({"input_ids": [row] * 15_000}) for _ in range(12)]
+    import ray
+    print(ray._private.worker._global_node.get_session_dir_path(), flush=True)
+    sys.stdin.readline()
+    for handle in reversed(waiting):
+        handle.cancel()
+"""
+
+
+def test_what_ray_spills_to_disk_is_sealed(tiny_model: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", SPILLING, str(tiny_model), CANARY],
+        env=os.environ | {"TG_TINKER_HOME": str(tmp_path / "home")},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    try:
+        assert process.stdout
+        session = Path(process.stdout.readline().strip())
+        deadline = time.monotonic() + 60
+        while not spilled_bytes(session) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert spilled_bytes(session) > 5e6  # one batch: the test would prove nothing otherwise
+        assert list(leaks([session])) == []
+    finally:
+        process.communicate("\n", timeout=120)
+
+
+def spilled_bytes(session: Path) -> int:
+    return sum(
+        file.stat().st_size for file in session.glob("ray_spilled_objects*/*") if file.is_file()
+    )
