@@ -15,6 +15,7 @@ from actors.process import harden, reply_of
 from actors.registry import Registry
 from tg_tinker.cluster import REGISTRY_NAME
 from tg_tinker.envelope import new_key, open_payload, seal_payload
+from tg_tinker.errors import InvalidRequestError
 
 
 @ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)
@@ -26,6 +27,9 @@ class RegistryActor:
         self._key = new_key()
         self._places = (database, Path(keyring))
         self._registry: Registry | None = None
+
+    def serves(self, database: str, keyring: str) -> bool:
+        return self._places == (database, Path(keyring))
 
     def transport_key(self) -> bytes:
         return self._key
@@ -44,7 +48,18 @@ class RegistryActor:
 
 
 def start(namespace: str, database: str, keyring: str) -> Any:
-    """The registry actor of a namespace: the running one, or a new one on this database."""
-    return RegistryActor.options(  # type: ignore[attr-defined]
+    """The registry actor of a namespace: the running one, or a new one on this database.
+
+    Raises:
+        InvalidRequestError: the running one has another database or keyring.
+    """
+    actor = RegistryActor.options(  # type: ignore[attr-defined]
         name=REGISTRY_NAME, namespace=namespace, lifetime="detached", get_if_exists=True
     ).remote(database, keyring)
+    if not ray.get(actor.serves.remote(database, keyring)):
+        raise InvalidRequestError(
+            f"the service in namespace {namespace!r} runs on another database or keyring: leave out"
+            " `database` and `keyring` (and TG_TINKER_HOME) as it was started, or choose another"
+            " namespace"
+        )
+    return actor

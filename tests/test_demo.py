@@ -414,3 +414,17 @@ def test_the_resume_command_survives_a_shell() -> None:
         *("./bin/tg-tinker", "demo", "--data", "my chats.jsonl", "--batch-size", "2"),
         *("--resume", "art-2"),
     ]
+
+
+def test_rows_that_do_not_fit_are_left_out_and_counted(options: DemoOptions) -> None:
+    with options.data.open("a") as file:
+        file.write(json.dumps({"prompt": "x " * 500, "completion": "far away"}) + "\n")
+    found = run(replace(options, max_length=100))
+    assert found.status == 0
+    assert f"Left out 1 of {ROWS + 1} rows; row {ROWS} has" in found.output
+    assert "far away" not in found.output
+
+
+def test_a_file_without_a_usable_row_is_an_error(options: DemoOptions) -> None:
+    with pytest.raises(InvalidRequestError, match="no row can be used; row 0 has"):
+        run(replace(options, max_length=2))

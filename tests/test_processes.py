@@ -200,6 +200,80 @@ def test_an_ended_script_leaves_no_process(tiny_model: Path, tmp_path: Path, how
     assert descendants(process.pid) == []
 
 
+# --- a cluster that is gone -------------------------------------------------------------------
+
+LEFT = """
+import json, sys
+from tg_tinker import *
+import ray
+service = ServiceClient(address="local")
+tc = service.create_training_client(
+    TrainingConfig(model_ref=sys.argv[1], lora_config=LoRAConfig(rank=4))
+)
+batch = {"input_ids": [[1, 2, 3]]}
+seen, unseen = tc.forward_backward(batch), tc.forward_backward(batch)
+assert seen.result().num_tokens == 3
+service.close()
+calls = [
+    lambda: tc.step, lambda: tc.status, lambda: tc.forward_backward(batch), unseen.result,
+    lambda: tc.sample("a"), lambda: tc.save_state(), service.list_artifacts,
+    lambda: service.create_training_client(tc.config), lambda: next(tc.sample_stream("a")),
+]
+errors = []
+for call in calls:
+    try:
+        call()
+    except TGTinkerError as error:
+        errors.append(type(error).__name__)
+repr(unseen), repr(tc), tc.close(), service.close()
+assert seen.result().num_tokens == 3
+assert not ray.is_initialized()  # no cluster of Ray's own choice was started
+print(json.dumps({"errors": errors, "calls": len(calls)}))
+"""
+
+
+def test_after_its_service_closed_a_client_answers_typed(tiny_model: Path, tmp_path: Path) -> None:
+    found = run(LEFT, tiny_model, home=tmp_path / "home")
+    assert found["errors"] == ["ClusterUnavailableError"] * found["calls"]
+
+
+KILLED = """
+import json, os, signal, subprocess, sys, time
+from tg_tinker import *
+service = ServiceClient(address="local")
+tc = service.create_training_client(
+    TrainingConfig(model_ref=sys.argv[1], lora_config=LoRAConfig(rank=4))
+)
+tree = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
+mine = [line.split(None, 2) for line in tree.splitlines() if "raylet/raylet --" in line]
+(raylet,) = [int(pid) for pid, parent, _ in mine if int(parent) == os.getpid()]
+os.kill(raylet, signal.SIGKILL)
+errors = []
+calls = [
+    lambda: tc.forward_backward({"input_ids": [[1, 2, 3]]}).result(timeout=5),
+    service.list_artifacts,
+    lambda: tc.sample("a"),
+    lambda: service.create_training_client(tc.config),
+]
+for call in calls:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:  # it takes Ray seconds to notice
+        try:
+            call()
+            time.sleep(0.2)
+        except TGTinkerError as error:
+            errors.append(isinstance(error, ServiceError))
+            break
+service.close()
+print(json.dumps({"errors": errors, "calls": len(calls)}))
+"""
+
+
+def test_a_dead_cluster_is_a_typed_error(tiny_model: Path, tmp_path: Path) -> None:
+    found = run(KILLED, tiny_model, home=tmp_path / "home")
+    assert found["errors"] == [True] * found["calls"]
+
+
 # --- what Ray spills --------------------------------------------------------------------------
 
 SPILLING = """

@@ -690,6 +690,15 @@ def test_a_dead_address_is_a_typed_error(service: ServiceClient) -> None:
     assert issubclass(ClusterUnavailableError, errors.ServiceError)
 
 
+def test_a_second_service_on_another_database_or_cluster_is_refused(
+    service: ServiceClient, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidRequestError, match="another database"):
+        ServiceClient(address="local", database=f"sqlite:///{tmp_path / 'other.db'}")
+    with pytest.raises(InvalidRequestError, match="connected to the Ray cluster"):
+        ServiceClient(address="127.0.0.1:1")
+
+
 @pytest.mark.parametrize("tenant", ["", "a/b", "..", "x" * 65])
 def test_a_tenant_that_could_leave_its_folder_is_refused(tenant: str) -> None:
     with pytest.raises(InvalidRequestError, match="tenant"):

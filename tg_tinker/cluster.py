@@ -69,9 +69,17 @@ class Cluster:
     def __init__(self, address: str | None, namespace: str) -> None:
         self.namespace = namespace
         with Cluster._lock:
-            self.embedded = _connect(address) if not _ray().is_initialized() else _we_embedded()
+            if _ray().is_initialized():
+                _refuse_another(address)
+                self.embedded = Cluster._embedded_users > 0
+            else:
+                self.embedded = _connect(address)
             Cluster._embedded_users += self.embedded
         self._open = True
+
+    @property
+    def connected(self) -> bool:
+        return self._open and bool(_ray().is_initialized())
 
     def close(self) -> None:
         """Leaves the cluster; the last user of an embedded one ends it. Safe to repeat."""
@@ -155,7 +163,7 @@ class RemoteRegistry:
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
-        self.key: bytes = fetch_now(actor.transport_key.remote())
+        self.key: bytes = ask(actor.transport_key)
 
     @property
     def typed(self) -> Any:
@@ -165,7 +173,7 @@ class RemoteRegistry:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             try:
-                sealed = fetch_now(self._send(name, arguments))
+                sealed = ask(self.actor.call, self._sealed(name, arguments))
             except ActorLostError:
                 raise ClusterUnavailableError(
                     "the registry's actor is gone: close this ServiceClient and open a new one;"
@@ -177,10 +185,11 @@ class RemoteRegistry:
 
     def notify(self, name: str, *arguments: Any) -> None:
         """Calls without waiting for, or learning of, the outcome."""
-        self._send(name, arguments)
+        with _translated():
+            self.actor.call.remote(self._sealed(name, arguments))
 
-    def _send(self, name: str, arguments: Sequence[Any]) -> Any:
-        return self.actor.call.remote(seal_payload(self.key, (name, arguments)))
+    def _sealed(self, name: str, arguments: Sequence[Any]) -> bytes:
+        return seal_payload(self.key, (name, arguments))
 
 
 class TrainingLink:
@@ -192,9 +201,10 @@ class TrainingLink:
 
     def load(self, progress: Callable[[str], None]) -> Any:
         """Loads the model, telling `progress` what takes time; a `ModelInfo`."""
-        ref, said = self.actor.load.remote(), ""
+        with _translated():
+            ref, said = self.actor.load.remote(), ""
         while not self.done(ref, wait_s=0.3):
-            now = fetch_now(self.actor.progress.remote())
+            now = ask(self.actor.progress)
             if now != said:
                 progress(now)
                 said = now
@@ -213,7 +223,8 @@ class TrainingLink:
             ActorLostError: the actor is gone, and the reply with it.
         """
         try:
-            sealed = fetch_now(ref, timeout)
+            with _translated():
+                sealed = _ray().get(ref, timeout=timeout)
         except (ActorLostError, ClusterUnavailableError):
             sealed = self._stored(request_id)
             if sealed is None:
@@ -246,20 +257,20 @@ class TrainingLink:
 
     def description(self) -> Any:
         """The `ModelInfo`, or None while the model loads."""
-        sealed = fetch_now(self.actor.description.remote())
+        sealed = ask(self.actor.description)
         return None if sealed is None else open_payload(self._key, sealed).unwrap()
 
     def tokenizer_files(self) -> dict[str, bytes]:
-        sealed = fetch_now(self.actor.tokenizer.remote())
+        sealed = ask(self.actor.tokenizer)
         files: dict[str, bytes] = open_payload(self._key, sealed).unwrap()
         return files
 
     def info(self) -> ActorInfo:
-        info: ActorInfo = fetch_now(self.actor.info.remote())
+        info: ActorInfo = ask(self.actor.info)
         return info
 
     def cancel(self, request_id: str) -> bool:
-        return bool(fetch_now(self.actor.cancel.remote(request_id)))
+        return bool(ask(self.actor.cancel, request_id))
 
     def done(self, ref: Any, wait_s: float = 0) -> bool:
         with _translated():
@@ -273,11 +284,12 @@ class TrainingLink:
 
     def when_done(self, ref: Any, work: Callable[[], object]) -> None:
         """Runs `work` on the dispatcher thread once the call has answered."""
-        ref.future().add_done_callback(lambda _: _dispatcher().put(work))
+        with _translated():
+            ref.future().add_done_callback(lambda _: _dispatcher().put(work))
 
     def _stored(self, request_id: str) -> bytes | None:
         try:
-            sealed: bytes | None = fetch_now(self.actor.stored.remote(request_id), 30)
+            sealed: bytes | None = ask(self.actor.stored, request_id, timeout=30)
         except (ActorLostError, ClusterUnavailableError, FutureTimeoutError):
             return None
         return sealed
@@ -286,15 +298,20 @@ class TrainingLink:
 # --- Ray's functions and exceptions ------------------------------------------------------------
 
 
-def fetch_now(ref: Any, timeout: float | None = None) -> Any:
-    """`ray.get` with our errors."""
+def ask(method: Any, *arguments: Any, timeout: float | None = None) -> Any:
+    """Calls an actor's method and waits for what it returns."""
     with _translated():
-        return _ray().get(ref, timeout=timeout)
+        return _ray().get(method.remote(*arguments), timeout=timeout)
 
 
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
     """Ray's exceptions as ours, without their texts: those may quote arguments."""
+    if not _ray().is_initialized():
+        raise ClusterUnavailableError(
+            "this process has left its Ray cluster: open a new ServiceClient, and reach the run"
+            " again with get_training_client"
+        )
     errors = _ray().exceptions
     try:
         yield
@@ -307,7 +324,7 @@ def _translated() -> Iterator[None]:
             "the actor of this client is gone (killed, out of memory, or its node was lost):"
             " service.get_training_client(id) brings the run back from its last artifact"
         ) from None
-    except (errors.RayError, ConnectionError, RuntimeError) as error:
+    except (errors.RayError, ConnectionError) as error:
         raise ClusterUnavailableError(
             f"the Ray cluster does not answer ({type(error).__name__}): check `ray status`, then"
             " open a new ServiceClient"
@@ -324,8 +341,14 @@ def _ray() -> Any:
     return ray
 
 
-def _we_embedded() -> bool:
-    return Cluster._embedded_users > 0
+def _refuse_another(address: str | None) -> None:
+    """A process has one Ray connection: a service elsewhere would silently use this one."""
+    current = _ray().get_runtime_context().gcs_address
+    if address not in (None, "auto", "local", current):
+        raise InvalidRequestError(
+            f"this process is connected to the Ray cluster at {current} already: leave out"
+            f" address={address!r}, or use a process of its own"
+        )
 
 
 def _connect(address: str | None) -> bool:
@@ -333,7 +356,7 @@ def _connect(address: str | None) -> bool:
     target = address or os.environ.get("RAY_ADDRESS") or _running_cluster()
     quiet = {"configure_logging": False, "log_to_driver": False, "logging_level": logging.ERROR}
     if target is None or target == "local":
-        with _quiet_stderr(), _translated():
+        with _quiet_stderr(), _starting():
             _ray().init(
                 address="local", include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES, **quiet,
@@ -350,9 +373,21 @@ def _connect(address: str | None) -> bool:
             f"no Ray cluster answers at {target}: start one with `ray start --head`, correct"
             " RAY_ADDRESS or `address`, or pass address='local' for an embedded one"
         )
-    with _translated():
+    with _starting():
         _ray().init(address=target, **quiet)
     return False
+
+
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    try:
+        yield
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterUnavailableError(
+            f"Ray did not start, or refused this process ({type(error).__name__}): check"
+            " `ray status` and RAY_ADDRESS, and that RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token holds"
+            " the cluster's token"
+        ) from None
 
 
 def _running_cluster() -> str | None:

@@ -33,7 +33,13 @@ from tg_tinker.chat import encode_rows, render_row_prompt
 from tg_tinker.config import LoRAConfig, OptimizerConfig, TrainingConfig
 from tg_tinker.data import Encoded, Row, as_batch, make_batches, read_rows, split_rows
 from tg_tinker.docstrings import docstring_rows
-from tg_tinker.errors import InternalError, NotFoundError, StorageError, TGTinkerError
+from tg_tinker.errors import (
+    InternalError,
+    InvalidRequestError,
+    NotFoundError,
+    StorageError,
+    TGTinkerError,
+)
 from tg_tinker.future import FutureHandle
 from tg_tinker.service import ServiceClient
 from tg_tinker.training import TrainingClient
@@ -183,7 +189,7 @@ class Demo:
     ) -> tuple[list[Encoded], list[Encoded], list[Row]]:
         """(training rows, held-out rows, the held-out rows to show); encoded but for the last."""
         with self._console.status(f"encoding {len(rows):,} rows"):
-            encoded = encode_rows(client.tokenizer, rows, self._options.max_length)
+            encoded, rows = self._encode_usable(client.tokenizer, rows)
         held_out = min(HELD_OUT, max(1, len(rows) // 5))
         training, kept = split_rows(
             list(zip(encoded, rows, strict=True)), held_out, self._options.seed
@@ -193,6 +199,28 @@ class Demo:
             f" {self._options.rank} on {len(training):,} rows; {len(kept)} rows are held out.\n"
         )
         return [e for e, _ in training], [e for e, _ in kept], [row for _, row in kept[:SHOWN]]
+
+    def _encode_usable(
+        self, tokenizer: Any, rows: Sequence[Row]
+    ) -> tuple[list[Encoded], list[Row]]:
+        """Rows of which something labelled is left within `max_length`; the others are counted."""
+        encoded, kept, problem = [], [], None
+        for index, row in enumerate(rows):
+            try:
+                encoded += encode_rows(tokenizer, [row], self._options.max_length)
+                kept.append(row)
+            except InvalidRequestError as error:
+                problem = (
+                    problem or f"row {index} {error.message.removeprefix('row 0').lstrip(': ')}"
+                )
+        if problem is not None:
+            self._console.print(
+                Text(f"Left out {len(rows) - len(kept)} of {len(rows)} rows; {problem}"),
+                style="yellow",
+            )
+        if not kept:
+            raise InvalidRequestError(f"no row can be used; {problem}")
+        return encoded, kept
 
     def _evaluate(self, client: TrainingClient, rows: Sequence[Encoded], when: str) -> float:
         """Mean loss per labelled token over rows that were not trained on."""

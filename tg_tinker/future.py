@@ -48,7 +48,7 @@ class FutureHandle(Generic[Result]):
         self._reply: Reply | None = None
 
     def __repr__(self) -> str:
-        return f"<FutureHandle {self.operation} {self.future_id} {self.status()}>"
+        return f"<FutureHandle {self.operation} {self.future_id}>"
 
     def result(self, timeout: float | None = None) -> Result:
         """Waits for the result, at most `timeout` seconds.
@@ -110,7 +110,8 @@ class FutureHandle(Generic[Result]):
     def _wait(self, timeout: float | None) -> Reply:
         if self._reply is None:
             try:
-                self._reply = self._link.open(self.object_ref, self.future_id, timeout)
+                limit = None if timeout is None else max(0.0, timeout)
+                self._reply = self._link.open(self.object_ref, self.future_id, limit)
             except TimeoutError:
                 raise
             except TGTinkerError as error:

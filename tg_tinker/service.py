@@ -242,6 +242,8 @@ class ServiceClient:
         )
 
     def _finish(self, run_id: str, epoch: int, link: TrainingLink) -> None:
+        if not self._cluster.connected:
+            return  # the actor ended with its cluster, or outlives this connection to it
         try:
             with contextlib.suppress(ActorLostError):
                 self._registry.record(run_id, epoch, link.info().step, "completed")

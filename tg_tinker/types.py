@@ -147,7 +147,7 @@ class TrainingClientInfo:
     Attributes:
         status: `active`, `completed` or `failed`.
         step: completed optimizer steps.
-        epoch: how often an actor was started for this run.
+        epoch: rises when an actor starts for this run, and when the run is closed.
         num_trainable: trainable parameters; 0 where no actor is asked.
         queued: calls waiting on the actor.
     """
