@@ -58,10 +58,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="session")
+def converted_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Converted base models, kept for the whole session: the real one takes half a minute."""
+    return tmp_path_factory.mktemp("models")
+
+
+def make_home(path: Path, converted_models: Path) -> Path:
+    path.mkdir(mode=0o700)
+    (path / "models").symlink_to(converted_models)
+    return path
+
+
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def home(tmp_path_factory: pytest.TempPathFactory, converted_models: Path) -> Iterator[Path]:
     """A home directory of its own for one module."""
-    path = tmp_path_factory.mktemp("home") / "tg"
+    path = make_home(tmp_path_factory.mktemp("home") / "tg", converted_models)
     before = os.environ.get("TG_TINKER_HOME")
     os.environ["TG_TINKER_HOME"] = str(path)
     yield path
