@@ -20,7 +20,7 @@ demo: .venv/demo ## fine-tune SmolLM2-135M on docstrings, sample, save, resume (
 	$(BIN)/tg-tinker demo $(ARGS)
 
 test: .venv/dev  ## all tests, the real model included (under 10 minutes on two cores)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/dev  ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -25,6 +25,7 @@ from tg_tinker.errors import (
     InvalidRequestError,
     PlacementError,
 )
+from tg_tinker.interrupts import ctrl_c_held_back
 from tg_tinker.wire import Reply, Request
 
 if TYPE_CHECKING:
@@ -380,8 +381,13 @@ def _connect(address: str | None) -> bool:
 
 @contextlib.contextmanager
 def _starting() -> Iterator[None]:
+    """Around `ray.init`: cut in two by Ctrl-C, it leaves a process that crashes at its end."""
     try:
-        yield
+        with ctrl_c_held_back():
+            yield
+    except KeyboardInterrupt:
+        _ray().shutdown()
+        raise
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterUnavailableError(
             f"Ray did not start, or refused this process ({type(error).__name__}): check"

