@@ -178,7 +178,7 @@ time.sleep(600)
 def descendants(session: int) -> list[str]:
     """Processes of a session (in the sense of setsid), and those that Ray gave their own."""
     out = subprocess.run(
-        ["ps", "-eo", "pid,sid,args"], capture_output=True, text=True, check=True
+        ["ps", "-wweo", "pid,sid,args"], capture_output=True, text=True, check=True
     ).stdout
     rows = [line.split(None, 2) for line in out.splitlines()[1:]]
     return [row[2] for row in rows if int(row[1]) == session and "defunct" not in row[2]]
@@ -246,7 +246,7 @@ service = ServiceClient(address="local")
 tc = service.create_training_client(
     TrainingConfig(model_ref=sys.argv[1], lora_config=LoRAConfig(rank=4))
 )
-tree = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
+tree = subprocess.run(["ps", "-wweo", "pid,ppid,args"], capture_output=True, text=True).stdout
 mine = [line.split(None, 2) for line in tree.splitlines() if "raylet/raylet --" in line]
 (raylet,) = [int(pid) for pid, parent, _ in mine if int(parent) == os.getpid()]
 os.kill(raylet, signal.SIGKILL)
