@@ -28,7 +28,7 @@ lint: .venv/dev  ## ruff and mypy --strict
 	$(BIN)/mypy
 
 bench: .venv/dev ## a training step beside the plain padded transformers + PEFT loop
-	$(BIN)/python tests/bench.py $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/bench.py $(ARGS)
 
 clean:           ## remove .venv and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info demo-output
