@@ -340,17 +340,19 @@ def _digest(directory: Path) -> str:
     config = json.loads((directory / "config.json").read_text())
     for volatile in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):
         config.pop(volatile, None)
-    whole = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for file in sorted(directory.glob("*.safetensors")):
-        whole.update(f"{file.name} {_file_digest(file)}\n".encode())
-    return "sha256:" + whole.hexdigest()
+    described = json.dumps(config, sort_keys=True) + _listing(directory, "*.safetensors")
+    return "sha256:" + hashlib.sha256(described.encode()).hexdigest()
 
 
 def _folder_digest(directory: Path) -> str:
     """Identity of all that a conversion reads: weights, configs, tokenizer, chat template."""
-    files = sorted(file for pattern in _WEIGHTS for file in directory.glob(pattern))
-    lines = "".join(f"{file.name} {_file_digest(file)}\n" for file in files)
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return hashlib.sha256(_listing(directory, *_WEIGHTS).encode()).hexdigest()
+
+
+def _listing(directory: Path, *patterns: str) -> str:
+    """A line of name and digest for each matching file, in the order of names."""
+    files = sorted(file for pattern in patterns for file in directory.glob(pattern))
+    return "".join(f"{file.name} {_file_digest(file)}\n" for file in files)
 
 
 def _file_digest(file: Path) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_home
-from test_processes import descendants
+from processes import assert_all_end
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -68,10 +68,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes_and_no_process(
     rest = process.communicate(timeout=120)[0]
     assert process.returncode == 130, rest
     (artifact,) = set(re.findall(r"art-\w+", rest))
-    deadline = time.monotonic() + 120
-    while descendants(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert descendants(process.pid) == []
+    assert_all_end(process.pid, within_s=120)
     again = subprocess.run(
         [*COMMAND, *options, "--steps", "1", "--resume", artifact], env=environment,
         capture_output=True, text=True, timeout=300,
@@ -97,7 +94,4 @@ def test_ctrl_c_before_there_is_a_client_ends_cleanly(
     output = process.communicate(timeout=120)[0]
     # While Python itself starts, the interpreter ends by the signal.
     assert process.returncode in (130, -signal.SIGINT), output
-    deadline = time.monotonic() + 120
-    while descendants(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert descendants(process.pid) == []
+    assert_all_end(process.pid, within_s=120)

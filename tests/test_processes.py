@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import assert_all_end, descendants
 
 pytestmark = pytest.mark.slow
 
@@ -175,15 +176,6 @@ time.sleep(600)
 """
 
 
-def descendants(session: int) -> list[str]:
-    """Processes of a session (in the sense of setsid), and those that Ray gave their own."""
-    out = subprocess.run(
-        ["ps", "-wweo", "pid,sid,args"], capture_output=True, text=True, check=True
-    ).stdout
-    rows = [line.split(None, 2) for line in out.splitlines()[1:]]
-    return [row[2] for row in rows if int(row[1]) == session and "defunct" not in row[2]]
-
-
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_an_ended_script_leaves_no_process(tiny_model: Path, tmp_path: Path, how: int) -> None:
     process = subprocess.Popen(
@@ -197,10 +189,7 @@ def test_an_ended_script_leaves_no_process(tiny_model: Path, tmp_path: Path, how
     process.send_signal(how)
     process.wait(timeout=60)
     # After SIGKILL Ray's own processes notice by timeouts of theirs, about 80 s.
-    deadline = time.monotonic() + (200 if how == signal.SIGKILL else 120)
-    while descendants(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert descendants(process.pid) == []
+    assert_all_end(process.pid, within_s=200 if how == signal.SIGKILL else 120)
 
 
 # --- a cluster that is gone -------------------------------------------------------------------

@@ -106,8 +106,9 @@ class Cluster:
         Raises:
             PlacementError: the cluster is too small, or has no room within the deadline.
         """
+        totals = self.resources()
         for name, wanted in (("CPU", num_cpus), ("GPU", num_gpus)):
-            total = self.resources().get(name, 0)
+            total = totals.get(name, 0)
             if wanted > total:
                 raise PlacementError(
                     f"the client wants {wanted:g} {name}s, the whole cluster has {total:g}: ask"

@@ -26,7 +26,7 @@ from rich.text import Text
 
 from tg_tinker import plots
 from tg_tinker.batch import IGNORED, BatchData
-from tg_tinker.chat import encode_rows, render_row_prompt
+from tg_tinker.chat import encode_row, render_row_prompt
 from tg_tinker.config import LoRAConfig, OptimizerConfig, TrainingConfig
 from tg_tinker.data import Encoded, Row, as_batch, make_batches, read_rows, split_rows
 from tg_tinker.docstrings import docstring_rows
@@ -205,11 +205,11 @@ class Demo:
         encoded, kept, problem = [], [], None
         for index, row in enumerate(rows):
             try:
-                encoded += encode_rows(tokenizer, [row], self._options.max_length)
+                encoded.append(encode_row(tokenizer, row, self._options.max_length))
                 kept.append(row)
             except InvalidRequestError as error:
                 problem = (
-                    problem or f"row {index} {error.message.removeprefix('row 0').lstrip(': ')}"
+                    problem or f"row {index} {error.message.removeprefix('the row').lstrip(': ')}"
                 )
         if problem is not None:
             self._console.print(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from types import NoneType
 
 from tg_tinker.errors import InvalidRequestError
 
@@ -38,14 +37,16 @@ class SamplingParams:
     frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "top_k", "num_completions"):
-            if not isinstance(getattr(self, name), int | (NoneType if name == "top_k" else int)):
+        top_k = 1 if self.top_k is None else self.top_k
+        whole = (("max_tokens", self.max_tokens), ("top_k", top_k),
+                 ("num_completions", self.num_completions))  # fmt: skip
+        for name, number in whole:
+            if not isinstance(number, int):
                 raise InvalidRequestError(f"{name} must be a whole number")
         for name in ("temperature", "top_p", "repetition_penalty", "presence_penalty",
                      "frequency_penalty"):  # fmt: skip
             if not isinstance(getattr(self, name), int | float):
                 raise InvalidRequestError(f"{name} must be a number")
-        top_k = 1 if self.top_k is None else self.top_k
         bounds = (
             ("max_tokens", self.max_tokens, self.max_tokens >= 1, ">= 1"),
             ("temperature", self.temperature, self.temperature >= 0, ">= 0; 0 is greedy"),

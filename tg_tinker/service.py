@@ -18,9 +18,9 @@ from typing import Self
 
 from tg_tinker.cluster import Cluster, TrainingLink, provided
 from tg_tinker.config import ResourceConfig, TrainingConfig
-from tg_tinker.errors import ActorLostError, InvalidRequestError, StorageError, TGTinkerError
+from tg_tinker.errors import ActorLostError, InvalidRequestError, StorageError
 from tg_tinker.training import TrainingClient
-from tg_tinker.types import ArtifactInfo, LoadStateResult, TrainingClientInfo
+from tg_tinker.types import ArtifactInfo, LoadStateResult, ModelInfo, TrainingClientInfo
 
 Progress = Callable[[str], None]
 _log = logging.getLogger("tg_tinker")
@@ -106,12 +106,11 @@ class ServiceClient:
             absolute = str(Path(config.model_ref).absolute())
             config = config.model_copy(update={"model_ref": absolute})
         run_id = self._registry.create_run(self._tenant, config.model_dump_json())
+        epoch = self._registry.claim(run_id)
         try:
-            return self._open(run_id, config, progress)[0]
+            return self._open(run_id, epoch, config, progress)[0]
         except BaseException:
-            self._registry.finish(
-                run_id, self._registry.run(self._tenant, run_id)[0].epoch, "failed"
-            )
+            self._registry.finish(run_id, epoch, "failed")
             raise
 
     def get_training_client(
@@ -131,7 +130,12 @@ class ServiceClient:
         actor = self._cluster.find_training(info.training_client_id, info.epoch)
         if actor is not None:
             link = TrainingLink(actor, self._registry.key)
-            return self._client(info.training_client_id, config, link, info.epoch)
+            model = link.description()
+            if model is None:
+                raise ActorLostError(
+                    f"{training_client_id} is still loading its model: ask again in a moment"
+                )
+            return self._client(info.training_client_id, config, link, model, info.epoch)
         if info.last_artifact_id is None:
             raise ActorLostError(
                 f"the actor of {training_client_id} is gone and it saved no artifact: its"
@@ -183,10 +187,9 @@ class ServiceClient:
     # --- inside ------------------------------------------------------------------------------
 
     def _open(
-        self, run_id: str, config: TrainingConfig, progress: Progress | None
+        self, run_id: str, epoch: int, config: TrainingConfig, progress: Progress | None
     ) -> tuple[TrainingClient, TrainingLink]:
-        """Starts an actor under the run's next epoch and loads its model."""
-        epoch = self._registry.claim(run_id)
+        """Starts an actor under an epoch just claimed and loads its model."""
         resources = self._resources(config.resources)
         actor = self._cluster.start_training(
             num_cpus=resources.num_cpus or 0,
@@ -201,8 +204,8 @@ class ServiceClient:
         )
         link = TrainingLink(actor, self._registry.key)
         try:
-            link.load(progress or (lambda message: None))
-            return self._client(run_id, config, link, epoch), link
+            model = link.load(progress or (lambda message: None))
+            return self._client(run_id, config, link, model, epoch), link
         except BaseException:
             self._cluster.kill(actor)
             raise
@@ -211,10 +214,11 @@ class ServiceClient:
         self, info: TrainingClientInfo, config: TrainingConfig, progress: Progress | None
     ) -> TrainingClient:
         """A new actor in the state of the last artifact."""
-        client, link = self._open(info.training_client_id, config, progress)
+        epoch = self._registry.claim(info.training_client_id)
+        client, link = self._open(info.training_client_id, epoch, config, progress)
         try:
             loaded: LoadStateResult = client.load_state(str(info.last_artifact_id))
-        except TGTinkerError:
+        except BaseException:
             self._cluster.kill(link.actor)
             raise
         if info.step > loaded.step:
@@ -226,11 +230,13 @@ class ServiceClient:
         return client
 
     def _client(
-        self, run_id: str, config: TrainingConfig, link: TrainingLink, epoch: int
+        self,
+        run_id: str,
+        config: TrainingConfig,
+        link: TrainingLink,
+        model: ModelInfo,
+        epoch: int,
     ) -> TrainingClient:
-        model = link.description()
-        if model is None:
-            raise ActorLostError(f"{run_id} is still loading its model: ask again in a moment")
         return TrainingClient(
             run_id=run_id,
             config=config,

@@ -137,7 +137,8 @@ class TrainingClient:
         """
         examples = normalise(batch)
         check_bounds(examples, self._model.vocab_size, self._model.context_length)
-        resolve_batch_hash(examples, batch_hash)
+        if batch_hash is not None:
+            resolve_batch_hash(examples, batch_hash)
         return self._submit(
             "forward_backward", examples=examples, batch_hash=batch_hash, train=self._training
         )
