@@ -280,8 +280,9 @@ def test_step_without_gradient_is_refused(tiny_model: Path) -> None:
 
 def test_non_finite_weights_give_a_typed_error_and_spoil(tiny_model: Path) -> None:
     s = session(tiny_model)
-    with torch.no_grad():
-        next(iter(s._parameters.values()))[0, 0] = float("nan")
+    with torch.no_grad():  # all of them: attention kernels of some CPUs drop a query that is NaN
+        for parameter in s._parameters.values():
+            parameter.fill_(float("nan"))
     with pytest.raises(NonFiniteError):
         s.forward_backward(examples())
     with pytest.raises(WindowSpoiledError):
