@@ -5,6 +5,7 @@ Legend: T tokens of a stream, S examples in it, L labelled tokens.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -34,13 +35,25 @@ class FlatStream:
     targets: torch.Tensor
     owners: torch.Tensor
 
+    @property
+    def size(self) -> int:
+        """Examples S."""
+        return len(self.bounds) - 1
 
-def flat_streams(examples: Sequence[Example], max_tokens: int) -> Iterator[FlatStream]:
+    def label_counts(self) -> torch.Tensor:
+        """int64 [S]: labelled tokens of each example."""
+        return torch.bincount(self.owners, minlength=self.size)
+
+
+def flat_streams(
+    examples: Sequence[Example], max_tokens: int, max_rows: int = sys.maxsize
+) -> Iterator[FlatStream]:
     """The examples in order, cut into streams of at most `max_tokens` (or of one example)."""
     group: list[Example] = []
     size = 0
     for example in examples:
-        if group and size + len(example.input_ids) > max_tokens:
+        full = len(group) >= max_rows or size + len(example.input_ids) > max_tokens
+        if group and full:
             yield flatten(group)
             group, size = [], 0
         group.append(example)

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 
 from actors.batching import FlatStream, flat_streams
-from actors.gradients import GradientSum, Tensors, gradient_hash
+from actors.clipping import PrivateGradient
+from actors.gradients import GradientSum, MeanGradient, Tensors, gradient_hash
+from actors.lineage import Lineage
 from actors.losses import cross_entropy_sums
 from actors.model import Base, labelled_logits, make_trainable
 from actors.optim import Optimizer, learning_rate
@@ -49,7 +51,10 @@ class Session:
         self.step = 0
         self._parameters, self._adapter_config = make_trainable(base, config.lora_config)
         base.model.eval()  # fresh adapter layers start in train mode
+        if config.resources.activation_checkpointing:
+            base.model.activation_checkpointing_enable({"use_reentrant": False})
         self._optimizer = Optimizer(config.optimizer, self._parameters)
+        self.lineage = Lineage(base.digest)
         self._open_window()
 
     @property
@@ -103,8 +108,10 @@ class Session:
             latency_ms=1e3 * (time.perf_counter() - started),
         )
 
-    def optim_step(self) -> OptimStepResult:
+    def optim_step(self, apply_dp_noise: bool = True) -> OptimStepResult:
         """Consumes the window: mean gradient, learning rate, optimizer, next step.
+
+        `apply_dp_noise` has a meaning in private runs only.
 
         Raises:
             InvalidRequestError: the run is completed, or nothing was accumulated.
@@ -116,10 +123,22 @@ class Session:
         window, spoiled = self._window, self._spoiled
         self._open_window()
         self._refuse(spoiled)
+        norm, rate = self._move(window.mean())
+        self.lineage = self.lineage.unguarded()
+        return OptimStepResult(
+            grad_norm=norm,
+            learning_rate=rate,
+            step=self.step,
+            dp_metrics=None,
+            latency_ms=1e3 * (time.perf_counter() - started),
+        )
+
+    def _move(self, gradient: MeanGradient | PrivateGradient) -> tuple[float, float]:
+        """One optimizer step: the gradient's norm and the learning rate used."""
         settings = self.config.optimizer
         rate = learning_rate(settings, self.step, self.config.max_steps)
         norm = self._optimizer.step(
-            window.mean(),
+            gradient,
             lr=rate,
             betas=settings.betas,
             eps=settings.eps,
@@ -128,13 +147,7 @@ class Session:
             max_grad_norm=settings.max_grad_norm,
         )
         self.step += 1
-        return OptimStepResult(
-            grad_norm=norm,
-            learning_rate=rate,
-            step=self.step,
-            dp_metrics=None,
-            latency_ms=1e3 * (time.perf_counter() - started),
-        )
+        return norm, rate
 
     # --- state -------------------------------------------------------------------------------
 
@@ -149,6 +162,7 @@ class Session:
             geometry=self._geometry(),
             plan=self._plan(),
             adapter_config=self._adapter_config,
+            lineage=self.lineage,
         )
 
     def load(self, state: SessionState) -> tuple[str, ...]:
@@ -162,7 +176,7 @@ class Session:
             for name, parameter in self._parameters.items():
                 parameter.copy_(state.weights[name])
         self._optimizer.load(state.optimizer or {})
-        self.step = state.step
+        self.step, self.lineage = state.step, state.lineage
         self._open_window()
         return self._warnings(state)
 
@@ -190,13 +204,8 @@ class Session:
     def _run_stream(self, stream: FlatStream, train: bool) -> float:
         if not len(stream.targets):
             return 0.0
-        device = self.base.device
         with torch.set_grad_enabled(train):
-            logits = labelled_logits(self.base, stream)
-            losses = cross_entropy_sums(
-                logits, stream.targets.to(device), stream.owners.to(device), len(stream.bounds) - 1
-            )
-            loss = losses.sum()
+            loss = self._losses(stream).sum()
         if not torch.isfinite(loss):
             raise NonFiniteError(
                 "the loss is not finite: the weights may have diverged; lower the learning rate"
@@ -205,6 +214,13 @@ class Session:
         if train:
             loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
+
+    def _losses(self, stream: FlatStream) -> torch.Tensor:
+        """float32 [S]: the summed loss of each example of the stream."""
+        device = self.base.device
+        logits = labelled_logits(self.base, stream)
+        targets, owners = stream.targets.to(device), stream.owners.to(device)
+        return cross_entropy_sums(logits, targets, owners, stream.size)
 
     def _take_gradients(self) -> Tensors:
         """float32 gradients by name, zeros where a parameter took no part."""

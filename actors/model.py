@@ -99,8 +99,7 @@ class Base:
     @classmethod
     def _load(cls, model_ref: str, cache: Path, dtype: str, progress: Progress) -> Base:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        auto = "bfloat16" if device.type == "cuda" else "float32"
-        target = getattr(torch, auto if dtype == "auto" else dtype)
+        target = getattr(torch, compute_dtype(dtype))
         directory = _prepare(model_ref, target, cache, progress)
         progress("loading the weights")
         model = _from_directory(directory, target, attention.NAME).to(device)
@@ -122,6 +121,13 @@ class Base:
 
     def tokenizer_files(self) -> dict[str, bytes]:
         return read_tokenizer(self.directory)
+
+
+def compute_dtype(wanted: str) -> str:
+    """Of the weights on this machine: `auto` is bfloat16 on CUDA and float32 elsewhere."""
+    if wanted != "auto":
+        return wanted
+    return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
 def labelled_logits(base: Base, stream: FlatStream) -> torch.Tensor:
@@ -200,6 +206,41 @@ def _check_lora(model: Any, lora: LoRAConfig) -> None:
                 " rank adds nothing, lower it or train all weights (lora_config=None)",
                 details={"rank": lora.rank, "bound": min(sides)},
             )
+
+
+def save_tiny_llama(directory: Path, vocab_size: int) -> Path:
+    """Writes a Llama of 2 layers and width 64 with random weights: for checks of the code alone."""
+    config = transformers.LlamaConfig(
+        vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        initializer_range=0.2, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def refuse_mixing_layers(model: Any) -> None:
+    """Layers that mix examples (batch norm) or keep statistics of data have no private form.
+
+    Raises:
+        InvalidRequestError: the model has such a layer; the rules are Opacus' own.
+    """
+    from opacus.validators import ModuleValidator
+
+    # Every module, not `validate`, which looks at trainable ones: a frozen batch norm mixes too.
+    rules = ModuleValidator.VALIDATORS
+    problems = [
+        problem
+        for module in model.modules()
+        if type(module) in rules
+        for problem in rules[type(module)](module)
+    ]
+    if problems:
+        raise InvalidRequestError(
+            f"this model cannot be trained privately: {problems[0].args[0]}. Take a model without"
+            " such layers",
+            details={"layers": len(problems)},
+        )
 
 
 # --- finding and converting ------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from actors.clipping import PrivateGradient
 from actors.gradients import MeanGradient, Tensors
 from tg_tinker.config import OptimizerConfig
 from tg_tinker.errors import NonFiniteError
@@ -39,7 +40,7 @@ class Optimizer:
 
     def step(
         self,
-        gradient: MeanGradient,
+        gradient: MeanGradient | PrivateGradient,
         *,
         lr: float,
         betas: tuple[float, float],

@@ -1,8 +1,8 @@
-"""The registry: runs and artifacts in a database that outlives every Ray cluster.
+"""The registry: runs, artifacts and budgets in a database that outlives every Ray cluster.
 
-The only door to SQLAlchemy, and the only owner of the tenant's keys. A plain class; its Ray
-shell is `registry_actor`. Every change is one immediate transaction, nothing lasting is kept in
-memory, and parameters never show in errors.
+The only owner of the tenant's keys. A plain class; its Ray shell is `registry_actor`. Every
+change is one immediate transaction, and nothing lasting is kept in memory. Ledgers are in
+`budgets`, the door to the database in `database`.
 """
 
 from __future__ import annotations
@@ -11,40 +11,26 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
+from actors.budgets import Budgets
+from actors.database import METADATA, RUNS
 from actors.keys import FileKeyring
 from tg_tinker.envelope import context_of, new_key
 from tg_tinker.errors import (
     ActorLostError,
     IntegrityError,
     NotFoundError,
-    StorageError,
 )
 from tg_tinker.types import ArtifactInfo, TrainingClientInfo
 
-_metadata = sa.MetaData()
-
-_runs = sa.Table(
-    "runs",
-    _metadata,
-    sa.Column("id", sa.String, primary_key=True),
-    sa.Column("tenant", sa.String, nullable=False),
-    sa.Column("config", sa.String, nullable=False),
-    sa.Column("status", sa.String, nullable=False),
-    sa.Column("epoch", sa.Integer, nullable=False),
-    sa.Column("step", sa.Integer, nullable=False),
-    sa.Column("created_at", sa.Float, nullable=False),
-)
 _artifacts = sa.Table(
     "artifacts",
-    _metadata,
+    METADATA,
     sa.Column("id", sa.String, primary_key=True),
     sa.Column("tenant", sa.String, nullable=False),
     sa.Column("run_id", sa.String, sa.ForeignKey("runs.id"), nullable=False),
@@ -58,17 +44,12 @@ _artifacts = sa.Table(
 _KEY = "data key"
 
 
-class Registry:
-    """Runs, their artifacts, and the keys that open them."""
+class Registry(Budgets):
+    """Runs, their artifacts, the keys that open them, and (by inheritance) privacy budgets."""
 
     def __init__(self, database: str, keyring: Path) -> None:
         self._keyring = FileKeyring(keyring)
-        self._engine = sa.create_engine(database, hide_parameters=True)
-        self._reader = self._engine.execution_options(reading=True)
-        if self._engine.dialect.name == "sqlite":
-            _make_sqlite_durable(self._engine, database)
-        with _typed_refusal():
-            _metadata.create_all(self._engine)
+        super().__init__(database)
 
     # --- runs --------------------------------------------------------------------------------
 
@@ -77,7 +58,7 @@ class Registry:
         run_id = f"tc-{secrets.token_hex(8)}"
         with self._change() as tx:
             tx.execute(
-                _runs.insert().values(
+                RUNS.insert().values(
                     id=run_id, tenant=tenant, config=config, status="active", epoch=0, step=0,
                     created_at=time.time(),
                 )
@@ -87,17 +68,15 @@ class Registry:
     def claim(self, run_id: str) -> int:
         """The next epoch of a run: from now on the actors of earlier ones can publish nothing."""
         with self._change() as tx:
-            tx.execute(_runs.update().where(_runs.c.id == run_id).values(epoch=_runs.c.epoch + 1))
-            return int(
-                tx.execute(sa.select(_runs.c.epoch).where(_runs.c.id == run_id)).scalar_one()
-            )
+            tx.execute(RUNS.update().where(RUNS.c.id == run_id).values(epoch=RUNS.c.epoch + 1))
+            return int(tx.execute(sa.select(RUNS.c.epoch).where(RUNS.c.id == run_id)).scalar_one())
 
     def record(self, run_id: str, epoch: int, step: int, status: str) -> None:
         """Notes how far a run is; an actor of an earlier epoch is ignored."""
         with self._change() as tx:
             tx.execute(
-                _runs.update()
-                .where(_runs.c.id == run_id, _runs.c.epoch == epoch)
+                RUNS.update()
+                .where(RUNS.c.id == run_id, RUNS.c.epoch == epoch)
                 .values(step=step, status=status)
             )
 
@@ -108,8 +87,8 @@ class Registry:
         """
         with self._change() as tx:
             tx.execute(
-                _runs.update()
-                .where(_runs.c.id == run_id, _runs.c.epoch == epoch)
+                RUNS.update()
+                .where(RUNS.c.id == run_id, RUNS.c.epoch == epoch)
                 .values(status=status, epoch=epoch + 1)
             )
 
@@ -119,9 +98,9 @@ class Registry:
         Raises:
             NotFoundError: this tenant has no such run.
         """
-        with _typed_refusal(), self._reader.connect() as connection:
+        with self._reading() as connection:
             row = connection.execute(
-                sa.select(_runs).where(_runs.c.id == run_id, _runs.c.tenant == tenant)
+                sa.select(RUNS).where(RUNS.c.id == run_id, RUNS.c.tenant == tenant)
             ).one_or_none()
             if row is None:
                 raise NotFoundError(
@@ -131,8 +110,8 @@ class Registry:
 
     def runs(self, tenant: str) -> list[TrainingClientInfo]:
         """All runs of a tenant, oldest first."""
-        query = sa.select(_runs).where(_runs.c.tenant == tenant).order_by(_runs.c.created_at)
-        with _typed_refusal(), self._reader.connect() as connection:
+        query = sa.select(RUNS).where(RUNS.c.tenant == tenant).order_by(RUNS.c.created_at)
+        with self._reading() as connection:
             return [self._run_info(connection, row) for row in connection.execute(query)]
 
     def _run_info(self, connection: sa.Connection, row: Any) -> TrainingClientInfo:
@@ -165,7 +144,7 @@ class Registry:
         """
         with self._change() as tx:
             current = tx.execute(
-                sa.select(_runs.c.epoch).where(_runs.c.id == run_id, _runs.c.tenant == tenant)
+                sa.select(RUNS.c.epoch).where(RUNS.c.id == run_id, RUNS.c.tenant == tenant)
             ).scalar()
             if current is None:
                 raise NotFoundError(f"no training client {run_id!r} of this tenant")
@@ -200,7 +179,7 @@ class Registry:
             .where(_artifacts.c.tenant == tenant, _artifacts.c.deleted_at.is_(None))
             .order_by(_artifacts.c.created_at)
         )
-        with _typed_refusal(), self._reader.connect() as connection:
+        with self._reading() as connection:
             return [_artifact_info(row) for row in connection.execute(query)]
 
     def delete_artifact(self, tenant: str, artifact_id: str) -> None:
@@ -219,7 +198,7 @@ class Registry:
             _artifacts.c.tenant == tenant,
             _artifacts.c.deleted_at.is_(None),
         )
-        with _typed_refusal(), self._reader.connect() as connection:
+        with self._reading() as connection:
             row = connection.execute(query).one_or_none()
         if row is None:
             raise NotFoundError(f"no artifact {artifact_id!r}: service.list_artifacts() names them")
@@ -251,26 +230,6 @@ class Registry:
         """Id of the wrapping key, and its provider."""
         return self._keyring.primary, self._keyring.provider
 
-    @contextmanager
-    def _change(self) -> Iterator[sa.Connection]:
-        """One immediate transaction."""
-        with _typed_refusal(), self._engine.begin() as connection:
-            yield connection
-
-
-@contextmanager
-def _typed_refusal() -> Iterator[None]:
-    """A full disk, a locked or a damaged database becomes a typed error without its SQL."""
-    try:
-        yield
-    except sa.exc.DatabaseError as error:
-        if isinstance(error, sa.exc.IntegrityError | sa.exc.ProgrammingError):
-            raise  # a defect of ours
-        raise StorageError(
-            f"the registry's database refused ({type(error.orig).__name__}): check its disk, that"
-            " no other program holds it, and that its file is whole"
-        ) from None
-
 
 def _artifact_info(row: Any) -> ArtifactInfo:
     return ArtifactInfo(
@@ -281,24 +240,3 @@ def _artifact_info(row: Any) -> ArtifactInfo:
         include_optimizer=row.include_optimizer,
         created_at=datetime.fromtimestamp(row.created_at, UTC),
     )
-
-
-def _make_sqlite_durable(engine: sa.Engine, database: str) -> None:
-    """WAL with synchronous=FULL, immediate transactions; the file must exist (`home.create`)."""
-    path = Path(database.removeprefix("sqlite:///"))
-    if not path.exists():
-        raise StorageError(
-            f"the registry {path} does not exist: put its backup back, or run `tg-tinker init` in"
-            " a new home. A new registry would forget every run"
-        )
-
-    @sa.event.listens_for(engine, "connect")
-    def _connected(connection: Any, record: Any) -> None:
-        connection.isolation_level = None  # SQLAlchemy's `begin` below says BEGIN, not sqlite3
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            connection.execute(f"PRAGMA {pragma}")
-
-    @sa.event.listens_for(engine, "begin")
-    def _begun(connection: sa.Connection) -> None:
-        reading = connection.get_execution_options().get("reading", False)
-        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")

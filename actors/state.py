@@ -6,7 +6,7 @@ safetensors and JSON only: reading an artifact never runs code.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
@@ -14,6 +14,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from actors.gradients import Tensors
+from actors.lineage import Lineage
 from tg_tinker.errors import IntegrityError
 
 WEIGHTS, OPTIMIZER, STATE = "adapter_model.safetensors", "optimizer.safetensors", "state.json"
@@ -30,6 +31,7 @@ class SessionState:
         geometry: what a session must share to load this state.
         plan: what must be equal for a resume to the bit.
         adapter_config: PEFT's, or None after full fine-tuning.
+        lineage: what its weights were trained on, and whether that was private.
     """
 
     weights: Tensors
@@ -38,6 +40,7 @@ class SessionState:
     geometry: dict[str, Any]
     plan: dict[str, Any]
     adapter_config: dict[str, Any] | None
+    lineage: Lineage
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,6 +59,7 @@ def to_files(checkpoint: Checkpoint) -> dict[str, bytes]:
         "geometry": state.geometry,
         "plan": state.plan,
         "adapter_config": state.adapter_config,
+        "lineage": asdict(state.lineage),
         "metadata": checkpoint.metadata,
         "timestamp": checkpoint.timestamp.isoformat(),
     }
@@ -80,8 +84,9 @@ def from_files(files: dict[str, bytes]) -> Checkpoint:
             geometry=described["geometry"],
             plan=described["plan"],
             adapter_config=described["adapter_config"],
+            lineage=Lineage(**described["lineage"]),
         )
         timestamp = datetime.fromisoformat(described["timestamp"])
         return Checkpoint(state, described["metadata"], timestamp)
-    except (SafetensorError, KeyError, ValueError):
+    except (SafetensorError, KeyError, TypeError, ValueError):
         raise IntegrityError("the files open, but they are not a session's state") from None

@@ -61,6 +61,8 @@ class TrainingActor:
         reply = self._calls.run(request, lambda r, check: self._ready_worker().run(r, check))
         if request.operation in ("optim_step", "load_state"):
             self._record()
+        if self._worker is not None and self._worker.broken:
+            ray.actor.exit_actor()  # type: ignore[no-untyped-call]
         return seal_payload(self._key, reply)
 
     def stream(self, sealed: bytes) -> Iterator[bytes]:

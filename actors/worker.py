@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from actors.artifacts import fetch, publish
+from actors.budget import open_budget
 from actors.completion import sample, stream_chunks
 from actors.engine import Session
 from actors.generation import LiveEngine
-from actors.model import Base, Progress, use_threads
+from actors.model import Base, Progress, compute_dtype, use_threads
+from actors.private import PrivateSession
 from actors.registry import Registry
 from actors.state import Checkpoint, from_files, to_files
 from actors.store import ArtifactStore
 from tg_tinker.batch import Example
 from tg_tinker.config import TrainingConfig
+from tg_tinker.errors import InvalidRequestError
 from tg_tinker.sampling import SamplingParams
 from tg_tinker.text import load_tokenizer
 from tg_tinker.types import (
@@ -59,11 +62,18 @@ class Worker:
         self._registry = registry
         self._store = ArtifactStore(place.store)
         self._threads = use_threads(config.resources.num_threads)
+        budget = None
+        if config.private:  # before the model: a plan that cannot be paid is refused at once
+            progress("planning the privacy budget")
+            dtype = compute_dtype(config.dtype)
+            budget = open_budget(registry, place.tenant, place.run_id, place.epoch, config, dtype)
         base = Base.load(
             config.model_ref, cache=place.model_cache, dtype=config.dtype, progress=progress
         )
         progress("preparing the trainable weights")
-        self.session = Session(base, config)
+        self.session = (
+            Session(base, config) if budget is None else PrivateSession(base, config, budget)
+        )
 
     def run(self, request: Request, check_cancelled: Check) -> Any:
         """One operation by name, with its arguments."""
@@ -102,7 +112,13 @@ class Worker:
 
     def optim_step(self, check_cancelled: Check, apply_dp_noise: bool) -> OptimStepResult:
         check_cancelled()
-        return self.session.optim_step()
+        return self.session.optim_step(apply_dp_noise)
+
+    def register_units(self, check_cancelled: Check, examples: list[Example]) -> list[list[int]]:
+        return self._private_session().register_units(examples)
+
+    def draw_units(self, check_cancelled: Check) -> list[int]:
+        return self._private_session().draw_units()
 
     def sample(
         self, check_cancelled: Check, prompts: list[str], params: SamplingParams
@@ -158,6 +174,18 @@ class Worker:
         )
 
     # --- inside ------------------------------------------------------------------------------
+
+    def _private_session(self) -> PrivateSession:
+        if not isinstance(self.session, PrivateSession):
+            raise InvalidRequestError(
+                "this run is not private: only a run with a DPConfig draws Poisson samples"
+            )
+        return self.session
+
+    @property
+    def broken(self) -> bool:
+        """A private step was charged and then failed: only a new actor may go on."""
+        return isinstance(self.session, PrivateSession) and self.session.broken
 
     @cached_property
     def _tokenizer(self) -> Any:

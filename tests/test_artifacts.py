@@ -18,6 +18,7 @@ import torch
 
 from actors import artifacts
 from actors.home import DATABASE, KEYRING, create
+from actors.lineage import Lineage
 from actors.registry import Registry
 from actors.state import Checkpoint, SessionState, from_files, to_files
 from actors.store import ArtifactStore
@@ -45,6 +46,7 @@ def checkpoint(size: int = 4, **changes: Any) -> Checkpoint:
         geometry={"rank": 2, "base": "sha256:00"},
         plan={"threads": 2},
         adapter_config=ADAPTER,
+        lineage=Lineage("sha256:00", "private", {"clinic": "ab" * 32}),
     )
     return Checkpoint(replace(state, **changes), {"note": NOTE, "deep": [1, {"a": None}]}, WHEN)
 

@@ -20,6 +20,7 @@ from tg_tinker import (
     ArtifactMismatchError,
     BatchData,
     ClusterUnavailableError,
+    DPBudgetExceededError,
     DPConfig,
     FutureCancelledError,
     FutureTimeoutError,
@@ -326,7 +327,7 @@ def test_unknown_stream_parameters_and_lists_are_refused(tc: TrainingClient) -> 
         ({"model_ref": "/nowhere/model"}, NotFoundError, "/nowhere/model"),
         ({"lora_config": LoRAConfig(rank=33)}, InvalidRequestError, "rank 33"),
         ({"lora_config": LoRAConfig(target_modules=("x_proj",))}, InvalidRequestError, "q_proj"),
-        ({"dp_config": DPConfig()}, InvalidRequestError, "differential privacy"),
+        ({"dp_config": DPConfig(noise_multiplier=0.1)}, DPBudgetExceededError, "cannot pay"),
         ({"resources": ResourceConfig(num_gpus=8)}, PlacementError, "8 GPUs"),
     ],
 )

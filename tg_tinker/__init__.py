@@ -30,6 +30,7 @@ from tg_tinker.errors import (
     IntegrityError,
     InternalError,
     InvalidRequestError,
+    LineageError,
     NonFiniteError,
     NotFoundError,
     PlacementError,
@@ -41,6 +42,7 @@ from tg_tinker.errors import (
 )
 from tg_tinker.future import FutureHandle
 from tg_tinker.hashing import batch_hash
+from tg_tinker.privacy import PrivacyInfo, PrivacyReport
 from tg_tinker.service import ServiceClient
 from tg_tinker.training import TrainingClient
 from tg_tinker.types import (
@@ -76,6 +78,7 @@ __all__ = [
     "IntegrityError",
     "InternalError",
     "InvalidRequestError",
+    "LineageError",
     "LoRAConfig",
     "LoadStateResult",
     "NonFiniteError",
@@ -83,6 +86,8 @@ __all__ = [
     "OptimStepResult",
     "OptimizerConfig",
     "PlacementError",
+    "PrivacyInfo",
+    "PrivacyReport",
     "QueueFullError",
     "ResourceConfig",
     "Sample",

@@ -85,15 +85,18 @@ class Example:
         return int((self.labels[1:] != IGNORED).sum())
 
 
-def normalise(batch: BatchData | Mapping[str, Any]) -> list[Example]:
+def normalise(batch: BatchData | Mapping[str, Any], *, may_be_empty: bool = False) -> list[Example]:
     """Checked, unpadded rows; masked tokens at either end are cut with their labels.
+
+    Args:
+        may_be_empty: a Poisson sample may hold no row at all.
 
     Raises:
         InvalidRequestError: wrong shape, type or mask, naming the row and the field.
     """
     fields = _fields(batch)
     rows = _rows(fields["input_ids"], "input_ids")
-    if not rows:
+    if not rows and not may_be_empty:
         raise InvalidRequestError("the batch is empty: pass at least one row of input_ids")
     masks, labels = _like(rows, fields, "attention_mask"), _like(rows, fields, "labels")
     names = _example_ids(fields["example_ids"], len(rows))
@@ -101,6 +104,16 @@ def normalise(batch: BatchData | Mapping[str, Any]) -> list[Example]:
         _example(i, row, masks[i] if masks else None, labels[i] if labels else row, names[i])
         for i, row in enumerate(rows)
     ]
+
+
+def from_examples(examples: Sequence[Example]) -> BatchData:
+    """The batch that `normalise` turns into these rows; their ids stay theirs."""
+    names = [example.example_id for example in examples]
+    return BatchData(
+        input_ids=[example.input_ids for example in examples],
+        labels=[example.labels for example in examples],
+        example_ids=None if None in names else names,
+    )
 
 
 def check_bounds(examples: Sequence[Example], vocab_size: int, context_length: int) -> None:

@@ -113,10 +113,10 @@ class OptimizerConfig(_Config):
 
 
 class DPConfig(_Config):
-    """Differential privacy of a run.
+    """Differential privacy of a run; `docs/privacy.md` explains the contracts.
 
-    The fields are fixed here; this version refuses to create a private client rather than
-    train one without the guarantee.
+    Whichever of the noise, the uses of a unit and the steps (`TrainingConfig.max_steps`) is left
+    out is calculated from the others and the budget.
 
     Attributes:
         enabled: False trains as if no DPConfig were given.
@@ -158,11 +158,14 @@ class ResourceConfig(_Config):
         num_cpus: CPUs reserved in Ray; None reserves none on a laptop and 1 on a cluster.
         num_gpus: GPUs reserved, fractions allowed; None takes one where the cluster has one.
         num_threads: torch threads; None uses all cores of a laptop, else the reservation.
+        activation_checkpointing: keep few activations and compute them again in the backward
+            pass: less memory, about a third more time.
     """
 
     num_cpus: NonNegative | None = None
     num_gpus: NonNegative | None = None
     num_threads: int | None = Field(None, ge=1)
+    activation_checkpointing: bool = False
 
 
 class TrainingConfig(_Config):
@@ -176,7 +179,8 @@ class TrainingConfig(_Config):
         batch_size: expected rows per `forward_backward`.
         gradient_accumulation_steps: expected `forward_backward` calls per step.
         max_steps: steps after which the run is `completed`; linear and cosine need it.
-        dataset_id: names the privacy ledger of a private run.
+        dataset_id: names the privacy ledger of a private run; ``default`` when left out. Letters,
+            digits, dots, dashes and underscores.
         seed: of the adapter's first weights and of dropout.
         dtype: of the frozen weights; auto is float32 on CPU and bfloat16 on CUDA.
         resources: see `ResourceConfig`.
@@ -190,11 +194,16 @@ class TrainingConfig(_Config):
     batch_size: int = Field(8, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     max_steps: int | None = Field(None, ge=1)
-    dataset_id: str | None = None
+    dataset_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")] | None = None
     seed: int = Field(0, ge=0, lt=2**63)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     resources: ResourceConfig = ResourceConfig()
     metadata: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @property
+    def private(self) -> bool:
+        """Whether the run trains under differential privacy."""
+        return self.dp_config is not None and self.dp_config.enabled
 
     @model_validator(mode="after")
     def _schedule_has_an_end(self) -> Self:
@@ -208,8 +217,7 @@ class TrainingConfig(_Config):
 
     @model_validator(mode="after")
     def _private_clipping_is_per_unit(self) -> Self:
-        private = self.dp_config is not None and self.dp_config.enabled
-        if private and self.optimizer.max_grad_norm is not None:
+        if self.private and self.optimizer.max_grad_norm is not None:
             raise ValueError(
                 "optimizer.max_grad_norm is for non-private runs; a private run clips each unit"
                 " to dp_config.max_grad_norm"

@@ -19,7 +19,10 @@ import secrets
 from typing import Any
 
 from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.ciphers.algorithms import AES256
+from cryptography.hazmat.primitives.ciphers.modes import CTR
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
@@ -38,6 +41,12 @@ _PAYLOAD = b"tg-tinker payload v1"
 def new_key() -> bytes:
     """A fresh 256-bit key from the operating system."""
     return secrets.token_bytes(KEY_BYTES)
+
+
+def keystream(size: int) -> bytes:
+    """Fresh random bytes: AES-256 in counter mode under a key that is used once and forgotten."""
+    cipher = Cipher(AES256(new_key()), CTR(secrets.token_bytes(16)))
+    return cipher.encryptor().update(bytes(size))
 
 
 def context_of(tenant: str, artifact_id: str, name: str) -> bytes:

@@ -3,7 +3,8 @@
     TGTinkerError
     ├── InvalidRequestError (ValueError)   the caller: a value is wrong; nothing was changed
     │   ├── NotFoundError                  no such client, artifact or model
-    │   └── ArtifactMismatchError          an artifact of another model, rank or layer set
+    │   ├── ArtifactMismatchError          an artifact of another model, rank or layer set
+    │   └── LineageError                   a private run may not start from these weights
     ├── NonFiniteError                     loss or gradient is NaN or infinite; weights as before
     ├── WindowSpoiledError                 an earlier call of this step failed; it is dropped
     ├── DPBudgetExceededError              the privacy budget cannot pay for the step
@@ -68,6 +69,10 @@ class NotFoundError(InvalidRequestError):
 
 class ArtifactMismatchError(InvalidRequestError):
     code = "artifact_mismatch"
+
+
+class LineageError(InvalidRequestError):
+    code = "lineage"
 
 
 class NonFiniteError(TGTinkerError):

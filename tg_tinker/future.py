@@ -8,6 +8,7 @@ result = handle.result(timeout=60)      # or: result = await handle
 from __future__ import annotations
 
 import asyncio
+import warnings
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -46,6 +47,7 @@ class FutureHandle(Generic[Result]):
         self.operation = operation
         self._link = link
         self._reply: Reply | None = None
+        self._taken = False
 
     def __repr__(self) -> str:
         return f"<FutureHandle {self.operation} {self.future_id}>"
@@ -53,12 +55,18 @@ class FutureHandle(Generic[Result]):
     def result(self, timeout: float | None = None) -> Result:
         """Waits for the result, at most `timeout` seconds.
 
+        What the call wants to be known is given as warnings when it is first taken.
+
         Raises:
             FutureTimeoutError: not yet; the call goes on and can be asked again.
             FutureCancelledError: it was cancelled before it changed anything.
             TGTinkerError: what the call raised.
         """
         value: Result = self._wait(timeout).unwrap()
+        if not self._taken:
+            self._taken = True
+            for warning in getattr(value, "warnings", ()):
+                warnings.warn(warning, stacklevel=2)
         return value
 
     def exception(self, timeout: float | None = None) -> TGTinkerError | None:

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Self
 
 from tg_tinker.cluster import Cluster, TrainingLink, provided
-from tg_tinker.config import ResourceConfig, TrainingConfig
-from tg_tinker.errors import ActorLostError, InvalidRequestError, StorageError
+from tg_tinker.config import DPConfig, ResourceConfig, TrainingConfig
+from tg_tinker.errors import ActorLostError, InvalidRequestError, NotFoundError, StorageError
+from tg_tinker.ledger import Ledger
+from tg_tinker.privacy import DEFAULT_DATASET, PrivacyReport, dataset_of
 from tg_tinker.training import TrainingClient
 from tg_tinker.types import ArtifactInfo, LoadStateResult, ModelInfo, TrainingClientInfo
 
@@ -100,18 +102,29 @@ class ServiceClient:
             InvalidRequestError: the configuration does not fit the model.
             NotFoundError: no such model.
             PlacementError: no room on the cluster.
+            DPBudgetExceededError: the privacy budget cannot pay for what is planned.
         """
-        _refuse_private(config)
+        if config.private:
+            self._release_reservations_of_the_dead(dataset_of(config))
+        elif config.dataset_id and self._registry.ledger_entries(self._tenant, config.dataset_id):
+            raise InvalidRequestError(
+                f"data set {config.dataset_id!r} has a privacy ledger: a run without dp_config may"
+                " not train on it. Add a DPConfig, or leave out dataset_id if this is other data"
+            )
         if Path(config.model_ref).exists():  # actors work in directories of their own
             absolute = str(Path(config.model_ref).absolute())
             config = config.model_copy(update={"model_ref": absolute})
         run_id = self._registry.create_run(self._tenant, config.model_dump_json())
         epoch = self._registry.claim(run_id)
         try:
-            return self._open(run_id, epoch, config, progress)[0]
+            client = self._open(run_id, epoch, config, progress)[0]
         except BaseException:
             self._registry.finish(run_id, epoch, "failed")
+            self._release_reservation(run_id, config)
             raise
+        if client.privacy is not None:
+            _log.warning("%s", client.privacy.message)
+        return client
 
     def get_training_client(
         self, training_client_id: str, progress: Progress | None = None
@@ -147,6 +160,42 @@ class ServiceClient:
         """All runs of this tenant, oldest first."""
         runs: list[TrainingClientInfo] = self._registry.runs(self._tenant)
         return runs
+
+    # --- privacy -----------------------------------------------------------------------------
+
+    def register_dataset(
+        self, dataset_id: str, epsilon: float | None, delta: float = 1e-5, unit: str = "example"
+    ) -> None:
+        """Gives a data set its privacy budget, for all runs that will ever train on it.
+
+        The first private client that names a data set does the same with its own target.
+
+        Args:
+            epsilon: the budget; None is without limit, and without a promise.
+            delta: less than one over the number of units.
+            unit: what is protected, ``example`` or ``id``.
+
+        Raises:
+            InvalidRequestError: a value out of range, or it is registered with another budget.
+        """
+        dp = DPConfig(target_epsilon=epsilon, target_delta=delta, unit=unit)
+        checked = TrainingConfig(model_ref="any", dataset_id=dataset_id)
+        self._registry.register_dataset(
+            self._tenant, checked.dataset_id, dp.target_epsilon, dp.target_delta, dp.unit
+        )
+
+    def privacy_report(self, dataset_id: str = DEFAULT_DATASET) -> PrivacyReport:
+        """What was spent of a data set's budget, by whom, from its verified ledger.
+
+        Raises:
+            NotFoundError: no private run ever named this data set.
+            IntegrityError: the stored ledger was changed.
+        """
+        entries = self._registry.ledger_entries(self._tenant, dataset_id)
+        if not entries:
+            known = ", ".join(self._registry.dataset_ids(self._tenant)) or "none yet"
+            raise NotFoundError(f"data set {dataset_id!r} has no ledger; there are: {known}")
+        return PrivacyReport(entries)
 
     # --- artifacts ---------------------------------------------------------------------------
 
@@ -244,18 +293,35 @@ class ServiceClient:
             model=model,
             epoch=epoch,
             describe=lambda: self._registry.run(self._tenant, run_id)[0],
-            finish=partial(self._finish, run_id, epoch, link),
+            describe_privacy=lambda: self._registry.privacy_info(
+                self._tenant, dataset_of(config), run_id
+            ),
+            finish=partial(self._finish, run_id, config, epoch, link),
         )
 
-    def _finish(self, run_id: str, epoch: int, link: TrainingLink) -> None:
+    def _finish(self, run_id: str, config: TrainingConfig, epoch: int, link: TrainingLink) -> None:
         if not self._cluster.connected:
             return  # the actor ended with its cluster, or outlives this connection to it
         try:
             with contextlib.suppress(ActorLostError):
                 self._registry.record(run_id, epoch, link.info().step, "completed")
             self._registry.finish(run_id, epoch, "completed")
+            self._release_reservation(run_id, config)
         finally:
             self._cluster.kill(link.actor)
+
+    def _release_reservation(self, run_id: str, config: TrainingConfig) -> None:
+        if config.private:
+            self._registry.release_reservation(self._tenant, dataset_of(config), run_id)
+
+    def _release_reservations_of_the_dead(self, dataset: str) -> None:
+        """A script that was killed could not give back what it had planned."""
+        entries = self._registry.ledger_entries(self._tenant, dataset)
+        accounts = Ledger.replay(entries).accounts
+        for run_id in [run for run, account in accounts.items() if account.reserved]:
+            info, _ = self._registry.run(self._tenant, run_id)
+            if self._cluster.find_training(run_id, info.epoch) is None:
+                self._registry.release_reservation(self._tenant, dataset, run_id)
 
     def _resources(self, wanted: ResourceConfig) -> ResourceConfig:
         """The defaults of `ResourceConfig` made explicit for this cluster."""
@@ -265,7 +331,8 @@ class ServiceClient:
             gpus = min(1.0, self._cluster.resources().get("GPU", 0))
         cpus = (0 if embedded else 1) if wanted.num_cpus is None else wanted.num_cpus
         threads = wanted.num_threads or (None if embedded else max(1, int(cpus)))
-        return ResourceConfig(num_cpus=cpus, num_gpus=gpus, num_threads=threads)
+        made_explicit = {"num_cpus": cpus, "num_gpus": gpus, "num_threads": threads}
+        return wanted.model_copy(update=made_explicit)
 
 
 def _check_tenant(tenant: str) -> None:
@@ -273,13 +340,4 @@ def _check_tenant(tenant: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", tenant):
         raise InvalidRequestError(
             f"tenant {tenant!r}: use 1 to 64 letters, digits, dashes and underscores"
-        )
-
-
-def _refuse_private(config: TrainingConfig) -> None:
-    """Training without the promised guarantee would be worse than not training."""
-    if config.dp_config is not None and config.dp_config.enabled:
-        raise InvalidRequestError(
-            "differential privacy is not available in this version: it refuses rather than"
-            " trains without the guarantee. Leave out dp_config to train without privacy"
         )

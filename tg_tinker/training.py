@@ -6,22 +6,23 @@ import html
 import json
 import secrets
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, Self, TypeVar
 
-from tg_tinker.batch import BatchData, check_bounds, normalise
+from tg_tinker.batch import BatchData, check_bounds, from_examples, normalise
 from tg_tinker.cluster import TrainingLink
 from tg_tinker.config import TrainingConfig
 from tg_tinker.errors import (
     ActorLostError,
     ClusterUnavailableError,
+    DPBudgetExceededError,
     InvalidRequestError,
     QueueFullError,
 )
 from tg_tinker.future import FutureHandle
 from tg_tinker.hashing import resolve_batch_hash
+from tg_tinker.privacy import PrivacyInfo
 from tg_tinker.sampling import SamplingParams, as_stops, check_prompts
 from tg_tinker.text import load_tokenizer
 from tg_tinker.types import (
@@ -57,6 +58,7 @@ class TrainingClient:
         model: ModelInfo,
         epoch: int,
         describe: Callable[[], TrainingClientInfo],
+        describe_privacy: Callable[[], PrivacyInfo],
         finish: Callable[[], None],
     ) -> None:
         self._id = run_id
@@ -65,6 +67,7 @@ class TrainingClient:
         self._model = model
         self._epoch = epoch
         self._describe = describe
+        self._describe_privacy = describe_privacy
         self._finish = finish
         self._handle = secrets.token_hex(8)
         self._sequence = 0
@@ -125,7 +128,9 @@ class TrainingClient:
         """Loss of a batch and, in train mode, its gradient added to the current step.
 
         Gradients add up until `optim_step`; how a step's rows are split into calls changes
-        nothing but rounding.
+        nothing but rounding. In a private run each unit's gradient is clipped first; a row that
+        cannot count (too long, used up, repeated in the step) adds nothing and is reported in
+        `warnings`, and an empty batch is allowed.
 
         Args:
             batch: see `BatchData`; a dict with the same keys works everywhere.
@@ -135,8 +140,10 @@ class TrainingClient:
         Raises:
             InvalidRequestError: the batch is malformed or does not fit the model; it was not sent.
         """
-        examples = normalise(batch)
-        check_bounds(examples, self._model.vocab_size, self._model.context_length)
+        counted = self._config.private and self._training
+        examples = normalise(batch, may_be_empty=counted)
+        if not counted:  # a defect of a private row makes it add zero: an error would tell of it
+            check_bounds(examples, self._model.vocab_size, self._model.context_length)
         if batch_hash is not None:
             resolve_batch_hash(examples, batch_hash)
         return self._submit(
@@ -146,8 +153,13 @@ class TrainingClient:
     def optim_step(self, apply_dp_noise: bool = True) -> FutureHandle[OptimStepResult]:
         """One optimizer step on the mean gradient since the last one.
 
+        In a private run: checks the budget, charges it durably, adds noise, then steps.
+
         Args:
-            apply_dp_noise: has a meaning in private runs only.
+            apply_dp_noise: False is refused in a private run, unless its data set was registered
+                without a limit; then epsilon is infinite from this step on.
+
+        The result raises `DPBudgetExceededError` when the budget cannot pay; nothing has changed.
         """
         return self._submit("optim_step", apply_dp_noise=apply_dp_noise)
 
@@ -251,9 +263,39 @@ class TrainingClient:
             IntegrityError: stored bytes are not what was saved; nothing was changed.
         """
         result: LoadStateResult = self._submit("load_state", artifact_id=artifact_id).result()
-        for warning in result.warnings:
-            warnings.warn(warning, stacklevel=2)
         return result
+
+    # --- privacy -----------------------------------------------------------------------------
+
+    @property
+    def privacy(self) -> PrivacyInfo | None:
+        """Contract, uses or steps left, and epsilon; None in a run without privacy."""
+        return self._describe_privacy() if self._config.private else None
+
+    def poisson_batches(self, dataset: BatchData | Mapping[str, Any]) -> Iterator[BatchData]:
+        """Batches that the server draws: each unit is in each step with the same chance.
+
+        The rows go to the actor once, which keeps their keyed hashes. Each batch is one whole
+        step; some are empty. Ends when no step is left.
+
+            for batch in tc.poisson_batches(dataset):
+                tc.forward_backward(batch)
+                tc.optim_step()
+
+        Args:
+            dataset: all rows, as a batch; `DPConfig.dataset_size` distinct units.
+
+        Raises:
+            InvalidRequestError: the run's contract is another, or the size differs.
+        """
+        examples = normalise(dataset)
+        units: list[list[int]] = self._submit("register_units", examples=examples).result()
+        while True:
+            try:
+                drawn: list[int] = self._submit("draw_units").result()
+            except DPBudgetExceededError:
+                return
+            yield from_examples([examples[row] for unit in drawn for row in units[unit]])
 
     # --- life --------------------------------------------------------------------------------
 

@@ -17,6 +17,8 @@ class ForwardBackwardResult:
         gradient_hash: hash of this call's gradient sum; empty in eval mode.
         num_tokens: kept input tokens, padding not counted.
         latency_ms: time on the actor.
+        warnings: rows of a private run that added nothing, and why. Also given as warnings
+            when the result is taken.
     """
 
     loss: float
@@ -24,11 +26,25 @@ class ForwardBackwardResult:
     gradient_hash: str
     num_tokens: int
     latency_ms: float
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class DPMetrics:
-    """Privacy figures of one private step."""
+    """Privacy figures of one private step.
+
+    The norms and `num_clipped` depend on the data and lie outside the guarantee: they are for
+    the data owner alone (`DPConfig.show_private_metrics`).
+
+    Attributes:
+        noise_applied: False only on a data set registered without a limit.
+        epsilon_spent: the data set's epsilon after this step minus before.
+        total_epsilon: the data set's epsilon after this step, of all its runs.
+        delta: of the data set.
+        grad_norm_before_clip: median L2 norm over the units of the step; NaN without any.
+        grad_norm_after_clip: the same after clipping.
+        num_clipped: units whose norm exceeded the bound; 0 where metrics are hidden.
+    """
 
     noise_applied: bool
     epsilon_spent: float
@@ -44,11 +60,13 @@ class OptimStepResult:
     """What one optimizer step did.
 
     Attributes:
-        grad_norm: L2 norm of the gradient handed to the optimizer, before global clipping.
+        grad_norm: L2 norm of the gradient handed to the optimizer, before global clipping; in
+            a private run that of the noised gradient.
         learning_rate: the rate used in this very step.
         step: optimizer steps completed, this one included.
         dp_metrics: None in a run without differential privacy.
         latency_ms: time on the actor.
+        warnings: given when the result is taken, too.
     """
 
     grad_norm: float
@@ -56,6 +74,7 @@ class OptimStepResult:
     step: int
     dp_metrics: DPMetrics | None
     latency_ms: float
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,10 @@ from typing import Any
 
 from tg_tinker.errors import Wire, from_wire
 
-TRAINING_OPERATIONS = ("forward_backward", "optim_step", "sample", "save_state", "load_state")
+TRAINING_OPERATIONS = (
+    "forward_backward", "optim_step", "sample", "save_state", "load_state", "register_units",
+    "draw_units",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, repr=False)

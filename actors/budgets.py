@@ -1,0 +1,385 @@
+"""The ledgers of data sets in the registry: registration, and check and charge in one go.
+
+The rules are `tg_tinker.ledger`'s; here they meet the database. Every change is one immediate
+transaction: the decision, the ledger's entry and the units' uses become durable together or not
+at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+
+import sqlalchemy as sa
+
+from actors.database import METADATA, RUNS, Database
+from actors.keys import FileKeyring
+from actors.plausibility import looks_drawn
+from tg_tinker.accounting import filter_order
+from tg_tinker.envelope import context_of, new_key
+from tg_tinker.errors import (
+    ActorLostError,
+    DPBudgetExceededError,
+    InvalidRequestError,
+    NotFoundError,
+)
+from tg_tinker.ledger import VERSION, Account, Entry, Ledger
+from tg_tinker.privacy import Charge, PrivacyInfo, describe_run
+
+_datasets = sa.Table(
+    "datasets",
+    METADATA,
+    sa.Column("tenant", sa.String, primary_key=True),
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("wrapped_key", sa.String, nullable=False),
+)
+_entries = sa.Table(
+    "ledger_entries",
+    METADATA,
+    sa.Column("tenant", sa.String, primary_key=True),
+    sa.Column("dataset", sa.String, primary_key=True),
+    sa.Column("seq", sa.Integer, primary_key=True),
+    sa.Column("hash", sa.String, nullable=False),
+    sa.Column("entry", sa.String, nullable=False),
+)
+_uses = sa.Table(
+    "unit_uses",
+    METADATA,
+    sa.Column("run_id", sa.String, sa.ForeignKey("runs.id"), primary_key=True),
+    sa.Column("unit", sa.LargeBinary, primary_key=True),
+    sa.Column("uses", sa.Integer, nullable=False),
+)
+_charges = sa.Table(
+    "charges",
+    METADATA,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("run_id", sa.String, sa.ForeignKey("runs.id"), nullable=False),
+    sa.Column("size", sa.Integer, nullable=False),
+    sa.Column("evidence", sa.String, nullable=False),
+    sa.Column("receipt", sa.String, nullable=False),
+)
+_IN_AT_A_TIME = 5_000  # bound variables of one statement
+
+
+class Budgets(Database):
+    """The part of the registry that answers for privacy."""
+
+    _keyring: FileKeyring
+
+    def __init__(self, database: str) -> None:
+        super().__init__(database)
+        self._ledgers: dict[tuple[str, str], Ledger] = {}  # derived; checked by head on each use
+
+    # --- data sets ---------------------------------------------------------------------------
+
+    def register_dataset(
+        self, tenant: str, dataset: str, epsilon: float | None, delta: float, unit: str
+    ) -> None:
+        """Opens the ledger of a data set; the same registration again changes nothing.
+
+        Raises:
+            InvalidRequestError: it is registered with another budget or unit: what was promised
+                is never changed.
+        """
+        with self._change() as tx:
+            ledger = self._ledger(tx, tenant, dataset)
+            if ledger.length:
+                _refuse_another(ledger, epsilon, delta, unit)
+                return
+            key = self._keyring.wrap(new_key(), context_of(tenant, dataset, "unit key"))
+            tx.execute(
+                _datasets.insert().values(tenant=tenant, id=dataset, wrapped_key=json.dumps(key))
+            )
+            body = {
+                "type": "register", "version": VERSION, "dataset": dataset, "epsilon": epsilon,
+                "delta": delta, "unit": unit, "born": datetime.now(UTC).isoformat(),
+                "order": filter_order(float("inf") if epsilon is None else epsilon, delta),
+            }  # fmt: skip
+            self._append(tx, tenant, dataset, ledger, body)
+
+    def ledger_entries(self, tenant: str, dataset: str) -> list[Entry]:
+        """The whole ledger, oldest entry first; empty if the data set is unknown."""
+        with self._reading() as connection:
+            return self._stored(connection, tenant, dataset)
+
+    def dataset_ids(self, tenant: str) -> list[str]:
+        query = sa.select(_datasets.c.id).where(_datasets.c.tenant == tenant)
+        with self._reading() as connection:
+            return sorted(connection.execute(query).scalars())
+
+    # --- private runs --------------------------------------------------------------------------
+
+    def open_account(self, tenant: str, dataset: str, entry: Entry) -> None:
+        """Enters a run's contract, and reserves what it plans.
+
+        Raises:
+            DPBudgetExceededError: others took the budget since it was planned.
+        """
+        with self._change() as tx:
+            self._append(tx, tenant, dataset, self._known(tx, tenant, dataset), entry)
+
+    def unit_key(self, tenant: str, dataset: str) -> bytes:
+        """The key of a data set's unit hashes, for the memory of its training actors alone."""
+        with self._reading() as connection:
+            return self._unit_key(connection, tenant, dataset)
+
+    def privacy_info(self, tenant: str, dataset: str, run_id: str) -> PrivacyInfo:
+        with self._reading() as connection:
+            return describe_run(self._known(connection, tenant, dataset), run_id)
+
+    def admit(self, tenant: str, dataset: str, run_id: str, units: Sequence[bytes]) -> set[bytes]:
+        """Those units that are at their limit of uses.
+
+        Raises:
+            DPBudgetExceededError: no step is left, or none of these units may be used again.
+        """
+        with self._reading() as connection:
+            ledger = self._known(connection, tenant, dataset)
+            account = ledger.accounts[run_id]
+            if account.contract != "participation":
+                _refuse_exhausted(ledger, account)
+                return set()
+            limit = account.limit
+            if limit is None or account.count < limit:
+                return set()
+            uses = _uses_of(connection, run_id, set(units))
+        at_limit = {unit for unit, count in uses.items() if count >= limit}
+        if units and at_limit.issuperset(units):
+            raise DPBudgetExceededError(
+                f"every row of this batch was used {limit} times, the most that epsilon"
+                f" {ledger.limit:g} pays for at sigma {account.sigma:g}. Pass rows that were used"
+                " less, or stop here: sample and save_state still work",
+                details={"limit": limit},
+            )
+        return at_limit
+
+    def charge(
+        self, tenant: str, dataset: str, run_id: str, epoch: int, charge_id: str,
+        units: Sequence[bytes], noised: bool, calls: Sequence[tuple[str, str]],
+    ) -> Charge:  # fmt: skip
+        """Checks and charges one step; durable when it returns. A repeat gets the same receipt.
+
+        Args:
+            charge_id: random, of one draw of noise.
+            units: all units of the step, once each.
+            noised: False is refused unless the data set is unlimited.
+            calls: (batch hash, gradient hash) of the step's calls; stored as HMAC only.
+
+        Raises:
+            DPBudgetExceededError: nothing was charged.
+            ActorLostError: a newer actor owns the run; nothing was charged.
+        """
+        self._fall_back_if_implausible(tenant, dataset, run_id, epoch, len(units))
+        with self._change() as tx:
+            known = sa.select(_charges.c.receipt).where(_charges.c.id == charge_id)
+            if (receipt := tx.execute(known).scalar()) is not None:
+                return Charge(**json.loads(receipt))
+            _check_epoch(tx, run_id, epoch)
+            ledger = self._known(tx, tenant, dataset)
+            before = ledger.epsilon
+            count = _count(tx, ledger.accounts[run_id], run_id, units)
+            body = {
+                "type": "charge" if noised else "unnoised",
+                "run": run_id, "epoch": epoch, "charge": charge_id, "count": count,
+            }  # fmt: skip
+            entry = self._append(tx, tenant, dataset, ledger, body)
+            charge = Charge(
+                charge_id=charge_id,
+                dataset=dataset,
+                head=entry["hash"],
+                sigma=ledger.accounts[run_id].sigma,
+                noised=noised,
+                epsilon_spent=ledger.epsilon - before,
+                total_epsilon=ledger.epsilon,
+                delta=ledger.delta,
+                count=count,
+            )
+            tx.execute(
+                _charges.insert().values(
+                    id=charge_id, run_id=run_id, size=len(units),
+                    evidence=self._evidence(tx, tenant, dataset, run_id, calls),
+                    receipt=json.dumps(asdict(charge)),
+                )
+            )  # fmt: skip
+            return charge
+
+    def release_reservation(self, tenant: str, dataset: str, run_id: str) -> None:
+        """Frees what a run planned and has not used; it may go on where the budget allows."""
+        with self._change() as tx:
+            ledger = self._ledger(tx, tenant, dataset)
+            account = ledger.accounts.get(run_id)
+            if account is not None and account.reserved > account.count:
+                body = {"type": "release", "run": run_id}
+                self._append(tx, tenant, dataset, ledger, body)
+
+    def link(self, tenant: str, dataset: str, run_id: str, others: Sequence[str]) -> None:
+        """Notes that a run took over weights that other data sets had a part in."""
+        with self._change() as tx:
+            ledger = self._known(tx, tenant, dataset)
+            if not ledger.linked.issuperset(others):
+                body = {"type": "link", "run": run_id, "datasets": sorted(others)}
+                self._append(tx, tenant, dataset, ledger, body)
+
+    # --- inside ------------------------------------------------------------------------------
+
+    def _fall_back_if_implausible(
+        self, tenant: str, dataset: str, run_id: str, epoch: int, size: int
+    ) -> None:
+        """An asserted sample that does not look like one is counted by participation from here
+        on, all its steps. A transaction of its own: it stays when the step is then refused."""
+        with self._change() as tx:
+            ledger = self._known(tx, tenant, dataset)
+            account = ledger.accounts[run_id]
+            if account.contract != "client_poisson":
+                return
+            sizes = sa.select(_charges.c.size).where(_charges.c.run_id == run_id)
+            distinct, most = _units_and_most_used(tx, run_id)
+            sizes_so_far = [*tx.execute(sizes).scalars()]
+            plausible = looks_drawn(
+                [*sizes_so_far, size], distinct, account.facts["dataset_size"], account.rate
+            )
+            if plausible:
+                return
+            _check_epoch(tx, run_id, epoch)
+            body = {"type": "fall_back", "run": run_id, "count": most, "limit": None}
+            self._append(tx, tenant, dataset, ledger, body)
+
+    def _evidence(
+        self, tx: sa.Connection, tenant: str, dataset: str, run_id: str,
+        calls: Sequence[tuple[str, str]],
+    ) -> str:  # fmt: skip
+        """HMACs of a step's hashes under a key of the run: a plain hash would be a test of
+        membership for whoever reads the database."""
+        key = hmac.digest(self._unit_key(tx, tenant, dataset), run_id.encode(), hashlib.sha256)
+        sealed = [
+            [hmac.new(key, part.encode(), hashlib.sha256).hexdigest() for part in call]
+            for call in calls
+        ]
+        return json.dumps(sealed)
+
+    def _unit_key(self, connection: sa.Connection, tenant: str, dataset: str) -> bytes:
+        query = sa.select(_datasets.c.wrapped_key).where(
+            _datasets.c.tenant == tenant, _datasets.c.id == dataset
+        )
+        wrapped = json.loads(connection.execute(query).scalar_one())
+        return self._keyring.unwrap(wrapped, context_of(tenant, dataset, "unit key"))
+
+    def _known(self, connection: sa.Connection, tenant: str, dataset: str) -> Ledger:
+        ledger = self._ledger(connection, tenant, dataset)
+        if not ledger.length:
+            raise NotFoundError(
+                f"no data set {dataset!r}: service.register_dataset makes one, and so does the"
+                " first private client that names it"
+            )
+        return ledger
+
+    def _ledger(self, connection: sa.Connection, tenant: str, dataset: str) -> Ledger:
+        """The ledger as stored: from memory if its head is the stored one, else replayed."""
+        last = (
+            sa.select(_entries.c.hash)
+            .where(_entries.c.tenant == tenant, _entries.c.dataset == dataset)
+            .order_by(_entries.c.seq.desc())
+            .limit(1)
+        )
+        head = connection.execute(last).scalar()
+        cached = self._ledgers.get((tenant, dataset))
+        if cached is None or head is None or cached.head != head:
+            cached = Ledger.replay(self._stored(connection, tenant, dataset))
+            self._ledgers[tenant, dataset] = cached
+        return cached
+
+    def _stored(self, connection: sa.Connection, tenant: str, dataset: str) -> list[Entry]:
+        query = (
+            sa.select(_entries.c.entry)
+            .where(_entries.c.tenant == tenant, _entries.c.dataset == dataset)
+            .order_by(_entries.c.seq)
+        )
+        return [json.loads(text) for text in connection.execute(query).scalars()]
+
+    def _append(
+        self, tx: sa.Connection, tenant: str, dataset: str, ledger: Ledger, body: Entry
+    ) -> Entry:
+        """Applies an entry and stores it. Should the transaction fail later, the ledger in
+        memory is ahead of the stored head, and the next use replays it."""
+        entry = ledger.append(body)
+        tx.execute(
+            _entries.insert().values(
+                tenant=tenant, dataset=dataset, seq=entry["seq"], hash=entry["hash"],
+                entry=json.dumps(entry),
+            )
+        )  # fmt: skip
+        return entry
+
+
+def _check_epoch(tx: sa.Connection, run_id: str, epoch: int) -> None:
+    current = tx.execute(sa.select(RUNS.c.epoch).where(RUNS.c.id == run_id)).scalar()
+    if current != epoch:
+        raise ActorLostError(
+            f"this actor (epoch {epoch}) was replaced by epoch {current}: it may not charge; use"
+            " get_training_client to reach the new one"
+        )
+
+
+def _count(tx: sa.Connection, account: Account, run_id: str, units: Sequence[bytes]) -> int:
+    """What the contract counts after this step; notes the units' uses where it needs them."""
+    if account.contract in ("worst_case", "poisson"):
+        return account.count + 1
+    uses = _uses_of(tx, run_id, units)
+    if known := [unit for unit in units if unit in uses]:
+        bound = {"run": run_id, "one": sa.bindparam("one")}
+        update = (
+            _uses.update()
+            .where(_uses.c.run_id == bound["run"], _uses.c.unit == bound["one"])
+            .values(uses=_uses.c.uses + 1)
+        )
+        tx.execute(update, [{"one": unit} for unit in known])
+    if fresh := [unit for unit in units if unit not in uses]:
+        rows = [{"run_id": run_id, "unit": unit, "uses": 1} for unit in fresh]
+        tx.execute(_uses.insert(), rows)
+    if account.contract == "client_poisson":
+        return account.count + 1
+    return max(account.count, *(uses.get(unit, 0) + 1 for unit in units), 0)
+
+
+def _uses_of(connection: sa.Connection, run_id: str, units: Iterable[bytes]) -> dict[bytes, int]:
+    """Uses of those units that were used before."""
+    wanted = list(units)
+    found: dict[bytes, int] = {}
+    for start in range(0, len(wanted), _IN_AT_A_TIME):
+        query = sa.select(_uses.c.unit, _uses.c.uses).where(
+            _uses.c.run_id == run_id, _uses.c.unit.in_(wanted[start : start + _IN_AT_A_TIME])
+        )
+        found |= {bytes(unit): uses for unit, uses in connection.execute(query)}
+    return found
+
+
+def _units_and_most_used(connection: sa.Connection, run_id: str) -> tuple[int, int]:
+    """How many units a run has used, and how often the most used one."""
+    query = sa.select(sa.func.count(), sa.func.max(_uses.c.uses)).where(_uses.c.run_id == run_id)
+    distinct, most = connection.execute(query).one()
+    return distinct, most or 0
+
+
+def _refuse_another(ledger: Ledger, epsilon: float | None, delta: float, unit: str) -> None:
+    known = ledger.registered
+    for name, given in (("epsilon", epsilon), ("delta", delta), ("unit", unit)):
+        if known[name] != given:
+            raise InvalidRequestError(
+                f"data set {known['dataset']!r} is registered with {name} {known[name]}, not"
+                f" {given}: what was promised for it is never changed. Use another dataset_id for"
+                " other data",
+                details={"field": name},
+            )
+
+
+def _refuse_exhausted(ledger: Ledger, account: Account) -> None:
+    if account.limit is not None and account.count >= account.limit:
+        raise DPBudgetExceededError(
+            f"no step is left: all {account.limit} that the budget pays for are made, epsilon"
+            f" {ledger.epsilon:.4g} of {ledger.limit:g} is spent. sample and save_state still work",
+            details={"limit": account.limit},
+        )

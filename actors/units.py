@@ -1,0 +1,135 @@
+"""Units of privacy: who a row belongs to, which rows of a step count, and the Poisson draw."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from actors.clipping import ClippedSum
+from tg_tinker.batch import IGNORED, Example
+from tg_tinker.envelope import keystream
+from tg_tinker.errors import InvalidRequestError
+
+UNIT_BYTES = 16
+
+
+def unit_ids(key: bytes, examples: Sequence[Example], unit: str) -> list[bytes]:
+    """Each row's unit as a keyed hash: without the data set's key nobody can look for a row.
+
+    Args:
+        unit: ``example``, a distinct sequence of input ids, or ``id``, all rows of an id.
+
+    Raises:
+        InvalidRequestError: a row without an id where ids are the unit.
+    """
+    if unit == "id" and any(example.example_id is None for example in examples):
+        raise InvalidRequestError(
+            'the unit of privacy is the id (unit="id"): pass example_ids, one per row'
+        )
+    return [
+        hmac.digest(key, _content(example, unit), hashlib.sha256)[:UNIT_BYTES]
+        for example in examples
+    ]
+
+
+def _content(example: Example, unit: str) -> bytes:
+    if unit == "id":
+        return b"id\0" + str(example.example_id).encode()
+    return b"example\0" + example.input_ids.astype("<i8").tobytes()
+
+
+def row_defect(example: Example, vocab_size: int, context_length: int) -> str | None:
+    """Why a row of a private run contributes zero instead of raising: an error would tell."""
+    kept = example.labels[example.labels != IGNORED]
+    ids = np.concatenate([example.input_ids, kept])
+    if len(example.input_ids) > context_length:
+        return "too long"
+    if ((ids < 0) | (ids >= vocab_size)).any():
+        return "out of vocabulary"
+    return None if example.num_labelled else "nothing labelled"
+
+
+@dataclass(repr=False)
+class Window:
+    """What a private step has collected.
+
+    Attributes:
+        total: the clipped sum.
+        units: all units of the step, those that contributed zero included.
+        rows: rows that were passed.
+        calls: (batch hash, gradient hash) of each call.
+    """
+
+    total: ClippedSum
+    units: set[bytes] = field(default_factory=set)
+    rows: int = 0
+    calls: list[tuple[str, str]] = field(default_factory=list)
+
+    def admit(
+        self, examples: Sequence[Example], units: Sequence[bytes], at_limit: set[bytes],
+        vocab_size: int, context_length: int, whole_units: bool,
+    ) -> tuple[list[list[Example]], set[bytes], Counter[str]]:  # fmt: skip
+        """Rows that count, unit by unit; the units they take up; how many rows do not count.
+
+        A unit may come once in a window: all its rows in one call when `whole_units` (the unit
+        is an id), a single row otherwise. Later rows of it add zero, so that it moves the sum
+        by C at most.
+        """
+        groups: dict[bytes, list[Example]] = {}
+        taken: set[bytes] = set()
+        skipped: Counter[str] = Counter()
+        for example, unit in zip(examples, units, strict=True):
+            repeated = unit in self.units or (unit in taken and not whole_units)
+            if unit in at_limit or repeated:
+                skipped["use limit reached" if unit in at_limit else "repeated in the step"] += 1
+                continue
+            taken.add(unit)
+            defect = row_defect(example, vocab_size, context_length)
+            if defect is None:
+                groups.setdefault(unit, []).append(example)
+            else:
+                skipped[defect] += 1
+        return list(groups.values()), taken, skipped
+
+
+class PoissonSampler:
+    """Draws each unit into a step with probability `rate`, on its own, from OS entropy.
+
+    A draw stays until a step has used it: asking again gives the same one, so that nobody can
+    pick among draws. It is never saved; what is loaded draws anew.
+    """
+
+    def __init__(self, units: Sequence[bytes], rate: float) -> None:
+        self._units = list(units)
+        self._rate = rate
+        self._drawn: list[int] | None = None
+
+    def draw(self) -> list[int]:
+        """Indices of the units of the next step, in order; may be empty."""
+        if self._drawn is None:
+            words = np.frombuffer(keystream(8 * len(self._units)), dtype="<u8")
+            uniforms = (words >> np.uint64(11)) * 2.0**-53
+            self._drawn = np.flatnonzero(uniforms < self._rate).tolist()
+        return self._drawn
+
+    def check(self, units: set[bytes]) -> None:
+        """Refuses a step whose units are not exactly the draw; the draw stays.
+
+        Raises:
+            InvalidRequestError: nothing was drawn, or rows are missing, added or changed.
+        """
+        if self._drawn is None or units != {self._units[i] for i in self._drawn}:
+            raise InvalidRequestError(
+                "the rows of this step are not the drawn sample, so Poisson accounting would not"
+                " hold for it: pass each batch of tc.poisson_batches(dataset) to forward_backward"
+                " whole, in one step. The step was dropped, nothing was charged"
+            )
+
+    def forget(self) -> None:
+        """The draw was used, or the weights that it was meant for are gone."""
+        self._drawn = None
