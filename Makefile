@@ -16,10 +16,10 @@ endif
 help:            ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: .venv/demo ## fine-tune SmolLM2-135M on docstrings, sample, save, resume (about 5 minutes)
+demo: .venv/demo ## privately fine-tune SmolLM2-135M on docstrings, sample, save, resume (6 minutes)
 	$(BIN)/tg-tinker demo $(ARGS)
 
-test: .venv/dev  ## all tests, the real model included (under 10 minutes on two cores)
+test: .venv/dev  ## all tests, the real model included (under 20 minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/dev  ## ruff and mypy --strict
@@ -27,8 +27,9 @@ lint: .venv/dev  ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/dev ## a training step beside the plain padded transformers + PEFT loop
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/bench.py $(ARGS)
+bench: .venv/dev ## a step beside the plain padded PEFT loop; a private one beside it and Opacus
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/bench.py
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/bench_privacy.py $(ARGS)
 
 clean:           ## remove .venv and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info demo-output

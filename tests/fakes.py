@@ -9,7 +9,8 @@
 `FakeService` and its clients are the real classes with every method that needs a cluster
 replaced, so mypy holds their signatures to the real ones. Like the actor, a fake client runs its
 calls in order; unlike it, it runs them only when somebody waits, so a test knows exactly what is
-still queued. The loss of a batch falls with each step and depends on nothing else.
+still queued. The loss of a batch falls with each step and depends on nothing else; that of an
+empty one is NaN. Private runs keep a real ledger, with noise by the plainest accountant.
 
 To act at a certain moment, such as pressing Ctrl-C in the middle of step 3, set `before_call`:
 
@@ -19,19 +20,35 @@ To act at a certain moment, such as pressing Ctrl-C in the middle of step 3, set
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tg_tinker.accounting import (
+    filter_order,
+    rdp_epsilon,
+    smallest_sigma,
+    subsampled_gaussian_rdp,
+)
 from tg_tinker.batch import BatchData, check_bounds, normalise
 from tg_tinker.config import TrainingConfig
-from tg_tinker.errors import FutureCancelledError, NotFoundError, TGTinkerError
+from tg_tinker.errors import (
+    DPBudgetExceededError,
+    FutureCancelledError,
+    InvalidRequestError,
+    NotFoundError,
+    TGTinkerError,
+)
 from tg_tinker.future import FutureHandle
+from tg_tinker.ledger import VERSION, Entry, Ledger
+from tg_tinker.privacy import DEFAULT_DATASET, PrivacyInfo, PrivacyReport, dataset_of, describe_run
 from tg_tinker.service import Progress, ServiceClient
 from tg_tinker.training import TrainingClient
 from tg_tinker.types import (
     ArtifactInfo,
+    DPMetrics,
     EncryptionInfo,
     ForwardBackwardResult,
     LoadStateResult,
@@ -125,6 +142,7 @@ class FakeTrainingClient(TrainingClient):
         self._service = service
         self._id = run_id
         self._config = config
+        self._describe_privacy = self._account
         self._training = True
         self._closed = False
         self._step = 0
@@ -140,6 +158,9 @@ class FakeTrainingClient(TrainingClient):
     def step(self) -> int:
         return self._step
 
+    def _account(self) -> PrivacyInfo:
+        return describe_run(self._service.ledgers[dataset_of(self._config)][0], self._id)
+
     def info(self) -> TrainingClientInfo:
         status = "completed" if self._closed else "active"
         ref = self._config.model_ref
@@ -148,24 +169,53 @@ class FakeTrainingClient(TrainingClient):
     def forward_backward(
         self, batch: BatchData | Mapping[str, Any], batch_hash: str | None = None
     ) -> FutureHandle[ForwardBackwardResult]:
-        examples = normalise(batch)
-        check_bounds(examples, 258, 1024)
-        rows = [example.input_ids.tolist() for example in examples]
         training = self._training
+        examples = normalise(batch, may_be_empty=training and self._config.private)
+        if examples:
+            check_bounds(examples, 258, 1024)
+        rows = [example.input_ids.tolist() for example in examples]
 
         def work() -> ForwardBackwardResult:
             (self.trained if training else self.evaluated).append(rows)
-            loss = self._service.loss_at(self._step) + self._loss_off
+            loss = self._service.loss_at(self._step) + self._loss_off if rows else math.nan
             return ForwardBackwardResult(loss, "sha256:", "sha256:", sum(map(len, rows)), 1.0)
 
         return self._call("forward_backward" if training else "evaluate", work)
 
     def optim_step(self, apply_dp_noise: bool = True) -> FutureHandle[OptimStepResult]:
         def work() -> OptimStepResult:
+            metrics = self._charge() if self._config.private else None
             self._step += 1
-            return OptimStepResult(1.0, 1e-3, self._step, None, 1.0)
+            return OptimStepResult(1.0, 1e-3, self._step, metrics, 1.0)
 
         return self._call("optim_step", work)
+
+    def _charge(self) -> DPMetrics:
+        ledger, _ = self._service.ledgers[dataset_of(self._config)]
+        before, count = ledger.epsilon, ledger.accounts[self._id].count + 1
+        self._service.enter(
+            dataset_of(self._config),
+            {"type": "charge", "run": self._id, "epoch": 1, "charge": "id", "count": count},
+        )
+        spent = ledger.epsilon - before
+        return DPMetrics(True, spent, ledger.epsilon, ledger.delta, 1.0, 0.5, 1)
+
+    def _submit(self, operation: str, **arguments: Any) -> FakeHandle[Any]:
+        """The two calls behind the real `poisson_batches`."""
+        if operation == "register_units":
+            self._units = len({tuple(e.input_ids.tolist()) for e in arguments["examples"]})
+            return self._call(operation, self._register_units)
+        return self._call(operation, self._draw_units)
+
+    def _register_units(self) -> list[list[int]]:
+        if self._units != (self._config.dp_config and self._config.dp_config.dataset_size):
+            raise InvalidRequestError(f"the data set has {self._units} distinct units")
+        return [[index] for index in range(self._units)]
+
+    def _draw_units(self) -> list[int]:
+        if self._account().left == 0:
+            raise DPBudgetExceededError("no step is left")
+        return self._service.draw(self._step, self._units)
 
     def sample(
         self,
@@ -192,6 +242,7 @@ class FakeTrainingClient(TrainingClient):
     ) -> FutureHandle[SaveStateResult]:
         def work() -> SaveStateResult:
             artifact_id = f"art-{len(self._service.artifacts) + 1}"
+            self._service.metadata[artifact_id] = metadata or {}
             self._service.artifacts[artifact_id] = ArtifactInfo(
                 artifact_id, self._id, self._step, 2_500_000, include_optimizer, WHEN
             )
@@ -205,7 +256,8 @@ class FakeTrainingClient(TrainingClient):
             saved = self._service.artifact(artifact_id)
             self._step = saved.step + self._service.steps_off_after_load
             self._loss_off = self._service.loss_off_after_load
-            return LoadStateResult(artifact_id, self._step, {}, WHEN)
+            metadata = self._service.metadata.get(artifact_id, {})
+            return LoadStateResult(artifact_id, self._step, metadata, WHEN)
 
         return self._call("load_state", work).result()
 
@@ -237,8 +289,10 @@ class FakeService(ServiceClient):
     """Runs and artifacts in dicts.
 
     Attributes:
-        artifacts: by id, in order.
-        clients: all that were created, in order.
+        artifacts: by id, in order; `metadata` is what was saved with them.
+        clients: all that were created or taken up, in order.
+        ledgers: the ledger and its entries, by data set.
+        draw: (step, number of units) -> the indices of a Poisson sample.
         before_call: called with (operation, step) before each queued call runs; `evaluate` is a
             `forward_backward` in eval mode.
         on_submit: called with (operation, step) when a call is sent, before it is queued.
@@ -249,6 +303,11 @@ class FakeService(ServiceClient):
 
     def __init__(self) -> None:
         self.artifacts: dict[str, ArtifactInfo] = {}
+        self.metadata: dict[str, dict[str, Any]] = {}
+        self.ledgers: dict[str, tuple[Ledger, list[Entry]]] = {}
+        self.draw: Callable[[int, int], list[int]] = lambda step, units: [
+            unit for unit in range(units) if (unit + step) % 3 == 0
+        ]
         self.clients: list[FakeTrainingClient] = []
         self.before_call: Callable[[str, int], object] = lambda operation, step: None
         self.on_submit: Callable[[str, int], object] = lambda operation, step: None
@@ -269,8 +328,60 @@ class FakeService(ServiceClient):
             progress("loading the model")
         self.on_create()
         client = FakeTrainingClient(self, f"run-{next(self._ids)}", config)
+        if config.private:
+            self._open_account(client.id, config)
         self.clients.append(client)
         return client
+
+    def get_training_client(
+        self, training_client_id: str, progress: Progress | None = None
+    ) -> FakeTrainingClient:
+        """The run in the state of its last artifact, as if its actor were gone."""
+        configs = {client.id: client.config for client in self.clients}
+        if training_client_id not in configs:
+            raise NotFoundError(f"there is no run {training_client_id}")
+        client = FakeTrainingClient(self, training_client_id, configs[training_client_id])
+        saved = [a for a in self.artifacts.values() if a.training_client_id == client.id]
+        client._step = saved[-1].step
+        self.clients.append(client)
+        return client
+
+    def _open_account(self, run: str, config: TrainingConfig) -> None:
+        """A ledger for the data set, if new, in which the budget pays for `max_steps` steps."""
+        dp, steps, dataset = config.dp_config, config.max_steps, dataset_of(config)
+        assert dp
+        assert dp.dataset_size
+        assert dp.target_epsilon
+        assert steps
+        limit, delta = dp.target_epsilon, dp.target_delta
+        order, rate = filter_order(limit, delta), config.batch_size / dp.dataset_size
+
+        def epsilon(sigma: float, count: int) -> float:
+            return rdp_epsilon(count * subsampled_gaussian_rdp(sigma, rate, order), order, delta)
+
+        sigma = smallest_sigma(lambda sigma: epsilon(sigma, steps) <= limit)
+        if dataset not in self.ledgers:
+            self.ledgers[dataset] = Ledger(), []
+            self.enter(dataset, {
+                "type": "register", "version": VERSION, "dataset": dataset, "epsilon": limit,
+                "delta": delta, "unit": dp.unit, "order": order, "born": "",
+            })  # fmt: skip
+        facts = {"bound": dp.max_grad_norm, "batch": config.batch_size, "message": "as planned"}
+        self.enter(dataset, {
+            "type": "open", "run": run, "contract": dp.sampling, "sigma": sigma, "rate": rate,
+            "accountant": "rdp", "limit": steps, "planned": steps, "facts": facts,
+            "table": [[count, epsilon(sigma, count)] for count in range(1, steps + 1)],
+        })  # fmt: skip
+
+    def enter(self, dataset: str, body: Entry) -> None:
+        """Appends to a ledger; the rules are the real ones."""
+        ledger, entries = self.ledgers[dataset]
+        entries.append(ledger.append(body))
+
+    def privacy_report(self, dataset_id: str = DEFAULT_DATASET) -> PrivacyReport:
+        if dataset_id not in self.ledgers:
+            raise NotFoundError(f"data set {dataset_id!r} has no ledger")
+        return PrivacyReport(self.ledgers[dataset_id][1])
 
     def list_training_clients(self) -> list[TrainingClientInfo]:
         return [client.info() for client in self.clients]
@@ -282,6 +393,9 @@ class FakeService(ServiceClient):
         if artifact_id not in self.artifacts:
             raise NotFoundError(f"there is no artifact {artifact_id}")
         return self.artifacts[artifact_id]
+
+    def get_artifact(self, artifact_id: str) -> ArtifactInfo:
+        return self.artifact(artifact_id)
 
     def delete_artifact(self, artifact_id: str) -> None:
         del self.artifacts[self.artifact(artifact_id).artifact_id]

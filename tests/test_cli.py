@@ -18,7 +18,7 @@ from fakes import FakeService
 from typer.testing import CliRunner
 
 from tg_tinker.cli import main
-from tg_tinker.config import TrainingConfig
+from tg_tinker.config import DPConfig, TrainingConfig
 from tg_tinker.demo import DemoOptions, resume_command
 
 
@@ -56,6 +56,8 @@ def test_the_commands_are_these() -> None:
     assert {" ".join(words) for words in all_commands() if words} == {
         "demo", "init", "runs", "version",
         "artifacts", "artifacts list", "artifacts export", "artifacts delete",
+        "privacy", "privacy report", "privacy certificate", "privacy ledger", "privacy verify",
+        "privacy audit",
     }  # fmt: skip
 
 
@@ -109,7 +111,7 @@ def test_the_demo_runs_from_the_command_line_and_resumes_by_its_own_command(
 ) -> None:
     options = DemoOptions(
         model="m", data=write_rows(tmp_path), steps=3, batch_size=2, rank=4, max_length=99,
-        learning_rate=2e-3, output=tmp_path / "out", seed=5,
+        learning_rate=2e-3, output=tmp_path / "out", seed=5, no_privacy=True,
     )  # fmt: skip
     service = FakeService()
     service.artifacts["art-0"] = dataclasses.replace(_artifact(), artifact_id="art-0", step=1)
@@ -226,3 +228,68 @@ def test_init_makes_a_home(tmp_path: Path) -> None:
 def test_version_is_that_of_the_package() -> None:
     found = call("version").stdout.strip()
     assert found == f"tg-tinker {importlib.metadata.version('tg-tinker')}"
+
+
+# --- privacy -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def private_service() -> FakeService:
+    """One step of a private run on the data set clinic."""
+    service = FakeService()
+    dp = DPConfig(sampling="poisson", dataset_size=80, accountant_type="rdp")
+    config = TrainingConfig(model_ref="m", dp_config=dp, dataset_id="clinic", max_steps=3)
+    client = service.create_training_client(config)
+    client.optim_step().result()
+    return service
+
+
+def test_privacy_is_reported_and_certified(private_service: FakeService) -> None:
+    report = call("privacy", "report", "clinic", service=private_service)
+    assert report.exit_code == 0, report.output
+    assert "of 8 spent, delta 1e-05" in report.output
+    certificate = call("privacy", "certificate", "clinic", service=private_service)
+    stated = json.loads(certificate.output)
+    assert stated["dataset"] == "clinic"
+    assert 0 < stated["spent"]["epsilon"] < 8
+
+
+def test_an_exported_ledger_is_verified_without_a_service(
+    private_service: FakeService, tmp_path: Path
+) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_text(call("privacy", "ledger", "clinic", service=private_service).output)
+    head = json.loads(call("privacy", "certificate", "clinic", service=private_service).output)[
+        "ledger"
+    ]["head"]
+    found = call("privacy", "verify", str(path), "--head", head)
+    assert found.exit_code == 0, found.output
+    assert "verified" in found.output
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:-1]))
+    assert call("privacy", "verify", str(path)).exit_code == 0
+    assert "cut off" in call("privacy", "verify", str(path), "--head", head).output
+    path.write_text("\n".join([lines[0], lines[2]]))
+    found = call("privacy", "verify", str(path))
+    assert found.exit_code == 1
+    assert "entry 1" in found.output
+
+
+def test_a_data_set_without_a_ledger_names_none(private_service: FakeService) -> None:
+    found = call("privacy", "report", "clinc", service=private_service)
+    assert found.exit_code == 1
+    assert "has no ledger" in found.output
+
+
+def test_the_audit_writes_its_picture_and_figures(tmp_path: Path) -> None:
+    found = call("privacy", "audit", "--canaries", "1000", "--output", str(tmp_path / "out"))
+    assert found.exit_code == 0, found.output
+    assert "no violation found, power" in found.output
+    assert found.output.count("held ") == 4
+    assert (tmp_path / "out" / "audit.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "out" / "audit.json").read_text())["claimed_epsilon"] == 2.0
+
+
+@pytest.mark.parametrize("wrong", [["--epsilon", "3"], ["--canaries", "9"]])
+def test_an_audit_that_can_show_nothing_is_refused(wrong: list[str]) -> None:
+    assert call("privacy", "audit", *wrong).exit_code == 2

@@ -39,13 +39,19 @@ ROWS = 30
 
 @pytest.fixture
 def options(tmp_path: Path) -> DemoOptions:
-    """Thirty short rows, each with a word of its own."""
+    """Thirty short rows, each with a word of its own; without privacy."""
     data = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"question {i}?", "completion": f"canary{i:02d}"} for i in range(ROWS)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return DemoOptions(
-        model="some/model", data=data, steps=STEPS, batch_size=4, output=tmp_path / "out"
-    )
+        model="some/model", data=data, steps=STEPS, batch_size=4, output=tmp_path / "out",
+        no_privacy=True,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def private(options: DemoOptions) -> DemoOptions:
+    return replace(options, no_privacy=False)
 
 
 @dataclass
@@ -155,7 +161,7 @@ def test_markup_in_the_data_is_printed_as_it_is(options: DemoOptions) -> None:
 
 def test_progress_goes_to_a_log_as_lines(options: DemoOptions) -> None:
     lines = re.findall(r"step \d+/20 .*", run(replace(options, steps=20)).output)
-    assert [line.split()[1] for line in lines] == ["10/20", "20/20"]
+    assert [line.split()[1] for line in lines] == [f"{n}/20" for n in range(2, 21, 2)]
     assert re.fullmatch(r"step 20/20  loss \d\.\d{3}  [\d,]+ tokens/s  0 s left", lines[-1])
 
 
@@ -224,6 +230,105 @@ def test_resuming_at_the_last_step_trains_nothing_and_still_ends_well(
 def test_resuming_from_nothing_is_refused(options: DemoOptions) -> None:
     with pytest.raises(NotFoundError, match="art-9"):
         run(replace(options, resume="art-9"))
+
+
+# --- privacy ------------------------------------------------------------------------------------
+
+
+def test_a_private_run_trains_on_the_drawn_rows_within_its_budget(private: DemoOptions) -> None:
+    done = run(private)
+    assert done.status == 0
+    _, client, _ = done.service.clients  # a reader of the tokens comes first, the check last
+    drawn = [[unit for unit in range(24) if (unit + step) % 3 == 0] for step in range(STEPS)]
+    assert [len(batch) for batch in client.trained] == [len(step) for step in drawn]
+    dp = client.config.dp_config
+    assert dp is not None
+    assert (dp.sampling, dp.target_epsilon, dp.dataset_size) == ("poisson", 8.0, 24)
+    assert dp.target_delta <= 1e-5
+    assert client.config.max_steps == STEPS + 1  # the check of the checkpoint takes one
+    assert all(client.closed for client in done.service.clients)
+
+
+def test_a_private_run_shows_epsilon_as_it_goes_and_at_the_end(private: DemoOptions) -> None:
+    output = run(private).output
+    spent = [float(x) for x in re.findall(r"epsilon (\d\.\d\d) of 8", output)]
+    assert spent
+    assert spent == sorted(spent)
+    assert "Private: epsilon 8 at delta 1e-05 for each of 24 rows" in output
+    assert re.search(r"Privacy: epsilon \d\.?\d* of 8 spent", output)
+    assert "tg-tinker privacy certificate demo-" in output
+
+
+def test_figures_of_a_private_run_hold_epsilon_and_an_empty_step(private: DemoOptions) -> None:
+    service = FakeService()
+    service.draw = lambda step, units: [] if step == 2 else [0, 1]
+    assert run(private, service).status == 0
+    record = json.loads((private.output / "history.json").read_text())
+    assert [step["loss"] is None for step in record["steps"]] == [s == 2 for s in range(STEPS)]
+    epsilons = [step["epsilon"] for step in record["steps"]]
+    assert epsilons == sorted(epsilons)
+    assert 0 < epsilons[-1] <= 8
+    assert record["dataset_id"].startswith("demo-")
+
+
+def test_every_private_run_has_a_data_set_of_its_own(private: DemoOptions) -> None:
+    ids = {run(private).service.clients[1].config.dataset_id for _ in range(2)}
+    assert len(ids) == 2
+
+
+def test_repeated_rows_are_one_unit_in_a_private_run(private: DemoOptions) -> None:
+    assert private.data
+    private.data.write_text(private.data.read_text() * 2)
+    client = run(private).service.clients[1]
+    assert client.config.dp_config
+    assert client.config.dp_config.dataset_size == 24
+
+
+def test_an_interrupted_private_run_goes_on_in_its_own_run_and_budget(private: DemoOptions) -> None:
+    service = FakeService()
+    service.before_call = press_once("forward_backward", 3)
+    assert run(private, service).status == 130
+    (dataset,) = service.ledgers
+    before = service.ledgers[dataset][0].epsilon
+    assert run(replace(private, resume="art-1"), service).status == 0
+    assert list(service.ledgers) == [dataset]
+    assert before < service.ledgers[dataset][0].epsilon <= 8
+
+
+def test_what_was_trained_without_privacy_is_not_resumed_privately(private: DemoOptions) -> None:
+    service = run(replace(private, no_privacy=True)).service
+    with pytest.raises(InvalidRequestError, match="trained without privacy"):
+        run(replace(private, resume="art-1"), service)
+
+
+def test_what_was_trained_privately_is_not_resumed_without(private: DemoOptions) -> None:
+    service = run(private).service
+    with pytest.raises(InvalidRequestError, match="trained privately on data set demo-"):
+        run(replace(private, no_privacy=True, resume="art-1"), service)
+
+
+def test_an_epsilon_out_of_range_is_refused_before_anything_starts(private: DemoOptions) -> None:
+    with pytest.raises(InvalidRequestError, match="target_epsilon"):
+        run_demo(replace(private, epsilon=0.0), Console(file=io.StringIO()), refuse_to_connect)
+
+
+@pytest.mark.parametrize(
+    ("operation", "step"),
+    [
+        ("register_units", 0), ("draw_units", 0), ("forward_backward", 0), ("draw_units", 3),
+        ("optim_step", STEPS - 1), ("save_state", STEPS), ("load_state", STEPS),
+    ],
+)  # fmt: skip
+def test_ctrl_c_in_a_private_run_leaves_a_checkpoint_to_go_on_from(
+    private: DemoOptions, operation: str, step: int
+) -> None:
+    service = FakeService()
+    service.before_call = press_once(operation, step)
+    done = run(private, service)
+    assert done.status == 130
+    found = re.search(r"^ *(tg-tinker demo .*--resume (\S+))$", done.output, re.MULTILINE)
+    assert found
+    assert run(replace(private, resume=found[2]), service).status == 0
 
 
 # --- Ctrl-C -------------------------------------------------------------------------------------

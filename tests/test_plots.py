@@ -5,13 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from tg_tinker.plots import moving_average, plot_training
+from tg_tinker.plots import moving_average, plot_audit, plot_training
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -88,3 +89,41 @@ def test_no_window_and_no_global_state_is_touched(tmp_path: Path) -> None:
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- the picture of an audit -------------------------------------------------------------------
+
+AUDIT: dict[str, Any] = {
+    "scores_in": [1 + i / 10 for i in range(-20, 20)],
+    "scores_out": [i / 10 for i in range(-20, 20)],
+    "sigma": 2.0, "claimed": 2.0, "bound": 0.9, "verdict": "no violation found",
+}  # fmt: skip
+
+
+def test_an_audit_shows_each_of_its_figures(tmp_path: Path) -> None:
+    changes: list[dict[str, Any]] = [
+        {}, {"scores_in": [1.0]}, {"scores_out": [0.0]}, {"sigma": 1.0}, {"claimed": 1.0},
+        {"bound": 1.5}, {"verdict": "VIOLATION: noise fit"},
+    ]  # fmt: skip
+    pictures = set()
+    for number, change in enumerate(changes):
+        path = plot_audit(**(AUDIT | change), path=tmp_path / f"{number}.png")
+        width, height = size(path)
+        assert width > height > 500
+        pictures.add(path.read_bytes())
+    assert len(pictures) == len(changes)
+
+
+@pytest.mark.parametrize("scores", [[], [5e3, -5e3]], ids=["none", "far away"])
+def test_an_audit_of_any_scores_is_drawn(tmp_path: Path, scores: list[float]) -> None:
+    shown = AUDIT | {"scores_in": scores, "scores_out": scores, "bound": 0.0}
+    assert size(plot_audit(**shown, path=tmp_path / "audit.png"))
+
+
+def test_a_bound_above_the_claim_is_drawn_in_red(tmp_path: Path) -> None:
+    def reds(bound: float) -> float:
+        path = plot_audit(**(AUDIT | {"bound": bound}), path=tmp_path / "audit.png")
+        return float((np.abs(imread(path)[:, :, :3] - to_rgb("#c0272d")).sum(axis=2) < 0.05).mean())
+
+    assert reds(1.9) == 0
+    assert reds(2.1) > 0.01

@@ -6,6 +6,7 @@ The object of the click context, if there is one, makes the service: tests pass 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from typer.core import TyperGroup
 from tg_tinker.errors import TGTinkerError
 
 if TYPE_CHECKING:
+    from tg_tinker.privacy import PrivacyReport
     from tg_tinker.service import ServiceClient
 
 _INTERRUPTED = 130
@@ -49,8 +51,8 @@ main = typer.Typer(
     help="""Private fine-tuning of language models on your own Ray cluster.
 
     Start with [bold]tg-tinker demo[/]: it fine-tunes a small language model on
-    this machine, shows what it says before and after, saves it encrypted and
-    resumes it.
+    this machine with differential privacy, shows what it says before and after,
+    saves it encrypted and resumes it.
 
     Then bring your own model and text:
 
@@ -61,6 +63,7 @@ main = typer.Typer(
       [cyan]tg-tinker runs[/]
       [cyan]tg-tinker artifacts list[/]
       [cyan]tg-tinker artifacts export ARTIFACT_ID my-adapter[/]
+      [cyan]tg-tinker privacy report[/]
 
     All that lasts is in ~/.tg-tinker, or where TG_TINKER_HOME points.""",
 )
@@ -75,6 +78,21 @@ artifacts = typer.Typer(
       [cyan]tg-tinker artifacts export ARTIFACT_ID my-adapter[/]""",
 )
 main.add_typer(artifacts, name="artifacts")
+privacy = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="""What was spent of a data set's privacy budget, and proof of it.
+
+    A data set is named by TrainingConfig.dataset_id; runs that name none use
+    the one called default.
+
+      [cyan]tg-tinker privacy report[/]
+      [cyan]tg-tinker privacy certificate support-2026 > certificate.json[/]
+      [cyan]tg-tinker privacy audit[/]""",
+)
+main.add_typer(privacy, name="privacy")
+
+_Dataset = Annotated[str, typer.Argument(help="As in TrainingConfig.dataset_id.")]
 
 
 @main.command()
@@ -91,11 +109,19 @@ def demo(
             " ({prompt, completion}); Python's own documentation if left out."
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer step to train up to.")] = 50,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 8,
-    learning_rate: Annotated[float, typer.Option(help="Peak rate of AdamW.")] = 1e-3,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA adapter.")] = 16,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row; the rest is cut.")] = 256,
+    epsilon: Annotated[
+        float, typer.Option(help="Privacy budget of each row; smaller is more private.")
+    ] = 8.0,
+    no_privacy: Annotated[
+        bool, typer.Option("--no-privacy", help="Train on the same rows without privacy.")
+    ] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer step to train up to.")] = 12,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Rows per step, on average where they are drawn.")
+    ] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Rate of AdamW.")] = 2e-2,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA adapter.")] = 1,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row; the rest is cut.")] = 64,
     output: Annotated[Path, typer.Option(help="Folder of the plot and the figures.")] = Path(
         "demo-output"
     ),
@@ -104,22 +130,25 @@ def demo(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the adapter and the order of rows.")] = 0,
 ) -> None:
-    """Fine-tune a real model on this machine, in a few minutes.
+    """Fine-tune a real model on this machine, privately, in a few minutes.
 
-    Held-out loss and completions before and after, live progress, an
-    encrypted checkpoint, a resume and a plot. Ctrl-C at any moment saves a
-    checkpoint and prints how to go on.
+    Held-out loss and completions before and after, live progress with the
+    privacy spent so far, an encrypted checkpoint, a resume, a plot and a
+    privacy report. Each run has a privacy budget of its own, for its rows and
+    steps. Ctrl-C at any moment saves a checkpoint and prints how to go on.
 
       [cyan]tg-tinker demo[/]
-      [cyan]tg-tinker demo --steps 20 --batch-size 4[/]
-      [cyan]tg-tinker demo --model path/or/hub-id --data chats.jsonl[/]
-      [cyan]tg-tinker demo --resume ARTIFACT_ID --steps 120[/]
+      [cyan]tg-tinker demo --epsilon 3[/]
+      [cyan]tg-tinker demo --no-privacy --steps 50 --batch-size 8 --learning-rate 1e-3[/]
+      [cyan]tg-tinker demo --model path/or/hub-id --data chats.jsonl --max-length 256[/]
+      [cyan]tg-tinker demo --resume ARTIFACT_ID[/]
     """
     from tg_tinker.demo import DemoOptions, run_demo
 
     options = DemoOptions(
-        model, data, steps, batch_size, learning_rate, rank, max_length, output, resume, seed
-    )
+        model, data, epsilon, no_privacy, steps, batch_size, learning_rate, rank, max_length,
+        output, resume, seed,
+    )  # fmt: skip
     raise typer.Exit(run_demo(options, connect=_connector(ctx), program=_program()))
 
 
@@ -206,10 +235,113 @@ def delete(
     typer.echo(f"Deleted {artifact_id}")
 
 
+@privacy.command()
+def report(ctx: typer.Context, dataset_id: _Dataset = "default") -> None:
+    """Show a data set's epsilon, spent and left, and the runs that spent it.
+
+    [cyan]tg-tinker privacy report support-2026[/]
+    """
+    typer.echo(str(_report(ctx, dataset_id)))
+
+
+@privacy.command()
+def certificate(ctx: typer.Context, dataset_id: _Dataset = "default") -> None:
+    """Print what may be claimed about all that was trained on it, as JSON.
+
+    For an auditor: budget and epsilon, adjacency, unit, the contract of every
+    run and who vouches for it, the ledger's head, and what is not covered.
+
+    [cyan]tg-tinker privacy certificate support-2026 > certificate.json[/]
+    """
+    typer.echo(json.dumps(_report(ctx, dataset_id).certificate(), indent=2))
+
+
+@privacy.command()
+def ledger(ctx: typer.Context, dataset_id: _Dataset = "default") -> None:
+    """Print the whole ledger, one JSON object per line.
+
+    It holds nothing that depends on training data. Whoever has it can verify
+    it, without this service.
+
+    [cyan]tg-tinker privacy ledger support-2026 > ledger.jsonl[/]
+    """
+    for entry in _report(ctx, dataset_id).entries:
+        typer.echo(json.dumps(entry, sort_keys=True))
+
+
+@privacy.command()
+def verify(
+    file: Annotated[Path, typer.Argument(help="Written by `tg-tinker privacy ledger`.")],
+    head: Annotated[
+        str | None, typer.Option(help="A head you kept: the ledger must reach it.")
+    ] = None,
+) -> None:
+    """Replay an exported ledger by every rule; needs no service.
+
+    The chain shows that no entry was changed, left out or moved. That the end
+    was not cut off shows only a head that you kept from a certificate.
+
+      [cyan]tg-tinker privacy verify ledger.jsonl[/]
+      [cyan]tg-tinker privacy verify ledger.jsonl --head 4f0c...[/]
+    """
+    from tg_tinker.privacy import read_ledger
+
+    checked = read_ledger(file)
+    checked.check_head(head)
+    typer.echo(str(checked))
+    typer.echo("verified: every entry follows from the one before, and every rule held")
+
+
+@privacy.command()
+def audit(
+    output: Annotated[Path, typer.Option(help="Folder of the plot and the figures.")] = Path(
+        "audit-output"
+    ),
+    canaries: Annotated[
+        int, typer.Option(min=1000, max=16_384, help="More find smaller errors, more slowly.")
+    ] = 5000,
+    epsilon: Annotated[
+        float, typer.Option(min=0.1, max=2.0, help="What the attacked mechanism claims.")
+    ] = 2.0,
+) -> None:
+    """Attack the privacy mechanism on this machine, in about a minute.
+
+    Replays neighbouring data sets, measures the noise, and plants synthetic
+    canaries in real private steps to guess which took part. It reads no data
+    of yours and spends none of your budgets. Exit status 1 is a violation.
+
+      [cyan]tg-tinker privacy audit[/]
+      [cyan]tg-tinker privacy audit --canaries 15000[/]
+    """
+    from tg_tinker import plots
+    from tg_tinker.cluster import provided
+
+    plots.check_available()
+    with Console(stderr=True).status("starting") as status:
+        found = provided("privacy_audit")(
+            progress=status.update, canaries=canaries, epsilon=epsilon
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "audit.json").write_text(json.dumps(found.to_json(), indent=2) + "\n")
+    plots.plot_audit(
+        found.scores_in, found.scores_out, sigma=found.sigma, claimed=found.claimed_epsilon,
+        bound=found.bound, verdict=found.verdict, path=output / "audit.png",
+    )  # fmt: skip
+    for check in found.checks:
+        typer.echo(f"{'held    ' if check.passed else 'VIOLATED'}  {check.name}: {check.statement}")
+    typer.echo(f"\n{found.verdict}\nPlot and figures: {output}")
+    raise typer.Exit(not found.passed)
+
+
 @main.command()
 def version() -> None:
     """Print the installed version."""
     typer.echo(f"tg-tinker {importlib.metadata.version('tg-tinker')}")
+
+
+def _report(ctx: typer.Context, dataset_id: str) -> PrivacyReport:
+    with _connector(ctx)() as service:
+        return service.privacy_report(dataset_id)
 
 
 def _connector(ctx: typer.Context) -> Callable[[], ServiceClient]:

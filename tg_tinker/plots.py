@@ -1,8 +1,9 @@
-"""One picture of a training run, as a PNG. The only door to matplotlib, and never to a screen."""
+"""Pictures of a training run and of an audit. The only door to matplotlib, never to a screen."""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 from tg_tinker.errors import NotFoundError
 
 WINDOW = 10
-"""Steps in the moving average."""
+"""Steps in the moving average of a long run; a short one has a quarter of its own."""
 
 _STEP, _AVERAGE, _BEFORE, _AFTER, _TEXT = "#a9c4e4", "#1f5fa8", "#8a8f98", "#2a8a4a", "#2b2f36"
+_SPENT = "#b4541a"
+_WRONG = "#c0272d"
 
 
 def check_available() -> None:
@@ -29,16 +32,66 @@ def plot_training(
     held_out_after: float,
     path: str | Path,
     model: str = "",
+    epsilons: Sequence[float] = (),
+    budget: float | None = None,
 ) -> Path:
     """Writes training loss per step, its moving average and held-out loss before and after.
 
     Args:
-        history: (step, loss in nats per token) of each step, in order; may be empty.
+        history: (step, loss in nats per token) of each step, in order; may be empty. The loss
+            of a step without rows is NaN and leaves a gap.
         held_out_before: loss on rows never trained on, before the first of these steps.
         held_out_after: the same after the last.
         path: the PNG to write or overwrite.
         model: a short name for the title.
+        epsilons: of a private run, spent after each step; drawn against an axis of their own.
+        budget: the epsilon that may be spent.
     """
+    figure = _figure()
+    axes = figure.add_subplot()
+    _draw_training(axes, history)
+    _draw_held_out(axes, history, held_out_before, held_out_after)
+    steps = "1 step" if len(history) == 1 else f"{len(history)} steps"
+    _dress(axes, f"{model or 'model'}, {steps}")
+    if epsilons:
+        _draw_epsilons(axes, history, epsilons, budget)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=_TEXT)
+    figure.savefig(path)
+    return Path(path)
+
+
+def plot_audit(
+    scores_in: Sequence[float],
+    scores_out: Sequence[float],
+    *,
+    sigma: float,
+    claimed: float,
+    bound: float,
+    verdict: str,
+    path: str | Path,
+) -> Path:
+    """Writes the scores of an audit's canaries as the claim predicts them and as they came.
+
+    Args:
+        scores_in: of the canaries that were in the step, in units of C; may be empty.
+        scores_out: of those that were not.
+        sigma: the noise multiplier that the claim rests on.
+        claimed: epsilon of one step, as claimed.
+        bound: epsilon at least, by the attacker's right guesses.
+        verdict: the title.
+        path: the PNG to write or overwrite.
+    """
+    figure = _figure()
+    upper, lower = figure.subplots(2, 1, height_ratios=[6, 1])
+    _draw_scores(upper, scores_in, scores_out, sigma)
+    _draw_bound(lower, bound, claimed)
+    _title(upper, f"Privacy audit: {verdict}")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, labelcolor=_TEXT)
+    figure.savefig(path)
+    return Path(path)
+
+
+def _figure() -> Any:
     check_available()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -47,29 +100,27 @@ def plot_training(
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)  # inches
     figure = Figure(figsize=(9, 5), dpi=150, layout=layout)
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    _draw_training(axes, history)
-    _draw_held_out(axes, history, held_out_before, held_out_after)
-    steps = "1 step" if len(history) == 1 else f"{len(history)} steps"
-    _dress(axes, f"{model or 'model'}, {steps}")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=_TEXT)
-    figure.savefig(path)
-    return Path(path)
+    return figure
 
 
 def moving_average(losses: Sequence[float], window: int = WINDOW) -> list[float]:
-    """Mean over the `window` values around each place, over those there are near the ends."""
+    """Mean over the `window` values around each place, over those there are near the ends.
+
+    A NaN counts as not there; the mean of none is NaN.
+    """
     half = window // 2
     spans = [losses[max(0, i - half) : i + window - half] for i in range(len(losses))]
-    return [sum(span) / len(span) for span in spans]
+    known = [[loss for loss in span if not math.isnan(loss)] for span in spans]
+    return [sum(span) / len(span) if span else math.nan for span in known]
 
 
 def _draw_training(axes: Any, history: Sequence[tuple[int, float]]) -> None:
     steps, losses = [step for step, _ in history], [loss for _, loss in history]
     style = {"linewidth": 1.0, "marker": ".", "markersize": 3.0}
     axes.plot(steps, losses, color=_STEP, label="training loss of each step", **style)
-    label = f"training loss, mean of {WINDOW} steps around"
-    axes.plot(steps, moving_average(losses), color=_AVERAGE, linewidth=2.4, label=label)
+    window = max(3, min(WINDOW, len(losses) // 4))
+    label = f"training loss, mean of {window} steps around"
+    axes.plot(steps, moving_average(losses, window), color=_AVERAGE, linewidth=2.4, label=label)
 
 
 def _draw_held_out(
@@ -85,15 +136,83 @@ def _draw_held_out(
         axes.plot([step], [loss], "o", color=colour, markersize=8, zorder=4, label=label)
 
 
+def _draw_epsilons(
+    axes: Any, history: Sequence[tuple[int, float]], epsilons: Sequence[float], budget: float | None
+) -> None:
+    """Privacy spent, as stairs from the first step's start to the last step's end."""
+    steps = [history[0][0] - 1, *(step for step, _ in history)]
+    before = 0.0 if steps[0] == 0 else epsilons[0]
+    right = axes.twinx()
+    of = "" if budget is None else f" of {budget:g}"
+    label = f"privacy spent: epsilon {epsilons[-1]:.2f}{of}"
+    style = {"color": _SPENT, "linewidth": 1.6, "drawstyle": "steps-pre"}
+    right.plot(steps, [before, *epsilons], label=label, **style)
+    right.set_ylim(0, 1.25 * max(*epsilons, budget or 0.0))
+    right.set_ylabel("epsilon spent", color=_SPENT)
+    right.tick_params(colors=_SPENT)
+    right.spines[["top", "left"]].set_visible(False)
+    right.spines["right"].set_color(_SPENT)
+    axes.set_zorder(right.get_zorder() + 1)  # losses above, and visible through
+    axes.patch.set_visible(False)
+
+
 def _dress(axes: Any, title: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=_TEXT, pad=12)
+    _title(axes, title)
     axes.set_xlabel("optimizer step", color=_TEXT)
     axes.set_ylabel("loss (nats per token)", color=_TEXT)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
+    axes.margins(x=0.02)
+    _plain(axes)
+
+
+def _title(axes: Any, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=_TEXT, pad=12)
+
+
+def _plain(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=_TEXT)
-    axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.margins(x=0.02)
+
+
+def _draw_scores(
+    axes: Any, scores_in: Sequence[float], scores_out: Sequence[float], sigma: float
+) -> None:
+    """Both histograms on one set of bins, as wide as all scores or 4 sigma, and the claim."""
+    scores = [*scores_in, *scores_out]
+    low, high = min([-4 * sigma, *scores]), max([1 + 4 * sigma, *scores])
+    bins = [low + (high - low) * place / 60 for place in range(61)]
+    line = [low + (high - low) * place / 600 for place in range(601)]
+    for values, mean, colour, where in (
+        (scores_out, 0.0, _BEFORE, "out of"),
+        (scores_in, 1.0, _AVERAGE, "in"),
+    ):
+        if values:
+            label = f"{len(values)} canaries {where} the step"
+            axes.hist(values, bins, density=True, color=colour, alpha=0.35, label=label)
+        bell = [
+            math.exp(-(((x - mean) / sigma) ** 2) / 2) / (sigma * math.sqrt(2 * math.pi))
+            for x in line
+        ]
+        axes.plot(line, bell, color=colour, linewidth=2.0, label=f"as claimed, {where} the step")
+    axes.set_xlabel("score: what was released along the canary, in units of C", color=_TEXT)
+    axes.set_ylabel("density", color=_TEXT)
+    axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
+    axes.margins(x=0)
+    _plain(axes)
+
+
+def _draw_bound(axes: Any, bound: float, claimed: float) -> None:
+    """The epsilon that the guesses prove, as a bar, and the claim that it must not pass."""
+    colour = _AFTER if bound <= claimed else _WRONG
+    axes.barh(
+        [0], [bound], color=colour, height=0.6, label=f"epsilon at least {bound:.2f} (95 % sure)"
+    )
+    axes.axvline(claimed, color=_TEXT, linewidth=2.5, label=f"epsilon claimed: {claimed:g}")
+    axes.set_xlim(0, 1.25 * max(bound, claimed))
+    axes.set_yticks([])
+    axes.set_xlabel("epsilon of one step", color=_TEXT)
+    _plain(axes)
