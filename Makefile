@@ -32,7 +32,7 @@ bench: .venv/dev ## a step beside the plain padded PEFT loop; a private one besi
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/bench_privacy.py $(ARGS)
 
 clean:           ## remove .venv and caches
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info demo-output
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info demo-output audit-output canary-output
 
 .venv/torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'

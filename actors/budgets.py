@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -19,7 +20,7 @@ import sqlalchemy as sa
 from actors.database import METADATA, RUNS, Database
 from actors.keys import FileKeyring
 from actors.plausibility import looks_drawn
-from tg_tinker.accounting import filter_order
+from tg_tinker.accounting import filter_order, gaussian_epsilon, largest_count
 from tg_tinker.envelope import context_of, new_key
 from tg_tinker.errors import (
     ActorLostError,
@@ -141,7 +142,7 @@ class Budgets(Database):
             ledger = self._known(connection, tenant, dataset)
             account = ledger.accounts[run_id]
             if account.contract != "participation":
-                _refuse_exhausted(ledger, account)
+                _refuse_exhausted(ledger, run_id)
                 return set()
             limit = account.limit
             if limit is None or account.count < limit:
@@ -231,11 +232,13 @@ class Budgets(Database):
     ) -> None:
         """An asserted sample that does not look like one is counted by participation from here
         on, all its steps. A transaction of its own: it stays when the step is then refused."""
+        with self._reading() as connection:
+            account = self._known(connection, tenant, dataset).accounts[run_id]
+        if account.contract != "client_poisson":
+            return
         with self._change() as tx:
             ledger = self._known(tx, tenant, dataset)
             account = ledger.accounts[run_id]
-            if account.contract != "client_poisson":
-                return
             sizes = sa.select(_charges.c.size).where(_charges.c.run_id == run_id)
             distinct, most = _units_and_most_used(tx, run_id)
             sizes_so_far = [*tx.execute(sizes).scalars()]
@@ -245,7 +248,8 @@ class Budgets(Database):
             if plausible:
                 return
             _check_epoch(tx, run_id, epoch)
-            body = {"type": "fall_back", "run": run_id, "count": most, "limit": None}
+            limit = _own_uses(account, most)
+            body = {"type": "fall_back", "run": run_id, "count": most, "limit": limit}
             self._append(tx, tenant, dataset, ledger, body)
 
     def _evidence(
@@ -345,6 +349,17 @@ def _count(tx: sa.Connection, account: Account, run_id: str, units: Sequence[byt
     return max(account.count, *(uses.get(unit, 0) + 1 for unit in units), 0)
 
 
+def _own_uses(account: Account, used: int) -> int | None:
+    """How many uses the run's own target pays for; None without one, and never below those made."""
+    target, delta = account.facts["target_epsilon"], account.facts["target_delta"]
+    if target is None:
+        return None
+    paid = largest_count(
+        lambda uses: gaussian_epsilon(math.sqrt(uses) / account.sigma, delta) <= target
+    )
+    return max(used, paid)
+
+
 def _uses_of(connection: sa.Connection, run_id: str, units: Iterable[bytes]) -> dict[bytes, int]:
     """Uses of those units that were used before."""
     wanted = list(units)
@@ -376,10 +391,13 @@ def _refuse_another(ledger: Ledger, epsilon: float | None, delta: float, unit: s
             )
 
 
-def _refuse_exhausted(ledger: Ledger, account: Account) -> None:
-    if account.limit is not None and account.count >= account.limit:
+def _refuse_exhausted(ledger: Ledger, run_id: str) -> None:
+    account = ledger.accounts[run_id]
+    used_up = account.limit is not None and account.count >= account.limit
+    if used_up or ledger.epsilon_with(run_id, account.count + 1) > ledger.limit:
+        steps = f"all {account.limit} that the budget pays for are made, " if used_up else ""
         raise DPBudgetExceededError(
-            f"no step is left: all {account.limit} that the budget pays for are made, epsilon"
-            f" {ledger.epsilon:.4g} of {ledger.limit:g} is spent. sample and save_state still work",
+            f"no step is left: {steps}epsilon {ledger.epsilon:.4g} of {ledger.limit:g} is spent or"
+            " reserved by others. sample and save_state still work",
             details={"limit": account.limit},
         )

@@ -9,6 +9,7 @@ this process. What the other modules guarantee is in their docstrings: `units` (
 from __future__ import annotations
 
 import math
+import secrets
 import statistics
 import time
 from collections import Counter
@@ -100,6 +101,7 @@ class PrivateSession(Session):
             self._spoiled = True
             raise
         self._pending.total.add(total)
+        total.wipe()
         self._pending.units |= taken
         self._pending.rows += len(examples)
         self._pending.calls.append((digest, fingerprint))
@@ -164,7 +166,8 @@ class PrivateSession(Session):
         """Takes the data set that later samples are drawn from; the rows of each of its units.
 
         Raises:
-            InvalidRequestError: another contract, or not `dataset_size` distinct units.
+            InvalidRequestError: another contract, not `dataset_size` distinct units, or other
+                units while a draw is open.
         """
         if self.dp.sampling != "poisson":
             raise InvalidRequestError(
@@ -181,13 +184,19 @@ class PrivateSession(Session):
                 f" DPConfig(dataset_size={self.dp.dataset_size}) was agreed: they must be equal",
                 details={"units": len(rows), "rows": len(examples)},
             )
-        self._sampler = PoissonSampler(list(rows), self._divisor / len(rows))
+        if self._sampler is None or not self._sampler.draws_from(list(rows)):
+            self._sampler = PoissonSampler(list(rows), self._divisor / len(rows))
         return list(rows.values())
 
     def draw_units(self) -> list[int]:
         """The units of the next step, as indices into what `register_units` returned."""
         if self._sampler is None:
             raise InvalidRequestError("register a data set first: use tc.poisson_batches(dataset)")
+        if self.completed:
+            raise DPBudgetExceededError(
+                f"no step is left: all {self.step} that were planned are made. sample and"
+                " save_state still work"
+            )
         self.budget.admit([])
         return self._sampler.draw()
 
@@ -202,14 +211,18 @@ class PrivateSession(Session):
         state.lineage.refuse_unguarded(self.dp.allow_nonprivate_init)
         self._check_fits(state)
         self.budget.link(state.lineage.ledgers)  # on record before any weight changes
+        self._pending.total.wipe()
         warnings = super().load(state)
-        if self._sampler is not None:
-            self._sampler.forget()
         if self.lineage.guarantee == "none":
             warnings += ("these weights have no privacy guarantee, and nor will this run's",)
         return warnings
 
     # --- inside ------------------------------------------------------------------------------
+
+    def _seed_dropout(self) -> None:
+        """Afresh for each call and never stored. The masks of a stream follow one another, so a
+        row more shifts those of all behind it: known masks would void the bound of one row."""
+        torch.manual_seed(secrets.randbits(63))
 
     def _clipped_sum(
         self, groups: list[list[Example]], check_cancelled: Callable[[], None]

@@ -100,14 +100,26 @@ class Window:
 class PoissonSampler:
     """Draws each unit into a step with probability `rate`, on its own, from OS entropy.
 
-    A draw stays until a step has used it: asking again gives the same one, so that nobody can
-    pick among draws. It is never saved; what is loaded draws anew.
+    A draw stays until a step has used it: asking again, registering again or loading other
+    weights gives the same one, so that nobody can pick among draws. It is never saved.
     """
 
     def __init__(self, units: Sequence[bytes], rate: float) -> None:
         self._units = list(units)
         self._rate = rate
         self._drawn: list[int] | None = None
+
+    def draws_from(self, units: Sequence[bytes]) -> bool:
+        """Whether it has these units, and so keeps its draw.
+
+        Raises:
+            InvalidRequestError: it has others, and a draw of them is open.
+        """
+        if self._drawn is not None and units != self._units:
+            raise InvalidRequestError(
+                "a drawn sample waits for its step: pass the same data set, in the same order"
+            )
+        return units == self._units
 
     def draw(self) -> list[int]:
         """Indices of the units of the next step, in order; may be empty."""
@@ -131,5 +143,5 @@ class PoissonSampler:
             )
 
     def forget(self) -> None:
-        """The draw was used, or the weights that it was meant for are gone."""
+        """The draw was used."""
         self._drawn = None

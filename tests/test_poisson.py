@@ -114,15 +114,49 @@ def test_no_other_contract_draws(tiny_model: Path) -> None:
         private_session(tiny_model).register_units(rows())
 
 
-def test_loading_weights_draws_anew(tiny_model: Path) -> None:
-    """The sample of a step is secret with its weights: it is never saved and never used again."""
+def test_an_open_draw_survives_registering_and_loading(tiny_model: Path) -> None:
     s = drawn_session(tiny_model, noise_multiplier=1.0)
     s.register_units(rows())
-    saved, draws = s.state(), set()
+    drawn, saved = s.draw_units(), s.state()
     for _ in range(20):
-        draws.add(tuple(s.draw_units()))
+        s.register_units(rows())
         s.load(saved)
-    assert len(draws) > 1
+        assert s.draw_units() == drawn
+    with pytest.raises(InvalidRequestError, match="waits for its step"):
+        s.register_units(rows([[1, 2, 3], *ROWS[1:]]))
+    assert s.draw_units() == drawn
+
+
+def test_draws_end_with_the_planned_steps_though_the_budget_pays_for_more(
+    tiny_model: Path,
+) -> None:
+    s = drawn_session(tiny_model, noise_multiplier=4.0)
+    s.register_units(rows())
+    for _ in range(3):
+        s.forward_backward([rows()[unit] for unit in s.draw_units()])
+        s.optim_step()
+    with pytest.raises(DPBudgetExceededError, match="that were planned"):
+        s.draw_units()
+
+
+def train_until_refused(s: PrivateSession) -> None:
+    while True:
+        s.forward_backward([rows()[unit] for unit in s.draw_units()])
+        s.optim_step()
+
+
+def test_draws_end_when_another_run_has_spent_the_budget(tiny_model: Path) -> None:
+    known = registry()
+    dp = {"sampling": "poisson", "dataset_size": 8, "accountant_type": "rdp"}
+    s = private_session(tiny_model, known=known, batch_size=2, dp=dp)
+    s.register_units(rows())
+    s.draw_units()
+    other = private_session(tiny_model, known=known, dp={"max_participations": 1})
+    other.forward_backward(rows())
+    other.optim_step()
+    with pytest.raises(DPBudgetExceededError, match="by others"):
+        train_until_refused(s)
+    assert s.budget.registry.privacy_info("default", "default", s.budget.run_id).left > 0
 
 
 # --- asserted samples ----------------------------------------------------------------------------
@@ -163,4 +197,5 @@ def test_an_implausible_run_is_counted_by_participation_from_its_first_step(
     jumped = s.optim_step().dp_metrics.total_epsilon  # 100 rows where 8 were to be expected
     assert jumped == pytest.approx(4.377, abs=1e-3)  # one use of each row at sigma 1
     ledger = Ledger.replay(known.ledger_entries("default", "default"))
-    assert ledger.accounts[s.budget.run_id].contract == "participation"
+    account = ledger.accounts[s.budget.run_id]
+    assert (account.contract, account.count, account.limit) == ("participation", 1, 2)

@@ -154,6 +154,18 @@ def test_dropout_keeps_the_bound(tiny_model: Path, checkpointing: bool) -> None:
         s._open_window()
 
 
+def test_dropout_is_drawn_afresh_whatever_the_seed(tiny_model: Path) -> None:
+    """Masks that a recipient knows would let one row change those of the others."""
+    lora = LoRAConfig(rank=4, dropout=0.5)
+    found = []
+    for _ in range(2):
+        s = private_session(tiny_model, lora_config=lora, seed=3)
+        perturb(s)
+        s.forward_backward(rows())
+        found.append(sums(s))
+    assert distance(*found) > 1e-3 * norm(found[0])
+
+
 def test_bfloat16_weights_are_normed_and_summed_in_float32(tiny_model: Path) -> None:
     s = private_session(tiny_model, dtype="bfloat16")
     s.base.model.to(torch.bfloat16)

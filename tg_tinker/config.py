@@ -181,7 +181,7 @@ class TrainingConfig(_Config):
         max_steps: steps after which the run is `completed`; linear and cosine need it.
         dataset_id: names the privacy ledger of a private run; ``default`` when left out. Letters,
             digits, dots, dashes and underscores.
-        seed: of the adapter's first weights and of dropout.
+        seed: of the adapter's first weights and, without differential privacy, of dropout.
         dtype: of the frozen weights; auto is float32 on CPU and bfloat16 on CUDA.
         resources: see `ResourceConfig`.
         metadata: your own notes, kept with the run. Not encrypted: do not put data here.

@@ -1,0 +1,24 @@
+"""docs/privacy.md names a test for each claim: every one of them exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+PAGE = TESTS.parent / "docs" / "privacy.md"
+
+
+def test_every_claim_names_tests_that_exist() -> None:
+    table = PAGE.read_text().partition("## Claims and the tests")[2]
+    rows = [line for line in table.splitlines() if line.startswith("|")][2:]
+    defined = {
+        name
+        for file in TESTS.glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+    }
+    assert len(rows) > 20
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row)
+        assert named, row
+        assert set(named) <= defined, row
