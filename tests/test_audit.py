@@ -19,6 +19,7 @@ from actors import audit, private
 from actors.audit import AuditReport, epsilon_bound, mean_shift, one_run_audit, run_audit
 from actors.clipping import ClippedSum, PrivateGradient, UnitGradients, privatise
 from actors.noise import standard_normal
+from actors.engine import Session
 from actors.private import PrivateSession
 from tg_tinker.accounting import gaussian_epsilon
 
@@ -129,9 +130,10 @@ class SeedOfTheDraw(PrivateSession):
 
 
 class SeedOfTorch(PrivateSession):
-    """torch's own generator, which dropout seeds from the run, the step and the call."""
+    """torch's own generator, where dropout seeds it from the run, the step and the call."""
 
     _noise = staticmethod(lambda count: torch.randn(count, dtype=torch.float64))
+    _seed_dropout = Session._seed_dropout
 
 
 class LastCallOnly(PrivateSession):
