@@ -18,8 +18,8 @@ import torch
 from actors import audit, private
 from actors.audit import AuditReport, epsilon_bound, mean_shift, one_run_audit, run_audit
 from actors.clipping import ClippedSum, PrivateGradient, UnitGradients, privatise
-from actors.noise import standard_normal
 from actors.engine import Session
+from actors.noise import standard_normal
 from actors.private import PrivateSession
 from tg_tinker.accounting import gaussian_epsilon
 
