@@ -25,7 +25,7 @@ from actors.model import Base, use_threads
 from tg_tinker import LoRAConfig, TrainingConfig
 from tg_tinker.batch import normalise
 from tg_tinker.demo import find_demo_model
-from tg_tinker.service import home_directory
+from tg_tinker.service import init_home
 
 Rows = list[tuple[list[int], list[int]]]
 IGNORED = -100
@@ -99,7 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     threads = use_threads(None)
     config = TrainingConfig(model_ref=options.model, lora_config=LoRAConfig(rank=16))
-    cache = home_directory() / "models"
+    cache = init_home() / "models"
     table = Table(
         "rows", "engine", "plain padded loop", "plain / engine", title=f"{threads} threads"
     )

@@ -28,7 +28,7 @@ from actors.private import PrivateSession
 from tg_tinker import DPConfig, LoRAConfig, ResourceConfig, TrainingConfig
 from tg_tinker.batch import normalise
 from tg_tinker.demo import find_demo_model
-from tg_tinker.service import home_directory
+from tg_tinker.service import init_home
 
 Step = Callable[[], None]
 DP = DPConfig(noise_multiplier=1.0, target_epsilon=None, sampling="worst_case")
@@ -126,7 +126,7 @@ def against_plain(model: str, repeats: int) -> None:
             model_ref=model, lora_config=LoRAConfig(rank=16), resources=resources
         )
         private = config.model_copy(update={"dp_config": DP})
-        cache, rows = home_directory() / "models", uniform()
+        cache, rows = init_home() / "models", uniform()
         sides = {
             "engine, not private": engine_step(Base.load(model, cache=cache), config, rows),
             "engine, private": private_step(Base.load(model, cache=cache), private, rows),
@@ -136,7 +136,7 @@ def against_plain(model: str, repeats: int) -> None:
 
 
 def against_opacus(model: str, repeats: int) -> None:
-    cache, rows = home_directory() / "models", uniform()
+    cache, rows = init_home() / "models", uniform()
     config = TrainingConfig(model_ref=model, lora_config=LoRAConfig(rank=16), dp_config=DP)
     base = Base.load(model, cache=cache)
     sides = {
