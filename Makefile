@@ -16,7 +16,7 @@ endif
 help:            ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: .venv/demo ## privately fine-tune SmolLM2-135M on docstrings, sample, save, resume (6 minutes)
+demo: .venv/demo ## privately fine-tune SmolLM2-135M on docstrings, sample, save, resume (8 minutes)
 	$(BIN)/tg-tinker demo $(ARGS)
 
 test: .venv/dev  ## all tests, the real model included (under 20 minutes on two cores)
