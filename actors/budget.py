@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from actors.plan import plan_run
 from actors.registry import Registry
 from actors.units import Window
-from tg_tinker.accounting import filter_order
 from tg_tinker.config import DPConfig, TrainingConfig
-from tg_tinker.ledger import VERSION, Ledger
+from tg_tinker.ledger import Ledger, registration
 from tg_tinker.privacy import Charge, dataset_of
 
 
@@ -61,24 +60,16 @@ def open_budget(
     dataset = dataset_of(config)
     entries = registry.ledger_entries(tenant, dataset)
     dp = config.dp_config or DPConfig()
+    registered = dp.target_epsilon, dp.target_delta, dp.unit
     ledger = Ledger.replay(entries)
     if run_id not in ledger.accounts:
         if not entries:  # planned first: a refused plan must not bind the data set
-            ledger.append(_registration(dataset, dp))
+            ledger.append(registration(dataset, *registered, born=""))
         plan = plan_run(dp, config, ledger)
         if not entries:
-            registry.register_dataset(tenant, dataset, dp.target_epsilon, dp.target_delta, dp.unit)
+            registry.register_dataset(tenant, dataset, *registered)
         entry = plan.entry(run_id)
         entry["facts"] |= {"dtype": dtype, "message": plan.message}
         registry.open_account(tenant, dataset, entry)
     key = registry.unit_key(tenant, dataset)
     return Budget(registry, tenant, dataset, run_id, epoch, key)
-
-
-def _registration(dataset: str, dp: DPConfig) -> dict[str, object]:
-    epsilon = float("inf") if dp.target_epsilon is None else dp.target_epsilon
-    return {
-        "type": "register", "version": VERSION, "dataset": dataset, "epsilon": dp.target_epsilon,
-        "delta": dp.target_delta, "unit": dp.unit, "born": "",
-        "order": filter_order(epsilon, dp.target_delta),
-    }  # fmt: skip

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from actors.database import METADATA, RUNS, Database
 from actors.keys import FileKeyring
 from actors.plausibility import looks_drawn
-from tg_tinker.accounting import filter_order, gaussian_epsilon, largest_count
+from tg_tinker.accounting import gaussian_epsilon, largest_count
 from tg_tinker.envelope import context_of, new_key
 from tg_tinker.errors import (
     ActorLostError,
@@ -28,7 +28,7 @@ from tg_tinker.errors import (
     InvalidRequestError,
     NotFoundError,
 )
-from tg_tinker.ledger import VERSION, Account, Entry, Ledger
+from tg_tinker.ledger import Account, Entry, Ledger, registration
 from tg_tinker.privacy import Charge, PrivacyInfo, describe_run
 
 _datasets = sa.Table(
@@ -95,11 +95,8 @@ class Budgets(Database):
             tx.execute(
                 _datasets.insert().values(tenant=tenant, id=dataset, wrapped_key=json.dumps(key))
             )
-            body = {
-                "type": "register", "version": VERSION, "dataset": dataset, "epsilon": epsilon,
-                "delta": delta, "unit": unit, "born": datetime.now(UTC).isoformat(),
-                "order": filter_order(float("inf") if epsilon is None else epsilon, delta),
-            }  # fmt: skip
+            born = datetime.now(UTC).isoformat()
+            body = registration(dataset, epsilon, delta, unit, born)
             self._append(tx, tenant, dataset, ledger, body)
 
     def ledger_entries(self, tenant: str, dataset: str) -> list[Entry]:

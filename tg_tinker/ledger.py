@@ -39,6 +39,7 @@ from typing import Any
 from tg_tinker.accounting import (
     MAX_ORDER,
     SIGMA_RANGE,
+    filter_order,
     gaussian_epsilon,
     rdp_epsilon,
     subsampled_gaussian_epsilon,
@@ -295,6 +296,15 @@ class Ledger:
             for account, count in used
         )
         return rdp_epsilon(rdp, order, self.delta)
+
+
+def registration(dataset: str, epsilon: float | None, delta: float, unit: str, born: str) -> Entry:
+    """The body of a ledger's first entry; its Renyi order follows from the budget."""
+    return {
+        "type": "register", "version": VERSION, "dataset": dataset, "epsilon": epsilon,
+        "delta": delta, "unit": unit, "born": born,
+        "order": filter_order(math.inf if epsilon is None else epsilon, delta),
+    }  # fmt: skip
 
 
 def entry_hash(entry: Mapping[str, Any]) -> str:
