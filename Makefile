@@ -12,11 +12,11 @@ else
 TORCH_SPEC  ?= torch
 endif
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench bench-utility clean
 help:            ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: .venv/demo ## privately fine-tune SmolLM2-135M on docstrings, sample, save, resume (8 minutes)
+demo: .venv/demo ## privately fine-tune SmolLM2-135M on docstrings, sample, save, resume (6 minutes)
 	$(BIN)/tg-tinker demo $(ARGS)
 
 test: .venv/dev  ## all tests, the real model included (under 20 minutes on two cores)
@@ -30,6 +30,9 @@ lint: .venv/dev  ## ruff and mypy --strict
 bench: .venv/dev ## a step beside the plain padded PEFT loop; a private one beside it and Opacus
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/bench.py
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/bench_privacy.py $(ARGS)
+
+bench-utility: .venv/dev ## the demo with and without privacy: how much is still learned (20 minutes)
+	$(BIN)/python tests/bench_utility.py $(ARGS)
 
 clean:           ## remove .venv and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info demo-output audit-output canary-output

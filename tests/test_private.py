@@ -28,9 +28,10 @@ from privacy_helpers import (
     sums,
 )
 
-from actors import capture, private
+from actors import capture, clipping, private
 from actors.clipping import ClippedSum, UnitGradients, privatise
 from actors.model import Base
+from actors.noise import standard_normal
 from actors.private import PrivateSession
 from tg_tinker import (
     DPBudgetExceededError,
@@ -398,6 +399,25 @@ def test_noise_is_added_in_float64_and_rounded_once() -> None:
     signal = total.sums["w"].clone()
     gradient = privatise(total, sigma=0.5, divisor=1.0).tensors["w"]
     assert (gradient - signal).std() == pytest.approx(0.5, rel=0.02)
+
+
+def test_each_value_gets_its_own_noise_however_the_draws_are_cut(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(clipping, "_BLOCK", 10)
+    sizes = {"a": 7, "b": 25, "c": 3, "d": 10, "e": 1}
+    total = ClippedSum({name: torch.full((size,), 3.0) for name, size in sizes.items()}, 2.0)
+    drawn: list[torch.Tensor] = []
+
+    def noise(count: int) -> torch.Tensor:
+        assert count <= 10
+        drawn.append(standard_normal(count))
+        return drawn[-1].clone()
+
+    found = privatise(total, sigma=0.5, divisor=4.0, noise=noise).tensors
+    assert {name: tensor.numel() for name, tensor in found.items()} == sizes
+    released = torch.cat([*found.values()])
+    torch.testing.assert_close(released, ((3.0 + torch.cat(drawn)) / 4.0).float())
 
 
 def test_privatise_consumes_the_sum_and_refuses_a_scale_without_sense() -> None:
