@@ -1,4 +1,4 @@
-"""Attention over a flat stream: every example sees its own tokens only.
+"""Attention over a flat stream: every example, or running sequence, sees its own tokens only.
 
 Legend: T tokens of a stream, S segments, H heads, D head size.
 """
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from actors.slots import Layout
+
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 NAME = "tg_tinker_segments"
@@ -20,8 +22,8 @@ NAME = "tg_tinker_segments"
 def segmented(dense: Attention) -> Attention:
     """`dense` attention, applied to each segment of a flat stream on its own.
 
-    The model passes `segment_bounds` (S + 1 offsets, from 0 to T) through as a keyword; without
-    it (generation, padded batches) the call goes to `dense` unchanged.
+    The model passes `segment_bounds` (S + 1 offsets, from 0 to T) through as a keyword, or
+    `layout` when it samples; without either (padded batches) the call goes to `dense` unchanged.
     """
 
     def attention(
@@ -31,8 +33,12 @@ def segmented(dense: Attention) -> Attention:
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         segment_bounds: tuple[int, ...] | None = None,
+        layout: Layout | None = None,
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if layout is not None:
+            how = options.get("scaling"), options.get("sliding_window")
+            return layout.attend(int(module.layer_idx), query, key, value, *how), None  # type: ignore[arg-type]
         if segment_bounds is None:
             return dense(module, query, key, value, attention_mask, **options)
         outputs = []

@@ -1,19 +1,107 @@
-"""Text over tokens: prompts in, `StreamChunk`s and `Sample`s out, on any `SamplingEngine`."""
+"""Text over tokens: prompts in, `StreamChunk`s and `Sample`s out, on the `SlotEngine`."""
 
 from __future__ import annotations
 
+import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from actors.generation import Completion, SamplingEngine
+from actors.generation import SLOTS, SlotEngine, Token, TokenRequest
 from tg_tinker.sampling import SamplingParams
 from tg_tinker.text import TextStream, encode_prompt
 from tg_tinker.types import Sample, SampleResult, StreamChunk
 
+Stop = Callable[[TokenRequest, int], None]
+
+
+class Completions:
+    """All completions of one call, prompt by prompt, between the engine and the reader.
+
+    Attributes:
+        requests: for the engine. Tokens may arrive in its thread, while the reader `take`s.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompts: Sequence[str],
+        params: SamplingParams,
+        stop: Stop,
+        version: str = "",
+    ) -> None:
+        count = params.num_completions
+        texts = [TextStream(tokenizer, params.stop_sequences) for _ in range(count * len(prompts))]
+        self._texts: list[TextStream | None] = [*texts]  # None once its completion has ended
+        self._held: list[list[Token]] = [[] for _ in texts]  # arrived, their text is not certain
+        self._arrived: deque[tuple[TokenRequest, int, Token]] = deque()
+        self._stop, self._version = stop, version
+        if params.seed is None:
+            params = replace(params, seed=secrets.randbits(63))
+        self.requests = [
+            self._request(encode_prompt(tokenizer, prompt), params, number, first)
+            for number, prompt in enumerate(prompts)
+            for first in range(0, count, SLOTS)  # no request needs more slots than there are
+        ]
+
+    def take(self) -> Iterator[StreamChunk]:
+        """Chunks of what has arrived since the last time.
+
+        A chunk carries text that is certain: whole characters, and nothing that may still turn
+        out to be part of a stop sequence. The last of a completion has a `finish_reason`.
+        """
+        while self._arrived:
+            request, index, token = self._arrived.popleft()
+            if token.error is not None:
+                raise token.error
+            if chunk := self._chunk(request, index, token):
+                yield chunk
+
+    def _request(
+        self, ids: list[int], params: SamplingParams, number: int, first: int
+    ) -> TokenRequest:
+        count = min(SLOTS, params.num_completions - first)
+        request = TokenRequest(
+            ids, replace(params, num_completions=count), lambda token: None, number, first
+        )
+        request.deliver = partial(self._deliver, request, number * params.num_completions + first)
+        return request
+
+    def _deliver(self, request: TokenRequest, offset: int, token: Token) -> None:
+        self._arrived.append((request, offset + token.index, token))
+
+    def _chunk(self, request: TokenRequest, index: int, token: Token) -> StreamChunk | None:
+        stream = self._texts[index]
+        if stream is None:
+            return None  # drawn before the engine heard of the stop
+        text, reason = stream.push(token.token_id), token.finish_reason
+        if reason is not None:
+            text += stream.flush()
+        if stream.stopped:
+            reason = "stop"
+            self._stop(request, token.index)
+        held = self._held[index]
+        held.append(token)
+        if not text and reason is None:
+            return None
+        self._held[index] = []
+        if reason is not None:
+            self._texts[index] = None
+        return StreamChunk(
+            text=text,
+            index=index,
+            token_ids=[token.token_id for token in held],
+            logprobs=[token.logprob for token in held],
+            finish_reason=reason,
+            weights_version=self._version,
+        )
+
 
 def stream_chunks(
-    engine: SamplingEngine,
+    engine: SlotEngine,
     tokenizer: Any,
     prompts: Sequence[str],
     params: SamplingParams,
@@ -21,43 +109,15 @@ def stream_chunks(
     version: str = "",
     check_cancelled: Callable[[], None] = lambda: None,
 ) -> Iterator[StreamChunk]:
-    """Chunks of all completions as they grow; `index` counts prompt by prompt.
-
-    A chunk carries text that is certain: whole characters, and nothing that may still turn out
-    to be part of a stop sequence. The last chunk of a completion has a `finish_reason`.
-    """
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    count = len(prompts) * params.num_completions
-    texts = [TextStream(tokenizer, params.stop_sequences) for _ in range(count)]
-    sent = [0] * count  # tokens of each completion that went out in chunks
-    for grown in engine.generate(ids, params):
+    """Chunks of all completions as they grow; `index` counts prompt by prompt."""
+    call = Completions(tokenizer, prompts, params, engine.cancel, version)
+    for _ in engine.run(call.requests):
         check_cancelled()
-        for row in grown:
-            text = _certain_text(row, texts[row.index])
-            if text or row.finish_reason is not None:
-                start, sent[row.index] = sent[row.index], len(row.token_ids)
-                yield StreamChunk(
-                    text=text,
-                    index=row.index,
-                    token_ids=row.token_ids[start:],
-                    logprobs=row.logprobs[start:],
-                    finish_reason=row.finish_reason,
-                    weights_version=version,
-                )
-
-
-def _certain_text(row: Completion, stream: TextStream) -> str:
-    """New text of a completion; a stop sequence found in it finishes the row."""
-    text = stream.push(row.token_ids[-1])
-    if row.finish_reason is not None:
-        text += stream.flush()
-    if stream.stopped:
-        row.finish_reason = "stop"
-    return text
+        yield from call.take()
 
 
 def sample(
-    engine: SamplingEngine,
+    engine: SlotEngine,
     tokenizer: Any,
     prompts: Sequence[str],
     params: SamplingParams,

@@ -1,197 +1,343 @@
-"""Drawing tokens: the sampling engine, token in and token out. It knows no text.
+"""The sampling engine: many requests at once on one base model, token in and token out.
 
-Legend: R rows (sequences being extended), P prompts, V vocabulary.
+    engine = SlotEngine(base)
+    engine.submit(TokenRequest(prompt, params, deliver))
+    while engine.step():
+        pass
+
+A step is one forward over a flat stream that holds one token of each sequence that is being
+extended and pieces of the prompts that wait; so nobody waits for a batch to end, and a long
+prompt delays the others by a piece at a time. It knows no text and has no lock: one thread calls.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import torch
 
-from actors.model import Base
-from tg_tinker.errors import InvalidRequestError, NonFiniteError
+from actors.adapters import AdapterBank
+from actors.drawing import draw, penalised, uniform
+from actors.model import Base, next_token_logits
+from actors.slots import Layout, Piece, Slots
+from tg_tinker.errors import InternalError, InvalidRequestError, NonFiniteError, TGTinkerError
 from tg_tinker.sampling import SamplingParams
 
+SLOTS = 8
+"""Sequences that run at a time, unless told otherwise."""
 
-@dataclass(repr=False)
-class Completion:
-    """One completion in the making.
+PROMPT_TOKENS = 64
+"""Prompt tokens of a step beside sequences that run: bounds how long those wait for a token."""
+
+PROMPT_TOKENS_ALONE = 512
+"""The same while no sequence runs."""
+
+
+@dataclass(frozen=True, repr=False)
+class Token:
+    """One more token of a completion, or the end of its request.
 
     Attributes:
-        index: its place among all completions, prompt by prompt.
-        prompt_index: which prompt it extends.
-        token_ids: generated so far, the end-of-sequence token included.
-        logprobs: log-probability of each under the model's own distribution, before penalties
-            and temperature.
-        finish_reason: None while it grows. The engine sets `length` and `eos`; whoever reads
-            the text may set `stop` between steps, and the row leaves the batch.
+        index: which completion of the request.
+        logprob: under the model's own distribution, before penalties and temperature.
+        top: the most probable tokens there, best first, as (token, logprob).
+        prompt: with the first token of each completion and `prompt_logprobs`: the log-probability
+            of each prompt token after those before it; NaN for the first.
+        finish_reason: `length`, `eos`, `stop` (a stop token) or None while it grows.
+        error: why the whole request ended; then nothing else is set.
     """
 
-    index: int
-    prompt_index: int
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    index: int = 0
+    token_id: int = -1
+    logprob: float = 0.0
+    top: tuple[tuple[int, float], ...] = ()
+    prompt: tuple[float, ...] | None = None
     finish_reason: str | None = None
+    error: TGTinkerError | None = None
 
 
-class SamplingEngine(Protocol):
-    """What `completion` needs of an engine; serving engines keep to it."""
+@dataclass(repr=False, eq=False)
+class TokenRequest:
+    """`params.num_completions` completions of one prompt.
 
-    def generate(
-        self, prompts: Sequence[list[int]], params: SamplingParams
-    ) -> Iterator[list[Completion]]:
-        """Yields after each decode step the sequences that grew by one token."""
+    Attributes:
+        deliver: called in the engine's thread with each `Token`; it must be quick.
+        adapter: name of a resident LoRA adapter, or None for the base model.
+        number, first: which prompt of its call, and the index of its first completion among those
+            of that prompt: with the seed they fix all draws.
+        seed: of all its draws; drawn here when `params` has none.
+    """
+
+    prompt: list[int]
+    params: SamplingParams
+    deliver: Callable[[Token], None]
+    number: int = 0
+    first: int = 0
+    adapter: str | None = None
+    seed: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        given = self.params.seed
+        self.seed = secrets.randbits(63) if given is None else given
 
 
-class LiveEngine:
-    """Generates on the weights as they are, all rows in one left-padded batch."""
+@dataclass(repr=False, eq=False)
+class _Sequence:
+    """A completion in its slot; while the prompt is read, the one that stands for all."""
 
-    def __init__(self, base: Base) -> None:
+    request: TokenRequest
+    index: int
+    slot: int
+    read: int = 0  # prompt tokens in the slot
+    generated: list[int] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
+    reserved: list[int] = field(default_factory=list)  # slots of the other completions
+
+    @property
+    def reading(self) -> bool:
+        return self.read < len(self.request.prompt)
+
+    @property
+    def stored(self) -> int:
+        """Tokens whose keys and values are in the slot."""
+        return self.read + max(0, len(self.generated) - 1)
+
+
+class SlotEngine:
+    """See the module."""
+
+    def __init__(self, base: Base, slots: int = SLOTS) -> None:
+        if not base.flat:
+            raise InvalidRequestError(
+                "this architecture can be trained, not sampled: its attention cannot be told which"
+                " tokens belong together. Export the adapter and generate with transformers"
+            )
+        self.adapters = AdapterBank(base.model)
         self._base = base
+        self._slots = Slots(slots, base.device)
+        self._free = list(range(slots))
+        self._waiting: deque[TokenRequest] = deque()
+        self._running: list[_Sequence] = []
 
-    @torch.inference_mode()
-    def generate(
-        self, prompts: Sequence[list[int]], params: SamplingParams
-    ) -> Iterator[list[Completion]]:
-        """See `SamplingEngine`.
+    def submit(self, request: TokenRequest) -> None:
+        """Queues a request.
 
         Raises:
-            InvalidRequestError: a prompt and `max_tokens` exceed the context; nothing was drawn.
+            InvalidRequestError: it can never run; nothing was queued.
+            NotFoundError: its adapter is not resident.
         """
-        self._check_context(prompts, params)
-        generator = torch.Generator(self._base.device).manual_seed(secrets.randbits(63))
-        n = params.num_completions
-        rows = [Completion(i, i // n) for i in range(n * len(prompts))]
-        logits, batch = self._prefill(prompts, n)
-        while rows:
-            if logits.isnan().any():
-                raise NonFiniteError("the model's output is not a number: load an earlier artifact")
-            logprobs = torch.log_softmax(logits.float(), dim=-1)  # [R, V]
-            scores = _penalised(logits.float(), rows, prompts, params)
-            drawn = draw(scores, params, generator)  # [R]
-            chosen = logprobs.gather(1, drawn[:, None])[:, 0].tolist()
-            for row, token, logprob in zip(rows, drawn.tolist(), chosen, strict=True):
-                self._extend(row, token, logprob, params)
-            yield list(rows)
-            keep = [i for i, row in enumerate(rows) if row.finish_reason is None]
-            rows = [rows[i] for i in keep]
-            if rows:
-                logits = batch.advance(self._base.model, drawn, keep)
-
-    def _extend(self, row: Completion, token: int, logprob: float, params: SamplingParams) -> None:
-        row.token_ids.append(token)
-        row.logprobs.append(logprob)
-        if token in self._base.eos_ids:
-            row.finish_reason = "eos"
-        elif len(row.token_ids) >= params.max_tokens:
-            row.finish_reason = "length"
-
-    def _check_context(self, prompts: Sequence[list[int]], params: SamplingParams) -> None:
-        longest = max(map(len, prompts))
-        if longest + params.max_tokens > self._base.context_length:
+        prompt, params = request.prompt, request.params
+        context, vocab = self._base.context_length, self._base.vocab_size
+        if len(prompt) + params.max_tokens > context:
             raise InvalidRequestError(
-                f"a prompt of {longest} tokens and max_tokens={params.max_tokens} exceed the"
-                f" context of {self._base.context_length}: use at most"
-                f" {max(0, self._base.context_length - longest)} max_tokens, or a shorter prompt"
+                f"a prompt of {len(prompt)} tokens and max_tokens={params.max_tokens} exceed the"
+                f" context of {context}: use at most {max(0, context - len(prompt))} max_tokens, or"
+                " a shorter prompt"
             )
-
-    def _prefill(self, prompts: Sequence[list[int]], copies: int) -> tuple[torch.Tensor, _Batch]:
-        """Logits [R, V] after the prompts, each prompt computed once for all its rows."""
-        device, width = self._base.device, max(map(len, prompts))
-        tokens = torch.zeros(len(prompts), width, dtype=torch.int64)
-        mask = torch.zeros_like(tokens)
-        for i, prompt in enumerate(prompts):
-            tokens[i, width - len(prompt) :] = torch.tensor(prompt)
-            mask[i, width - len(prompt) :] = 1
-        tokens, mask = tokens.to(device), mask.to(device)
-        output = self._base.model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache: Any = getattr(output, "past_key_values", None)
-        if not hasattr(cache, "batch_select_indices"):
+        if not prompt or not all(0 <= token < vocab for token in prompt):
+            raise InvalidRequestError(f"a prompt needs tokens, each in [0, {vocab})")
+        if params.num_completions > self._slots.count:
             raise InvalidRequestError(
-                "this architecture keeps no key/value cache: it can be trained, not sampled; export"
-                " the adapter and generate with transformers"
+                f"{params.num_completions} completions do not fit into {self._slots.count} slots"
             )
-        cache.batch_repeat_interleave(copies)
-        mask = mask.repeat_interleave(copies, 0)
-        return output.logits[:, -1].repeat_interleave(copies, 0), _Batch(cache, mask)
+        self.adapters.pin(request.adapter)  # from now on, lest it leave while this waits
+        self._waiting.append(request)
 
+    def cancel(self, request: TokenRequest, index: int | None = None) -> None:
+        """Ends a request, or a completion of it that has begun, before the next step; nothing
+        more is delivered. Safe for one that has ended."""
+        if index is None and request in self._waiting:
+            self._waiting.remove(request)
+            self.adapters.release(request.adapter)
+        for sequence in [*self._running]:
+            chosen = index is None or (index == sequence.index and not sequence.reading)
+            if sequence.request is request and chosen:
+                self._end(sequence)
 
-@dataclass(repr=False)
-class _Batch:
-    """Keys and values of all rows, and which positions are real: mask [R, tokens so far]."""
+    def step(self) -> bool:
+        """One forward and one token for every sequence that is ready; False if nothing was left.
 
-    cache: Any
-    mask: torch.Tensor
+        A request whose outputs are not numbers ends with an error. When the forward itself
+        fails, all that run do, and the engine goes on with empty slots.
+        """
+        self._admit()
+        extended = sorted((s for s in self._running if not s.reading), key=lambda s: s.slot)
+        pieces = self._next_pieces(bool(extended))
+        if not extended and not pieces:
+            return False
+        try:
+            with torch.inference_mode():
+                self._advance(extended, pieces)
+        except Exception as error:
+            self._fail(f"sampling failed ({type(error).__name__}): repeat the request")
+        return True
 
-    def advance(self, model: Any, drawn: torch.Tensor, keep: list[int]) -> torch.Tensor:
-        """Logits [R', V] after one more token of the kept rows."""
-        if len(keep) < len(drawn):
-            index = torch.tensor(keep, device=drawn.device)
-            self.cache.batch_select_indices(index)
-            self.mask, drawn = self.mask[index], drawn[index]
-        self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
-        output = model(
-            input_ids=drawn[:, None],
-            attention_mask=self.mask,
-            position_ids=self.mask.sum(1, keepdim=True) - 1,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
+    def run(self, requests: Sequence[TokenRequest]) -> Iterator[None]:
+        """Submits requests and steps until all have ended; yields after each step.
+
+        Left early, it cancels what is not done.
+        """
+        try:
+            for request in requests:
+                self.submit(request)
+            while self.step():
+                yield
+        finally:
+            for request in requests:
+                self.cancel(request)
+
+    # --- inside ------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """First come, first served; a request gets all slots it will need at once."""
+        while self._waiting and self._waiting[0].params.num_completions <= len(self._free):
+            request = self._waiting.popleft()
+            self._slots.reserve(len(request.prompt) + request.params.max_tokens)
+            self._free.sort()
+            count = request.params.num_completions
+            slots, self._free = self._free[:count], self._free[count:]
+            self._running.append(_Sequence(request, 0, slots[0], reserved=slots[1:]))
+
+    def _next_pieces(self, beside_others: bool) -> list[tuple[_Sequence, Piece]]:
+        room = PROMPT_TOKENS if beside_others else PROMPT_TOKENS_ALONE
+        pieces = []
+        for sequence in self._running:
+            size = min(room, len(sequence.request.prompt) - sequence.read)
+            if size > 0:
+                pieces.append((sequence, Piece(sequence.slot, sequence.read, size)))
+                room -= size
+        return pieces
+
+    def _advance(self, extended: list[_Sequence], pieces: list[tuple[_Sequence, Piece]]) -> None:
+        """The forward, then a token for each extended sequence and each prompt that is read."""
+        layout = Layout(
+            self._slots, [(s.slot, s.stored) for s in extended], [piece for _, piece in pieces]
         )
-        logits: torch.Tensor = output.logits[:, -1]
-        return logits
+        tokens = [s.generated[-1] for s in extended]
+        wanted = list(range(len(extended)))  # tokens of the stream whose logits are needed
+        for sequence, piece in pieces:
+            last = len(tokens) + piece.size - 1
+            scored = sequence.request.params.prompt_logprobs
+            wanted += range(len(tokens), last + 1) if scored else [last]
+            tokens += sequence.request.prompt[piece.start : piece.stop]
+        with self.adapters.routed(
+            [self.adapters.index(s.request.adapter) for s in extended],
+            [(piece.size, self.adapters.index(s.request.adapter)) for s, piece in pieces],
+        ):
+            rows = next_token_logits(self._base, tokens, layout, wanted)  # [len(wanted), V]
+        ready, logits = extended, [rows[: len(extended)]]
+        at = len(extended)
+        for sequence, piece in pieces:
+            count = piece.size if sequence.request.params.prompt_logprobs else 1
+            found, at = rows[at : at + count], at + count
+            sequence.read = piece.stop
+            self._score_prompt(sequence, piece, found)
+            if not sequence.reading:
+                ready = ready + (forked := self._fork(sequence))
+                logits.append(found[-1:].expand(len(forked), -1))
+        if ready:
+            self._extend(ready, torch.cat(logits))
 
+    def _fork(self, sequence: _Sequence) -> list[_Sequence]:
+        """The other completions of a prompt that was just read: copies of its slot."""
+        others = []
+        for index, slot in enumerate(sequence.reserved, start=1):
+            self._slots.copy(sequence.slot, slot, sequence.read)
+            other = _Sequence(sequence.request, index, slot, sequence.read)
+            other.prompt_logprobs = sequence.prompt_logprobs
+            others.append(other)
+        sequence.reserved = []
+        self._running += others
+        return [sequence, *others]
 
-def draw(scores: torch.Tensor, params: SamplingParams, generator: torch.Generator) -> torch.Tensor:
-    """One token per row of scores [R, V]: int64 [R]; the most probable at temperature 0."""
-    if params.temperature == 0:
-        return scores.argmax(-1)
-    # The largest score becomes 0, so that no temperature, however small, overflows.
-    scores = (scores - scores.max(-1, keepdim=True).values) / max(params.temperature, 1e-30)
-    if params.top_k is not None and params.top_k < scores.shape[-1]:
-        best = scores.topk(params.top_k)  # by index: equal scores must not add tokens
-        scores = torch.full_like(scores, -torch.inf).scatter(1, best.indices, best.values)
-    if params.top_p < 1:
-        scores = _nucleus(scores, params.top_p)
-    probabilities = torch.softmax(scores, dim=-1)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    def _score_prompt(self, sequence: _Sequence, piece: Piece, logits: torch.Tensor) -> None:
+        """Adds the log-probabilities of the tokens that follow those of the piece."""
+        if not sequence.request.params.prompt_logprobs:
+            return
+        following = sequence.request.prompt[piece.start + 1 : piece.stop + 1]
+        ids = torch.tensor(following, device=logits.device).long()
+        rows = torch.log_softmax(logits[: len(following)].float(), dim=-1)
+        sequence.prompt_logprobs += rows.gather(1, ids[:, None])[:, 0].tolist()
 
+    def _extend(self, ready: list[_Sequence], logits: torch.Tensor) -> None:
+        """One token for each of these sequences from its row of logits [R, V]."""
+        logits = logits.float()
+        logprobs = torch.log_softmax(logits, dim=-1)
+        best = logits.argmax(-1).tolist()
+        usable = torch.isfinite(logprobs.max(-1).values).tolist()
+        drawn = [
+            self._choose(sequence, logits[row], best[row]) if usable[row] else 0
+            for row, sequence in enumerate(ready)
+        ]
+        index = torch.tensor(drawn, device=logits.device)[:, None]
+        chosen = logprobs.gather(1, index)[:, 0].tolist()
+        for row, sequence in enumerate(ready):
+            if sequence not in self._running:
+                continue  # an earlier completion of its request ended it
+            if not usable[row]:
+                self._refuse(sequence.request)
+                continue
+            top = self._most_probable(sequence, logprobs[row])
+            self._deliver(sequence, drawn[row], chosen[row], top)
 
-def _nucleus(scores: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Keeps the smallest set of most probable tokens whose probability reaches `top_p`."""
-    ranked, order = scores.sort(descending=True)
-    probabilities = torch.softmax(ranked, dim=-1)
-    before = probabilities.cumsum(-1) - probabilities  # probability of all better tokens
-    dropped = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, before >= top_p)
-    return scores.masked_fill(dropped, -torch.inf)
+    def _choose(self, sequence: _Sequence, logits: torch.Tensor, best: int) -> int:
+        request, params = sequence.request, sequence.request.params
+        scores = penalised(logits, request.prompt, sequence.generated, params)
+        if scores is logits and params.temperature == 0:
+            return best
+        place = request.number, request.first + sequence.index, len(sequence.generated)
+        return draw(scores, params, uniform(request.seed, *place))
 
+    def _most_probable(
+        self, sequence: _Sequence, logprobs: torch.Tensor
+    ) -> tuple[tuple[int, float], ...]:
+        if not sequence.request.params.top_logprobs:
+            return ()
+        found = logprobs.topk(min(sequence.request.params.top_logprobs, len(logprobs)))
+        return tuple(zip(found.indices.tolist(), found.values.tolist(), strict=True))
 
-def _penalised(
-    logits: torch.Tensor,
-    rows: Sequence[Completion],
-    prompts: Sequence[list[int]],
-    params: SamplingParams,
-) -> torch.Tensor:
-    """Logits [R, V] after repetition, presence and frequency penalties."""
-    logits = logits.clone()
-    for i, row in enumerate(rows):
-        if params.repetition_penalty != 1:
-            seen = torch.tensor(sorted({*prompts[row.prompt_index], *row.token_ids}))
-            score = logits[i, seen]
-            factor = params.repetition_penalty
-            logits[i, seen] = torch.where(score > 0, score / factor, score * factor)
-        if row.token_ids and (params.presence_penalty or params.frequency_penalty):
-            ids, counts = torch.unique(torch.tensor(row.token_ids), return_counts=True)
-            penalty = params.presence_penalty + params.frequency_penalty * counts
-            logits[i, ids] -= penalty.to(logits)
-    return logits
+    def _deliver(
+        self,
+        sequence: _Sequence,
+        token_id: int,
+        logprob: float,
+        top: tuple[tuple[int, float], ...],
+    ) -> None:
+        params = sequence.request.params
+        sequence.generated.append(token_id)
+        reason = None
+        if token_id in params.stop_token_ids:
+            reason = "stop"
+        elif token_id in self._base.eos_ids:
+            reason = "eos"
+        elif len(sequence.generated) == params.max_tokens:
+            reason = "length"
+        first = params.prompt_logprobs and len(sequence.generated) == 1
+        prompt = (float("nan"), *sequence.prompt_logprobs) if first else None
+        if reason is not None:
+            self._end(sequence)
+        token = Token(sequence.index, token_id, logprob, top, prompt, reason)
+        sequence.request.deliver(token)
+
+    def _end(self, sequence: _Sequence) -> None:
+        self._running.remove(sequence)
+        self._slots.clear(sequence.slot, sequence.stored + 1)
+        self._free += [sequence.slot, *sequence.reserved]
+        if all(other.request is not sequence.request for other in self._running):
+            self.adapters.release(sequence.request.adapter)
+
+    def _refuse(self, request: TokenRequest) -> None:
+        self.cancel(request)
+        problem = "the model's output is not a number: load an earlier artifact"
+        request.deliver(Token(error=NonFiniteError(problem)))
+
+    def _fail(self, problem: str) -> None:
+        """Ends all that run. The slots are made anew: they may be half-written."""
+        requests = list(dict.fromkeys(sequence.request for sequence in self._running))
+        for request in requests:
+            self.cancel(request)
+            request.deliver(Token(error=InternalError(problem)))
+        self._slots = Slots(self._slots.count, self._base.device)

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from actors import attention
 from actors.batching import FlatStream, flatten
+from actors.slots import Layout
 from tg_tinker.batch import Example
 from tg_tinker.config import LoRAConfig
 from tg_tinker.errors import InvalidRequestError, NotFoundError, StorageError, TGTinkerError
@@ -140,6 +141,23 @@ def labelled_logits(base: Base, stream: FlatStream) -> torch.Tensor:
     if "logits_to_keep" in inspect.signature(base.model.forward).parameters:
         return base.model(**options, logits_to_keep=predictors).logits[0]  # type: ignore[no-any-return]
     return base.model(**options).logits[0, predictors]  # type: ignore[no-any-return]
+
+
+def next_token_logits(
+    base: Base, tokens: Sequence[int], layout: Layout, wanted: Sequence[int]
+) -> torch.Tensor:
+    """[len(wanted), V] after these places of a stream of running sequences."""
+    device = base.device
+    keep = torch.tensor(wanted, device=device).long()
+    options: dict[str, Any] = {
+        "input_ids": torch.tensor(tokens, device=device)[None],
+        "position_ids": layout.positions[None],
+        "layout": layout,
+        "use_cache": False,
+    }
+    if "logits_to_keep" in inspect.signature(base.model.forward).parameters:
+        return base.model(**options, logits_to_keep=keep).logits[0]  # type: ignore[no-any-return]
+    return base.model(**options).logits[0, keep]  # type: ignore[no-any-return]
 
 
 # --- what trains -----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from actors.artifacts import fetch, publish
 from actors.budget import open_budget
 from actors.completion import sample, stream_chunks
 from actors.engine import Session
-from actors.generation import LiveEngine
+from actors.generation import SlotEngine
 from actors.model import Base, Progress, compute_dtype, use_threads
 from actors.private import PrivateSession
 from actors.registry import Registry
@@ -124,7 +124,7 @@ class Worker:
         self, check_cancelled: Check, prompts: list[str], params: SamplingParams
     ) -> SampleResult:
         return sample(
-            LiveEngine(self.session.base),
+            self._engine,
             self._tokenizer,
             prompts,
             params,
@@ -136,7 +136,7 @@ class Worker:
         self, check_cancelled: Check, prompts: list[str], params: SamplingParams
     ) -> Iterator[StreamChunk]:
         return stream_chunks(
-            LiveEngine(self.session.base),
+            self._engine,
             self._tokenizer,
             prompts,
             params,
@@ -190,6 +190,10 @@ class Worker:
     @cached_property
     def _tokenizer(self) -> Any:
         return load_tokenizer(self.tokenizer_files())
+
+    @cached_property
+    def _engine(self) -> SlotEngine:
+        return SlotEngine(self.session.base)
 
     @property
     def _version(self) -> str:

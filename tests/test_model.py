@@ -12,11 +12,10 @@ import pytest
 import torch
 from helpers import assert_close, examples, oracle_gradients, padded, session, window
 
-from actors.generation import LiveEngine
+from actors.generation import SlotEngine
 from actors.model import Base
 from tg_tinker import InvalidRequestError, LoRAConfig, NotFoundError, StorageError
 from tg_tinker.batch import normalise
-from tg_tinker.sampling import SamplingParams
 
 
 def files(directory: Path) -> list[str]:
@@ -189,4 +188,4 @@ def test_recurrent_models_are_found_to_mix_rows_and_still_train(tmp_path: Path) 
     s.forward_backward([a, b])
     assert s.optim_step().step == 1
     with pytest.raises(InvalidRequestError, match="trained, not sampled"):
-        next(LiveEngine(s.base).generate([[1, 2]], SamplingParams()))
+        SlotEngine(s.base)

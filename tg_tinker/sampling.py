@@ -24,6 +24,11 @@ class SamplingParams:
             prompt or completion (CTRL, arXiv:1909.05858).
         presence_penalty, frequency_penalty: in [-2, 2]; subtracted from the logits of tokens
             generated so far, once, or once per occurrence (OpenAI's definition).
+        seed: >= 0; makes the draws those of any other call with the same prompts, weights and
+            seed, whatever runs beside it. None draws a new one.
+        stop_token_ids: tokens that end a completion; they are its last.
+        top_logprobs: in [0, 20]; alternatives to report at each token.
+        prompt_logprobs: whether to score the prompt too.
     """
 
     max_tokens: int = 128
@@ -35,11 +40,17 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
         top_k = 1 if self.top_k is None else self.top_k
-        whole = (("max_tokens", self.max_tokens), ("top_k", top_k),
-                 ("num_completions", self.num_completions))  # fmt: skip
+        seed = 0 if self.seed is None else self.seed
+        whole = (("max_tokens", self.max_tokens), ("top_k", top_k), ("seed", seed),
+                 ("num_completions", self.num_completions), ("top_logprobs", self.top_logprobs),
+                 *(("stop_token_ids", token) for token in self.stop_token_ids))  # fmt: skip
         for name, number in whole:
             if not isinstance(number, int):
                 raise InvalidRequestError(f"{name} must be a whole number")
@@ -59,6 +70,8 @@ class SamplingParams:
              "in [-2, 2]; 0 is off"),
             ("frequency_penalty", self.frequency_penalty, abs(self.frequency_penalty) <= 2,
              "in [-2, 2]; 0 is off"),
+            ("seed", seed, seed >= 0, ">= 0, or None for a new one"),
+            ("top_logprobs", self.top_logprobs, 0 <= self.top_logprobs <= 20, "in [0, 20]"),
         )  # fmt: skip
         for name, value, holds, bound in bounds:
             if not (math.isfinite(value) and holds):

@@ -1,0 +1,279 @@
+"""Many LoRA adapters side by side on one base model: each row of a stream uses its own, or none.
+
+    bank = AdapterBank(base.model)
+    bank.add(Adapter("run@7", adapter_config, weights))
+    bank.pin("run@7")
+    index = bank.index("run@7")
+    with bank.routed([index, 0], [(40, index)]):  # two single tokens, then a piece of 40
+        base.model(...)
+
+Adapters never change: other weights have another name. Legend: T tokens of the stream, A adapters
+there is room for, r the largest rank among them; index 0 is "no adapter" and holds zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tg_tinker.errors import InvalidRequestError, NotFoundError, QueueFullError
+
+MOST_BYTES = 2 * 2**30
+"""Of resident adapters, unless told otherwise; those in use are never dropped."""
+
+_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True, repr=False)
+class Adapter:
+    """LoRA weights by PEFT's names, and their `adapter_config.json`.
+
+    Attributes:
+        name: of these very weights, such as ``run@step``.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    weights: Mapping[str, torch.Tensor]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(tensor.nbytes for tensor in self.weights.values())
+
+    @property
+    def rank(self) -> int:
+        return int(self.config["r"])
+
+    def layers(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """(A [r, in], B [out, r]) by the model's names of its layers; B holds alpha / r.
+
+        Raises:
+            InvalidRequestError: it trains something beside LoRA matrices, or of another kind.
+        """
+        unknown = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "use_rslora")
+                   if self.config.get(key)]  # fmt: skip
+        others = [n for n in self.weights if not n.endswith((_DOWN, _UP))]
+        if unknown or others:
+            raise InvalidRequestError(
+                f"adapter {self.name} cannot share a base model with others: it has"
+                f" {(unknown + others)[0]}, where A and B matrices of one rank are served"
+            )
+        scale = self.config["lora_alpha"] / self.rank
+        return {
+            name.removesuffix(_DOWN).removeprefix("base_model.model."): (
+                down, scale * self.weights[name.removesuffix(_DOWN) + _UP],
+            )
+            for name, down in self.weights.items() if name.endswith(_DOWN)
+        }  # fmt: skip
+
+
+@dataclass(repr=False)
+class _Resident:
+    index: int
+    size: int
+    users: int = 0
+
+
+class AdapterBank:
+    """The adapters that are resident, least recently used first. One thread calls."""
+
+    def __init__(self, model: torch.nn.Module, most_bytes: int = MOST_BYTES) -> None:
+        self._model = model
+        self._most = most_bytes
+        self._resident: dict[str, _Resident] = {}
+        self._layers: dict[str, _Adapted] = {}
+        self._room, self._rank = 2, 1
+        self.route = Route()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._resident
+
+    @property
+    def size(self) -> int:
+        """Bytes of all resident adapters, before they are padded to one rank."""
+        return sum(resident.size for resident in self._resident.values())
+
+    @torch.inference_mode()
+    def add(self, adapter: Adapter) -> None:
+        """Makes it resident, in place of others that nobody uses where there is no room.
+
+        Raises:
+            InvalidRequestError: it does not fit the model, or is no plain LoRA.
+            QueueFullError: all that are resident are in use.
+        """
+        if adapter.name in self:
+            return
+        layers = adapter.layers()
+        for path, (down, up) in layers.items():
+            self._check(adapter.name, path, down, up)
+        self._make_room(adapter.size)
+        used = {resident.index for resident in self._resident.values()}
+        index = next(i for i in range(1, len(used) + 2) if i not in used)
+        self._grow(index + 1, adapter.rank)
+        for path, (down, up) in layers.items():
+            self._wrapped(path).put(index, down, up)
+        self._resident[adapter.name] = _Resident(index, adapter.size)
+
+    def pin(self, name: str | None) -> None:
+        """Keeps it resident until as many `release`s; nothing to do for None."""
+        if name is None:
+            return
+        if name not in self:
+            raise NotFoundError(f"adapter {name} is not resident: load it first")
+        self._resident[name] = self._resident.pop(name)  # now the latest used
+        self._resident[name].users += 1
+
+    def index(self, name: str | None) -> int:
+        """Of a pinned adapter, for `routed`."""
+        return 0 if name is None else self._resident[name].index
+
+    def release(self, name: str | None) -> None:
+        if name is not None:
+            self._resident[name].users -= 1
+
+    def drop(self, name: str) -> None:
+        """Forgets an adapter that nobody uses."""
+        resident = self._resident.pop(name)
+        for layer in self._layers.values():
+            layer.clear(resident.index)
+
+    @contextmanager
+    def routed(self, rows: Sequence[int], pieces: Sequence[tuple[int, int]]) -> Iterator[None]:
+        """For the forwards inside: the adapter of each of the first tokens, then (size, adapter)
+        of the pieces that follow."""
+        self.route = Route.of(rows, pieces)
+        try:
+            yield
+        finally:
+            self.route = Route()
+
+    # --- inside ------------------------------------------------------------------------------
+
+    def _check(self, name: str, path: str, down: torch.Tensor, up: torch.Tensor) -> None:
+        weight = getattr(_module(self._model, path), "weight", None)
+        sides = () if weight is None else sorted(weight.shape)
+        if sorted([down.shape[1], up.shape[0]]) != list(sides):
+            raise InvalidRequestError(
+                f"adapter {name} does not fit this base model: its layer {path} is"
+                f" {'missing' if weight is None else 'of another size'}"
+            )
+
+    def _make_room(self, size: int) -> None:
+        for name in [n for n, resident in self._resident.items() if not resident.users]:
+            if self.size + size <= self._most:
+                break
+            self.drop(name)
+        if self.size + size > self._most:
+            raise QueueFullError(
+                f"an adapter of {size / 1e6:.1f} MB does not fit beside those in use"
+                f" ({self.size / 1e6:.1f} of {self._most / 1e6:.1f} MB): try again in a moment"
+            )
+
+    def _grow(self, room: int, rank: int) -> None:
+        if room > self._room or rank > self._rank:
+            self._room = max(self._room, 2 * room if room > self._room else 0)
+            self._rank = max(self._rank, rank)
+            for layer in self._layers.values():
+                layer.resize(self._room, self._rank)
+
+    def _wrapped(self, path: str) -> _Adapted:
+        if path not in self._layers:
+            inner = _module(self._model, path)
+            layer = self._layers[path] = _Adapted(inner, self)  # type: ignore[arg-type]
+            parent, _, last = path.rpartition(".")
+            setattr(self._model.get_submodule(parent), last, layer)
+        layer = self._layers[path]
+        layer.resize(self._room, self._rank)
+        return layer
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which adapter the tokens of a stream use.
+
+    Attributes:
+        runs: (start, stop, index) of neighbours with the same adapter.
+        rows: int64 [R], the adapters of the first R tokens where they differ; else None.
+    """
+
+    runs: tuple[tuple[int, int, int], ...] = ()
+    rows: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[int], pieces: Sequence[tuple[int, int]]) -> Route:
+        runs, start = [], len(rows)
+        mixed = len(set(rows)) > 1
+        if rows and not mixed:
+            runs.append((0, start, rows[0]))
+        for size, index in pieces:
+            runs.append((start, start + size, index))
+            start += size
+        return cls(tuple(run for run in runs if run[2]), torch.tensor(rows) if mixed else None)
+
+
+class _Adapted(torch.nn.Module):
+    """A linear layer of the base model and what the adapters add to it."""
+
+    inner: torch.nn.Module
+    weight: torch.Tensor
+
+    def __init__(self, inner: torch.nn.Module, bank: AdapterBank) -> None:
+        super().__init__()
+        self.inner = inner
+        self.weight = inner.weight  # type: ignore[assignment]  # some architectures look at a layer's dtype
+        self._bank = (bank,)  # a tuple: no submodule
+        self._down = self._up = self.weight.new_zeros(0, 0, 0)  # [A, r, in], [A, out, r]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.inner(x)
+        route = self._bank[0].route
+        if not route.runs and route.rows is None:
+            return y
+        tokens, added = x.flatten(0, -2), y.flatten(0, -2)
+        for start, stop, index in route.runs:
+            added[start:stop] += (tokens[start:stop] @ self._down[index].T) @ self._up[index].T
+        if route.rows is not None:
+            rows = route.rows.to(x.device)
+            inside = torch.bmm(self._down[rows], tokens[: len(rows), :, None])
+            added[: len(rows)] += torch.bmm(self._up[rows], inside)[:, :, 0]
+        return added.view(y.shape)
+
+    def resize(self, room: int, rank: int) -> None:
+        old_room, old_rank = self._down.shape[:2]
+        if (room, rank) == (old_room, old_rank):
+            return
+        down, up = self._down, self._up
+        sides = self._sides
+        self._down = self.weight.new_zeros(room, rank, sides[0])
+        self._up = self.weight.new_zeros(room, sides[1], rank)
+        if old_room:
+            self._down[:old_room, :old_rank], self._up[:old_room, :, :old_rank] = down, up
+
+    def put(self, index: int, down: torch.Tensor, up: torch.Tensor) -> None:
+        self.clear(index)
+        self._down[index, : len(down)] = down
+        self._up[index, :, : up.shape[1]] = up
+
+    @torch.inference_mode()
+    def clear(self, index: int) -> None:
+        self._down[index] = 0
+        self._up[index] = 0
+
+    @property
+    def _sides(self) -> tuple[int, int]:
+        """(in, out): transformers' Conv1D stores its weight the other way round."""
+        rows, columns = self.weight.shape
+        return (columns, rows) if isinstance(self.inner, torch.nn.Linear) else (rows, columns)
+
+
+def _module(model: torch.nn.Module, path: str) -> torch.nn.Module | None:
+    try:
+        found = model.get_submodule(path)
+    except AttributeError:
+        return None
+    return found.inner if isinstance(found, _Adapted) else found
