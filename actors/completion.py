@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from actors.generation import SLOTS, SlotEngine, Token, TokenRequest
+from actors.generation import SLOTS, Token, TokenRequest
 from tg_tinker.sampling import SamplingParams
 from tg_tinker.text import TextStream, encode_prompt
-from tg_tinker.types import Sample, SampleResult, StreamChunk
-
-Stop = Callable[[TokenRequest, int], None]
+from tg_tinker.types import Sample, StreamChunk
 
 
 class Completions:
     """All completions of one call, prompt by prompt, between the engine and the reader.
 
+    Args:
+        version: of the weights, for the chunks.
+        adapter: which the engine knows by this name; None for its own weights.
+        notify: called when there is something to `take`, in the engine's thread.
+
     Attributes:
-        requests: for the engine. Tokens may arrive in its thread, while the reader `take`s.
+        requests: for the engine. Tokens may arrive in its thread while the reader takes.
     """
 
     def __init__(
@@ -30,15 +32,17 @@ class Completions:
         tokenizer: Any,
         prompts: Sequence[str],
         params: SamplingParams,
-        stop: Stop,
         version: str = "",
+        adapter: str | None = None,
+        notify: Callable[[], object] = lambda: None,
     ) -> None:
         count = params.num_completions
         texts = [TextStream(tokenizer, params.stop_sequences) for _ in range(count * len(prompts))]
         self._texts: list[TextStream | None] = [*texts]  # None once its completion has ended
         self._held: list[list[Token]] = [[] for _ in texts]  # arrived, their text is not certain
         self._arrived: deque[tuple[TokenRequest, int, Token]] = deque()
-        self._stop, self._version = stop, version
+        self._stopped: list[tuple[TokenRequest, int]] = []
+        self._version, self._adapter, self._notify = version, adapter, notify
         if params.seed is None:
             params = replace(params, seed=secrets.randbits(63))
         self.requests = [
@@ -46,6 +50,17 @@ class Completions:
             for number, prompt in enumerate(prompts)
             for first in range(0, count, SLOTS)  # no request needs more slots than there are
         ]
+
+    @property
+    def open(self) -> bool:
+        """Whether more will come."""
+        return any(text is not None for text in self._texts)
+
+    def stopped(self) -> list[tuple[TokenRequest, int]]:
+        """Completions that a stop sequence ended since the last time: the engine knows no text,
+        and has to be told."""
+        found, self._stopped = self._stopped, []
+        return found
 
     def take(self) -> Iterator[StreamChunk]:
         """Chunks of what has arrived since the last time.
@@ -65,13 +80,15 @@ class Completions:
     ) -> TokenRequest:
         count = min(SLOTS, params.num_completions - first)
         request = TokenRequest(
-            ids, replace(params, num_completions=count), lambda token: None, number, first
-        )
+            ids, replace(params, num_completions=count), lambda token: None, number, first,
+            self._adapter,
+        )  # fmt: skip
         request.deliver = partial(self._deliver, request, number * params.num_completions + first)
         return request
 
     def _deliver(self, request: TokenRequest, offset: int, token: Token) -> None:
         self._arrived.append((request, offset + token.index, token))
+        self._notify()
 
     def _chunk(self, request: TokenRequest, index: int, token: Token) -> StreamChunk | None:
         stream = self._texts[index]
@@ -82,7 +99,7 @@ class Completions:
             text += stream.flush()
         if stream.stopped:
             reason = "stop"
-            self._stop(request, token.index)
+            self._stopped.append((request, token.index))
         held = self._held[index]
         held.append(token)
         if not text and reason is None:
@@ -100,50 +117,18 @@ class Completions:
         )
 
 
-def stream_chunks(
-    engine: SlotEngine,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    params: SamplingParams,
-    *,
-    version: str = "",
-    check_cancelled: Callable[[], None] = lambda: None,
-) -> Iterator[StreamChunk]:
-    """Chunks of all completions as they grow; `index` counts prompt by prompt."""
-    call = Completions(tokenizer, prompts, params, engine.cancel, version)
-    for _ in engine.run(call.requests):
-        check_cancelled()
-        yield from call.take()
-
-
-def sample(
-    engine: SlotEngine,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    params: SamplingParams,
-    *,
-    version: str = "",
-    check_cancelled: Callable[[], None] = lambda: None,
-) -> SampleResult:
-    """All completions of all prompts, in the order of the prompts."""
-    started = time.perf_counter()
-    chunks: list[list[StreamChunk]] = [[] for _ in range(len(prompts) * params.num_completions)]
-    latency = [0.0] * len(chunks)
-    for chunk in stream_chunks(
-        engine, tokenizer, prompts, params, version=version, check_cancelled=check_cancelled
-    ):
-        chunks[chunk.index].append(chunk)
-        latency[chunk.index] = 1e3 * (time.perf_counter() - started)
-    samples = [
-        _joined(prompts[i // params.num_completions], parts, latency[i])
-        for i, parts in enumerate(chunks)
+def join(
+    prompts: Sequence[str], num_completions: int, timed: Sequence[tuple[StreamChunk, float]]
+) -> list[Sample]:
+    """Whole completions in the order of the prompts, from chunks and when each came (ms)."""
+    parts: list[list[StreamChunk]] = [[] for _ in range(len(prompts) * num_completions)]
+    latency = [0.0] * len(parts)
+    for chunk, milliseconds in timed:
+        parts[chunk.index].append(chunk)
+        latency[chunk.index] = milliseconds
+    return [
+        _joined(prompts[i // num_completions], chunks, latency[i]) for i, chunks in enumerate(parts)
     ]
-    return SampleResult(
-        samples=samples,
-        total_tokens=sum(s.num_tokens for s in samples),
-        latency_ms=1e3 * (time.perf_counter() - started),
-        weights_version=version,
-    )
 
 
 def _joined(prompt: str, parts: list[StreamChunk], latency_ms: float) -> Sample:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -146,6 +146,16 @@ class SlotEngine:
         self.adapters.pin(request.adapter)  # from now on, lest it leave while this waits
         self._waiting.append(request)
 
+    def submit_all(self, requests: Sequence[TokenRequest]) -> None:
+        """All of them, or none when one is refused."""
+        try:
+            for request in requests:
+                self.submit(request)
+        except TGTinkerError:
+            for request in requests:
+                self.cancel(request)
+            raise
+
     def cancel(self, request: TokenRequest, index: int | None = None) -> None:
         """Ends a request, or a completion of it that has begun, before the next step; nothing
         more is delivered. Safe for one that has ended."""
@@ -174,20 +184,6 @@ class SlotEngine:
         except Exception as error:
             self._fail(f"sampling failed ({type(error).__name__}): repeat the request")
         return True
-
-    def run(self, requests: Sequence[TokenRequest]) -> Iterator[None]:
-        """Submits requests and steps until all have ended; yields after each step.
-
-        Left early, it cancels what is not done.
-        """
-        try:
-            for request in requests:
-                self.submit(request)
-            while self.step():
-                yield
-        finally:
-            for request in requests:
-                self.cancel(request)
 
     # --- inside ------------------------------------------------------------------------------
 

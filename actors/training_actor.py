@@ -6,8 +6,6 @@ them, and touches nothing but counters, the journal and the list of cancelled ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +17,6 @@ from tg_tinker.cluster import ActorInfo, RemoteRegistry
 from tg_tinker.config import TrainingConfig
 from tg_tinker.envelope import open_payload, seal_payload
 from tg_tinker.errors import ServiceError
-from tg_tinker.types import StreamChunk
 from tg_tinker.wire import Reply, Request
 
 if TYPE_CHECKING:
@@ -65,18 +62,6 @@ class TrainingActor:
             ray.actor.exit_actor()  # type: ignore[no-untyped-call]
         return seal_payload(self._key, reply)
 
-    def stream(self, sealed: bytes) -> Iterator[bytes]:
-        """Like `call` for `sample_stream`: one sealed `Reply` per chunk."""
-        request: Request = open_payload(self._key, sealed)
-        chunks = self._chunks(request)
-        while True:
-            reply = reply_of(lambda: next(chunks, None), request.request_id)
-            if reply == Reply():
-                return
-            yield seal_payload(self._key, reply)
-            if reply.error is not None:
-                return
-
     # --- control, beside training ------------------------------------------------------------
 
     @_control
@@ -105,6 +90,12 @@ class TrainingActor:
         return seal_payload(self._key, files)
 
     @_control
+    def snapshot(self, name: str) -> bytes:
+        """Weights that the operation `snapshot` kept, for a sampler: into the object store."""
+        taken = reply_of(lambda: self._ready_worker().taken(name))
+        return seal_payload(self._key, taken)
+
+    @_control
     def cancel(self, request_id: str) -> bool:
         return self._calls.cancel(request_id)
 
@@ -131,11 +122,6 @@ class TrainingActor:
 
     def _set_progress(self, message: str) -> None:
         self._progress = message
-
-    def _chunks(self, request: Request) -> Iterator[StreamChunk]:
-        self._calls.admit(request)
-        check = partial(self._calls.check_cancelled, request.request_id)
-        yield from self._ready_worker().sample_stream(check, **request.arguments)
 
     def _ready_worker(self) -> Worker:
         if self._worker is None:

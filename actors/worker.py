@@ -5,40 +5,44 @@ Each public method named in `TRAINING_OPERATIONS` is one operation of the API.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from actors.artifacts import fetch, publish
-from actors.budget import open_budget
-from actors.completion import sample, stream_chunks
+from actors.budget import Budget
 from actors.engine import Session
-from actors.generation import SlotEngine
 from actors.model import Base, Progress, compute_dtype, use_threads
 from actors.private import PrivateSession
 from actors.registry import Registry
+from actors.snapshots import shares_base, take
 from actors.state import Checkpoint, from_files, to_files
 from actors.store import ArtifactStore
 from tg_tinker.batch import Example
 from tg_tinker.config import TrainingConfig
-from tg_tinker.errors import InvalidRequestError
-from tg_tinker.sampling import SamplingParams
-from tg_tinker.text import load_tokenizer
+from tg_tinker.errors import (
+    InvalidRequestError,
+    NonFiniteError,
+    NotFoundError,
+    TGTinkerError,
+    WindowSpoiledError,
+)
 from tg_tinker.types import (
     ForwardBackwardResult,
     LoadStateResult,
     ModelInfo,
     OptimStepResult,
-    SampleResult,
     SaveStateResult,
-    StreamChunk,
 )
-from tg_tinker.wire import TRAINING_OPERATIONS, Request
+from tg_tinker.wire import TRAINING_OPERATIONS, Request, SnapshotRef
 
 Check = Callable[[], None]
+
+SNAPSHOTS, WHOLE_SNAPSHOTS = 8, 2
+"""Kept for samplers to fetch: of adapters, and of whole models."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,14 @@ class Worker:
         if config.private:  # before the model: a plan that cannot be paid is refused at once
             progress("planning the privacy budget")
             dtype = compute_dtype(config.dtype)
-            budget = open_budget(registry, place.tenant, place.run_id, place.epoch, config, dtype)
+            where = registry, place.tenant, place.run_id, place.epoch
+            budget = Budget.planned(*where, config, dtype)
         base = Base.load(
             config.model_ref, cache=place.model_cache, dtype=config.dtype, progress=progress
         )
+        self._snapshots: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._generation = 0  # of the weights: rises whenever they may have changed
+        self._failure: TGTinkerError | None = None  # of the last step, not told to a sample yet
         progress("preparing the trainable weights")
         self.session = (
             Session(base, config) if budget is None else PrivateSession(base, config, budget)
@@ -112,7 +120,13 @@ class Worker:
 
     def optim_step(self, check_cancelled: Check, apply_dp_noise: bool) -> OptimStepResult:
         check_cancelled()
-        return self.session.optim_step(apply_dp_noise)
+        self._generation += 1
+        self._failure = None
+        try:
+            return self.session.optim_step(apply_dp_noise)
+        except (WindowSpoiledError, NonFiniteError) as failure:
+            self._failure = failure
+            raise
 
     def register_units(self, check_cancelled: Check, examples: list[Example]) -> list[list[int]]:
         return self._private_session().register_units(examples)
@@ -120,29 +134,34 @@ class Worker:
     def draw_units(self, check_cancelled: Check) -> list[int]:
         return self._private_session().draw_units()
 
-    def sample(
-        self, check_cancelled: Check, prompts: list[str], params: SamplingParams
-    ) -> SampleResult:
-        return sample(
-            self._engine,
-            self._tokenizer,
-            prompts,
-            params,
-            version=self._version,
-            check_cancelled=check_cancelled,
-        )
+    def snapshot(self, check_cancelled: Check) -> SnapshotRef:
+        """The weights as they are, kept for whoever samples from them.
 
-    def sample_stream(
-        self, check_cancelled: Check, prompts: list[str], params: SamplingParams
-    ) -> Iterator[StreamChunk]:
-        return stream_chunks(
-            self._engine,
-            self._tokenizer,
-            prompts,
-            params,
-            version=self._version,
-            check_cancelled=check_cancelled,
-        )
+        Raises what the last step failed with, once: the sample was meant to see that step.
+        """
+        check_cancelled()
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        place, lora = self._place, self.session.config.lora_config
+        version = f"{place.run_id}@{self.session.step}"
+        reference = SnapshotRef(
+            f"{version}.{place.epoch}.{self._generation}", version,
+            f"{place.run_id}@{place.epoch}", shares_base(lora),
+        )  # fmt: skip
+        if reference.name not in self._snapshots:
+            kept = SNAPSHOTS if reference.shared else WHOLE_SNAPSHOTS
+            while len(self._snapshots) >= kept:
+                self._snapshots.popitem(last=False)
+            self._snapshots[reference.name] = take(self.session, reference)
+        return reference
+
+    def taken(self, name: str) -> dict[str, Any]:
+        """A snapshot, from any thread."""
+        found = self._snapshots.get(name)
+        if found is None:
+            raise NotFoundError("the weights of this sample are gone already: sample again")
+        return found
 
     def save_state(
         self, check_cancelled: Check, include_optimizer: bool, metadata: dict[str, Any]
@@ -169,6 +188,8 @@ class Worker:
         files = fetch(self._registry, self._store, self._place.tenant, artifact_id)
         checkpoint = from_files(files)
         warnings = self.session.load(checkpoint.state)
+        self._generation += 1
+        self._failure = None
         return LoadStateResult(
             artifact_id, self.session.step, checkpoint.metadata, checkpoint.timestamp, warnings
         )
@@ -186,15 +207,3 @@ class Worker:
     def broken(self) -> bool:
         """A private step was charged and then failed: only a new actor may go on."""
         return isinstance(self.session, PrivateSession) and self.session.broken
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        return load_tokenizer(self.tokenizer_files())
-
-    @cached_property
-    def _engine(self) -> SlotEngine:
-        return SlotEngine(self.session.base)
-
-    @property
-    def _version(self) -> str:
-        return f"{self._place.run_id}@{self.session.step}"

@@ -1,5 +1,5 @@
-"""The room of the Ray Serve sampling application.
+"""The Ray Serve application that samples: one per base model, for `TrainingClient.sample`.
 
-Until it moves in, completions come from the training actor (`actors.completion` over
-`actors.generation.SamplingEngine`), which is the class that its replicas will host.
+`application` deploys it and is what the SDK reaches it by, `replica` is what runs in each copy,
+`engines` gives the slot engine a thread and each kind of weights an engine.
 """

@@ -10,13 +10,14 @@ import pytest
 import torch
 from helpers import examples, session
 
-from actors.completion import sample, stream_chunks
+from actors.completion import Completions, join
 from actors.drawing import draw, penalised, uniform
 from actors.engine import Session
 from actors.generation import SlotEngine, Token, TokenRequest
 from tg_tinker import InvalidRequestError, OptimizerConfig
 from tg_tinker.sampling import SamplingParams, check_prompts
 from tg_tinker.text import encode_prompt, load_tokenizer
+from tg_tinker.types import Sample, StreamChunk
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0)
 
@@ -39,15 +40,33 @@ def run(engine: SlotEngine, prompts: list[list[int]], params: SamplingParams) ->
     """The tokens of each completion of each prompt, prompt by prompt."""
     count = params.num_completions
     found: list[list[Token]] = [[] for _ in range(count * len(prompts))]
-    requests = [
-        TokenRequest(
-            prompt, params, lambda token, i=i: found[count * i + token.index].append(token), i
+    for i, prompt in enumerate(prompts):
+        engine.submit(
+            TokenRequest(
+                prompt, params, lambda token, i=i: found[count * i + token.index].append(token), i
+            )
         )
-        for i, prompt in enumerate(prompts)
-    ]
-    for _ in engine.run(requests):
+    while engine.step():
         pass
     return found
+
+
+def stream_chunks(
+    engine: Any, tokenizer: Any, prompts: list[str], params: SamplingParams, version: str = ""
+) -> Iterator[StreamChunk]:
+    """What the replica does, in one thread."""
+    call = Completions(tokenizer, prompts, params, version)
+    engine.submit_all(call.requests)
+    while call.open:
+        engine.step()
+        yield from call.take()
+        for stopped in call.stopped():
+            engine.cancel(*stopped)
+
+
+def sample(engine: Any, tokenizer: Any, prompts: list[str], params: SamplingParams) -> list[Sample]:
+    chunks = stream_chunks(engine, tokenizer, prompts, params)
+    return join(prompts, params.num_completions, [(chunk, 0.0) for chunk in chunks])
 
 
 def ids(tokens: list[Token]) -> list[int]:
@@ -84,11 +103,20 @@ def test_completions_of_one_prompt_differ_and_come_in_order(
     trained: Session, tokenizer: Any
 ) -> None:
     params = SamplingParams(max_tokens=12, temperature=1.5, num_completions=3)
-    result = sample(SlotEngine(trained.base), tokenizer, ["ab", "xy"], params, version="r@3")
-    assert [s.prompt for s in result.samples] == ["ab"] * 3 + ["xy"] * 3
-    assert len({tuple(s.token_ids) for s in result.samples}) == 6
-    assert result.total_tokens == sum(s.num_tokens for s in result.samples)
-    assert result.weights_version == "r@3"
+    samples = sample(SlotEngine(trained.base), tokenizer, ["ab", "xy"], params)
+    assert [s.prompt for s in samples] == ["ab"] * 3 + ["xy"] * 3
+    assert len({tuple(s.token_ids) for s in samples}) == 6
+
+
+def test_more_completions_than_slots_are_cut_into_requests(
+    trained: Session, tokenizer: Any
+) -> None:
+    params = SamplingParams(max_tokens=5, temperature=1.5, num_completions=19, seed=2)
+    samples = sample(SlotEngine(trained.base), tokenizer, ["ab"], params)
+    assert len({tuple(s.token_ids) for s in samples}) > 15
+    few = SamplingParams(max_tokens=5, temperature=1.5, num_completions=2, seed=2)
+    again = sample(SlotEngine(trained.base), tokenizer, ["ab"], few)
+    assert [s.token_ids for s in again] == [s.token_ids for s in samples[:2]]
 
 
 def test_top_k_1_and_tiny_top_p_are_greedy(trained: Session) -> None:
@@ -170,18 +198,19 @@ class Script(SlotEngine):
         self.steps = 0
         self.open: list[TokenRequest] = []
 
-    def run(self, requests: Sequence[TokenRequest]) -> Iterator[None]:
+    def submit_all(self, requests: Sequence[TokenRequest]) -> None:
         self.open = [*requests]
-        while self.open:
-            for request in [*self.open]:
-                script = self.texts[request.number]
-                token, size = script[self.steps], min(request.params.max_tokens, len(script))
-                end = {self.eos: "eos"}.get(token, "length" if self.steps + 1 == size else None)
-                if end is not None:
-                    self.open.remove(request)
-                request.deliver(Token(0, token, -1.0, finish_reason=end))
-            self.steps += 1
-            yield
+
+    def step(self) -> bool:
+        for request in [*self.open]:
+            script = self.texts[request.number]
+            token, size = script[self.steps], min(request.params.max_tokens, len(script))
+            end = {self.eos: "eos"}.get(token, "length" if self.steps + 1 == size else None)
+            if end is not None:
+                self.open.remove(request)
+            request.deliver(Token(0, token, -1.0, finish_reason=end))
+        self.steps += 1
+        return bool(self.open)
 
     def cancel(self, request: TokenRequest, index: int | None = None) -> None:
         if request in self.open:
@@ -202,9 +231,9 @@ def test_stop_sequence_over_tokens_ends_one_row_and_is_not_emitted(tokenizer: An
 
 def test_an_unfinished_stop_sequence_is_text(tokenizer: Any) -> None:
     script = Script(tokenizer("am Ende STO")["input_ids"])
-    result = sample(script, tokenizer, ["a"], SamplingParams(stop_sequences=("STOP",)))
-    assert result.samples[0].completion == "am Ende STO"
-    assert result.samples[0].finish_reason == "length"
+    (one,) = sample(script, tokenizer, ["a"], SamplingParams(stop_sequences=("STOP",)))
+    assert one.completion == "am Ende STO"
+    assert one.finish_reason == "length"
 
 
 def test_chunks_hold_whole_characters(tokenizer: Any) -> None:
@@ -218,7 +247,7 @@ def test_chunks_hold_whole_characters(tokenizer: Any) -> None:
 
 def test_eos_is_a_token_but_not_text(tokenizer: Any) -> None:
     script = Script([*tokenizer("ja")["input_ids"], 258, 65], eos=258)
-    (one,) = sample(script, tokenizer, ["a"], SamplingParams()).samples
+    (one,) = sample(script, tokenizer, ["a"], SamplingParams())
     assert (one.completion, one.finish_reason, one.num_tokens) == ("ja", "eos", 3)
 
 
@@ -248,7 +277,7 @@ def test_sampling_draws_anew_each_time(trained: Session, tokenizer: Any) -> None
     first = sample(SlotEngine(trained.base), tokenizer, ["a"], SamplingParams(max_tokens=20))
     torch.manual_seed(0)
     second = sample(SlotEngine(trained.base), tokenizer, ["a"], SamplingParams(max_tokens=20))
-    assert first.samples[0].token_ids != second.samples[0].token_ids
+    assert first[0].token_ids != second[0].token_ids
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,11 @@ with ServiceClient(address="local") as service:
             wrong()
         except InvalidRequestError as error:
             assert canary[:12] not in str(error)
-    tc._submit("sample", prompts=[canary], params=None).exception()  # a defect inside the actor
+    tc._submit("save_state", metadata=canary).exception()  # a defect inside the actor
+    try:
+        tc._sampler.sample(canary)  # and inside the sampler
+    except TGTinkerError as error:
+        assert canary[:12] not in str(error)
     tc.save_state(metadata={"note": canary})
     import ray
     print(ray._private.worker._global_node.get_session_dir_path(), flush=True)

@@ -26,7 +26,7 @@ from tg_tinker.errors import (
     PlacementError,
 )
 from tg_tinker.interrupts import ctrl_c_held_back
-from tg_tinker.wire import Reply, Request
+from tg_tinker.wire import Reply, Request, SampleRequest
 
 if TYPE_CHECKING:
     import ray
@@ -154,6 +154,11 @@ class Cluster:
                 return None
             return actor
 
+    def sampler(self, key: bytes, **arguments: Any) -> SamplerLink:
+        """The sampling application of a base model, deployed where it does not run yet."""
+        with _translated():
+            return SamplerLink(provided("sampler")(self.namespace, **arguments), key)
+
     def kill(self, actor: Any) -> None:
         """Ends an actor and frees what it holds."""
         with contextlib.suppress(Exception):
@@ -234,29 +239,6 @@ class TrainingLink:
         reply: Reply = open_payload(self._key, sealed)
         return reply
 
-    def stream(self, request: Request) -> Iterator[Any]:
-        """Sends a streamed call now; its values, of which leaving the loop early drops the rest."""
-        with _translated():
-            refs = self.actor.stream.options(num_returns="streaming").remote(
-                seal_payload(self._key, request)
-            )
-        return self._values(refs, request)
-
-    def _values(self, refs: Any, request: Request) -> Iterator[Any]:
-        finished = False
-        try:
-            while True:
-                try:
-                    with _translated():
-                        ref = next(refs)
-                except StopIteration:
-                    finished = True
-                    return
-                yield self.open(ref, request.request_id).unwrap()
-        finally:
-            if not finished:
-                self.cancel(request.request_id)
-
     def description(self) -> Any:
         """The `ModelInfo`, or None while the model loads."""
         sealed = ask(self.actor.description)
@@ -295,6 +277,53 @@ class TrainingLink:
         except (ActorLostError, ClusterUnavailableError, FutureTimeoutError):
             return None
         return sealed
+
+
+class SamplerLink:
+    """The sampling application of a base model as a client reaches it: sealed both ways."""
+
+    def __init__(self, application: Any, key: bytes) -> None:
+        self._application = application
+        self._key = key
+
+    def sample(self, request: SampleRequest) -> Any:
+        """All completions; Ctrl-C frees their slots."""
+        with _translated():
+            sealed = self._application.sample(seal_payload(self._key, request))
+        return open_payload(self._key, sealed).unwrap()
+
+    def stream(self, request: SampleRequest) -> Iterator[Any]:
+        """Chunks as they grow; leaving the loop early frees their slots."""
+        with _translated():
+            for sealed in self._application.stream(seal_payload(self._key, request)):
+                yield open_payload(self._key, sealed).unwrap()
+
+
+# --- inside the cluster ------------------------------------------------------------------------
+
+
+def find_registry(namespace: str) -> Any:
+    """The registry's actor."""
+    with _translated():
+        return _ray().get_actor(REGISTRY_NAME, namespace=namespace)
+
+
+def fetch_snapshot(namespace: str, actor: str, name: str) -> bytes:
+    """Sealed weights that a training actor keeps.
+
+    Raises:
+        ActorLostError: it is gone.
+    """
+    with _translated():
+        try:
+            training = _ray().get_actor(actor, namespace=namespace)
+        except ValueError:
+            raise ActorLostError(
+                "the actor that trained these weights is gone: sample again, or bring the run back"
+                " with service.get_training_client"
+            ) from None
+    sealed: bytes = ask(training.snapshot, name)
+    return sealed
 
 
 # --- Ray's functions and exceptions ------------------------------------------------------------

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from tg_tinker.cluster import Cluster, TrainingLink, provided
+from tg_tinker.cluster import Cluster, SamplerLink, TrainingLink, provided
 from tg_tinker.config import DPConfig, ResourceConfig, TrainingConfig
 from tg_tinker.errors import ActorLostError, InvalidRequestError, NotFoundError, StorageError
 from tg_tinker.ledger import Ledger
@@ -178,6 +178,8 @@ class ServiceClient:
         Raises:
             InvalidRequestError: a value out of range, or it is registered with another budget.
         """
+        if not isinstance(dataset_id, str):
+            raise InvalidRequestError("dataset_id must be a string: the name of the data set")
         dp = DPConfig(target_epsilon=epsilon, target_delta=delta, unit=unit)
         checked = TrainingConfig(model_ref="any", dataset_id=dataset_id)
         self._registry.register_dataset(
@@ -296,7 +298,21 @@ class ServiceClient:
             describe_privacy=lambda: self._registry.privacy_info(
                 self._tenant, dataset_of(config), run_id
             ),
+            find_sampler=partial(self._sampler, config),
             finish=partial(self._finish, run_id, config, epoch, link),
+        )
+
+    def _sampler(self, config: TrainingConfig, model: ModelInfo) -> SamplerLink:
+        resources = self._resources(config.resources)
+        return self._cluster.sampler(
+            self._registry.key,
+            model_ref=config.model_ref,
+            dtype=model.dtype,
+            digest=model.base_digest,
+            home=str(self._home),
+            num_cpus=0 if self._cluster.embedded else 1,
+            num_gpus=resources.num_gpus or 0,
+            threads=resources.num_threads,
         )
 
     def _finish(self, run_id: str, config: TrainingConfig, epoch: int, link: TrainingLink) -> None:

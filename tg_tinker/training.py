@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, Self, TypeVar
 
 from tg_tinker.batch import BatchData, check_bounds, from_examples, normalise
-from tg_tinker.cluster import TrainingLink
+from tg_tinker.cluster import SamplerLink, TrainingLink
 from tg_tinker.config import TrainingConfig
 from tg_tinker.errors import (
     ActorLostError,
@@ -35,7 +35,7 @@ from tg_tinker.types import (
     StreamChunk,
     TrainingClientInfo,
 )
-from tg_tinker.wire import Request
+from tg_tinker.wire import Request, SampleRequest, SnapshotRef
 
 _Sent = TypeVar("_Sent")
 
@@ -59,6 +59,7 @@ class TrainingClient:
         epoch: int,
         describe: Callable[[], TrainingClientInfo],
         describe_privacy: Callable[[], PrivacyInfo],
+        find_sampler: Callable[[ModelInfo], SamplerLink],
         finish: Callable[[], None],
     ) -> None:
         self._id = run_id
@@ -68,6 +69,7 @@ class TrainingClient:
         self._epoch = epoch
         self._describe = describe
         self._describe_privacy = describe_privacy
+        self._find_sampler = find_sampler
         self._finish = finish
         self._handle = secrets.token_hex(8)
         self._sequence = 0
@@ -191,16 +193,18 @@ class TrainingClient:
     ) -> SampleResult:
         """Completions by the weights after every step queued before this call.
 
+        They are drawn beside training, by the sampling application of the base model, which the
+        first call starts. A step that failed since the last call raises its error here, once.
         See `SamplingParams` for the parameters and their ranges.
         """
         params = SamplingParams(
             max_tokens, temperature, top_p, top_k, as_stops(stop_sequences), num_completions,
             repetition_penalty, presence_penalty, frequency_penalty,
         )  # fmt: skip
-        handle: FutureHandle[SampleResult] = self._submit(
-            "sample", prompts=check_prompts(prompts), params=params
-        )
-        return handle.result()
+        listed = check_prompts(prompts)
+        weights = self._snapshot().result()
+        result: SampleResult = self._sampler.sample(SampleRequest(weights, listed, params))
+        return result
 
     def sample_stream(
         self,
@@ -224,9 +228,7 @@ class TrainingClient:
             raise InvalidRequestError(
                 f"sample_stream got unknown parameters among {sorted(kwargs)}; known: {known}"
             ) from None
-        with self._lock:
-            arguments = {"prompts": [prompts], "params": params}
-            return self._send(self._link.stream, "sample_stream", arguments)[0]
+        return self._chunks(self._snapshot(), prompts, params)
 
     # --- checkpoints -------------------------------------------------------------------------
 
@@ -329,6 +331,25 @@ class TrainingClient:
         return f"<table><caption>TrainingClient</caption>{cells}</table>"
 
     # --- inside ------------------------------------------------------------------------------
+
+    def _snapshot(self) -> FutureHandle[SnapshotRef]:
+        """Asks for the weights after every call queued before this one."""
+        if not self._model.flat_stream:
+            raise InvalidRequestError(
+                "this architecture can be trained, not sampled: its attention cannot be told which"
+                " tokens belong together. Export the adapter and generate with transformers"
+            )
+        return self._submit("snapshot")
+
+    def _chunks(
+        self, taken: FutureHandle[SnapshotRef], prompt: str, params: SamplingParams
+    ) -> Iterator[StreamChunk]:
+        weights = taken.result()
+        yield from self._sampler.stream(SampleRequest(weights, [prompt], params))
+
+    @cached_property
+    def _sampler(self) -> SamplerLink:
+        return self._find_sampler(self._model)
 
     def _submit(self, operation: str, **arguments: Any) -> FutureHandle[Any]:
         """Sends one call; the lock makes the order of calls the order of their numbers."""

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tg_tinker.errors import Wire, from_wire
+from tg_tinker.sampling import SamplingParams
 
 TRAINING_OPERATIONS = (
-    "forward_backward", "optim_step", "sample", "save_state", "load_state", "register_units",
+    "forward_backward", "optim_step", "snapshot", "save_state", "load_state", "register_units",
     "draw_units",
 )  # fmt: skip
 
@@ -36,6 +37,32 @@ class Request:
     handle: str
     sequence: int
     arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SnapshotRef:
+    """Where a sampler gets the weights of one step.
+
+    Attributes:
+        name: unique for these very weights.
+        version: ``run@step``, as answers carry it.
+        actor: the training actor's name in the service's namespace.
+        shared: they are a LoRA adapter, which shares the base model with others.
+    """
+
+    name: str
+    version: str
+    actor: str
+    shared: bool
+
+
+@dataclass(frozen=True, repr=False)
+class SampleRequest:
+    """One call of `sample` or `sample_stream`, to a sampler."""
+
+    snapshot: SnapshotRef
+    prompts: list[str]
+    params: SamplingParams
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,0 +1,138 @@
+"""Slot engines in threads of their own, and which weights each of them holds.
+
+One engine has the base model and every LoRA adapter. Weights that cannot share it (full
+fine-tuning, trained biases) get a copy of the model each, of which a few stay.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from actors.adapters import Adapter
+from actors.generation import SlotEngine, TokenRequest
+from actors.model import Base, make_trainable
+from actors.snapshots import Snapshot
+from tg_tinker.errors import InternalError
+
+MOST_WHOLE_MODELS = 2
+"""Copies of the model with weights of their own; the one used longest ago leaves first."""
+
+_T = TypeVar("_T")
+
+
+class EngineThread:
+    """A `SlotEngine` and the only thread that touches it."""
+
+    def __init__(self, engine: SlotEngine) -> None:
+        self._engine = engine
+        self._inbox: list[Callable[[], None]] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="sampling", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def do(self, work: Callable[[SlotEngine], _T]) -> Future[_T]:
+        """Runs `work(engine)` between two steps; never waits for it."""
+        outcome: Future[_T] = Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(work(self._engine))
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        with self._changed:
+            if self._closed or not self.alive:
+                raise InternalError("this engine has ended: repeat the request")
+            self._inbox.append(run)
+            self._changed.notify()
+        return outcome
+
+    def cancel(self, request: TokenRequest, index: int | None = None) -> None:
+        """Before the next step; safe when the request or the engine has ended."""
+        with self._changed:
+            self._inbox.append(lambda: self._engine.cancel(request, index))
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Ends the thread after the current step."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def _run(self) -> None:
+        busy = False
+        while True:
+            with self._changed:
+                while not (busy or self._inbox or self._closed):
+                    self._changed.wait()
+                if self._closed:
+                    return
+                inbox, self._inbox = self._inbox, []
+            for work in inbox:
+                work()
+            busy = self._engine.step()
+
+
+class Engines:
+    """The engines of one base model. `use` is called from one thread at a time."""
+
+    def __init__(self, load: Callable[[], Base]) -> None:
+        self._load = load
+        self.base = load()
+        self._shared = EngineThread(SlotEngine(self.base))
+        self._whole: OrderedDict[str, EngineThread] = OrderedDict()
+
+    @property
+    def alive(self) -> bool:
+        return all(engine.alive for engine in (self._shared, *self._whole.values()))
+
+    def has(self, name: str, shared: bool) -> Future[bool]:
+        """Whether the weights of this name are here."""
+        if shared:
+            return self._shared.do(lambda engine: name in engine.adapters)
+        outcome: Future[bool] = Future()
+        outcome.set_result(name in self._whole)
+        return outcome
+
+    def add(self, snapshot: Snapshot) -> None:
+        """Takes weights in; blocks while they are copied."""
+        if snapshot.shared:
+            config = snapshot.adapter_config or {}
+            adapter = Adapter(snapshot.name, config, snapshot.weights)
+            self._shared.do(lambda engine: engine.adapters.add(adapter)).result()
+        elif snapshot.name not in self._whole:
+            while len(self._whole) >= MOST_WHOLE_MODELS:
+                self._whole.popitem(last=False)[1].close()
+            self._whole[snapshot.name] = EngineThread(SlotEngine(self._with_weights(snapshot)))
+
+    def of(self, name: str, shared: bool) -> EngineThread:
+        """The engine that holds these weights."""
+        if shared:
+            return self._shared
+        self._whole.move_to_end(name)
+        return self._whole[name]
+
+    def _with_weights(self, snapshot: Snapshot) -> Base:
+        base = self._load()
+        parameters, _ = make_trainable(base, snapshot.lora_config)
+        with torch.no_grad():
+            for name, tensor in snapshot.weights.items():
+                parameters[name].copy_(tensor)
+        base.model.requires_grad_(False).eval()
+        return base
+
+
+def loader(model_ref: str, dtype: str, cache: Path) -> Callable[[], Base]:
+    return lambda: Base.load(model_ref, cache=cache, dtype=dtype)

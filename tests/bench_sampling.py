@@ -1,0 +1,259 @@
+"""The sampling engine beside transformers' own ways to generate, and what its parts cost.
+
+Run by `make bench`. Sides run in turns on the same weights and prompts; printed are medians over
+the repeats, the spread between the quartiles, and ratios of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench import spread, timed
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+from transformers.generation import GenerationConfig
+
+from actors.adapters import Adapter
+from actors.generation import SlotEngine, TokenRequest
+from actors.model import Base, use_threads
+from tg_tinker.demo import find_demo_model
+from tg_tinker.sampling import SamplingParams
+from tg_tinker.service import init_home
+
+Side = Callable[[], object]
+ROWS = 8
+QKVO = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def prompts(count: int, lengths: list[int]) -> list[list[int]]:
+    generator = np.random.default_rng(0)
+    return [
+        generator.integers(100, 40_000, lengths[i % len(lengths)]).tolist() for i in range(count)
+    ]
+
+
+def greedy(size: int, **more: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=size, temperature=0, **more)
+
+
+def serve(engine: SlotEngine, wanted: list[tuple[list[int], SamplingParams]]) -> None:
+    for prompt, params in wanted:
+        engine.submit(TokenRequest(prompt, params, lambda token: None))
+    while engine.step():
+        pass
+
+
+def compare(title: str, sides: dict[str, Side], repeats: int, tokens: int) -> None:
+    """A row for each side; `tokens` are what one run of it yields."""
+    for side in sides.values():
+        side()
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in track(range(repeats), title):
+        for name, side in sides.items():
+            times[name].append(timed(side))
+    first = statistics.median(next(iter(times.values())))
+    table = Table("side", "time", "tokens/s", "of the first", title=title)
+    for name, taken in times.items():
+        middle = statistics.median(taken)
+        table.add_row(name, spread(taken), f"{tokens / middle:.1f}", f"{middle / first:.2f}x")
+    Console().print(table)
+
+
+class Plain:
+    """transformers' model as a user would load it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        self.model.generation_config.eos_token_id = None
+
+    def static(self, wanted: list[tuple[list[int], int]]) -> None:
+        """Padded batches of eight in the order of arrival, each until its longest has ended."""
+        for start in range(0, len(wanted), ROWS):
+            part = wanted[start : start + ROWS]
+            width = max(len(ids) for ids, _ in part)
+            tokens = torch.zeros(len(part), width, dtype=torch.int64)
+            mask = torch.zeros_like(tokens)
+            for row, (ids, _) in enumerate(part):
+                tokens[row, width - len(ids) :] = torch.tensor(ids)
+                mask[row, width - len(ids) :] = 1
+            self.model.generate(
+                tokens, attention_mask=mask, do_sample=False, pad_token_id=0,
+                max_new_tokens=max(size for _, size in part),
+            )  # fmt: skip
+
+    def continuous(self, wanted: list[tuple[list[int], int]], rows: int) -> None:
+        """transformers' continuous batching, with a bounded cache."""
+        from transformers import ContinuousBatchingConfig
+
+        settings = ContinuousBatchingConfig(
+            num_blocks=rows * 16, max_batch_tokens=512, max_requests_per_batch=rows,
+            allow_block_sharing=False,
+        )  # fmt: skip
+        config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+        with self.model.continuous_batching_context_manager(
+            generation_config=config, continuous_batching_config=settings
+        ) as manager:
+            for ids, size in wanted:
+                manager.add_request(ids, max_new_tokens=size)
+            for _ in wanted:
+                while (found := manager.get_result(timeout=60)) is None or not found.is_finished():
+                    pass
+
+    def decode(self, rows: int, context: int) -> Side:
+        """A bare forward: one token for each row, at this context and more each time."""
+        with torch.inference_mode():
+            out = self.model(torch.full((rows, context), 500), use_cache=True, logits_to_keep=1)
+        cache, tokens = out.past_key_values, torch.full((rows, 1), 500)
+
+        def side() -> None:
+            with torch.inference_mode():
+                self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+        return side
+
+
+def random_adapter(plain: Any, name: str) -> Adapter:
+    generator = torch.Generator().manual_seed(len(name) + ord(name[-1]))
+    config = LoraConfig(r=16, lora_alpha=32, target_modules=QKVO)
+    weights = {}
+    for path, module in plain.named_modules():
+        if path.rpartition(".")[2] in QKVO:
+            out, inner = module.weight.shape
+            for part, shape in (("lora_A", (16, inner)), ("lora_B", (out, 16))):
+                values = torch.randn(shape, generator=generator) * 0.01
+                weights[f"base_model.model.{path}.{part}.weight"] = values
+    return Adapter(name, {"r": config.r, "lora_alpha": config.lora_alpha}, weights)
+
+
+def mixed_lengths(base: Base, plain: Plain, repeats: int) -> None:
+    sizes = [4, 8, 12, 48]
+    wanted = [(ids, sizes[i % 4]) for i, ids in enumerate(prompts(24, [16, 40, 8, 64, 24]))]
+    total = sum(size for _, size in wanted)
+    engine = SlotEngine(base, ROWS)
+    sides: dict[str, Side] = {
+        "slots": lambda: serve(engine, [(ids, greedy(size)) for ids, size in wanted]),
+        "generate, static batches": lambda: plain.static(wanted),
+        "transformers, continuous": lambda: plain.continuous(wanted, ROWS),
+    }
+    compare("24 requests of 8 to 64 tokens, 4 to 48 new ones, 8 rows", sides, repeats, total)
+
+
+def long_rows(base: Base, plain: Plain, repeats: int) -> None:
+    wanted = [(ids, 32) for ids in prompts(16, [96])]
+    engine = SlotEngine(base, 16)
+    sides: dict[str, Side] = {
+        "slots": lambda: serve(engine, [(ids, greedy(size)) for ids, size in wanted]),
+        "transformers, continuous": lambda: plain.continuous(wanted, 16),
+    }
+    compare("16 requests of 96 tokens, 32 new ones, 16 rows", sides, repeats, 16 * 32)
+
+
+def against_bare_forward(base: Base, plain: Plain, repeats: int) -> None:
+    for rows, context in ((1, 64), (8, 96), (8, 400)):
+        engine, size = SlotEngine(base, rows), greedy(100)
+        for _ in range(rows):
+            engine.submit(TokenRequest([500] * context, size, lambda token: None))
+        for _ in range(context * rows // 64 + 2):  # until all prompts are read
+            engine.step()
+        sides = {"bare forward": plain.decode(rows, context), "slots": engine.step}
+        compare(f"{rows} rows at context {context}, a step", sides, 4 * repeats, rows)
+
+
+def many_adapters(base: Base, plain: Plain, repeats: int) -> None:
+    found = [random_adapter(plain.model, f"run@{i}") for i in range(ROWS)]
+    ids = prompts(ROWS, [32])
+    alone, engine = SlotEngine(base, ROWS), SlotEngine(base, ROWS)
+    size = greedy(24)
+
+    def with_adapters(names: list[str | None]) -> Side:
+        def side() -> None:
+            for one, name in zip(ids, names, strict=True):
+                engine.submit(TokenRequest(one, size, lambda token: None, adapter=name))
+            while engine.step():
+                pass
+
+        return side
+
+    def base_alone() -> None:
+        serve(alone, [(one, size) for one in ids])
+
+    compare_first = {"base model alone": base_alone}
+    compare("8 rows, before any adapter", compare_first, repeats, 24 * ROWS)
+    for one in found:
+        engine.adapters.add(one)
+    peft = get_peft_model(plain.model, LoraConfig(r=16, lora_alpha=32, target_modules=QKVO))
+    peft.eval()
+    for one in found:
+        peft.add_adapter(one.name.replace("@", "_"), LoraConfig(r=16, target_modules=QKVO))
+    tokens = torch.tensor(ids)
+
+    def peft_mixed() -> None:
+        peft.generate(
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), do_sample=False,
+            max_new_tokens=24, pad_token_id=0, eos_token_id=None,
+            adapter_names=[one.name.replace("@", "_") for one in found],
+        )  # fmt: skip
+
+    sides = {
+        "base model": with_adapters([None] * ROWS),
+        "one adapter": with_adapters([found[0].name] * ROWS),
+        "eight adapters": with_adapters([one.name for one in found]),
+        "PEFT, eight adapters": peft_mixed,
+    }
+    compare("8 rows of 32 tokens, 24 new ones, rank 16 on 7 layers of 30", sides, repeats, 24 * 8)
+
+
+def several_completions(base: Base, repeats: int) -> None:
+    engine, ids = SlotEngine(base, ROWS), prompts(1, [200])[0]
+    short = prompts(ROWS, [200])
+    sides: dict[str, Side] = {
+        "n=8": lambda: serve(engine, [(ids, greedy(16, num_completions=8))]),
+        "prompt": lambda: serve(engine, [(ids, greedy(1))]),
+        "eight prompts": lambda: serve(engine, [(one, greedy(1)) for one in short]),
+        "eight prompts, extended": lambda: serve(engine, [(one, greedy(16)) for one in short]),
+    }
+    compare("eight completions of a prompt of 200 tokens, 16 new ones", sides, repeats, 128)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5, help="runs per side (default 5)")
+    parser.add_argument(
+        "--model", default=str(find_demo_model()), help="as TrainingConfig takes it"
+    )
+    parts = ("mixed", "long", "bare", "adapters", "several")
+    parser.add_argument("--only", choices=parts, help="one of the parts")
+    options = parser.parse_args()
+    use_threads(None)
+
+    def fresh() -> tuple[Base, Plain]:
+        base = Base.load(options.model, cache=init_home() / "models")
+        base.eos_ids = frozenset()
+        return base, Plain(base.directory)
+
+    chosen = parts if options.only is None else (options.only,)
+    for part in chosen:
+        base, plain = fresh()
+        if part == "mixed":
+            mixed_lengths(base, plain, options.repeats)
+        elif part == "long":
+            long_rows(base, plain, options.repeats)
+        elif part == "bare":
+            against_bare_forward(base, plain, options.repeats)
+        elif part == "adapters":
+            many_adapters(base, plain, options.repeats)
+        else:
+            several_completions(base, options.repeats)
+
+
+if __name__ == "__main__":
+    main()
