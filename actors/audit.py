@@ -31,7 +31,7 @@ from scipy import fft, stats
 
 from actors import home
 from actors.batching import FlatStream
-from actors.budget import open_budget
+from actors.budget import Budget
 from actors.gradients import Tensors
 from actors.model import Base, save_tiny_llama
 from actors.private import PrivateSession
@@ -211,7 +211,7 @@ class Bench:
         )  # fmt: skip
         run_id = self._registry.create_run("audit", config.model_dump_json())
         epoch = self._registry.claim(run_id)
-        budget = open_budget(self._registry, "audit", run_id, epoch, config, "float32")
+        budget = Budget.planned(self._registry, "audit", run_id, epoch, config, "float32")
         base = Base.load(str(self._model), cache=self._model, dtype="float32")
         return self._session_type(base, config, budget)
 

@@ -21,6 +21,7 @@ from actors.database import METADATA, RUNS, Database
 from actors.keys import FileKeyring
 from actors.plausibility import looks_drawn
 from tg_tinker.accounting import gaussian_epsilon, largest_count
+from tg_tinker.config import TrainingConfig
 from tg_tinker.envelope import context_of, new_key
 from tg_tinker.errors import (
     ActorLostError,
@@ -91,6 +92,7 @@ class Budgets(Database):
             if ledger.length:
                 _refuse_another(ledger, epsilon, delta, unit)
                 return
+            _refuse_after_open_training(tx, tenant, dataset)
             key = self._keyring.wrap(new_key(), context_of(tenant, dataset, "unit key"))
             tx.execute(
                 _datasets.insert().values(tenant=tenant, id=dataset, wrapped_key=json.dumps(key))
@@ -148,9 +150,9 @@ class Budgets(Database):
         at_limit = {unit for unit, count in uses.items() if count >= limit}
         if units and at_limit.issuperset(units):
             raise DPBudgetExceededError(
-                f"every row of this batch was used {limit} times, the most that epsilon"
-                f" {ledger.limit:g} pays for at sigma {account.sigma:g}. Pass rows that were used"
-                " less, or stop here: sample and save_state still work",
+                f"every row of this batch was used {limit} times, the most that was agreed for"
+                f" this run (sigma {account.sigma:g}, epsilon {ledger.limit:g}). Pass rows that"
+                " were used less, or stop here: sample and save_state still work",
                 details={"limit": limit},
             )
         return at_limit
@@ -314,6 +316,20 @@ class Budgets(Database):
             )
         )  # fmt: skip
         return entry
+
+
+def _refuse_after_open_training(tx: sa.Connection, tenant: str, dataset: str) -> None:
+    """No budget for data that a run without privacy has named: it would promise what is gone."""
+    query = sa.select(RUNS.c.id, RUNS.c.config).where(
+        RUNS.c.tenant == tenant, (RUNS.c.step > 0) | (RUNS.c.status == "active")
+    )
+    for run_id, text in tx.execute(query):
+        config = TrainingConfig.model_validate_json(text)
+        if config.dataset_id == dataset and not config.private:
+            raise InvalidRequestError(
+                f"data set {dataset!r} was named by {run_id}, which trains without privacy: a"
+                " budget would promise what is gone already. Use another dataset_id for other data"
+            )
 
 
 def _check_epoch(tx: sa.Connection, run_id: str, epoch: int) -> None:

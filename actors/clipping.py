@@ -25,6 +25,10 @@ _BLOCK = 2**20
 """Values that get their noise at a time: bounds the float64 copies."""
 
 
+_NORMED = 1024
+"""Values whose squares are added in float32."""
+
+
 @dataclass(repr=False)
 class UnitGradients:
     """Gradients of whole units, not yet clipped.
@@ -36,10 +40,15 @@ class UnitGradients:
     by_unit: Tensors
 
     def norms(self) -> torch.Tensor:
-        """float64 [U]: each unit's L2 norm over all tensors together."""
+        """float64 [U]: each unit's L2 norm over all tensors together.
+
+        In float32 over a thousand values at a time, in float64 from there on: a float32 norm of
+        28 million values was found 1.6 % too small, and so a unit's part 1.6 % above its bound.
+        """
         squares = [
-            torch.linalg.vector_norm(tensor.flatten(1), dim=1).double().square()
+            torch.linalg.vector_norm(block, dim=-1).double().square().sum(1)
             for tensor in self.by_unit.values()
+            for block in _norm_blocks(tensor.flatten(1))
         ]
         return torch.stack(squares).sum(0).sqrt()
 
@@ -120,6 +129,15 @@ class PrivateGradient:
 
     tensors: Tensors
     noise_std: float
+
+
+def _norm_blocks(rows: torch.Tensor) -> Iterator[torch.Tensor]:
+    """[U, blocks, 1024] of rows [U, n], and [U, 1, rest] of what is left of each."""
+    whole = rows.shape[1] // _NORMED * _NORMED
+    if whole:
+        yield rows[:, :whole].view(len(rows), whole // _NORMED, _NORMED)
+    if whole < rows.shape[1]:
+        yield rows[:, None, whole:]
 
 
 def _rounded_down(factors: torch.Tensor) -> torch.Tensor:

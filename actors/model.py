@@ -261,6 +261,16 @@ def refuse_mixing_layers(model: Any) -> None:
         )
 
 
+def silence_dropout(model: Any) -> None:
+    """Switches off the base model's own dropout: its masks follow one another along a stream, so
+    a row more would shift those of the rows behind it."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if getattr(module, "attention_dropout", 0.0):
+            module.attention_dropout = 0.0
+
+
 # --- finding and converting ------------------------------------------------------------------
 
 
@@ -433,6 +443,9 @@ def _rows_are_separate(model: Any) -> bool:
 
     The reference is transformers' eager attention, which knows every architecture's extras.
     """
+    config = model.config.get_text_config()
+    if _rope_kinds(getattr(config, "rope_parameters", None)) & {"longrope", "dynamic"}:
+        return False  # the longest row of a stream decides on the rotation of all
     generator = np.random.default_rng(0)
     vocab_size = model.get_input_embeddings().num_embeddings
     rows = [generator.integers(0, vocab_size, size) for size in (11, 7)]
@@ -453,6 +466,14 @@ def _rows_are_separate(model: Any) -> bool:
     tolerance = 1e-4 if model.dtype == torch.float32 else 3e-2
     difference = (together - alone.logits[0]).abs().max()
     return bool(difference <= tolerance * alone.logits.abs().max())
+
+
+def _rope_kinds(parameters: Any) -> set[str]:
+    """The kinds of rotary positions: one for the model, or one for each kind of layer."""
+    if not isinstance(parameters, dict):
+        return set()
+    nested = [kind for value in parameters.values() for kind in _rope_kinds(value)]
+    return {str(parameters.get("rope_type", "default")), *nested}
 
 
 def use_threads(count: int | None) -> int:

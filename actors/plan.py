@@ -124,10 +124,12 @@ class _Planner:
             )
         if self.dp.unit != unit:
             raise InvalidRequestError(f"the data set protects unit={unit!r}, not {self.dp.unit!r}")
-        size = self.dp.dataset_size
-        if size is not None and delta * size >= 1:
+        size, what = self.dp.dataset_size or self.batch, "dataset_size"
+        if self.dp.dataset_size is None:  # at least a batch of units is there
+            what = "the rows of a step"
+        if delta * size >= 1:
             raise InvalidRequestError(
-                f"delta {delta:g} must be below 1 / dataset_size = {1 / size:.3g}, or else whole"
+                f"delta {delta:g} must be below 1 / {what} = {1 / size:.3g}, or else whole"
                 " examples may leak: register the data set with a smaller one"
             )
 

@@ -24,7 +24,7 @@ from actors.capture import Recorder, capture
 from actors.clipping import ClippedSum, PrivateGradient, UnitGradients, privatise
 from actors.engine import MAX_STREAM_TOKENS, Session
 from actors.gradients import Tensors, gradient_hash
-from actors.model import Base, refuse_mixing_layers
+from actors.model import Base, refuse_mixing_layers, silence_dropout
 from actors.noise import standard_normal
 from actors.state import SessionState
 from actors.units import PoissonSampler, Window, unit_ids
@@ -51,6 +51,7 @@ class PrivateSession(Session):
 
     def __init__(self, base: Base, config: TrainingConfig, budget: Budget) -> None:
         refuse_mixing_layers(base.model)
+        silence_dropout(base.model)
         self.dp = config.dp_config or DPConfig()
         self.budget = budget
         self.broken = False
@@ -59,6 +60,7 @@ class PrivateSession(Session):
         super().__init__(base, config)
         self._divisor = config.batch_size * config.gradient_accumulation_steps
         self._recorder = self._probed_recorder()
+        budget.open()
 
     # --- the step ----------------------------------------------------------------------------
 
@@ -86,7 +88,8 @@ class PrivateSession(Session):
         try:
             digest = resolve_batch_hash(examples, batch_hash)
             units = unit_ids(self.budget.key, examples, self.dp.unit)
-            at_limit = self.budget.admit(units)
+            paid = self._sampler is not None and self._sampler.paid
+            at_limit = set() if paid else self.budget.admit(units)
             groups, taken, skipped = self._pending.admit(
                 examples, units, at_limit, self.base.vocab_size, self.base.context_length,
                 whole_units=self.dp.unit == "id",
@@ -131,7 +134,7 @@ class PrivateSession(Session):
         self._open_window()
         try:
             self._refuse_step(window, spoiled, refusal)
-            charge = self.budget.charge(window, noised=apply_dp_noise)  # durable when it returns
+            charge = self._charged(window, apply_dp_noise)  # durable when it returns
             norm, rate = self._release(window, charge)
         finally:
             window.total.wipe()
@@ -144,6 +147,16 @@ class PrivateSession(Session):
             warnings=self._judge_batch_size(window),
         )
 
+    def _charged(self, window: Window, noised: bool) -> Charge:
+        """The step's charge: of its rows now, or that of the sample the server drew for it."""
+        if self._sampler is None:
+            return self.budget.charge(window.units, window.calls, noised=noised)
+        if noised:
+            return self._sampler.use()
+        charge = self.budget.charge(window.units, window.calls, noised=False)
+        self._sampler.use()
+        return charge
+
     def _release(self, window: Window, charge: Charge) -> tuple[float, float]:
         """Noise on the whole sum, then the weights. A failure in between ends the session:
         a second draw for the same sum would be a second, uncharged release."""
@@ -155,8 +168,6 @@ class PrivateSession(Session):
         self.lineage = self.lineage.charged(charge.dataset, charge.head)
         if not charge.noised:
             self.lineage = self.lineage.unguarded()
-        if self._sampler is not None:
-            self._sampler.forget()
         self.broken = False
         return norm, rate
 
@@ -189,7 +200,13 @@ class PrivateSession(Session):
         return list(rows.values())
 
     def draw_units(self) -> list[int]:
-        """The units of the next step, as indices into what `register_units` returned."""
+        """The units of the next step, as indices into what `register_units` returned.
+
+        Paid before they are told: a sample that is thrown away to get another costs a step.
+
+        Raises:
+            DPBudgetExceededError: the budget pays for no further sample.
+        """
         if self._sampler is None:
             raise InvalidRequestError("register a data set first: use tc.poisson_batches(dataset)")
         if self.completed:
@@ -197,8 +214,11 @@ class PrivateSession(Session):
                 f"no step is left: all {self.step} that were planned are made. sample and"
                 " save_state still work"
             )
+        return self._sampler.draw(self._pay)
+
+    def _pay(self, units: list[bytes]) -> Charge:
         self.budget.admit([])
-        return self._sampler.draw()
+        return self.budget.charge(units, noised=True)
 
     # --- state -------------------------------------------------------------------------------
 
@@ -370,7 +390,9 @@ class PrivateSession(Session):
         return replace(result, loss=math.nan, gradient_hash="", warnings=())
 
     def _judge_batch_size(self, window: Window) -> tuple[str, ...]:
-        """Says once that the divisor is far from the batches that come."""
+        """Says that a step had no rows, and once that the divisor is far from those that come."""
+        if not window.rows and self.dp.sampling != "poisson":
+            return ("no rows came for this step: it moved the weights by noise alone",)
         self._rows_per_step.append(window.rows)
         if len(self._rows_per_step) != _MIN_STEPS_TO_JUDGE:
             return ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +13,8 @@ import numpy as np
 from actors.clipping import ClippedSum
 from tg_tinker.batch import IGNORED, Example
 from tg_tinker.envelope import keystream
-from tg_tinker.errors import InvalidRequestError
+from tg_tinker.errors import InvalidRequestError, ServiceError
+from tg_tinker.privacy import Charge
 
 UNIT_BYTES = 16
 
@@ -100,14 +101,21 @@ class Window:
 class PoissonSampler:
     """Draws each unit into a step with probability `rate`, on its own, from OS entropy.
 
-    A draw stays until a step has used it: asking again, registering again or loading other
-    weights gives the same one, so that nobody can pick among draws. It is never saved.
+    A draw is charged before anyone sees it, and stays until a step has used it: asking again,
+    registering again or loading other weights gives the same one, and whoever leaves it for
+    another, in a new client or after a crash, has paid for both. It is never saved.
     """
 
     def __init__(self, units: Sequence[bytes], rate: float) -> None:
         self._units = list(units)
         self._rate = rate
         self._drawn: list[int] | None = None
+        self._charge: Charge | None = None
+
+    @property
+    def paid(self) -> bool:
+        """Whether a draw waits for its step, which needs no budget any more."""
+        return self._charge is not None
 
     def draws_from(self, units: Sequence[bytes]) -> bool:
         """Whether it has these units, and so keeps its draw.
@@ -121,12 +129,17 @@ class PoissonSampler:
             )
         return units == self._units
 
-    def draw(self) -> list[int]:
-        """Indices of the units of the next step, in order; may be empty."""
+    def draw(self, charge: Callable[[list[bytes]], Charge]) -> list[int]:
+        """Indices of the units of the next step, in order; may be empty.
+
+        `charge` makes a new draw durable; what it raises leaves no draw.
+        """
         if self._drawn is None:
             words = np.frombuffer(keystream(8 * len(self._units)), dtype="<u8")
             uniforms = (words >> np.uint64(11)) * 2.0**-53
-            self._drawn = np.flatnonzero(uniforms < self._rate).tolist()
+            drawn = np.flatnonzero(uniforms < self._rate).tolist()
+            self._charge = charge([self._units[i] for i in drawn])
+            self._drawn = drawn
         return self._drawn
 
     def check(self, units: set[bytes]) -> None:
@@ -139,9 +152,12 @@ class PoissonSampler:
             raise InvalidRequestError(
                 "the rows of this step are not the drawn sample, so Poisson accounting would not"
                 " hold for it: pass each batch of tc.poisson_batches(dataset) to forward_backward"
-                " whole, in one step. The step was dropped, nothing was charged"
+                " whole, in one step. The step was dropped; the sample waits, and is paid for"
             )
 
-    def forget(self) -> None:
-        """The draw was used."""
-        self._drawn = None
+    def use(self) -> Charge:
+        """The charge of the draw, which `check` has found right; the next draw is another."""
+        if self._charge is None:
+            raise ServiceError("no sample was drawn for this step")
+        charge, self._charge, self._drawn = self._charge, None, None
+        return charge

@@ -11,7 +11,7 @@ import torch
 from helpers import IGNORED
 
 from actors import home
-from actors.budget import Budget, open_budget
+from actors.budget import Budget
 from actors.model import Base
 from actors.private import PrivateSession
 from actors.registry import Registry
@@ -60,10 +60,14 @@ def private_config(model: Path, **values: Any) -> TrainingConfig:
     return TrainingConfig(model_ref=str(model), dp_config=DPConfig(**dp), **(defaults | values))
 
 
-def new_budget(known: Registry, config: TrainingConfig) -> Budget:
+def planned_budget(known: Registry, config: TrainingConfig) -> Budget:
+    """Of a new run that is not open yet: `PrivateSession` opens it."""
     run_id = known.create_run("default", config.model_dump_json())
-    epoch = known.claim(run_id)
-    return open_budget(known, "default", run_id, epoch, config, "float32")
+    return Budget.planned(known, "default", run_id, known.claim(run_id), config, "float32")
+
+
+def new_budget(known: Registry, config: TrainingConfig) -> Budget:
+    return planned_budget(known, config).open()
 
 
 def private_session(
@@ -74,7 +78,7 @@ def private_session(
 ) -> PrivateSession:
     config = private_config(model, **values)
     base = Base.load(str(model), cache=Path(tempfile.mkdtemp()))
-    return kind(base, config, new_budget(known or registry(), config))
+    return kind(base, config, planned_budget(known or registry(), config))
 
 
 def rows(ids: Sequence[Sequence[int]] = ROWS, **fields: Any) -> list[Example]:

@@ -11,9 +11,15 @@ from typing import Any
 import pytest
 from privacy_helpers import new_budget, private_config, registry
 
-from actors.budget import Budget, open_budget
+from actors.budget import Budget
 from actors.registry import Registry
-from tg_tinker import DPBudgetExceededError, InvalidRequestError, NotFoundError
+from tg_tinker import (
+    DPBudgetExceededError,
+    DPConfig,
+    InvalidRequestError,
+    NotFoundError,
+    TrainingConfig,
+)
 from tg_tinker.errors import IntegrityError
 from tg_tinker.ledger import Ledger
 from tg_tinker.privacy import Charge
@@ -166,7 +172,8 @@ def test_a_run_that_comes_back_keeps_its_contract_and_its_uses() -> None:
     config = private_config(Path("none"), dp={"max_participations": 1})
     run = new_budget(known, config)
     charge(run, units(1))
-    again = open_budget(known, "default", run.run_id, known.claim(run.run_id), config, "float32")
+    epoch = known.claim(run.run_id)
+    again = Budget.planned(known, "default", run.run_id, epoch, config, "float32").open()
     assert again.key == run.key
     assert again.admit(units(1, 2)) == set(units(1))
     assert list(ledger_of(run).accounts) == [run.run_id]
@@ -220,3 +227,15 @@ def test_a_step_without_noise_is_infinite_for_ever_and_refused_elsewhere() -> No
     with pytest.raises(DPBudgetExceededError, match="unlimited"):
         charge(limited, units(1), noised=False)
     assert ledger_of(limited).epsilon == 0
+
+
+@pytest.mark.parametrize("config", [{}, {"dp_config": DPConfig(enabled=False)}])
+def test_data_that_was_trained_on_without_privacy_gets_no_budget(config: dict[str, Any]) -> None:
+    known = registry()
+    open_run = TrainingConfig(model_ref="m", dataset_id="shared", **config)
+    known.create_run("default", open_run.model_dump_json())
+    with pytest.raises(InvalidRequestError, match="without privacy"):
+        known.register_dataset("default", "shared", 8.0, 1e-5, "example")
+    assert known.ledger_entries("default", "shared") == []
+    known.register_dataset("another", "shared", 8.0, 1e-5, "example")  # of another tenant
+    known.register_dataset("default", "other", 8.0, 1e-5, "example")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -55,7 +56,10 @@ def opening(run: str, contract: str = "participation", **changes: Any) -> Entry:
 
 
 def charge(run: str, count: int, kind: str = "charge") -> Entry:
-    return {"type": kind, "run": run, "epoch": 1, "charge": f"{run}{count}", "count": count}
+    return {"type": kind, "run": run, "epoch": 1, "charge": f"c{next(_ids)}", "count": count}
+
+
+_ids = itertools.count()
 
 
 def state(ledger: Ledger) -> dict[str, Any]:

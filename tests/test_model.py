@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_model
 from helpers import assert_close, examples, oracle_gradients, padded, session, window
 
 from actors.generation import SlotEngine
@@ -189,3 +190,12 @@ def test_recurrent_models_are_found_to_mix_rows_and_still_train(tmp_path: Path) 
     assert s.optim_step().step == 1
     with pytest.raises(InvalidRequestError, match="trained, not sampled"):
         SlotEngine(s.base)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_rotations_by_the_longest_row_keep_rows_apart(tmp_path: Path, kind: str) -> None:
+    more = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4} if kind == "longrope" else {}
+    rope = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 4.0,
+            "original_max_position_embeddings": 32, **more}  # fmt: skip
+    model = make_model(tmp_path / "rope", rope_parameters=rope)
+    assert not Base.load(str(model), cache=tmp_path).flat

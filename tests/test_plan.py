@@ -17,7 +17,7 @@ from actors.plan import Plan, plan_run
 from tg_tinker.accounting import filter_order, gaussian_epsilon
 from tg_tinker.config import DPConfig, TrainingConfig
 from tg_tinker.errors import DPBudgetExceededError, InvalidRequestError
-from tg_tinker.ledger import Ledger
+from tg_tinker.ledger import Ledger, registration
 
 SAMPLED = {"sampling": "poisson", "dataset_size": 800, "accountant_type": "rdp"}
 
@@ -427,3 +427,10 @@ def test_messages_of_steps_name_noise_that_doubles_them(given: dict[str, Any]) -
     doubled = int(said[2])
     assert doubled == 2 * (made.limit or 0)
     assert (planned(noise_multiplier=float(said[1]), **given).limit or 0) >= doubled
+
+
+def test_a_delta_that_lets_whole_rows_leak_is_refused() -> None:
+    ledger = Ledger()
+    ledger.append(registration("d", 8.0, 0.2, "example", born=""))
+    with pytest.raises(InvalidRequestError, match="below 1 / the rows of a step"):
+        planned(ledger, noise_multiplier=1.0, batch=8)

@@ -9,12 +9,19 @@ import numpy as np
 import pytest
 from privacy_helpers import ROWS, PrivateSession, private_session, registry, rows
 
+from actors.budget import Budget
+from actors.model import Base
 from actors.plausibility import looks_drawn
 from actors.units import PoissonSampler, unit_ids
-from tg_tinker import DPBudgetExceededError, InvalidRequestError
+from tg_tinker import ActorLostError, DPBudgetExceededError, InvalidRequestError
 from tg_tinker.ledger import Ledger
+from tg_tinker.privacy import Charge
 
 KEY = b"k" * 32
+
+
+def paid(units: list[bytes]) -> Charge:
+    return Charge("c", "d", "h", 1.0, True, 0.1, 0.1, 1e-5, 1)
 
 
 def drawn_session(model: Path, **dp: object) -> PrivateSession:
@@ -31,8 +38,8 @@ def test_each_unit_is_drawn_with_the_rate_and_on_its_own() -> None:
     sampler = PoissonSampler(units, 0.3)
     taken = np.zeros((100, 2000))
     for step in range(100):
-        taken[step, sampler.draw()] = 1
-        sampler.forget()
+        taken[step, sampler.draw(paid)] = 1
+        sampler.use()
     sizes = taken.sum(1)
     assert abs(taken.mean() - 0.3) < 6 * (0.3 * 0.7 / taken.size) ** 0.5
     assert sizes.var() == pytest.approx(2000 * 0.3 * 0.7, rel=0.9)  # not of one size
@@ -41,10 +48,10 @@ def test_each_unit_is_drawn_with_the_rate_and_on_its_own() -> None:
 
 def test_a_draw_stays_until_a_step_has_used_it() -> None:
     sampler = PoissonSampler([bytes([i]) for i in range(200)], 0.5)
-    first = sampler.draw()
-    assert sampler.draw() == first
-    sampler.forget()
-    assert sampler.draw() != first  # equal with a chance of 2^-200
+    first = sampler.draw(paid)
+    assert sampler.draw(paid) == first
+    sampler.use()
+    assert sampler.draw(paid) != first  # equal with a chance of 2^-200
 
 
 def test_units_are_known_by_a_keyed_hash_of_their_tokens_alone() -> None:
@@ -78,7 +85,8 @@ def test_a_step_of_other_rows_than_the_draw_is_refused_and_not_charged(
     s.register_units(rows())
     drawn = s.draw_units()
     while not drawn or len(drawn) == len(ROWS):  # a draw that can be changed both ways
-        s._sampler.forget()
+        s = drawn_session(tiny_model)
+        s.register_units(rows())
         drawn = s.draw_units()
     others = [unit for unit in range(len(ROWS)) if unit not in drawn]
     sent = {
@@ -89,7 +97,46 @@ def test_a_step_of_other_rows_than_the_draw_is_refused_and_not_charged(
         s.optim_step()
     assert s.draw_units() == drawn  # nobody can pick among draws
     ledger = Ledger.replay(s.budget.registry.ledger_entries("default", "default"))
-    assert ledger.epsilon == s.step == 0
+    assert [account.steps for account in ledger.accounts.values()] == [1]  # the draw, no more
+    assert s.step == 0
+
+
+def test_a_draw_is_paid_before_it_is_told_and_stays_paid(tiny_model: Path, tmp_path: Path) -> None:
+    """Whoever throws samples away to get one with the rows they want pays for each."""
+    known = registry()
+    dp = {
+        "sampling": "poisson",
+        "dataset_size": 8,
+        "accountant_type": "rdp",
+        "noise_multiplier": None,
+    }
+    s = private_session(tiny_model, known=known, batch_size=2, max_steps=3, dp=dp)
+    run, charged = s.budget.run_id, []
+    for epoch in range(2, 5):  # a new actor of the run each time
+        s.register_units(rows())
+        s.draw_units()
+        account = Ledger.replay(known.ledger_entries("default", "default")).accounts[run]
+        charged.append(account.count)
+        budget = Budget.planned(known, "default", run, known.claim(run), s.config, "float32")
+        assert budget.epoch == epoch
+        s = PrivateSession(Base.load(str(tiny_model), cache=tmp_path), s.config, budget)
+    assert charged == [1, 2, 3]
+    s.register_units(rows())
+    with pytest.raises(DPBudgetExceededError):
+        s.draw_units()
+    assert s.step == 0
+
+
+def test_a_draw_that_cannot_be_paid_is_not_told(tiny_model: Path) -> None:
+    s = drawn_session(tiny_model)
+    s.register_units(rows())
+    known = s.budget.registry
+    known.claim(s.budget.run_id)  # a newer actor owns the run
+    for _ in range(2):
+        with pytest.raises(ActorLostError):
+            s.draw_units()
+    assert not s._sampler.paid
+    assert s._sampler._drawn is None
 
 
 def test_a_step_before_any_draw_is_refused(tiny_model: Path) -> None:

@@ -273,6 +273,46 @@ def test_a_defect_makes_a_row_add_zero_and_is_reported(
     assert s.optim_step().step == 1
 
 
+@pytest.mark.parametrize("size", [1000, 1024, 5_000_001, 30_000_000])
+@pytest.mark.parametrize("kind", ["constant", "one large", "drawn"])
+def test_norms_of_large_tensors_are_exact_enough_to_bound_by(size: int, kind: str) -> None:
+    values = torch.full((1, size), 1e-3)
+    if kind == "one large":
+        values[0, 7] = 3.0
+    if kind == "drawn":
+        values = torch.randn(1, size, generator=torch.Generator().manual_seed(0))
+    exact = float(values.double().square().sum().sqrt())
+    norm = float(UnitGradients({"w": values.clone()}).norms()[0])
+    assert norm == pytest.approx(exact, rel=3e-6)
+    total = UnitGradients({"w": values}).clip(exact / 7)
+    assert float(total.sums["w"].double().norm()) <= exact / 7 * (1 + 3e-6)
+
+
+def test_the_base_models_own_dropout_is_off(tmp_path: Path) -> None:
+    model = make_model(tmp_path, attention_dropout=0.5)
+    s = private_session(model, Noiseless)
+    perturb(s)
+    s.forward_backward(rows())
+    first = sums(s)
+    s.optim_step()
+    again = private_session(model, Noiseless)
+    perturb(again)
+    again.forward_backward(rows())
+    assert distance(first, sums(again)) == 0
+
+
+def test_a_run_that_cannot_start_binds_no_data_set(tiny_model: Path) -> None:
+    known, wrong = registry(), LoRAConfig(target_modules=("no_such",))
+    with pytest.raises(InvalidRequestError, match="no_such"):
+        private_session(tiny_model, known=known, lora_config=wrong)
+    assert known.ledger_entries("default", "default") == []
+
+
+def test_a_step_without_rows_says_so(tiny_model: Path) -> None:
+    s = private_session(tiny_model)
+    assert any("noise alone" in warning for warning in s.optim_step().warnings)
+
+
 def test_a_row_repeated_in_a_later_call_of_the_step_adds_zero(tiny_model: Path) -> None:
     s = private_session(tiny_model)
     s.forward_backward(rows())
@@ -590,7 +630,7 @@ def test_a_failure_after_the_charge_ends_the_session(
 def test_a_charge_pays_for_one_draw(tiny_model: Path) -> None:
     s = private_session(tiny_model)
     s.forward_backward(rows())
-    charge = s.budget.charge(s._pending, noised=True)
+    charge = s.budget.charge(s._pending.units, noised=True)
     assert charge.spend() == 1.0
     with pytest.raises(ServiceError, match="one draw"):
         charge.spend()

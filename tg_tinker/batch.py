@@ -220,6 +220,8 @@ def _example_ids(value: Any, count: int) -> list[str | None]:
     names = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(names, list | tuple) or not all(isinstance(n, str | int) for n in names):
         raise InvalidRequestError("example_ids must be a list of strings, one per row")
+    if not all(str(name).isprintable() for name in names):
+        raise InvalidRequestError("example_ids must be printable text, without line breaks")
     if len(names) != count:
         raise InvalidRequestError(f"example_ids has {len(names)} entries, input_ids {count} rows")
     return [str(name) for name in names]

@@ -290,6 +290,8 @@ def verify(
     checked.check_head(head)
     typer.echo(str(checked))
     typer.echo("verified: every entry follows from the one before, and every rule held")
+    if checked.sampled:
+        typer.echo("taken as stated: the epsilon tables of sampled runs, above that of one step")
 
 
 @privacy.command()

@@ -121,7 +121,8 @@ class DPConfig(_Config):
     Attributes:
         enabled: False trains as if no DPConfig were given.
         noise_multiplier: sigma, noise std in units of `max_grad_norm`; None calibrates it.
-        max_grad_norm: C, the L2 bound of one unit's gradient.
+        max_grad_norm: C, the L2 bound of one unit's gradient; 1e-6 to 1e6, where float32 holds
+            the squares of what is clipped.
         target_epsilon: the budget; None means no limit.
         target_delta: delta, also accepted as ``delta``.
         accountant_type: prv, rdp (``moments`` is rdp) or pld.
@@ -136,7 +137,7 @@ class DPConfig(_Config):
 
     enabled: bool = True
     noise_multiplier: Positive | None = None
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
     target_epsilon: Positive | None = 8.0
     target_delta: Annotated[float, Field(gt=0, lt=1)] = Field(
         1e-5, validation_alias=AliasChoices("target_delta", "delta")

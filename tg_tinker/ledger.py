@@ -54,7 +54,8 @@ GENESIS = "0" * 64
 CHAIN = ("seq", "prev", "hash")
 
 _REFUSALS = (
-    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, DPBudgetExceededError,
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
+    DPBudgetExceededError,
 )  # fmt: skip
 POISSON = ("poisson", "client_poisson")
 GAUSSIAN = ("participation", "worst_case")
@@ -75,6 +76,7 @@ class Account:
         count: counts used.
         steps: charges made.
         facts: what the certificate states beside (C, batch size, dtype, ...).
+        refuted: it asserted Poisson samples that did not look drawn.
     """
 
     contract: str
@@ -87,6 +89,7 @@ class Account:
     count: int = 0
     steps: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
+    refuted: bool = False
 
     @property
     def poisson(self) -> bool:
@@ -107,6 +110,7 @@ class Ledger:
         self.accounts: dict[str, Account] = {}
         self.unnoised = False
         self.linked: set[str] = set()
+        self._paid: set[str] = set()  # charge ids: each pays for one draw
 
     @classmethod
     def replay(cls, entries: Iterable[Mapping[str, Any]]) -> Ledger:
@@ -188,11 +192,12 @@ class Ledger:
         self, version: int, dataset: str, epsilon: float | None, delta: float, unit: str,
         order: int, born: str,
     ) -> None:  # fmt: skip
-        if version != VERSION or not 0 < delta < 1 or unit not in ("example", "id"):
+        known = unit in ("example", "id") and _text(dataset) and isinstance(born, str)
+        if version != VERSION or not 0 < _real(delta) < 1 or not known:
             raise ValueError("not a registration of this version")
         if not 2 <= _whole(order) <= MAX_ORDER:
             raise ValueError("no such Renyi order")
-        if epsilon is not None and not epsilon > 0:
+        if epsilon is not None and not _real(epsilon) > 0:
             raise ValueError("epsilon must be positive")
         self.registered = {
             "dataset": dataset, "epsilon": epsilon, "delta": delta, "unit": unit, "order": order,
@@ -205,9 +210,11 @@ class Ledger:
     ) -> None:  # fmt: skip
         if run in self.accounts or contract not in POISSON + GAUSSIAN:
             raise ValueError("not a new run under a known contract")
-        rows = tuple((_whole(n), float(epsilon)) for n, epsilon in table)
-        if not SIGMA_RANGE[0] <= sigma <= SIGMA_RANGE[1] or not 0 < rate <= 1:
+        rows = tuple((_whole(n), _real(epsilon)) for n, epsilon in table)
+        if not SIGMA_RANGE[0] <= _real(sigma) <= SIGMA_RANGE[1] or not 0 < _real(rate) <= 1:
             raise ValueError("no such noise or rate")
+        if not (isinstance(facts, dict) and _text(run) and _text(accountant)):
+            raise ValueError("facts are an object, names are text")
         if contract not in POISSON and (rate != 1 or rows):
             raise ValueError("only a Poisson sample has a rate and a table")
         _check_table(rows, subsampled_gaussian_epsilon(sigma, rate, self.delta))
@@ -220,6 +227,7 @@ class Ledger:
     def _charge(self, run: str, epoch: int, charge: str, count: int) -> None:
         account = self.accounts[run]
         self._check_count(account, count)
+        self._check_unpaid(charge)
         if account.limit is not None and count > account.limit:
             raise DPBudgetExceededError(
                 f"the run has used all {account.limit} {_counted(account)} that its budget pays"
@@ -229,6 +237,7 @@ class Ledger:
             )
         self._afford(run, count, account)
         account.count, account.steps = count, account.steps + 1
+        self._paid.add(charge)
 
     def _fall_back(self, run: str, count: int, limit: int | None) -> None:
         account = self.accounts[run]
@@ -237,6 +246,7 @@ class Ledger:
         account.contract, account.rate, account.table = "participation", 1.0, ()
         account.accountant, account.reserved = "exact", 0
         account.count, account.limit = count, None if limit is None else _whole(limit)
+        account.refuted = True
 
     def _unnoised(self, run: str, epoch: int, charge: str, count: int) -> None:
         if self.registered["epsilon"] is not None:
@@ -245,15 +255,17 @@ class Ledger:
             )
         account = self.accounts[run]
         self._check_count(account, count)
+        self._check_unpaid(charge)
         account.count, account.steps = count, account.steps + 1
+        self._paid.add(charge)
         self.unnoised = True
 
     def _release(self, run: str) -> None:
         self.accounts[run].reserved = 0
 
     def _link(self, run: str, datasets: Iterable[str]) -> None:
-        if run not in self.accounts:
-            raise ValueError("not a run of this data set")
+        if run not in self.accounts or not all(_text(name) for name in datasets):
+            raise ValueError("not a run of this data set, or no names")
         self.linked |= set(datasets)
 
     # --- inside ------------------------------------------------------------------------------
@@ -263,6 +275,10 @@ class Ledger:
         unchanged = account.contract == "participation" and count == account.count
         if _whole(count) != account.count + 1 and not unchanged:
             raise ValueError(f"the count goes from {account.count} to {count}")
+
+    def _check_unpaid(self, charge: str) -> None:
+        if not _text(charge) or charge in self._paid:
+            raise ValueError("a charge has an id of its own")
 
     def _afford(self, run: str, count: int, account: Account) -> None:
         after = self.epsilon_with(run, count, account)
@@ -322,6 +338,17 @@ def _whole(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise ValueError("not a whole number")
     return value
+
+
+def _real(value: Any) -> float:
+    """A number as it is; no truth value, no text."""
+    if type(value) not in (int, float):
+        raise ValueError("not a number")
+    return float(value)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def _check_table(rows: tuple[tuple[int, float], ...], floor: float) -> None:

@@ -29,7 +29,8 @@ UNITS = {
 }
 OUTSIDE = (
     "Loss, gradient norms, num_clipped and gradient hashes: exact values for the data owner.",
-    "Membership and number of units, their ids, and when each took part.",
+    "Membership and number of units and their ids; without Poisson sampling also when each took"
+    " part.",
     "Text that appears in several units: each unit is protected on its own.",
     "The base model, which saw other data before.",
     "An owner who gives one unit several identities.",
@@ -43,6 +44,10 @@ VOUCHED_BY = {
 PRESUMED = (
     "The guarantee presumes that batches, hyper-parameters, stopping and the choice of checkpoint"
     " did not depend on losses, norms or clip counts of private data."
+)
+PRESUMED_OF_SAMPLES = (
+    " It also presumes that the drawn samples stay secret: whoever knows which units took part in"
+    " which step has the guarantee of a run without sampling."
 )
 
 
@@ -176,7 +181,7 @@ class PrivacyReport:
             "dataset": ledger.registered["dataset"],
             "registered": {"epsilon": ledger.registered["epsilon"], "delta": ledger.delta},
             "spent": {"epsilon": _number(ledger.epsilon), "delta": ledger.delta},
-            "guarantee": not any(self._opt_outs()),
+            "guarantee": not any(self._opt_outs()) and ledger.epsilon <= ledger.limit,
             "adjacency": "zero-out: one unit is replaced by a null example; the number of units,"
             " their ids, the schedule and the batch size are public",
             "unit": UNITS[ledger.registered["unit"]],
@@ -184,7 +189,7 @@ class PrivacyReport:
             "opt_outs": list(self._opt_outs()),
             "linked_datasets": sorted(ledger.linked),
             "ledger": {"birth": ledger.birth, "head": ledger.head, "entries": ledger.length},
-            "presumes": PRESUMED,
+            "presumes": PRESUMED + (PRESUMED_OF_SAMPLES if self.sampled else ""),
             "outside": list(OUTSIDE),
         }
 
@@ -200,6 +205,11 @@ class PrivacyReport:
                 " data set's. Ask for the whole ledger of this data set"
             )
 
+    @property
+    def sampled(self) -> bool:
+        """Whether a run counts on Poisson samples."""
+        return any(account.poisson for account in self.ledger.accounts.values())
+
     def _opt_outs(self) -> Iterator[str]:
         """What was allowed that leaves weights without the guarantee."""
         if self.ledger.unnoised:
@@ -207,6 +217,11 @@ class PrivacyReport:
         for run, account in self.ledger.accounts.items():
             if account.facts.get("nonprivate_init"):
                 yield f"{run} may start from weights that were trained without privacy"
+            if account.refuted:
+                yield (
+                    f"{run} asserted Poisson samples that did not look drawn: it is counted by"
+                    " participation, from its first step"
+                )
 
     def __str__(self) -> str:
         ledger = self.ledger
@@ -236,18 +251,29 @@ def read_ledger(path: Path) -> PrivacyReport:
         IntegrityError: it is no ledger, or one that was changed.
     """
     try:
-        entries = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
+        lines = path.read_text("utf-8-sig").splitlines()
+        entries = [json.loads(line, object_pairs_hook=_once) for line in lines if line.strip()]
     except OSError as error:
         raise NotFoundError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise IntegrityError(f"{path} is not a ledger: one JSON object per line") from None
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise IntegrityError(f"{path} is not a ledger: one JSON object per line")
     if not entries:
         raise IntegrityError(f"{path} is empty: a ledger begins with its registration")
     return PrivacyReport(entries)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object without a repeated key, of which one reader may take the first, one the last."""
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ValueError("a key is repeated")
+    return dict(pairs)
+
+
 def _run(account: Account) -> Mapping[str, Any]:
     return {
+        **account.facts,
         "contract": account.contract,
         "vouched_by": VOUCHED_BY[account.contract],
         "accountant": account.accountant,
@@ -256,7 +282,7 @@ def _run(account: Account) -> Mapping[str, Any]:
         "charges": account.steps,
         "counted": account.count,
         "limit": account.limit,
-        **account.facts,
+        "refuted": account.refuted,
     }
 
 
