@@ -198,11 +198,11 @@ class Route:
 
     Attributes:
         runs: (start, stop, index) of neighbours with the same adapter.
-        rows: int64 [R], the adapters of the first R tokens where they differ; else None.
+        rows: the adapters of the first R tokens where they differ; else None.
     """
 
     runs: tuple[tuple[int, int, int], ...] = ()
-    rows: torch.Tensor | None = None
+    rows: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, rows: Sequence[int], pieces: Sequence[tuple[int, int]]) -> Route:
@@ -213,7 +213,7 @@ class Route:
         for size, index in pieces:
             runs.append((start, start + size, index))
             start += size
-        return cls(tuple(run for run in runs if run[2]), torch.tensor(rows) if mixed else None)
+        return cls(tuple(run for run in runs if run[2]), tuple(rows) if mixed else None)
 
 
 class _Adapted(torch.nn.Module):
@@ -227,7 +227,8 @@ class _Adapted(torch.nn.Module):
         self.inner = inner
         self.weight = inner.weight  # type: ignore[assignment]  # some architectures look at a layer's dtype
         self._bank = (bank,)  # a tuple: no submodule
-        self._down = self._up = self.weight.new_zeros(0, 0, 0)  # [A, r, in], [A, out, r]
+        self._down = self._up = self.weight.new_zeros(0, 0, 0)  # [A, r, in], [A, r, out]
+        self._gathered: tuple[tuple[int, ...], torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.inner(x)
@@ -236,12 +237,20 @@ class _Adapted(torch.nn.Module):
             return y
         tokens, added = x.flatten(0, -2), y.flatten(0, -2)
         for start, stop, index in route.runs:
-            added[start:stop] += (tokens[start:stop] @ self._down[index].T) @ self._up[index].T
+            added[start:stop].addmm_(tokens[start:stop] @ self._down[index].T, self._up[index])
         if route.rows is not None:
-            rows = route.rows.to(x.device)
-            inside = torch.bmm(self._down[rows], tokens[: len(rows), :, None])
-            added[: len(rows)] += torch.bmm(self._up[rows], inside)[:, :, 0]
+            count, (down, up) = len(route.rows), self._of(route.rows)
+            inside = torch.bmm(tokens[:count, None], down.transpose(1, 2))  # [R, 1, r]
+            added[:count, None].baddbmm_(inside, up)
         return added.view(y.shape)
+
+    def _of(self, rows: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of each row. Kept from step to step: copying them takes longer than their
+        products, and the rows seldom change."""
+        if self._gathered is None or self._gathered[0] != rows:
+            index = torch.tensor(rows, device=self._down.device)
+            self._gathered = rows, self._down[index], self._up[index]
+        return self._gathered[1:]
 
     def resize(self, room: int, rank: int) -> None:
         old_room, old_rank = self._down.shape[:2]
@@ -250,17 +259,19 @@ class _Adapted(torch.nn.Module):
         down, up = self._down, self._up
         sides = self._sides
         self._down = self.weight.new_zeros(room, rank, sides[0])
-        self._up = self.weight.new_zeros(room, sides[1], rank)
+        self._up = self.weight.new_zeros(room, rank, sides[1])
+        self._gathered = None
         if old_room:
-            self._down[:old_room, :old_rank], self._up[:old_room, :, :old_rank] = down, up
+            self._down[:old_room, :old_rank], self._up[:old_room, :old_rank] = down, up
 
     def put(self, index: int, down: torch.Tensor, up: torch.Tensor) -> None:
         self.clear(index)
         self._down[index, : len(down)] = down
-        self._up[index, :, : up.shape[1]] = up
+        self._up[index, : up.shape[1]] = up.T
 
     @torch.inference_mode()
     def clear(self, index: int) -> None:
+        self._gathered = None
         self._down[index] = 0
         self._up[index] = 0
 
