@@ -24,13 +24,14 @@ class Completions:
         notify: called when there is something to `take`, in the engine's thread.
 
     Attributes:
+        version: of the weights.
         requests: for the engine. Tokens may arrive in its thread while the reader takes.
     """
 
     def __init__(
         self,
         tokenizer: Any,
-        prompts: Sequence[str],
+        prompts: Sequence[str | list[int]],
         params: SamplingParams,
         version: str = "",
         adapter: str | None = None,
@@ -42,14 +43,17 @@ class Completions:
         self._held: list[list[Token]] = [[] for _ in texts]  # arrived, their text is not certain
         self._arrived: deque[tuple[TokenRequest, int, Token]] = deque()
         self._stopped: list[tuple[TokenRequest, int]] = []
-        self._version, self._adapter, self._notify = version, adapter, notify
+        self.version, self._adapter, self._notify = version, adapter, notify
         if params.seed is None:
             params = replace(params, seed=secrets.randbits(63))
         self.requests = [
-            self._request(encode_prompt(tokenizer, prompt), params, number, first)
-            for number, prompt in enumerate(prompts)
+            self._request(ids, params, number, first)
+            for number, ids in enumerate(self._encoded(tokenizer, prompts))
             for first in range(0, count, SLOTS)  # no request needs more slots than there are
         ]
+
+    def _encoded(self, tokenizer: Any, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        return [encode_prompt(tokenizer, p) if isinstance(p, str) else p for p in prompts]
 
     @property
     def open(self) -> bool:
@@ -113,7 +117,9 @@ class Completions:
             token_ids=[token.token_id for token in held],
             logprobs=[token.logprob for token in held],
             finish_reason=reason,
-            weights_version=self._version,
+            weights_version=self.version,
+            top_logprobs=[token.top for token in held if token.top],
+            prompt_logprobs=held[0].prompt,
         )
 
 

@@ -12,14 +12,17 @@ from typing import Any
 from tg_tinker.errors import InternalError, TGTinkerError
 from tg_tinker.wire import Reply
 
+SPIN = {"GOMP_SPINCOUNT": "1000"}
+"""Read when torch loads its OpenMP: a waiting thread spins for some microseconds, then sleeps.
+Asleep at once, a step takes a fifth longer; spinning for long, two clients on two cores made it ten
+times slower. At 1,000 spins two share the cores without loss."""
+
 
 def harden() -> None:
     """No core file (it would hold keys and texts), private new files, threads that soon sleep."""
     os.umask(0o077)
-    # Read when torch loads its OpenMP: a waiting thread spins for some microseconds, then sleeps.
-    # Asleep at once, a step takes a fifth longer; spinning for long, two clients on two cores
-    # made it ten times slower. At 1,000 spins two share the cores without loss.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    for name, value in SPIN.items():
+        os.environ.setdefault(name, value)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.getLogger("transformers").setLevel(logging.ERROR)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from actors.api_keys import ApiKeys
 from actors.budgets import Budgets
 from actors.database import METADATA, RUNS
 from actors.keys import FileKeyring
@@ -44,8 +45,8 @@ _artifacts = sa.Table(
 _KEY = "data key"
 
 
-class Registry(Budgets):
-    """Runs, their artifacts, the keys that open them, and (by inheritance) privacy budgets."""
+class Registry(Budgets, ApiKeys):
+    """Runs, their artifacts, the keys that open them, and by inheritance budgets and API keys."""
 
     def __init__(self, database: str, keyring: Path) -> None:
         self._keyring = FileKeyring(keyring)

@@ -13,6 +13,7 @@ from tg_tinker.wire import SnapshotRef
 if TYPE_CHECKING:
     from actors.engine import Session
     from actors.gradients import Tensors
+    from actors.state import SessionState
 
 
 @dataclass(frozen=True, repr=False)
@@ -21,11 +22,13 @@ class Snapshot:
 
     Attributes:
         name: unique for these weights.
+        base: digest of the base model they were trained on.
         lora_config: of the run; None after full fine-tuning.
         adapter_config: PEFT's, where there is one.
     """
 
     name: str
+    base: str
     weights: Tensors
     lora_config: LoRAConfig | None
     adapter_config: dict[str, Any] | None
@@ -45,10 +48,16 @@ def take(session: Session, reference: SnapshotRef) -> dict[str, Any]:
     state = session.state(include_optimizer=False)
     return {
         "name": reference.name,
+        "base": session.base.digest,
         "weights": safetensors.torch.save(state.weights),
         "lora_config": session.config.lora_config,
         "adapter_config": state.adapter_config,
     }
+
+
+def of_state(name: str, state: SessionState, lora: LoRAConfig | None) -> Snapshot:
+    """The weights of a saved state."""
+    return Snapshot(name, state.geometry["base"], state.weights, lora, state.adapter_config)
 
 
 def opened(carried: dict[str, Any]) -> Snapshot:

@@ -96,6 +96,11 @@ class TrainingActor:
         return seal_payload(self._key, taken)
 
     @_control
+    def latest(self) -> bytes:
+        """A `SnapshotRef` of the weights after the last completed step."""
+        return seal_payload(self._key, reply_of(lambda: self._ready_worker().latest()))
+
+    @_control
     def cancel(self, request_id: str) -> bool:
         return self._calls.cancel(request_id)
 

@@ -5,6 +5,7 @@ Each public method named in `TRAINING_OPERATIONS` is one operation of the API.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ class Worker:
             config.model_ref, cache=place.model_cache, dtype=config.dtype, progress=progress
         )
         self._snapshots: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._changing = threading.Lock()  # held while weights change or are copied
         self._generation = 0  # of the weights: rises whenever they may have changed
         self._failure: TGTinkerError | None = None  # of the last step, not told to a sample yet
         progress("preparing the trainable weights")
@@ -120,10 +122,11 @@ class Worker:
 
     def optim_step(self, check_cancelled: Check, apply_dp_noise: bool) -> OptimStepResult:
         check_cancelled()
-        self._generation += 1
         self._failure = None
         try:
-            return self.session.optim_step(apply_dp_noise)
+            with self._changing:
+                self._generation += 1
+                return self.session.optim_step(apply_dp_noise)
         except (WindowSpoiledError, NonFiniteError) as failure:
             self._failure = failure
             raise
@@ -143,6 +146,14 @@ class Worker:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
+        return self.latest()
+
+    def latest(self) -> SnapshotRef:
+        """The weights after the last completed step, from any thread."""
+        with self._changing:
+            return self._kept()
+
+    def _kept(self) -> SnapshotRef:
         place, lora = self._place, self.session.config.lora_config
         version = f"{place.run_id}@{self.session.step}"
         reference = SnapshotRef(
@@ -187,8 +198,9 @@ class Worker:
         check_cancelled()
         files = fetch(self._registry, self._store, self._place.tenant, artifact_id)
         checkpoint = from_files(files)
-        warnings = self.session.load(checkpoint.state)
-        self._generation += 1
+        with self._changing:
+            self._generation += 1
+            warnings = self.session.load(checkpoint.state)
         self._failure = None
         return LoadStateResult(
             artifact_id, self.session.step, checkpoint.metadata, checkpoint.timestamp, warnings

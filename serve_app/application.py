@@ -1,22 +1,31 @@
-"""The door to Ray Serve: deploys the sampling application and reaches it."""
+"""The door to Ray Serve (with `http`): deploys the sampling application and reaches it."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import ipaddress
 import logging
+import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.config import ProxyLocation
+from ray.serve.config import BackpressureConfig, HTTPOptions, ProxyLocation
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from actors.generation import SLOTS
-from actors.process import harden
-from serve_app.replica import Replica
-from tg_tinker.errors import ActorLostError, QueueFullError
+from actors.process import SPIN
+from serve_app.http import HttpOptions, HttpReplica
+from tg_tinker.errors import (
+    ActorLostError,
+    ClusterUnavailableError,
+    InvalidRequestError,
+    QueueFullError,
+)
 
 MOST_ONGOING = 8 * SLOTS
 """Calls that a replica takes; those beyond its slots wait in its engine."""
@@ -27,12 +36,29 @@ MOST_QUEUED = 256
 _QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
 
 
-class HardenedReplica(Replica):
-    """In a process of ours, which writes no core file."""
+@dataclass(frozen=True)
+class Place:
+    """What a sampler samples from, and what it occupies.
 
-    def __init__(self, *arguments: Any) -> None:
-        harden()
-        super().__init__(*arguments)
+    Attributes:
+        model_ref, dtype: of the base model, as `TrainingConfig` has them; with the namespace they
+            name its application.
+        home, store: where converted models and artifacts lie.
+    """
+
+    namespace: str
+    model_ref: str
+    dtype: str
+    home: str
+    store: str
+    num_cpus: float
+    num_gpus: float
+    threads: int | None
+
+    @property
+    def name(self) -> str:
+        model = hashlib.sha256(f"{self.model_ref} {self.dtype}".encode()).hexdigest()[:12]
+        return f"tg-tinker-{self.namespace}-{model}"
 
 
 class Sampler:
@@ -61,29 +87,73 @@ class Sampler:
                 answers.cancel()
 
 
-def connect(
-    namespace: str, model_ref: str, dtype: str, digest: str, home: str,
-    num_cpus: float, num_gpus: float, threads: int | None,
-) -> Sampler:  # fmt: skip
+def connect(embedded: bool, **where: Any) -> Sampler:
     """The application of a base model; deployed here where it does not run yet.
 
-    Its HTTP proxy stays off: calls come through handles, inside the cluster.
+    Args:
+        embedded: start Serve without its HTTP proxy.
+        where: the fields of `Place`.
     """
-    name = f"tg-tinker-{namespace}-{digest.removeprefix('sha256:')[:12]}-{dtype}"
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process
-    serve.start(proxy_location=ProxyLocation.Disabled, logging_config=_QUIET)
-    running = serve.status().applications.get(name)
+    place = Place(**where)
+    _start(ProxyLocation.Disabled if embedded else ProxyLocation.HeadOnly)
+    running = serve.status().applications.get(place.name)
     if running is None or running.status != ApplicationStatus.RUNNING:
-        deployment = serve.deployment(
-            name="sampler",
-            max_ongoing_requests=MOST_ONGOING,
-            max_queued_requests=MOST_QUEUED,
-            ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
-            logging_config=_QUIET,
-        )(HardenedReplica)
-        application = deployment.bind(namespace, model_ref, dtype, home, threads)
-        serve.run(application, name=name, route_prefix=None, logging_config=_QUIET)
-    return Sampler(serve.get_app_handle(name))
+        _run(place, HttpOptions(), route=None)
+    return Sampler(serve.get_app_handle(place.name))
+
+
+def serve_http(host: str, port: int, replicas: int, where: dict[str, Any], **options: Any) -> None:
+    """Deploys the application of a base model at an address; returns when it answers.
+
+    Args:
+        where, options: the fields of `Place` and `HttpOptions`.
+
+    Raises:
+        InvalidRequestError: open to everyone on an address that others reach.
+        ClusterUnavailableError: Serve runs here at another address.
+    """
+    allowed = HttpOptions(**options)
+    if allowed.open and not ipaddress.ip_address(socket.gethostbyname(host)).is_loopback:
+        raise InvalidRequestError(
+            f"{host} can be reached by others: make an API key first (`tg-tinker api-keys create`),"
+            " or serve on 127.0.0.1"
+        )
+    _start(ProxyLocation.HeadOnly, HTTPOptions(host=host, port=port))
+    _run(Place(**where), allowed, route="/", replicas=replicas)
+    with contextlib.closing(socket.socket()) as probe:
+        if probe.connect_ex((host, port)) != 0:
+            raise ClusterUnavailableError(
+                f"Ray Serve runs on this cluster already, not at {host}:{port}: give its address,"
+                " or `serve shutdown` it first"
+            )
+
+
+def _start(location: ProxyLocation, http: HTTPOptions | None = None) -> None:
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process
+    serve.start(proxy_location=location, http_options=http, logging_config=_QUIET)
+
+
+def _run(place: Place, options: HttpOptions, route: str | None, replicas: int = 1) -> None:
+    deployment = serve.deployment(
+        name="sampler",
+        max_ongoing_requests=MOST_ONGOING,
+        max_queued_requests=MOST_QUEUED,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        autoscaling_config={"min_replicas": 1, "max_replicas": replicas,
+                            "target_ongoing_requests": 2 * SLOTS},
+        graceful_shutdown_timeout_s=options.deadline_s,
+        ray_actor_options={
+            "num_cpus": place.num_cpus,
+            "num_gpus": place.num_gpus,
+            "runtime_env": {"env_vars": SPIN},  # before the process loads torch
+        },
+        logging_config=_QUIET,
+    )(HttpReplica)  # fmt: skip
+    application = deployment.bind(
+        options, place.namespace, place.model_ref, place.dtype, place.home, place.store,
+        place.threads,
+    )  # fmt: skip
+    serve.run(application, name=place.name, route_prefix=route, logging_config=_QUIET)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from actors.adapters import Adapter
 from actors.generation import SlotEngine, TokenRequest
 from actors.model import Base, make_trainable
 from actors.snapshots import Snapshot
-from tg_tinker.errors import InternalError
+from tg_tinker.errors import ArtifactMismatchError, InternalError
 
 MOST_WHOLE_MODELS = 2
 """Copies of the model with weights of their own; the one used longest ago leaves first."""
@@ -98,16 +98,25 @@ class Engines:
     def alive(self) -> bool:
         return all(engine.alive for engine in (self._shared, *self._whole.values()))
 
-    def has(self, name: str, shared: bool) -> Future[bool]:
-        """Whether the weights of this name are here."""
-        if shared:
+    def has(self, name: str | None, shared: bool) -> Future[bool]:
+        """Whether the weights of this name are here; None is the base model, which always is."""
+        if name is not None and shared:
             return self._shared.do(lambda engine: name in engine.adapters)
         outcome: Future[bool] = Future()
-        outcome.set_result(name in self._whole)
+        outcome.set_result(name is None or name in self._whole)
         return outcome
 
     def add(self, snapshot: Snapshot) -> None:
-        """Takes weights in; blocks while they are copied."""
+        """Takes weights in; blocks while they are copied.
+
+        Raises:
+            ArtifactMismatchError: they were trained on another base model.
+        """
+        if snapshot.base != self.base.digest:
+            raise ArtifactMismatchError(
+                "these weights were trained on another base model than this sampler's: the files"
+                " of the model have changed since one of them was loaded. Restart the cluster"
+            )
         if snapshot.shared:
             config = snapshot.adapter_config or {}
             adapter = Adapter(snapshot.name, config, snapshot.weights)
@@ -117,9 +126,9 @@ class Engines:
                 self._whole.popitem(last=False)[1].close()
             self._whole[snapshot.name] = EngineThread(SlotEngine(self._with_weights(snapshot)))
 
-    def of(self, name: str, shared: bool) -> EngineThread:
+    def of(self, name: str | None, shared: bool) -> EngineThread:
         """The engine that holds these weights."""
-        if shared:
+        if name is None or shared:
             return self._shared
         self._whole.move_to_end(name)
         return self._whole[name]

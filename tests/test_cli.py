@@ -57,7 +57,8 @@ def test_the_commands_are_these() -> None:
         "demo", "init", "runs", "version",
         "artifacts", "artifacts list", "artifacts export", "artifacts delete",
         "privacy", "privacy report", "privacy certificate", "privacy ledger", "privacy verify",
-        "privacy audit",
+        "privacy audit", "serve", "sample", "chat",
+        "api-keys", "api-keys create", "api-keys list", "api-keys revoke",
     }  # fmt: skip
 
 

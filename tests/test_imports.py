@@ -26,11 +26,13 @@ LINE = ("tg_tinker", "actors", "serve_app")
 DOORS = {
     "ray": {
         "tg_tinker/cluster.py", "actors/training_actor.py", "actors/registry_actor.py",
-        "serve_app/application.py",
+        "serve_app/application.py", "serve_app/http.py",
     },
     "transformers": {"tg_tinker/text.py", "actors/model.py"},
     "peft": {"actors/model.py"},
-    "sqlalchemy": {"actors/database.py", "actors/registry.py", "actors/budgets.py"},
+    "sqlalchemy": {
+        "actors/database.py", "actors/registry.py", "actors/budgets.py", "actors/api_keys.py",
+    },
     "opacus": {"actors/accountants.py", "actors/model.py"},
     "cryptography": {"tg_tinker/envelope.py"},
     "pyarrow": {"tg_tinker/data.py"},

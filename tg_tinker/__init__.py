@@ -21,6 +21,7 @@ from tg_tinker.config import (
     TrainingConfig,
 )
 from tg_tinker.errors import (
+    AccessDeniedError,
     ActorLostError,
     ArtifactMismatchError,
     ClusterUnavailableError,
@@ -38,6 +39,7 @@ from tg_tinker.errors import (
     ServiceError,
     StorageError,
     TGTinkerError,
+    VersionGoneError,
     WindowSpoiledError,
 )
 from tg_tinker.future import FutureHandle
@@ -46,6 +48,7 @@ from tg_tinker.privacy import PrivacyInfo, PrivacyReport
 from tg_tinker.service import ServiceClient
 from tg_tinker.training import TrainingClient
 from tg_tinker.types import (
+    ApiKeyInfo,
     ArtifactInfo,
     DPMetrics,
     EncryptionInfo,
@@ -62,7 +65,9 @@ from tg_tinker.types import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccessDeniedError",
     "ActorLostError",
+    "ApiKeyInfo",
     "ArtifactInfo",
     "ArtifactMismatchError",
     "BatchData",
@@ -101,6 +106,7 @@ __all__ = [
     "TrainingClient",
     "TrainingClientInfo",
     "TrainingConfig",
+    "VersionGoneError",
     "WindowSpoiledError",
     "batch_hash",
 ]

@@ -61,6 +61,28 @@ def render_prompt(tokenizer: Any, text: str) -> str:
     return render_row_prompt(tokenizer, {"prompt": text, "completion": ""})
 
 
+def render_messages(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """What to pass to `sample` to have the last of these messages answered.
+
+    Raises:
+        InvalidRequestError: the model has no chat template, or it refuses these roles.
+    """
+    if tokenizer.chat_template is None:
+        raise InvalidRequestError(
+            "this model has no chat template: use completions, with a prompt of your own form"
+        )
+    try:
+        text: str = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # whatever the template raises: its text could quote a message
+        raise InvalidRequestError(
+            f"the model's chat template refuses these messages ({type(error).__name__}): check the"
+            " order of the roles"
+        ) from None
+    return text
+
+
 def render_row_prompt(tokenizer: Any, row: Mapping[str, Any]) -> str:
     """What to pass to `sample` to have the model give its first answer of this row."""
     checked = check_row(row, "the row")

@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from tg_tinker import cli_sampling
 from tg_tinker.errors import TGTinkerError
 
 if TYPE_CHECKING:
@@ -65,6 +66,10 @@ main = typer.Typer(
       [cyan]tg-tinker artifacts export ARTIFACT_ID my-adapter[/]
       [cyan]tg-tinker privacy report[/]
 
+    or let others use it:
+
+      [cyan]tg-tinker serve[/]
+
     All that lasts is in ~/.tg-tinker, or where TG_TINKER_HOME points.""",
 )
 artifacts = typer.Typer(
@@ -91,6 +96,7 @@ privacy = typer.Typer(
       [cyan]tg-tinker privacy audit[/]""",
 )
 main.add_typer(privacy, name="privacy")
+main.add_typer(cli_sampling.commands)
 
 _Dataset = Annotated[str, typer.Argument(help="As in TrainingConfig.dataset_id.")]
 
@@ -149,7 +155,7 @@ def demo(
         model, data, epsilon, no_privacy, steps, batch_size, learning_rate, rank, max_length,
         output, resume, seed,
     )  # fmt: skip
-    raise typer.Exit(run_demo(options, connect=_connector(ctx), program=_program()))
+    raise typer.Exit(run_demo(options, connect=connector(ctx), program=_program()))
 
 
 @main.command()
@@ -176,14 +182,14 @@ def runs(ctx: typer.Context) -> None:
 
     [cyan]tg-tinker runs[/]
     """
-    with _connector(ctx)() as service:
+    with connector(ctx)() as service:
         known = service.list_training_clients()
     rows = [
         (run.training_client_id, run.status, str(run.step), Path(run.model_ref).name,
          f"{run.created_at:%Y-%m-%d %H:%M}", run.last_artifact_id or "-")
         for run in known
     ]  # fmt: skip
-    _print_table(("run", "status", "step", "model", "created (UTC)", "last artifact"), rows)
+    print_table(("run", "status", "step", "model", "created (UTC)", "last artifact"), rows)
 
 
 @artifacts.command("list")
@@ -192,7 +198,7 @@ def list_artifacts(ctx: typer.Context) -> None:
 
     [cyan]tg-tinker artifacts list[/]
     """
-    with _connector(ctx)() as service:
+    with connector(ctx)() as service:
         known = service.list_artifacts()
     rows = [
         (item.artifact_id, item.training_client_id, str(item.step),
@@ -200,7 +206,7 @@ def list_artifacts(ctx: typer.Context) -> None:
          f"{item.created_at:%Y-%m-%d %H:%M}")
         for item in known
     ]  # fmt: skip
-    _print_table(("artifact", "run", "step", "size", "optimizer", "created (UTC)"), rows)
+    print_table(("artifact", "run", "step", "size", "optimizer", "created (UTC)"), rows)
 
 
 @artifacts.command()
@@ -213,7 +219,7 @@ def export(
 
     [cyan]tg-tinker artifacts export ARTIFACT_ID my-adapter[/]
     """
-    with _connector(ctx)() as service:
+    with connector(ctx)() as service:
         service.export_adapter(artifact_id, path)
     typer.echo(f"Wrote {path}: not encrypted, load it with peft.PeftModel.from_pretrained")
 
@@ -230,7 +236,7 @@ def delete(
     """
     if not yes:
         typer.confirm(f"Delete {artifact_id} for good?", abort=True)
-    with _connector(ctx)() as service:
+    with connector(ctx)() as service:
         service.delete_artifact(artifact_id)
     typer.echo(f"Deleted {artifact_id}")
 
@@ -342,23 +348,25 @@ def version() -> None:
 
 
 def _report(ctx: typer.Context, dataset_id: str) -> PrivacyReport:
-    with _connector(ctx)() as service:
+    with connector(ctx)() as service:
         return service.privacy_report(dataset_id)
 
 
-def _connector(ctx: typer.Context) -> Callable[[], ServiceClient]:
+def connector(ctx: typer.Context) -> Callable[[], ServiceClient]:
     from tg_tinker.service import ServiceClient
 
     return ctx.obj or ServiceClient
 
 
-def _print_table(columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> None:
+def print_table(
+    columns: Sequence[str], rows: Sequence[tuple[str, ...]], maker: str = "`tg-tinker demo`"
+) -> None:
     """A table on a terminal; elsewhere the same, never cut to a width."""
     console = Console() if sys.stdout.isatty() else Console(width=200)
     table = Table(*columns, box=None, header_style="bold", pad_edge=False)
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    console.print(table if rows else "none yet: `tg-tinker demo` makes one")
+    console.print(table if rows else f"none yet: {maker} makes one")
 
 
 def _program() -> str:

@@ -26,7 +26,7 @@ from tg_tinker.errors import (
     PlacementError,
 )
 from tg_tinker.interrupts import ctrl_c_held_back
-from tg_tinker.wire import Reply, Request, SampleRequest
+from tg_tinker.wire import Reply, Request, SampleRequest, SnapshotRef
 
 if TYPE_CHECKING:
     import ray
@@ -156,8 +156,17 @@ class Cluster:
 
     def sampler(self, key: bytes, **arguments: Any) -> SamplerLink:
         """The sampling application of a base model, deployed where it does not run yet."""
+        where = {"namespace": self.namespace, "embedded": self.embedded, **arguments}
         with _translated():
-            return SamplerLink(provided("sampler")(self.namespace, **arguments), key)
+            return SamplerLink(provided("sampler")(**where), key)
+
+    def serve_http(
+        self, host: str, port: int, replicas: int, where: dict[str, Any], **options: Any
+    ) -> None:
+        """The same at an HTTP address."""
+        place = {"namespace": self.namespace, **where}
+        with _translated():
+            provided("serve_http")(host, port, replicas, place, **options)
 
     def kill(self, actor: Any) -> None:
         """Ends an actor and frees what it holds."""
@@ -314,16 +323,30 @@ def fetch_snapshot(namespace: str, actor: str, name: str) -> bytes:
     Raises:
         ActorLostError: it is gone.
     """
+    sealed: bytes = ask(_training(namespace, actor).snapshot, name)
+    return sealed
+
+
+def _training(namespace: str, actor: str) -> Any:
     with _translated():
         try:
-            training = _ray().get_actor(actor, namespace=namespace)
+            return _ray().get_actor(actor, namespace=namespace)
         except ValueError:
             raise ActorLostError(
-                "the actor that trained these weights is gone: sample again, or bring the run back"
-                " with service.get_training_client"
+                "the actor that trained these weights is gone: sample from an artifact, or bring"
+                " the run back with service.get_training_client"
             ) from None
-    sealed: bytes = ask(training.snapshot, name)
-    return sealed
+
+
+def latest_snapshot(namespace: str, actor: str, key: bytes) -> SnapshotRef:
+    """Of a living training actor.
+
+    Raises:
+        ActorLostError: it is gone.
+    """
+    sealed = ask(_training(namespace, actor).latest)
+    reference: SnapshotRef = open_payload(key, sealed).unwrap()
+    return reference
 
 
 # --- Ray's functions and exceptions ------------------------------------------------------------

@@ -3,8 +3,10 @@
     TGTinkerError
     ├── InvalidRequestError (ValueError)   the caller: a value is wrong; nothing was changed
     │   ├── NotFoundError                  no such client, artifact or model
+    │   ├── VersionGoneError               a run is at another step than the one asked for
     │   ├── ArtifactMismatchError          an artifact of another model, rank or layer set
     │   └── LineageError                   a private run may not start from these weights
+    ├── AccessDeniedError                  an API key that is missing or opens nothing
     ├── NonFiniteError                     loss or gradient is NaN or infinite; weights as before
     ├── WindowSpoiledError                 an earlier call of this step failed; it is dropped
     ├── DPBudgetExceededError              the privacy budget cannot pay for the step
@@ -67,12 +69,20 @@ class NotFoundError(InvalidRequestError):
     code = "not_found"
 
 
+class VersionGoneError(InvalidRequestError):
+    code = "version_gone"
+
+
 class ArtifactMismatchError(InvalidRequestError):
     code = "artifact_mismatch"
 
 
 class LineageError(InvalidRequestError):
     code = "lineage"
+
+
+class AccessDeniedError(TGTinkerError):
+    code = "access_denied"
 
 
 class NonFiniteError(TGTinkerError):

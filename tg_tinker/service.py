@@ -11,10 +11,10 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from tg_tinker.cluster import Cluster, SamplerLink, TrainingLink, provided
 from tg_tinker.config import DPConfig, ResourceConfig, TrainingConfig
@@ -22,7 +22,7 @@ from tg_tinker.errors import ActorLostError, InvalidRequestError, NotFoundError,
 from tg_tinker.ledger import Ledger
 from tg_tinker.privacy import DEFAULT_DATASET, PrivacyReport, dataset_of
 from tg_tinker.training import TrainingClient
-from tg_tinker.types import ArtifactInfo, LoadStateResult, ModelInfo, TrainingClientInfo
+from tg_tinker.types import ApiKeyInfo, ArtifactInfo, LoadStateResult, ModelInfo, TrainingClientInfo
 
 Progress = Callable[[str], None]
 _log = logging.getLogger("tg_tinker")
@@ -111,9 +111,7 @@ class ServiceClient:
                 f"data set {config.dataset_id!r} has a privacy ledger: a run without dp_config may"
                 " not train on it. Add a DPConfig, or leave out dataset_id if this is other data"
             )
-        if Path(config.model_ref).exists():  # actors work in directories of their own
-            absolute = str(Path(config.model_ref).absolute())
-            config = config.model_copy(update={"model_ref": absolute})
+        config = _with_absolute_path(config)
         run_id = self._registry.create_run(self._tenant, config.model_dump_json())
         epoch = self._registry.claim(run_id)
         try:
@@ -198,6 +196,72 @@ class ServiceClient:
             known = ", ".join(self._registry.dataset_ids(self._tenant)) or "none yet"
             raise NotFoundError(f"data set {dataset_id!r} has no ledger; there are: {known}")
         return PrivacyReport(entries)
+
+    # --- HTTP --------------------------------------------------------------------------------
+
+    def serve_http(
+        self,
+        model_ref: str,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        *,
+        dtype: str = "auto",
+        max_replicas: int = 1,
+        max_tokens: int = 4096,
+        max_concurrent: int = 32,
+        deadline_s: float = 300.0,
+    ) -> str:
+        """Samples over HTTP from a base model, and from the runs and artifacts on it.
+
+        Returns when it answers; `docs/sampling.md` has the routes. Without an API key of this
+        tenant everyone who reaches the address may sample, which a loopback address only allows.
+
+        Args:
+            model_ref, dtype: the base model, as in `TrainingConfig`.
+            max_replicas: copies of the model; more start when requests wait.
+            max_tokens: of one request.
+            max_concurrent: requests of one key at a time.
+            deadline_s: of one request.
+
+        Returns:
+            The address, such as ``http://127.0.0.1:8000/v1``.
+
+        Raises:
+            InvalidRequestError: an address that others reach, and no API key.
+        """
+        config = _with_absolute_path(TrainingConfig(model_ref=model_ref, dtype=dtype))
+        self._cluster.serve_http(
+            host, port, max_replicas, self._sampler_place(config),
+            tenant=self._tenant, open=not self._registry.api_keys(self._tenant),
+            most_tokens=max_tokens, most_at_once=max_concurrent, deadline_s=deadline_s,
+        )  # fmt: skip
+        return f"http://{host}:{port}/v1"
+
+    def create_api_key(
+        self, label: str = "", models: Sequence[str] = (), days: float | None = 90
+    ) -> tuple[str, ApiKeyInfo]:
+        """A key for HTTP. Its text is told here and stored nowhere: keep it.
+
+        Args:
+            label: a note for you.
+            models: runs and artifacts it may sample from, beside the base model; all when empty.
+            days: until it expires; None is never.
+        """
+        if days is not None and not 0 < days < 36_500:
+            raise InvalidRequestError(f"days={days} is out of range: it must be in (0, 36500)")
+        made: tuple[str, ApiKeyInfo] = self._registry.create_api_key(
+            self._tenant, label, list(models), days
+        )
+        return made
+
+    def list_api_keys(self) -> list[ApiKeyInfo]:
+        """All keys of this tenant that are not revoked, oldest first."""
+        keys: list[ApiKeyInfo] = self._registry.api_keys(self._tenant)
+        return keys
+
+    def revoke_api_key(self, key_id: str) -> None:
+        """Ends a key; servers notice within seconds. `NotFoundError` if there is none."""
+        self._registry.revoke_api_key(self._tenant, key_id)
 
     # --- artifacts ---------------------------------------------------------------------------
 
@@ -302,18 +366,21 @@ class ServiceClient:
             finish=partial(self._finish, run_id, config, epoch, link),
         )
 
-    def _sampler(self, config: TrainingConfig, model: ModelInfo) -> SamplerLink:
+    def _sampler(self, config: TrainingConfig) -> SamplerLink:
+        return self._cluster.sampler(self._registry.key, **self._sampler_place(config))
+
+    def _sampler_place(self, config: TrainingConfig) -> dict[str, Any]:
+        """Where the sampler of a base model finds things, and what it occupies."""
         resources = self._resources(config.resources)
-        return self._cluster.sampler(
-            self._registry.key,
-            model_ref=config.model_ref,
-            dtype=model.dtype,
-            digest=model.base_digest,
-            home=str(self._home),
-            num_cpus=0 if self._cluster.embedded else 1,
-            num_gpus=resources.num_gpus or 0,
-            threads=resources.num_threads,
-        )
+        return {
+            "model_ref": config.model_ref,
+            "dtype": config.dtype,
+            "home": str(self._home),
+            "store": self._store,
+            "num_cpus": 0 if self._cluster.embedded else 1,
+            "num_gpus": resources.num_gpus or 0,
+            "threads": resources.num_threads,
+        }
 
     def _finish(self, run_id: str, config: TrainingConfig, epoch: int, link: TrainingLink) -> None:
         if not self._cluster.connected:
@@ -349,6 +416,13 @@ class ServiceClient:
         threads = wanted.num_threads or (None if embedded else max(1, int(cpus)))
         made_explicit = {"num_cpus": cpus, "num_gpus": gpus, "num_threads": threads}
         return wanted.model_copy(update=made_explicit)
+
+
+def _with_absolute_path(config: TrainingConfig) -> TrainingConfig:
+    """Actors work in directories of their own."""
+    if not Path(config.model_ref).exists():
+        return config
+    return config.model_copy(update={"model_ref": str(Path(config.model_ref).absolute())})
 
 
 def _check_tenant(tenant: str) -> None:

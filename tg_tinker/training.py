@@ -59,7 +59,7 @@ class TrainingClient:
         epoch: int,
         describe: Callable[[], TrainingClientInfo],
         describe_privacy: Callable[[], PrivacyInfo],
-        find_sampler: Callable[[ModelInfo], SamplerLink],
+        find_sampler: Callable[[], SamplerLink],
         finish: Callable[[], None],
     ) -> None:
         self._id = run_id
@@ -349,7 +349,7 @@ class TrainingClient:
 
     @cached_property
     def _sampler(self) -> SamplerLink:
-        return self._find_sampler(self._model)
+        return self._find_sampler()
 
     def _submit(self, operation: str, **arguments: Any) -> FutureHandle[Any]:
         """Sends one call; the lock makes the order of calls the order of their numbers."""

@@ -104,7 +104,9 @@ class SampleResult:
 class StreamChunk:
     """A piece of a streamed completion: whole characters, never part of a stop sequence.
 
-    The last chunk carries `finish_reason`; its text may be empty.
+    The last chunk carries `finish_reason`; its text may be empty. `top_logprobs` (the most probable
+    tokens at each token, best first) and `prompt_logprobs` (of the prompt's tokens, with the first
+    chunk) are there when asked for.
     """
 
     text: str
@@ -113,6 +115,8 @@ class StreamChunk:
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
     weights_version: str = ""
+    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    prompt_logprobs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,22 @@ class ArtifactInfo:
     size_bytes: int
     include_optimizer: bool
     created_at: datetime
+
+
+@dataclass(frozen=True)
+class ApiKeyInfo:
+    """A key of an HTTP client, without its secret.
+
+    Attributes:
+        models: runs and artifacts it may sample from; all of the tenant's when empty.
+        expires_at: UTC; None is never.
+    """
+
+    key_id: str
+    label: str
+    models: tuple[str, ...]
+    created_at: datetime
+    expires_at: datetime | None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,435 @@
+"""The sampling server over HTTP, with OpenAI's own client, on a real Serve deployment."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import openai
+import pytest
+from typer.testing import CliRunner
+
+from tg_tinker import (
+    InvalidRequestError,
+    LoRAConfig,
+    NotFoundError,
+    OptimizerConfig,
+    ServiceClient,
+    TrainingClient,
+    TrainingConfig,
+)
+from tg_tinker.cli import main
+
+pytestmark = pytest.mark.slow
+
+
+class Server(NamedTuple):
+    service: ServiceClient
+    url: str
+    key: str
+    tc: TrainingClient
+    artifact: str
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def config(model: Path) -> TrainingConfig:
+    return TrainingConfig(
+        model_ref=str(model), lora_config=LoRAConfig(rank=4),
+        optimizer=OptimizerConfig(learning_rate=0.3),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(home: Path, tiny_model: Path) -> Iterator[Server]:
+    with ServiceClient(address="local") as service:
+        key, _ = service.create_api_key("tests")
+        url = service.serve_http(str(tiny_model), port=free_port(), max_concurrent=40)
+        with service.create_training_client(config(tiny_model)) as tc:
+            tc.forward_backward({"input_ids": [[65, 66, 67, 68]]})
+            tc.optim_step().result()
+            saved = tc.save_state().artifact_id
+            yield Server(service, url, key, tc, saved)
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.url, api_key=server.key, max_retries=0)
+
+
+def post(url: str, key: str | None, body: Any) -> tuple[int, dict[str, Any], Any]:
+    """Status, JSON, headers."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"}
+    headers |= {"Authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(url, data, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.loads(answer.read()), answer.headers
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read()), error.headers
+
+
+# --- what is answered ----------------------------------------------------------------------------
+
+
+def test_a_completion_is_what_the_client_samples(server: Server, client: openai.OpenAI) -> None:
+    expected = server.tc.sample("abc", max_tokens=12, temperature=0).samples[0]
+    found = client.completions.create(
+        model=server.tc.id, prompt="abc", max_tokens=12, temperature=0, logprobs=3
+    )
+    (choice,) = found.choices
+    assert choice.text == expected.completion
+    assert choice.logprobs.token_logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+    assert len(choice.logprobs.top_logprobs) == 12
+    assert found.usage.completion_tokens == 12
+    assert found.usage.prompt_tokens == 3
+    assert found.system_fingerprint == f"{server.tc.id}@1"
+
+
+def test_streams_joined_are_the_whole_answer(server: Server, client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": server.tc.id, "prompt": ["abc", "xy"], "max_tokens": 15, "n": 2, "seed": 5,
+    }  # fmt: skip
+    whole = client.completions.create(**asked)
+    texts, ends, usage = {}, {}, None
+    for event in client.completions.create(
+        **asked, stream=True, stream_options={"include_usage": True}
+    ):
+        usage = event.usage or usage
+        for choice in event.choices:
+            texts[choice.index] = texts.get(choice.index, "") + choice.text
+            ends |= {choice.index: choice.finish_reason} if choice.finish_reason else {}
+    assert [texts[i] for i in range(4)] == [choice.text for choice in whole.choices]
+    assert ends == {i: choice.finish_reason for i, choice in enumerate(whole.choices)}
+    assert usage == whole.usage
+
+
+def test_chat_renders_the_template_and_streams(server: Server, client: openai.OpenAI) -> None:
+    messages: list[Any] = [
+        {"role": "system", "content": "brief"},
+        {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+    ]
+    found = client.chat.completions.create(
+        model=server.tc.id, messages=messages, max_tokens=10, temperature=0, logprobs=True,
+        top_logprobs=2,
+    )  # fmt: skip
+    rendered = server.tc.tokenizer.apply_chat_template(
+        [{"role": "system", "content": "brief"}, {"role": "user", "content": "hi"}],
+        tokenize=False, add_generation_prompt=True,
+    )  # fmt: skip
+    expected = server.tc.sample(rendered, max_tokens=10, temperature=0).samples[0]
+    (choice,) = found.choices
+    assert (choice.message.role, choice.message.content) == ("assistant", expected.completion)
+    assert len(choice.logprobs.content[0].top_logprobs) == 2
+    deltas = [
+        event.choices[0].delta
+        for event in client.chat.completions.create(
+            model=server.tc.id, messages=messages, max_tokens=10, temperature=0, stream=True
+        )
+    ]
+    assert deltas[0].role == "assistant"
+    assert [delta.role for delta in deltas[1:]] == [None] * (len(deltas) - 1)
+    assert "".join(delta.content for delta in deltas) == expected.completion
+
+
+def test_stop_echo_and_token_prompts(server: Server, client: openai.OpenAI) -> None:
+    ids = server.tc.tokenizer("abc")["input_ids"]
+    whole = client.completions.create(
+        model="base", prompt=ids, max_tokens=20, temperature=0
+    ).choices[0].text  # fmt: skip
+    assert whole == client.completions.create(
+        model="base", prompt="abc", max_tokens=20, temperature=0
+    ).choices[0].text  # fmt: skip
+    stop = whole[5:7]
+    cut = client.completions.create(
+        model="base", prompt="abc", max_tokens=20, temperature=0, stop=stop, echo=True
+    ).choices[0]  # fmt: skip
+    assert cut.text == "abc" + whole[: whole.index(stop)]
+    assert cut.finish_reason == "stop"
+
+
+def test_models_are_the_base_the_runs_and_the_artifacts(
+    server: Server, client: openai.OpenAI
+) -> None:
+    assert {model.id for model in client.models.list()} == {"base", server.tc.id, server.artifact}
+
+
+def test_an_artifact_a_step_and_the_latest_answer_as_asked(
+    server: Server, client: openai.OpenAI
+) -> None:
+    def drawn(model: str) -> tuple[str, str]:
+        found = client.completions.create(model=model, prompt="abc", max_tokens=9, temperature=0)
+        return found.choices[0].text, found.system_fingerprint
+
+    first, version = drawn(server.tc.id)
+    assert drawn(server.artifact) == (first, server.artifact)
+    assert drawn(version) == (first, version)
+    for _ in range(10):
+        server.tc.forward_backward({"input_ids": [[120] * 40]})
+        server.tc.optim_step()
+    later, newer = drawn(f"{server.tc.id}@>={int(version.partition('@')[2]) + 10}")  # waits
+    assert later != first
+    assert int(newer.partition("@")[2]) > int(version.partition("@")[2])
+    with pytest.raises(openai.ConflictError, match="is at step"):
+        drawn(version)
+    assert drawn(server.artifact)[0] == first
+    server.tc.load_state(server.artifact)
+    assert drawn(server.tc.id)[0] == first
+
+
+def test_our_own_route_scores_prompts(server: Server) -> None:
+    status, found, _ = post(
+        f"{server.url}/sample", server.key,
+        {"model": server.tc.id, "prompts": ["abc", "de"], "max_tokens": 3, "temperature": 0,
+         "prompt_logprobs": True, "top_logprobs": 1, "num_completions": 2},
+    )  # fmt: skip
+    assert status == 200
+    assert [s["prompt_index"] for s in found["samples"]] == [0, 0, 1, 1]
+    assert [len(s["prompt_logprobs"]) for s in found["samples"]] == [3, 3, 2, 2]
+    assert found["samples"][0]["prompt_logprobs"][0] is None
+    assert all(len(s["token_ids"]) == len(s["top_logprobs"]) > 0 for s in found["samples"])
+    assert found["weights_version"].startswith(f"{server.tc.id}@")
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "status", "told"),
+    [
+        ("completions", {"best_of": 3}, 400, "best_of: not supported"),
+        ("completions", {"logit_bias": {"5": 1}}, 400, "logit_bias: not supported"),
+        ("completions", {"temperature": "hot"}, 400, "temperature"),
+        ("completions", {"temperature": -1}, 400, "temperature"),
+        ("completions", {"n": 1000}, 400, "n"),
+        ("completions", {"max_tokens": 0}, 400, "max_tokens"),
+        ("completions", {"max_tokens": 5000}, 400, "more than the 4096"),
+        ("completions", {"max_tokens": 126}, 400, "context of 128"),
+        ("completions", {"prompt": []}, 400, "prompt"),
+        ("completions", {"prompt": [[]]}, 400, "prompt"),
+        ("completions", {"prompt": [900]}, 400, "in \\[0, 259\\)"),
+        ("completions", {"stop": [str(i) for i in range(17)]}, 400, "stop: at most 16"),
+        ("completions", {"seed": -1}, 400, "seed"),
+        ("completions", {"model": "nobody"}, 404, "no model"),
+        ("completions", {"model": "base@1"}, 404, "no model"),
+        ("chat/completions", {"prompt": "x"}, 400, "prompt: not supported"),
+        ("chat/completions", {"messages": []}, 400, "messages"),
+        ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, 400, "role"),
+        ("chat/completions", {"top_logprobs": 2}, 400, "needs logprobs"),
+        ("chat/completions", {"tools": []}, 400, "tools: not supported"),
+        ("sample", {"prompts": [], "prompt": None}, 400, "prompt"),
+    ],
+)
+def test_what_is_wrong_is_named(
+    server: Server, route: str, body: dict[str, Any], status: int, told: str
+) -> None:
+    right: dict[str, dict[str, Any]] = {
+        "completions": {"model": "base", "prompt": "abc"},
+        "chat/completions": {"model": "base", "messages": [{"role": "user", "content": "hi"}]},
+        "sample": {"model": "base", "prompts": "abc"},
+    }
+    found, answer, _ = post(f"{server.url}/{route}", server.key, right[route] | body)
+    assert found == status
+    assert re.search(told, answer["error"]["message"])
+    assert answer["error"]["type"] == "invalid_request_error"
+
+
+def test_errors_repeat_no_text(server: Server) -> None:
+    secret = "PATIENT-4711"
+    for body in (
+        {"model": "base", "prompt": secret * 50, "max_tokens": 50},
+        {"model": "base", "prompt": {"text": secret}},
+        {"model": "base", "prompt": "a", "stop": secret, "surprise": secret},
+        {"model": "base", "messages": [{"role": secret, "content": secret}]},
+        b'{"model": "base", "prompt": "' + secret.encode(),
+    ):
+        for route in ("completions", "chat/completions", "sample"):
+            status, answer, _ = post(f"{server.url}/{route}", server.key, body)
+            assert status == 400
+            assert secret not in json.dumps(answer)
+
+
+def test_a_body_that_is_too_large_is_refused(server: Server) -> None:
+    body = {"model": "base", "prompt": "a" * 2**20}
+    status, answer, _ = post(f"{server.url}/completions", server.key, body)
+    assert (status, answer["error"]["code"]) == (413, "body_too_large")
+
+
+def test_unknown_routes_answer_in_the_same_form(server: Server) -> None:
+    status, answer, _ = post(f"{server.url}/embeddings", server.key, {})
+    assert status == 404
+    assert answer["error"]["message"]
+
+
+# --- access --------------------------------------------------------------------------------------
+
+
+def test_a_key_is_needed_and_a_revoked_or_expired_one_opens_nothing(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"model": "base", "prompt": "a", "max_tokens": 1}
+    route = f"{server.url}/completions"
+    revoked, info = server.service.create_api_key("revoked")
+    server.service.revoke_api_key(info.key_id)
+    expired, _ = server.service.create_api_key("expired", days=1e-9)
+    half = server.key[: len(server.key) // 2]
+    for key in (None, "nonsense", half, server.key + "x", revoked, expired):
+        status, answer, headers = post(route, key, asked)
+        assert (status, answer["error"]["code"]) == (401, "access_denied")
+        assert headers["WWW-Authenticate"] == "Bearer"
+    assert post(route, server.key, asked)[0] == 200
+    with pytest.raises(NotFoundError):
+        server.service.revoke_api_key(info.key_id)
+
+
+def test_keys_are_stored_as_hashes_only(server: Server, home: Path) -> None:
+    secret = server.key.rpartition("-")[2]
+    for file in home.glob("registry.db*"):
+        assert secret.encode() not in file.read_bytes()
+
+
+def test_a_key_for_one_artifact_opens_no_other_model(server: Server) -> None:
+    key, _ = server.service.create_api_key("narrow", models=[server.artifact])
+    scoped = openai.OpenAI(base_url=server.url, api_key=key, max_retries=0)
+    assert {model.id for model in scoped.models.list()} == {"base", server.artifact}
+    assert scoped.completions.create(model=server.artifact, prompt="a", max_tokens=1)
+    for other in (server.tc.id, f"{server.tc.id}@1", "never-was"):
+        with pytest.raises(openai.NotFoundError, match="there is no model"):
+            scoped.completions.create(model=other, prompt="a", max_tokens=1)
+
+
+def test_tenants_can_neither_see_nor_name_each_others_models(
+    server: Server, tiny_model: Path
+) -> None:
+    other = ServiceClient(tenant="other")
+    key, _ = other.create_api_key("theirs")
+    theirs = openai.OpenAI(base_url=server.url, api_key=key, max_retries=0)
+    assert {model.id for model in theirs.models.list()} == {"base"}
+    answers = []
+    for name in (server.tc.id, server.artifact, "never-was"):
+        with pytest.raises(openai.NotFoundError) as refused:
+            theirs.completions.create(model=name, prompt="a", max_tokens=1)
+        answers.append(refused.value.body["message"].replace(name, "X"))  # type: ignore[index]
+    assert len(set(answers)) == 1  # what exists elsewhere answers as what never was
+    other.close()
+
+
+def test_an_address_that_others_reach_needs_a_key(tiny_model: Path, server: Server) -> None:
+    nobody = ServiceClient(tenant="keyless")
+    with pytest.raises(InvalidRequestError, match="make an API key first"):
+        nobody.serve_http(str(tiny_model), host="0.0.0.0", port=free_port())
+    nobody.close()
+
+
+# --- load ----------------------------------------------------------------------------------------
+
+
+def test_a_client_that_leaves_frees_its_slots(server: Server) -> None:
+    host, _, port = server.url.removeprefix("http://").removesuffix("/v1").partition(":")
+    body = json.dumps({"model": "base", "prompt": "abc", "max_tokens": 100, "stream": True, "n": 8,
+                       "logit_bias": None}).replace(', "logit_bias": null', "")  # fmt: skip
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {server.key}"}
+    for _ in range(6):
+        connection = http.client.HTTPConnection(host, int(port), timeout=30)
+        connection.request("POST", "/v1/completions", body, headers)
+        assert connection.getresponse().read(10)
+        connection.close()
+    started = time.monotonic()
+    assert post(f"{server.url}/completions", server.key,
+                {"model": "base", "prompt": "a", "max_tokens": 2})[0] == 200  # fmt: skip
+    assert time.monotonic() - started < 30
+
+
+def test_64_streams_with_cancels_and_bad_requests(server: Server) -> None:
+    keys = [server.key, server.service.create_api_key("second")[0]]
+    clients = [openai.OpenAI(base_url=server.url, api_key=key, max_retries=0) for key in keys]
+    asked: dict[str, Any] = {"model": server.tc.id, "max_tokens": 20, "temperature": 0}
+    expected = clients[0].completions.create(prompt="abc", **asked).choices[0].text
+
+    def good(client: openai.OpenAI) -> bool:
+        events = client.completions.create(prompt="abc", stream=True, **asked)
+        return "".join(event.choices[0].text for event in events) == expected
+
+    def left(client: openai.OpenAI) -> bool:
+        with client.completions.create(prompt="xyz", stream=True, **asked) as events:
+            next(iter(events))
+        return True
+
+    def bad(client: openai.OpenAI) -> bool:
+        with pytest.raises(openai.BadRequestError):
+            client.completions.create(prompt="a" * 127, **asked)
+        return True
+
+    with ThreadPoolExecutor(64) as pool:
+        results = [pool.submit((good, good, left, bad)[i % 4], clients[i // 32]) for i in range(64)]
+        assert all(result.result(120) for result in results)
+
+
+def test_too_many_requests_of_a_key_are_told_when_to_come_back(server: Server) -> None:
+    key, _ = server.service.create_api_key("busy")
+    body = {"model": "base", "prompt": "abc", "max_tokens": 110}
+    with ThreadPoolExecutor(90) as pool:
+        found = [*pool.map(lambda _: post(f"{server.url}/completions", key, body), range(90))]
+    statuses = {status for status, _, _ in found}
+    assert statuses == {200, 429}
+    refused = [(answer, headers) for status, answer, headers in found if status == 429]
+    assert all(headers["Retry-After"] == "1" for _, headers in refused)
+
+
+def test_health(server: Server) -> None:
+    with urllib.request.urlopen(server.url.removesuffix("/v1") + "/healthz", timeout=10) as found:
+        assert json.loads(found.read()) == {"status": "ok"}
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def test_sample_and_chat_talk_to_the_server(server: Server) -> None:
+    where = ["--url", server.url, "--key", server.key, "--model", server.artifact]
+    whole = CliRunner().invoke(main, ["sample", "abc", *where, "--seed", "3", "--max-tokens", "9"])
+    grown = CliRunner().invoke(
+        main, ["sample", "-", *where, "--seed", "3", "--max-tokens", "9", "--stream"], input="abc"
+    )
+    assert whole.exit_code == grown.exit_code == 0
+    assert whole.output == grown.output != "\n"
+    talk = CliRunner().invoke(main, ["chat", *where, "--max-tokens", "5"], input="hi\nand?\n\n")
+    assert talk.exit_code == 0
+    wrong = CliRunner().invoke(main, ["sample", "abc", "--url", server.url, "--key", "no"])
+    assert wrong.exit_code == 1
+    assert "opens nothing" in wrong.output
+    nowhere = CliRunner().invoke(
+        main, ["sample", "abc", "--url", f"http://127.0.0.1:{free_port()}/v1"]
+    )
+    assert nowhere.exit_code == 1
+    assert "tg-tinker serve" in nowhere.output
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "sampling.md"
+CURLS = re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.S)
+
+
+@pytest.mark.parametrize("command", CURLS, ids=[c.split("/", 1)[1][:12] for c in CURLS])
+def test_the_curl_examples_of_the_docs_run(server: Server, command: str) -> None:
+    places = {"TG_TINKER_URL": server.url, "TG_TINKER_API_KEY": server.key}
+    found = subprocess.run(
+        ["bash", "-c", command], env=os.environ | places, capture_output=True, text=True, timeout=60
+    )
+    assert found.returncode == 0, found.stderr
+    assert '"error"' not in found.stdout
+    assert '"base"' in found.stdout or '"samples"' in found.stdout

@@ -1,0 +1,211 @@
+"""The commands about sampling: `serve`, `api-keys`, `sample` and `chat`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from tg_tinker.http_client import stream
+
+commands = typer.Typer()
+api_keys = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="""Keys for clients of `tg-tinker serve`.
+
+    As soon as there is one, every request needs one. Only hashes are stored: a
+    key is shown when it is made, and never again.
+
+      [cyan]tg-tinker api-keys create --label laptop --days 30[/]
+      [cyan]tg-tinker api-keys list[/]
+      [cyan]tg-tinker api-keys revoke KEY_ID[/]""",
+)
+commands.add_typer(api_keys, name="api-keys")
+
+_Url = Annotated[
+    str, typer.Option(envvar="TG_TINKER_URL", help="Of the server, as `tg-tinker serve` prints it.")
+]
+_Key = Annotated[
+    str | None, typer.Option(envvar="TG_TINKER_API_KEY", help="Where the server wants one.")
+]
+_Model = Annotated[
+    str, typer.Option(help="base, a run, run@step, run@>=step, or an artifact of the server.")
+]
+_MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
+_Temperature = Annotated[float, typer.Option(min=0, help="0 takes the most probable token.")]
+_Seed = Annotated[int | None, typer.Option(min=0, help="Repeats the same answer.")]
+_URL = "http://127.0.0.1:8000/v1"
+
+
+@commands.command()
+def serve(
+    ctx: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Hub id, Hugging Face directory or GGUF file; SmolLM2-135M if left out."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Others than loopback need an API key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65_535)] = 8000,
+    replicas: Annotated[int, typer.Option(min=1, help="Copies of the model at most.")] = 1,
+) -> None:
+    """Answer requests over HTTP, as OpenAI's API does, until Ctrl-C.
+
+    Serves the base model, every saved artifact of runs on it, and runs that live
+    on the same Ray cluster. A cluster that `ray start --head` left running is
+    used; else one starts for this command.
+
+      [cyan]tg-tinker serve[/]
+      [cyan]curl localhost:8000/v1/models[/]
+      [cyan]tg-tinker serve --model path/or/hub-id --host 0.0.0.0[/]
+    """
+    from tg_tinker.cli import connector
+    from tg_tinker.demo import find_demo_model
+
+    console, stopped = Console(stderr=True), threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    with connector(ctx)() as service:
+        with console.status("loading the model"):
+            url = service.serve_http(
+                model or str(find_demo_model()), host, port, max_replicas=replicas
+            )
+        keys = service.list_api_keys()
+        console.print(
+            f"Serving at [bold]{url}[/]. "
+            + (f"{len(keys)} API keys open it." if keys else "Open to everyone on this machine:")
+            + ("" if keys else " `tg-tinker api-keys create` ends that. Ctrl-C stops it.")
+        )
+        while not stopped.wait(1):
+            pass
+
+
+@commands.command()
+def sample(
+    prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads it from stdin.")],
+    model: _Model = "base",
+    max_tokens: _MaxTokens = 128,
+    temperature: _Temperature = 1.0,
+    seed: _Seed = None,
+    show_as_it_grows: Annotated[
+        bool, typer.Option("--stream", help="Print the text as it is drawn.")
+    ] = False,
+    url: _Url = _URL,
+    key: _Key = None,
+) -> None:
+    """Complete a text on a running server.
+
+    [cyan]tg-tinker sample "Once upon a time" --stream[/]
+    [cyan]tg-tinker sample - --model ARTIFACT_ID --temperature 0 < prompt.txt[/]
+    """
+    text = sys.stdin.read() if prompt == "-" else prompt
+    body: dict[str, Any] = {
+        "model": model, "prompt": text, "max_tokens": max_tokens, "temperature": temperature,
+        "seed": seed,
+    }  # fmt: skip
+    parts = []
+    for event in stream(url, key, "completions", body):
+        parts.append(event["choices"][0]["text"])
+        if show_as_it_grows:
+            typer.echo(parts[-1], nl=False)
+    typer.echo("" if show_as_it_grows else "".join(parts))
+
+
+@commands.command()
+def chat(
+    model: _Model = "base",
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    max_tokens: _MaxTokens = 256,
+    temperature: _Temperature = 0.7,
+    url: _Url = _URL,
+    key: _Key = None,
+) -> None:
+    """Talk to a model on a running server; an empty line or Ctrl-D ends it.
+
+    [cyan]tg-tinker chat --model ARTIFACT_ID[/]
+    """
+    messages: list[dict[str, str]] = []
+    if system is not None:
+        messages.append({"role": "system", "content": system})
+    while said := _ask():
+        messages.append({"role": "user", "content": said})
+        body = {"model": model, "messages": messages, "max_tokens": max_tokens,
+                "temperature": temperature}  # fmt: skip
+        answer = ""
+        for event in stream(url, key, "chat/completions", body):
+            part = event["choices"][0]["delta"]["content"]
+            answer += part
+            typer.echo(part, nl=False)
+        typer.echo()
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _ask() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+@api_keys.command("create")
+def create_key(
+    ctx: typer.Context,
+    label: Annotated[str, typer.Option(help="A note for you.")] = "",
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="A run or artifact it may use; repeat for more. All if left out."),
+    ] = None,
+    days: Annotated[float, typer.Option(min=0.001, help="Until it expires.")] = 90,
+) -> None:
+    """Make a key and print it, once.
+
+    [cyan]tg-tinker api-keys create --label laptop --model ARTIFACT_ID[/]
+    """
+    from tg_tinker.cli import connector
+
+    with connector(ctx)() as service:
+        token, info = service.create_api_key(label, model or (), days)
+    typer.echo(token)
+    typer.echo(f"key {info.key_id}, until {info.expires_at:%Y-%m-%d}: keep it, it is not stored",
+               err=True)  # fmt: skip
+
+
+@api_keys.command("list")
+def list_keys(ctx: typer.Context) -> None:
+    """List keys that are not revoked, oldest first.
+
+    [cyan]tg-tinker api-keys list[/]
+    """
+    from tg_tinker.cli import connector, print_table
+
+    with connector(ctx)() as service:
+        known = service.list_api_keys()
+    rows = [
+        (key.key_id, key.label or "-", ", ".join(map(_short, key.models)) or "all",
+         f"{key.expires_at:%Y-%m-%d}" if key.expires_at else "never")
+        for key in known
+    ]  # fmt: skip
+    print_table(("key", "label", "models", "expires (UTC)"), rows, "`tg-tinker api-keys create`")
+
+
+@api_keys.command("revoke")
+def revoke_key(
+    ctx: typer.Context, key_id: Annotated[str, typer.Argument(help="As `list` shows it.")]
+) -> None:
+    """End a key; servers notice within seconds.
+
+    [cyan]tg-tinker api-keys revoke KEY_ID[/]
+    """
+    from tg_tinker.cli import connector
+
+    with connector(ctx)() as service:
+        service.revoke_api_key(key_id)
+    typer.echo(f"revoked {key_id}")
+
+
+def _short(model: str) -> str:
+    return Path(model).name
