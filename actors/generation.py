@@ -167,6 +167,17 @@ class SlotEngine:
             if sequence.request is request and chosen:
                 self._end(sequence)
 
+    @property
+    def idle(self) -> bool:
+        return not (self._running or self._waiting)
+
+    def end_all(self, problem: str) -> None:
+        """Ends everything that runs or waits, with an error."""
+        requests = [*dict.fromkeys(s.request for s in self._running), *self._waiting]
+        for request in requests:
+            self.cancel(request)
+            request.deliver(Token(error=InternalError(problem)))
+
     def step(self) -> bool:
         """One forward and one token for every sequence that is ready; False if nothing was left.
 
@@ -332,8 +343,7 @@ class SlotEngine:
 
     def _fail(self, problem: str) -> None:
         """Ends all that run. The slots are made anew: they may be half-written."""
-        requests = list(dict.fromkeys(sequence.request for sequence in self._running))
-        for request in requests:
-            self.cancel(request)
-            request.deliver(Token(error=InternalError(problem)))
+        waiting, self._waiting = self._waiting, deque()
+        self.end_all(problem)
+        self._waiting = waiting
         self._slots = Slots(self._slots.count, self._base.device)

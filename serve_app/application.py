@@ -86,6 +86,10 @@ class Sampler:
             finally:
                 answers.cancel()
 
+    def close(self) -> None:
+        """Ends what Serve runs in this process for it: threads that would outlive the cluster."""
+        self._handle.shutdown()
+
 
 def connect(embedded: bool, **where: Any) -> Sampler:
     """The application of a base model; deployed here where it does not run yet.
@@ -139,8 +143,7 @@ def _run(place: Place, options: HttpOptions, route: str | None, replicas: int = 
         max_ongoing_requests=MOST_ONGOING,
         max_queued_requests=MOST_QUEUED,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
-        autoscaling_config={"min_replicas": 1, "max_replicas": replicas,
-                            "target_ongoing_requests": 2 * SLOTS},
+        **_scaling(replicas),
         graceful_shutdown_timeout_s=options.deadline_s,
         ray_actor_options={
             "num_cpus": place.num_cpus,
@@ -154,6 +157,16 @@ def _run(place: Place, options: HttpOptions, route: str | None, replicas: int = 
         place.threads,
     )  # fmt: skip
     serve.run(application, name=place.name, route_prefix=route, logging_config=_QUIET)
+
+
+def _scaling(most: int) -> dict[str, Any]:
+    if most == 1:
+        return {"num_replicas": 1}
+    return {
+        "autoscaling_config": {
+            "min_replicas": 1, "max_replicas": most, "target_ongoing_requests": 2 * SLOTS,
+        }
+    }  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ fine-tuning, trained biases) get a copy of the model each, of which a few stay.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from actors.adapters import Adapter
 from actors.generation import SlotEngine, TokenRequest
 from actors.model import Base, make_trainable
 from actors.snapshots import Snapshot
-from tg_tinker.errors import ArtifactMismatchError, InternalError
+from tg_tinker.errors import ArtifactMismatchError, InternalError, QueueFullError
 
 MOST_WHOLE_MODELS = 2
 """Copies of the model with weights of their own; the one used longest ago leaves first."""
@@ -42,6 +43,12 @@ class EngineThread:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
+    @property
+    def idle(self) -> bool:
+        """Nothing runs, waits, or is on its way in."""
+        with self._changed:
+            return not self._inbox and self._engine.idle
+
     def do(self, work: Callable[[SlotEngine], _T]) -> Future[_T]:
         """Runs `work(engine)` between two steps; never waits for it."""
         outcome: Future[_T] = Future()
@@ -61,28 +68,39 @@ class EngineThread:
 
     def cancel(self, request: TokenRequest, index: int | None = None) -> None:
         """Before the next step; safe when the request or the engine has ended."""
-        with self._changed:
-            self._inbox.append(lambda: self._engine.cancel(request, index))
-            self._changed.notify()
+        with contextlib.suppress(InternalError):
+            self.do(lambda engine: engine.cancel(request, index))
 
     def close(self) -> None:
-        """Ends the thread after the current step."""
+        """Ends the thread after the current step; what still runs ends with an error."""
         with self._changed:
             self._closed = True
             self._changed.notify()
 
     def _run(self) -> None:
-        busy = False
-        while True:
-            with self._changed:
-                while not (busy or self._inbox or self._closed):
-                    self._changed.wait()
-                if self._closed:
-                    return
-                inbox, self._inbox = self._inbox, []
-            for work in inbox:
-                work()
-            busy = self._engine.step()
+        # A defect is no traceback in a log: `alive` tells of it, and Serve makes a new replica.
+        with contextlib.suppress(Exception):
+            while self._turn():
+                pass
+        with self._changed:
+            self._closed = True
+            inbox, self._inbox = self._inbox, []
+        for work in inbox:
+            work()
+        self._engine.end_all("this engine has ended: repeat the request")  # nobody waits for ever
+
+    def _turn(self) -> bool:
+        """What came in, then a step; false once closed."""
+        with self._changed:
+            while self._engine.idle and not (self._inbox or self._closed):
+                self._changed.wait()
+            if self._closed:
+                return False
+            inbox, self._inbox = self._inbox, []
+        for work in inbox:
+            work()
+        self._engine.step()
+        return True
 
 
 class Engines:
@@ -111,6 +129,7 @@ class Engines:
 
         Raises:
             ArtifactMismatchError: they were trained on another base model.
+            QueueFullError: all that are here are in use.
         """
         if snapshot.base != self.base.digest:
             raise ArtifactMismatchError(
@@ -122,8 +141,7 @@ class Engines:
             adapter = Adapter(snapshot.name, config, snapshot.weights)
             self._shared.do(lambda engine: engine.adapters.add(adapter)).result()
         elif snapshot.name not in self._whole:
-            while len(self._whole) >= MOST_WHOLE_MODELS:
-                self._whole.popitem(last=False)[1].close()
+            self._make_room()
             self._whole[snapshot.name] = EngineThread(SlotEngine(self._with_weights(snapshot)))
 
     def of(self, name: str | None, shared: bool) -> EngineThread:
@@ -132,6 +150,17 @@ class Engines:
             return self._shared
         self._whole.move_to_end(name)
         return self._whole[name]
+
+    def _make_room(self) -> None:
+        if len(self._whole) < MOST_WHOLE_MODELS:
+            return
+        unused = next((name for name, engine in self._whole.items() if engine.idle), None)
+        if unused is None:
+            raise QueueFullError(
+                f"{MOST_WHOLE_MODELS} models with weights of their own answer already: try again"
+                " in a moment"
+            )
+        self._whole.pop(unused).close()
 
     def _with_weights(self, snapshot: Snapshot) -> Base:
         base = self._load()

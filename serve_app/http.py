@@ -34,13 +34,13 @@ from serve_app.replica import Replica, Running, failure
 from tg_tinker.chat import render_messages
 from tg_tinker.errors import (
     AccessDeniedError,
+    DeadlineExceededError,
     InvalidRequestError,
     NotFoundError,
     QueueFullError,
     ServiceError,
     TGTinkerError,
     VersionGoneError,
-    from_wire,
 )
 from tg_tinker.sampling import SamplingParams, check_prompts
 from tg_tinker.types import StreamChunk
@@ -51,6 +51,7 @@ _STATUS: tuple[tuple[type[TGTinkerError], int, str], ...] = (
     (InvalidRequestError, 400, "invalid_request_error"),
     (AccessDeniedError, 401, "authentication_error"),
     (QueueFullError, 429, "rate_limit_error"),
+    (DeadlineExceededError, 504, "server_error"),
     (ServiceError, 503, "server_error"),
     (TGTinkerError, 500, "server_error"),
 )
@@ -89,9 +90,6 @@ class Caller:
     models: tuple[str, ...] = ()
 
 
-_DEADLINE = ServiceError("the request took longer than this server allows: ask for fewer tokens")
-
-
 def _by_completion(chunks: Sequence[StreamChunk], count: int) -> list[list[StreamChunk]]:
     parts: list[list[StreamChunk]] = [[] for _ in range(count)]
     for chunk in chunks:
@@ -108,10 +106,12 @@ def _line(value: dict[str, Any]) -> str:
 
 
 def _error_event(error: Exception) -> dict[str, Any]:
-    ours = error if isinstance(error, TGTinkerError) else None
-    wire = failure(error).error
-    shown = ours or (from_wire(wire) if wire is not None else _DEADLINE)
-    return error_body(shown.message, "server_error", shown.code)
+    """An error as OpenAI's clients read it; one that is not ours by its type and place only."""
+    try:
+        failure(error).unwrap()
+    except TGTinkerError as shown:
+        return error_body(shown.message, "server_error", shown.code)
+    raise error  # never: `failure` is an error
 
 
 class Guard:
@@ -225,7 +225,7 @@ class HttpReplica(Replica):
         prompts, params = check_prompts(body.prompts), body.params()
         caller, running = await self._begun(request, body.model, prompts, params)
         if body.stream:
-            return self._events(caller, running, lambda chunk: asdict(chunk))
+            return await self._events(caller, running, lambda chunk: asdict(chunk))
         chunks = await self._all(caller, running)
         parts = _by_completion(chunks, len(prompts) * params.num_completions)
         samples = [
@@ -257,7 +257,8 @@ class HttpReplica(Replica):
             parts = _by_completion(chunks, len(prompts) * params.num_completions)
             return JSONResponse(answer.whole(parts, usage(running.prompt_tokens, drawn)))
         counts = body.stream_options is not None and body.stream_options.include_usage
-        return self._events(caller, running, answer.event, answer.usage_event if counts else None)
+        last = answer.usage_event if counts else None
+        return await self._events(caller, running, answer.event, last)
 
     async def _begun(
         self, request: Request, model: str, prompts: Sequence[str | list[int]],
@@ -284,28 +285,29 @@ class HttpReplica(Replica):
             raise
 
     async def _followed(self, caller: Caller, running: Running) -> AsyncIterator[StreamChunk]:
-        """Until the deadline; a client that has left ends it."""
         try:
-            async with asyncio.timeout(self._options.deadline_s):
-                async for chunk in self.follow(running):
-                    yield chunk
-        except TimeoutError:
-            raise _DEADLINE from None
+            async for chunk in self.follow(running, self._options.deadline_s):
+                yield chunk
         finally:
             self._at_once[caller.key_id] -= 1
 
     async def _all(self, caller: Caller, running: Running) -> list[StreamChunk]:
         return [chunk async for chunk in self._followed(caller, running)]
 
-    def _events(
+    async def _events(
         self, caller: Caller, running: Running, event: Any, last: Any = None
     ) -> StreamingResponse:
-        """Server-sent events; an error after the first byte is an event, too."""
+        """Server-sent events; an error after the first chunk is an event, too."""
+        chunks = self._followed(caller, running)
+        # Taken here: a generator that was never begun would never give back what it holds, should
+        # the client have left before the answer begins.
+        first = await anext(chunks)
 
         async def lines() -> AsyncIterator[str]:
-            drawn = 0
+            drawn = len(first.token_ids)
+            yield _line(event(first))
             try:
-                async for chunk in self._followed(caller, running):
+                async for chunk in chunks:
                     drawn += len(chunk.token_ids)
                     yield _line(event(chunk))
             except Exception as error:

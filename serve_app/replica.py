@@ -21,7 +21,7 @@ from serve_app.engines import Engines, EngineThread, loader
 from serve_app.sources import Source, Sources
 from tg_tinker.cluster import RemoteRegistry, find_registry
 from tg_tinker.envelope import open_payload, seal_payload
-from tg_tinker.errors import NotFoundError
+from tg_tinker.errors import DeadlineExceededError, NotFoundError
 from tg_tinker.sampling import SamplingParams
 from tg_tinker.text import load_tokenizer
 from tg_tinker.types import SampleResult, StreamChunk
@@ -136,12 +136,25 @@ class Replica:
             " fewer runs at a time"
         )
 
-    async def follow(self, running: Running) -> AsyncIterator[StreamChunk]:
-        """Chunks as they grow; leaving it early frees the slots within a step."""
+    async def follow(
+        self, running: Running, deadline_s: float | None = None
+    ) -> AsyncIterator[StreamChunk]:
+        """Chunks as they grow; leaving it early frees the slots within a step.
+
+        Raises:
+            DeadlineExceededError: it is not done after this time.
+        """
         call, engine = running.call, running.engine
+        ends = None if deadline_s is None else time.monotonic() + deadline_s
         try:
             while call.open:
-                await running.arrived.wait()
+                left = None if ends is None else ends - time.monotonic()
+                try:
+                    await asyncio.wait_for(running.arrived.wait(), left)
+                except TimeoutError:
+                    raise DeadlineExceededError(
+                        f"the answer was not complete after {deadline_s:g} s: ask for fewer tokens"
+                    ) from None
                 running.arrived.clear()
                 for chunk in call.take():
                     yield chunk

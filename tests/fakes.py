@@ -195,7 +195,13 @@ class FakeTrainingClient(TrainingClient):
         before, count = ledger.epsilon, ledger.accounts[self._id].count + 1
         self._service.enter(
             dataset_of(self._config),
-            {"type": "charge", "run": self._id, "epoch": 1, "charge": "id", "count": count},
+            {
+                "type": "charge",
+                "run": self._id,
+                "epoch": 1,
+                "charge": f"{self._id}-{count}",
+                "count": count,
+            },
         )
         spent = ledger.epsilon - before
         return DPMetrics(True, spent, ledger.epsilon, ledger.delta, 1.0, 0.5, 1)

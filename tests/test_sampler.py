@@ -20,9 +20,11 @@ from actors.model import Base
 from actors.snapshots import opened, take
 from serve_app.engines import Engines, EngineThread
 from tg_tinker import (
+    InternalError,
     InvalidRequestError,
     LoRAConfig,
     OptimizerConfig,
+    QueueFullError,
     ServiceClient,
     TrainingClient,
     TrainingConfig,
@@ -119,6 +121,31 @@ def test_a_third_whole_model_takes_the_place_of_the_one_used_longest_ago(tiny_mo
         engines.of(name, shared=False)
     assert [engines.has(name, False).result() for name in "abc"] == [True, False, True]
     assert engines.alive
+    busy = [Reader([65], SamplingParams(max_tokens=10**6, temperature=0)) for _ in "ac"]
+    for name, reader in zip("ac", busy, strict=True):
+        engine = engines.of(name, shared=False)
+        engine._engine._base.context_length = 10**7
+        engine._engine._base.eos_ids = frozenset()
+        engine.do(lambda e, r=reader: e.submit(r.request)).result(10)  # type: ignore[misc]
+    with pytest.raises(QueueFullError):  # nobody loses an answer that is being drawn
+        engines.add(opened(take(s, SnapshotRef("d", "d", "d", False))))
+    for name, reader in zip("ac", busy, strict=True):
+        engines.of(name, shared=False).close()
+        engines.of(name, shared=False)._thread.join(20)
+        assert isinstance(reader.tokens[-1].error, InternalError)  # told, not left waiting
+
+
+def test_a_defect_of_the_thread_leaves_nobody_waiting(base: Base) -> None:
+    thread = EngineThread(SlotEngine(base))
+    reader = Reader([65, 66], SamplingParams(max_tokens=50, temperature=0))
+    thread._engine.step = lambda: 1 / 0  # type: ignore[assignment,method-assign]
+    thread.do(lambda engine: engine.submit(reader.request)).result(10)
+    thread._thread.join(10)
+    assert not thread.alive
+    assert isinstance(reader.tokens[-1].error, InternalError)
+    with pytest.raises(InternalError):
+        thread.do(lambda engine: None)
+    thread.cancel(reader.request)
 
 
 # --- through Ray Serve ---------------------------------------------------------------------------

@@ -31,6 +31,14 @@ from tg_tinker.wire import Reply, Request, SampleRequest, SnapshotRef
 if TYPE_CHECKING:
     import ray
 
+# Before Ray is first imported, which is why the other packages import this module first.
+# No telemetry leaves.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# A handle asked after its service closed must fail, not start a cluster of Ray's own choice.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+# Serve brings gRPC along, whose fork handlers meddle with the start of the next embedded cluster.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 REGISTRY_NAME = "tg_tinker.registry"
 ENTRY_POINTS = "tg_tinker.cluster"
 
@@ -77,6 +85,7 @@ class Cluster:
                 self.embedded = _connect(address)
             Cluster._embedded_users += self.embedded
         self._open = True
+        self._samplers: list[SamplerLink] = []
 
     @property
     def connected(self) -> bool:
@@ -88,6 +97,8 @@ class Cluster:
             if not self._open:
                 return
             self._open = False
+            for sampler in self._samplers:
+                sampler.close()
             Cluster._embedded_users -= self.embedded
             if self.embedded and not Cluster._embedded_users:
                 _ray().shutdown()
@@ -158,7 +169,8 @@ class Cluster:
         """The sampling application of a base model, deployed where it does not run yet."""
         where = {"namespace": self.namespace, "embedded": self.embedded, **arguments}
         with _translated():
-            return SamplerLink(provided("sampler")(**where), key)
+            self._samplers.append(SamplerLink(provided("sampler")(**where), key))
+        return self._samplers[-1]
 
     def serve_http(
         self, host: str, port: int, replicas: int, where: dict[str, Any], **options: Any
@@ -301,6 +313,11 @@ class SamplerLink:
             sealed = self._application.sample(seal_payload(self._key, request))
         return open_payload(self._key, sealed).unwrap()
 
+    def close(self) -> None:
+        """Whatever state the cluster is in."""
+        with contextlib.suppress(Exception):
+            self._application.close()
+
     def stream(self, request: SampleRequest) -> Iterator[Any]:
         """Chunks as they grow; leaving the loop early frees their slots."""
         with _translated():
@@ -386,10 +403,6 @@ def _translated() -> Iterator[None]:
 
 
 def _ray() -> Any:
-    # Usage statistics are off before Ray is first imported: no telemetry leaves.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A handle asked after its service closed must fail, not start a cluster of Ray's own choice.
-    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     import ray
 
     return ray

@@ -18,6 +18,7 @@
         ├── ClusterUnavailableError        no Ray cluster answers
         ├── PlacementError                 no node has room for the client
         ├── QueueFullError                 too many calls are waiting on this client
+        ├── DeadlineExceededError          a sample over HTTP took longer than the server allows
         ├── StorageError                   the disk or the store refused
         └── InternalError                  a defect of ours; named by type and request id only
 
@@ -127,6 +128,10 @@ class PlacementError(ServiceError):
 
 class QueueFullError(ServiceError):
     code = "queue_full"
+
+
+class DeadlineExceededError(ServiceError):
+    code = "deadline_exceeded"
 
 
 class StorageError(ServiceError):
