@@ -170,8 +170,8 @@ class AdapterBank:
             self.drop(name)
         if self.size + size > self._most:
             raise QueueFullError(
-                f"an adapter of {size / 1e6:.1f} MB does not fit beside those in use"
-                f" ({self.size / 1e6:.1f} of {self._most / 1e6:.1f} MB): try again in a moment"
+                f"an adapter of {size / 1e6:.1f} MB does not fit beside those in use: try again in"
+                " a moment"
             )
 
     def _grow(self, room: int, rank: int) -> None:

@@ -84,8 +84,9 @@ class ApiKeys(Database):
         Raises:
             AccessDeniedError: unknown, expired or revoked; which of them is not told.
         """
-        _, _, rest = token.partition(f"{_PREFIX}-")
+        prefix, _, rest = token.partition("-")
         identity, _, secret = rest.partition("-")
+        identity = identity if prefix == _PREFIX else ""
         with self._reading() as connection:
             row = connection.execute(sa.select(_keys).where(_keys.c.id == identity)).one_or_none()
         stored = row.hash if row is not None else _hash("")

@@ -23,7 +23,13 @@ from actors.adapters import AdapterBank
 from actors.drawing import draw, penalised, uniform
 from actors.model import Base, next_token_logits
 from actors.slots import Layout, Piece, Slots
-from tg_tinker.errors import InternalError, InvalidRequestError, NonFiniteError, TGTinkerError
+from tg_tinker.errors import (
+    InternalError,
+    InvalidRequestError,
+    NonFiniteError,
+    QueueFullError,
+    TGTinkerError,
+)
 from tg_tinker.sampling import SamplingParams
 
 SLOTS = 8
@@ -202,7 +208,13 @@ class SlotEngine:
         """First come, first served; a request gets all slots it will need at once."""
         while self._waiting and self._waiting[0].params.num_completions <= len(self._free):
             request = self._waiting.popleft()
-            self._slots.reserve(len(request.prompt) + request.params.max_tokens)
+            try:
+                self._slots.reserve(len(request.prompt) + request.params.max_tokens)
+            except (MemoryError, RuntimeError):  # of this request alone
+                self.adapters.release(request.adapter)
+                problem = "there is no memory for a sequence of this length: ask for fewer tokens"
+                request.deliver(Token(error=QueueFullError(problem)))
+                continue
             self._free.sort()
             count = request.params.num_completions
             slots, self._free = self._free[:count], self._free[count:]
@@ -275,10 +287,11 @@ class SlotEngine:
         logprobs = torch.log_softmax(logits, dim=-1)
         best = logits.argmax(-1).tolist()
         usable = torch.isfinite(logprobs.max(-1).values).tolist()
-        drawn = [
-            self._choose(sequence, logits[row], best[row]) if usable[row] else 0
-            for row, sequence in enumerate(ready)
-        ]
+        drawn = []
+        for row, sequence in enumerate(ready):
+            token = self._choose(sequence, logits[row], best[row]) if usable[row] else None
+            usable[row] = token is not None
+            drawn.append(token or 0)
         index = torch.tensor(drawn, device=logits.device)[:, None]
         chosen = logprobs.gather(1, index)[:, 0].tolist()
         for row, sequence in enumerate(ready):
@@ -290,11 +303,14 @@ class SlotEngine:
             top = self._most_probable(sequence, logprobs[row])
             self._deliver(sequence, drawn[row], chosen[row], top)
 
-    def _choose(self, sequence: _Sequence, logits: torch.Tensor, best: int) -> int:
+    def _choose(self, sequence: _Sequence, logits: torch.Tensor, best: int) -> int | None:
+        """A token, or None where this request's own parameters leave none to draw."""
         request, params = sequence.request, sequence.request.params
         scores = penalised(logits, request.prompt, sequence.generated, params)
         if scores is logits and params.temperature == 0:
             return best
+        if not torch.isfinite(scores.max()):
+            return None
         place = request.number, request.first + sequence.index, len(sequence.generated)
         return draw(scores, params, uniform(request.seed, *place))
 

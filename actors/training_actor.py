@@ -1,7 +1,8 @@
 """The Ray shell of one training client: it owns the client's CPUs and GPUs for as long as it lives.
 
 Training calls run one at a time in the order they were sent. The control group answers beside
-them, and touches nothing but counters, the journal and the list of cancelled calls.
+them: counters, the journal, the list of cancelled calls, and copies of the weights, for which it
+waits until no step is changing them.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from actors.clipping import ClippedSum
-from tg_tinker.batch import IGNORED, Example
+from tg_tinker.batch import IGNORED, Example, require_ids
 from tg_tinker.envelope import keystream
 from tg_tinker.errors import InvalidRequestError, ServiceError
 from tg_tinker.privacy import Charge
@@ -28,10 +28,8 @@ def unit_ids(key: bytes, examples: Sequence[Example], unit: str) -> list[bytes]:
     Raises:
         InvalidRequestError: a row without an id where ids are the unit.
     """
-    if unit == "id" and any(example.example_id is None for example in examples):
-        raise InvalidRequestError(
-            'the unit of privacy is the id (unit="id"): pass example_ids, one per row'
-        )
+    if unit == "id":
+        require_ids(examples)
     return [
         hmac.digest(key, _content(example, unit), hashlib.sha256)[:UNIT_BYTES]
         for example in examples

@@ -7,13 +7,15 @@ import hashlib
 import ipaddress
 import logging
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray import serve
 from ray.serve.config import BackpressureConfig, HTTPOptions, ProxyLocation
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
@@ -32,6 +34,9 @@ MOST_ONGOING = 8 * SLOTS
 
 MOST_QUEUED = 256
 """Calls of one client process that wait for a replica."""
+
+START_S = 300.0
+"""How long a sampler that somebody else deployed may take to start."""
 
 _QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
 
@@ -100,8 +105,7 @@ def connect(embedded: bool, **where: Any) -> Sampler:
     """
     place = Place(**where)
     _start(ProxyLocation.Disabled if embedded else ProxyLocation.HeadOnly)
-    running = serve.status().applications.get(place.name)
-    if running is None or running.status != ApplicationStatus.RUNNING:
+    if _needs_deploying(place):
         _run(place, HttpOptions(), route=None)
     return Sampler(serve.get_app_handle(place.name))
 
@@ -123,13 +127,33 @@ def serve_http(host: str, port: int, replicas: int, where: dict[str, Any], **opt
             " or serve on 127.0.0.1"
         )
     _start(ProxyLocation.HeadOnly, HTTPOptions(host=host, port=port))
+    # Serve keeps the address of its first start, and only says so in a log: it could be one that
+    # others reach.
+    http = cast("Any", _get_global_client()).http_config
+    none = "NoServer" in str(http.location)
+    if none or (http.host, http.port) != (host, port):
+        raise ClusterUnavailableError(
+            f"Ray Serve runs on this cluster already, not at {host}:{port} (a sampler of the SDK"
+            " starts it without HTTP): serve first, or `serve shutdown` and serve again"
+        )
     _run(Place(**where), allowed, route="/", replicas=replicas)
-    with contextlib.closing(socket.socket()) as probe:
-        if probe.connect_ex((host, port)) != 0:
+
+
+def _needs_deploying(place: Place) -> bool:
+    """Not while it runs, starts or mends itself: a second deployment would take its place."""
+    deadline = time.monotonic() + START_S
+    while (found := serve.status().applications.get(place.name)) is not None:
+        if found.status == ApplicationStatus.RUNNING:
+            return False
+        if found.status == ApplicationStatus.DEPLOY_FAILED:
+            return True
+        if time.monotonic() > deadline:
             raise ClusterUnavailableError(
-                f"Ray Serve runs on this cluster already, not at {host}:{port}: give its address,"
-                " or `serve shutdown` it first"
+                f"the sampler of this model has not started within {START_S:g} s: `serve status` on"
+                " the head node says why"
             )
+        time.sleep(0.2)
+    return True
 
 
 def _start(location: ProxyLocation, http: HTTPOptions | None = None) -> None:

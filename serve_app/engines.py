@@ -54,6 +54,8 @@ class EngineThread:
         outcome: Future[_T] = Future()
 
         def run() -> None:
+            if not outcome.set_running_or_notify_cancel():
+                return  # whoever asked has left
             try:
                 outcome.set_result(work(self._engine))
             except BaseException as error:
@@ -104,7 +106,7 @@ class EngineThread:
 
 
 class Engines:
-    """The engines of one base model. `use` is called from one thread at a time."""
+    """The engines of one base model. `add` is called from one thread at a time."""
 
     def __init__(self, load: Callable[[], Base]) -> None:
         self._load = load

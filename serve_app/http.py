@@ -11,7 +11,8 @@ import json
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -23,11 +24,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actors.process import harden
 from serve_app.protocol import (
+    MOST_COMPLETIONS,
     Answer,
     ChatBody,
     CompletionBody,
     SampleBody,
     error_body,
+    finite,
+    sample_event,
     usage,
 )
 from serve_app.replica import Replica, Running, failure
@@ -55,6 +59,8 @@ _STATUS: tuple[tuple[type[TGTinkerError], int, str], ...] = (
     (ServiceError, 503, "server_error"),
     (TGTinkerError, 500, "server_error"),
 )
+MOST_LOOKUPS = 64
+MOST_BODY_BYTES = 2**20
 _KNOWN_S = 5.0
 """How long a checked key is trusted: a revoked one opens nothing after that."""
 
@@ -67,7 +73,6 @@ class HttpOptions:
         tenant: of everyone, when `open`.
         open: whoever reaches the port may sample, until the tenant has a key; on a loopback
             address only.
-        most_body_bytes: of a request.
         most_tokens: `max_tokens` of a request.
         most_at_once: requests of one key.
         deadline_s: of a request, streaming included.
@@ -75,7 +80,6 @@ class HttpOptions:
 
     tenant: str = "default"
     open: bool = False
-    most_body_bytes: int = 2**20
     most_tokens: int = 4096
     most_at_once: int = 32
     deadline_s: float = 300.0
@@ -95,10 +99,6 @@ def _by_completion(chunks: Sequence[StreamChunk], count: int) -> list[list[Strea
     for chunk in chunks:
         parts[chunk.index].append(chunk)
     return parts
-
-
-def _json_logprobs(values: tuple[float, ...] | None) -> list[float | None] | None:
-    return None if values is None else [None, *values[1:]]
 
 
 def _line(value: dict[str, Any]) -> str:
@@ -150,7 +150,7 @@ class Guard:
 
 
 api = FastAPI(title="TG-Tinker", docs_url=None, redoc_url=None, openapi_url=None)
-api.add_middleware(Guard, most=HttpOptions.most_body_bytes)
+api.add_middleware(Guard, most=MOST_BODY_BYTES)
 
 
 @api.exception_handler(TGTinkerError)
@@ -190,6 +190,7 @@ class HttpReplica(Replica):
         harden()
         super().__init__(*arguments)
         self._options = options
+        self._lookups = ThreadPoolExecutor(MOST_LOOKUPS)  # some wait for a step: not to be shared
         self._known: dict[str, tuple[float, Caller]] = {}
         self._at_once: Counter[str] = Counter()
         self._keys_exist, self._keys_known_until = False, 0.0
@@ -225,16 +226,16 @@ class HttpReplica(Replica):
         prompts, params = check_prompts(body.prompts), body.params()
         caller, running = await self._begun(request, body.model, prompts, params)
         if body.stream:
-            return await self._events(caller, running, lambda chunk: asdict(chunk))
+            return await self._events(caller, running, sample_event)
         chunks = await self._all(caller, running)
         parts = _by_completion(chunks, len(prompts) * params.num_completions)
         samples = [
             {"prompt_index": i // params.num_completions,
              "completion": "".join(chunk.text for chunk in part),
              "token_ids": [t for chunk in part for t in chunk.token_ids],
-             "logprobs": [p for chunk in part for p in chunk.logprobs],
+             "logprobs": [finite(p) for chunk in part for p in chunk.logprobs],
              "top_logprobs": [t for chunk in part for t in chunk.top_logprobs],
-             "prompt_logprobs": _json_logprobs(part[0].prompt_logprobs),
+             "prompt_logprobs": sample_event(part[0])["prompt_logprobs"],
              "finish_reason": part[-1].finish_reason}
             for i, part in enumerate(parts)
         ]  # fmt: skip
@@ -266,6 +267,11 @@ class HttpReplica(Replica):
     ) -> tuple[Caller, Running]:  # fmt: skip
         """Everything that can be refused, before the first byte of the answer."""
         caller = await self._caller(request)
+        if len(prompts) * params.num_completions > MOST_COMPLETIONS:
+            raise InvalidRequestError(
+                f"{len(prompts)} prompts with {params.num_completions} completions each are more"
+                f" than the {MOST_COMPLETIONS} of one request: send less at a time"
+            )
         if params.max_tokens > self._options.most_tokens:
             raise InvalidRequestError(
                 f"max_tokens={params.max_tokens} is more than the {self._options.most_tokens}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,6 +23,9 @@ Stops = str | list[str] | None
 
 MOST_STOPS = 16
 MOST_COMPLETIONS = 128
+"""Of one request, over all its prompts."""
+
+_CHAT_TOKENS = 256
 
 
 class _Body(BaseModel):
@@ -48,9 +52,11 @@ class _Common(_Body):
     user: str | None = None  # no part in the answer, as documented there
     top_k: int | None = None
     repetition_penalty: float = 1.0
-    stop_token_ids: list[int] = Field(default_factory=list)
+    stop_token_ids: Annotated[list[int], Field(max_length=MOST_STOPS)] = Field(default_factory=list)
 
     def _params(self, max_tokens: int, top_logprobs: int) -> SamplingParams:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError("stream_options: needs stream=true")
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stops) > MOST_STOPS:
             raise InvalidRequestError(f"stop: at most {MOST_STOPS} sequences, got {len(stops)}")
@@ -93,7 +99,6 @@ class TextPart(_Body):
 class Message(_Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
-    name: str | None = None
 
     def plain(self) -> dict[str, str]:
         parts = self.content
@@ -111,7 +116,8 @@ class ChatBody(_Common):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     def params(self) -> SamplingParams:
-        limit = self.max_completion_tokens or self.max_tokens or 256
+        stated = [n for n in (self.max_completion_tokens, self.max_tokens) if n is not None]
+        limit = stated[0] if stated else _CHAT_TOKENS
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError("top_logprobs: needs logprobs=true")
         return self._params(limit, self.top_logprobs or 0)
@@ -127,13 +133,13 @@ class SampleBody(_Body):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int | None = None
-    stop_sequences: list[str] = Field(default_factory=list)
+    stop_sequences: Annotated[list[str], Field(max_length=MOST_STOPS)] = Field(default_factory=list)
     num_completions: Annotated[int, Field(ge=1, le=MOST_COMPLETIONS)] = 1
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
-    stop_token_ids: list[int] = Field(default_factory=list)
+    stop_token_ids: Annotated[list[int], Field(max_length=MOST_STOPS)] = Field(default_factory=list)
     top_logprobs: int = 0
     prompt_logprobs: bool = False
 
@@ -220,16 +226,16 @@ class Answer:
             }
         return {
             "tokens": [self._token(token) for token, _, _ in rows],
-            "token_logprobs": [_finite(logprob) for _, logprob, _ in rows],
+            "token_logprobs": [finite(logprob) for _, logprob, _ in rows],
             "top_logprobs": [
-                {self._token(other): _finite(value) for other, value in top} for _, _, top in rows
+                {self._token(other): finite(value) for other, value in top} for _, _, top in rows
             ],
             "text_offset": [],
         }
 
     def _named(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._token(token)
-        return {"token": text, "logprob": _finite(logprob), "bytes": [*text.encode()]}
+        return {"token": text, "logprob": finite(logprob), "bytes": [*text.encode()]}
 
     def _token(self, token: int) -> str:
         text: str = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
@@ -249,6 +255,15 @@ def error_body(message: str, kind: str, code: str, param: str | None = None) -> 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _finite(value: float) -> float:
+def sample_event(chunk: StreamChunk) -> dict[str, Any]:
+    """One `data:` of a stream of ours."""
+    scored = chunk.prompt_logprobs
+    return asdict(chunk) | {
+        "logprobs": [*map(finite, chunk.logprobs)],
+        "prompt_logprobs": None if scored is None else [None, *map(finite, scored[1:])],
+    }
+
+
+def finite(value: float) -> float:
     """JSON has no infinity: OpenAI writes the least likely as -9999."""
     return value if math.isfinite(value) else -9999.0

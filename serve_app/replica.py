@@ -129,7 +129,11 @@ class Replica:
             try:
                 await asyncio.wrap_future(engine.do(lambda e: e.submit_all(call.requests)))
             except NotFoundError:
-                continue  # they left again before they were pinned
+                continue  # the weights left again before they were pinned
+            except BaseException:  # a client that leaves now, too: the work may be done already
+                for request in call.requests:
+                    engine.cancel(request)
+                raise
             return Running(call, engine, arrived)
         raise NotFoundError(
             f"the weights of {source.version} leave memory faster than they are used: sample from"
@@ -167,6 +171,8 @@ class Replica:
     # --- inside ------------------------------------------------------------------------------
 
     async def _engine(self, source: Source) -> EngineThread:
+        if await asyncio.wrap_future(self.engines.has(source.name, source.shared)):
+            return self.engines.of(source.name, source.shared)
         async with self._fetching:
             if not await asyncio.wrap_future(self.engines.has(source.name, source.shared)):
                 await asyncio.to_thread(lambda: self.engines.add(source.fetch()))

@@ -105,7 +105,7 @@ class Sources:
 
     def _live(self, tenant: str, run_id: str, wanted: str) -> Source:
         least, exact = wanted.removeprefix(">="), wanted[:2] != ">="
-        if wanted and not least.isdecimal():
+        if wanted and not (least.isdecimal() and len(least) < 12):
             raise InvalidRequestError("after @ comes a step, or >= and a step")
         deadline = time.monotonic() + WAIT_S
         while True:

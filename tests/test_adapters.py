@@ -156,6 +156,41 @@ def test_adapters_in_use_are_never_dropped(base: Base, sessions: dict[str, Sessi
         engine.submit(reader([65], "a").request)
 
 
+def test_an_adapter_is_released_once_for_all_completions(
+    base: Base, sessions: dict[str, Session]
+) -> None:
+    engine = SlotEngine(base)
+    engine.adapters.add(adapter(sessions["a"], "a"))
+    several = SamplingParams(max_tokens=5, num_completions=3, seed=1)
+    short, long = reader([65], "a", several), reader([66], "a")
+    for one in (short, long):
+        engine.submit(one.request)
+    while len(short.ends) < 3:
+        engine.step()
+    assert engine.adapters._resident["a"].users == 1  # the long one's
+    finish(engine)
+    assert engine.adapters._resident["a"].users == 0
+
+
+def test_a_place_that_is_taken_over_serves_the_new_adapter(
+    base: Base, sessions: dict[str, Session]
+) -> None:
+    engine = SlotEngine(base)
+    engine.adapters.add(adapter(sessions["a"], "a"))
+
+    def mixed(name: str) -> Reader:
+        found = reader([65, 66], name)
+        for one in (found, reader([70], None)):  # rows that differ: gathered and kept
+            engine.submit(one.request)
+        finish(engine)
+        return found
+
+    assert mixed("a").ids() == alone(sessions["a"].base, [65, 66], GREEDY).ids()
+    engine.adapters.drop("a")
+    engine.adapters.add(adapter(sessions["c"], "c"))  # at the same index
+    assert mixed("c").ids() == alone(sessions["c"].base, [65, 66], GREEDY).ids()
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -14,13 +15,17 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import openai
 import pytest
 from typer.testing import CliRunner
 
+from serve_app.http import HttpOptions, HttpReplica
 from tg_tinker import (
+    AccessDeniedError,
+    ClusterUnavailableError,
     InvalidRequestError,
     LoRAConfig,
     NotFoundError,
@@ -226,6 +231,12 @@ def test_our_own_route_scores_prompts(server: Server) -> None:
         ("completions", {"prompt": [900]}, 400, "in \\[0, 259\\)"),
         ("completions", {"stop": [str(i) for i in range(17)]}, 400, "stop: at most 16"),
         ("completions", {"seed": -1}, 400, "seed"),
+        ("completions", {"seed": 10**30}, 400, "seed"),
+        ("completions", {"prompt": ["a"] * 50, "n": 3}, 400, "128 of one request"),
+        ("completions", {"repetition_penalty": 1e-39, "top_p": 0.5}, 400, "repetition_penalty"),
+        ("completions", {"stop_token_ids": [*range(17)]}, 400, "stop_token_ids"),
+        ("completions", {"stream_options": {}}, 400, "needs stream"),
+        ("chat/completions", {"max_tokens": 0}, 400, "max_tokens"),
         ("completions", {"model": "nobody"}, 404, "no model"),
         ("completions", {"model": "base@1"}, 404, "no model"),
         ("chat/completions", {"prompt": "x"}, 400, "prompt: not supported"),
@@ -335,6 +346,28 @@ def test_an_address_that_others_reach_needs_a_key(tiny_model: Path, server: Serv
     with pytest.raises(InvalidRequestError, match="make an API key first"):
         nobody.serve_http(str(tiny_model), host="0.0.0.0", port=free_port())
     nobody.close()
+
+
+def test_an_open_server_answers_until_there_is_a_key() -> None:
+    """The rule itself, on the class: a second server would need a second address."""
+    known: list[str] = []
+    asked: Any = SimpleNamespace(headers={})
+    replica: Any = object.__new__(HttpReplica)
+    replica._options = HttpOptions(open=True)
+    replica.registry = SimpleNamespace(api_keys=lambda tenant: known)
+    replica._known, replica._keys_exist, replica._keys_known_until = {}, False, 0.0
+    assert asyncio.run(replica._caller(asked)).tenant == "default"
+    known.append("one")
+    replica._keys_known_until = 0.0  # five seconds later
+    with pytest.raises(AccessDeniedError):
+        asyncio.run(replica._caller(asked))
+
+
+def test_another_address_than_the_running_one_is_refused(server: Server, tiny_model: Path) -> None:
+    with pytest.raises(ClusterUnavailableError, match="already, not at"):
+        server.service.serve_http(str(tiny_model), port=free_port())
+    assert post(f"{server.url}/completions", server.key,
+                {"model": "base", "prompt": "a", "max_tokens": 1})[0] == 200  # fmt: skip
 
 
 # --- load ----------------------------------------------------------------------------------------

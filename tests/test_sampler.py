@@ -68,6 +68,23 @@ def test_a_thread_serves_and_cancels_from_outside(base: Base) -> None:
     assert not thread.alive
 
 
+def test_whoever_leaves_before_the_work_is_done_ends_nothing(base: Base) -> None:
+    thread, entered, go = EngineThread(SlotEngine(base)), threading.Event(), threading.Event()
+
+    def slow(engine: SlotEngine) -> None:
+        entered.set()
+        go.wait(10)
+
+    slow_one, dropped = thread.do(slow), thread.do(lambda engine: 1)
+    assert entered.wait(10)
+    assert dropped.cancel()
+    go.set()
+    slow_one.result(10)
+    assert thread.do(lambda engine: 5).result(10) == 5
+    assert thread.alive
+    thread.close()
+
+
 def test_an_error_of_the_work_reaches_its_caller_and_the_thread_goes_on(base: Base) -> None:
     thread = EngineThread(SlotEngine(base))
     bad = Reader([65] * 200, SamplingParams(max_tokens=4))

@@ -18,7 +18,7 @@ from actors import generation
 from actors.generation import SlotEngine, Token, TokenRequest
 from actors.model import Base
 from tg_tinker import InvalidRequestError
-from tg_tinker.errors import InternalError, NonFiniteError
+from tg_tinker.errors import InternalError, NonFiniteError, QueueFullError
 from tg_tinker.sampling import SamplingParams
 
 DRAWN = {
@@ -237,6 +237,46 @@ def test_a_row_that_is_not_a_number_ends_its_request_only(
     assert good.ids() == expected
     assert [type(token.error) for token in bad.tokens] == [NonFiniteError]
     assert is_empty(engine)
+
+
+def test_parameters_that_leave_nothing_to_draw_end_their_request_only(base: Base) -> None:
+    engine, params = SlotEngine(base), SamplingParams(max_tokens=6, temperature=0)
+    good = Reader([65, 66], params)
+    bad = Reader([65, 66], SamplingParams(max_tokens=6, top_p=0.5, repetition_penalty=1.5))
+    object.__setattr__(bad.request.params, "repetition_penalty", 1e-39)  # as if it were allowed
+    for reader in (bad, good):
+        engine.submit(reader.request)
+    finish(engine)
+    assert good.ids() == alone(base, [65, 66], params).ids()
+    assert isinstance(bad.tokens[-1].error, NonFiniteError)
+
+
+def test_a_sequence_without_memory_is_refused_alone(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, params = SlotEngine(base), SamplingParams(max_tokens=6, temperature=0)
+    good, large = Reader([65, 66], params), Reader([65], SamplingParams(max_tokens=100))
+    reserve = engine._slots.reserve
+
+    def limited(length: int) -> None:
+        if length > 50:
+            raise MemoryError
+        reserve(length)
+
+    monkeypatch.setattr(engine._slots, "reserve", limited)
+    for reader in (large, good):
+        engine.submit(reader.request)
+    finish(engine)
+    assert isinstance(large.tokens[-1].error, QueueFullError)
+    assert good.ids() == alone(base, [65, 66], params).ids()
+
+
+def test_requests_are_queued_all_or_none(base: Base) -> None:
+    engine = SlotEngine(base)
+    good, bad = Reader([65], DRAWN["greedy"]), Reader([65] * 200, DRAWN["greedy"])
+    with pytest.raises(InvalidRequestError):
+        engine.submit_all([good.request, bad.request])
+    assert engine.idle
 
 
 def test_nan_left_in_a_slot_does_not_reach_its_next_user(base: Base) -> None:

@@ -214,6 +214,18 @@ def _like(rows: list[Row], fields: dict[str, Any], name: str) -> list[Row] | Non
     return others
 
 
+def require_ids(examples: Sequence[Example]) -> None:
+    """Refuses rows without an id, where ids are the unit of privacy.
+
+    Raises:
+        InvalidRequestError: see above.
+    """
+    if any(example.example_id is None for example in examples):
+        raise InvalidRequestError(
+            'the unit of privacy is the id (unit="id"): pass example_ids, one per row'
+        )
+
+
 def _example_ids(value: Any, count: int) -> list[str | None]:
     if value is None:
         return [None] * count

@@ -121,7 +121,7 @@ def demo(
     no_privacy: Annotated[
         bool, typer.Option("--no-privacy", help="Train on the same rows without privacy.")
     ] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer step to train up to.")] = 9,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer step to train up to.")] = 8,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Rows per step, on average where they are drawn.")
     ] = 64,

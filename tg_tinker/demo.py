@@ -86,7 +86,7 @@ class DemoOptions:
     data: Path | None = None
     epsilon: float = 8.0
     no_privacy: bool = False
-    steps: int = 9
+    steps: int = 8
     batch_size: int = 64
     learning_rate: float = 2e-2
     rank: int = 1

@@ -20,12 +20,12 @@ class SamplingParams:
         stop_sequences: texts that end a completion; they are not part of it. They are matched in
             the visible text, which special tokens are not part of.
         num_completions: completions per prompt, >= 1.
-        repetition_penalty: > 0; divides positive and multiplies negative logits of tokens in
-            prompt or completion (CTRL, arXiv:1909.05858).
+        repetition_penalty: in [0.01, 100]; divides positive and multiplies negative logits of
+            tokens in prompt or completion (CTRL, arXiv:1909.05858).
         presence_penalty, frequency_penalty: in [-2, 2]; subtracted from the logits of tokens
             generated so far, once, or once per occurrence (OpenAI's definition).
-        seed: >= 0; makes the draws those of any other call with the same prompts, weights and
-            seed, whatever runs beside it. None draws a new one.
+        seed: in [0, 2^63); makes the draws those of any other call with the same prompts, weights
+            and seed, whatever runs beside it. None draws a new one.
         stop_token_ids: tokens that end a completion; they are its last.
         top_logprobs: in [0, 20]; alternatives to report at each token.
         prompt_logprobs: whether to score the prompt too.
@@ -64,17 +64,17 @@ class SamplingParams:
             ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]; 1 is off"),
             ("top_k", top_k, top_k >= 1, ">= 1, or None for off"),
             ("num_completions", self.num_completions, self.num_completions >= 1, ">= 1"),
-            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0,
-             "> 0; 1 is off"),
+            ("repetition_penalty", self.repetition_penalty,
+             0.01 <= self.repetition_penalty <= 100, "in [0.01, 100]; 1 is off"),
             ("presence_penalty", self.presence_penalty, abs(self.presence_penalty) <= 2,
              "in [-2, 2]; 0 is off"),
             ("frequency_penalty", self.frequency_penalty, abs(self.frequency_penalty) <= 2,
              "in [-2, 2]; 0 is off"),
-            ("seed", seed, seed >= 0, ">= 0, or None for a new one"),
+            ("seed", seed, 0 <= seed < 2**63, "in [0, 2^63), or None for a new one"),
             ("top_logprobs", self.top_logprobs, 0 <= self.top_logprobs <= 20, "in [0, 20]"),
         )  # fmt: skip
         for name, value, holds, bound in bounds:
-            if not (math.isfinite(value) and holds):
+            if not (holds and math.isfinite(value)):
                 raise InvalidRequestError(
                     f"{name}={value} is out of range: it must be {bound}",
                     details={"parameter": name},

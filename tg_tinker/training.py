@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, Self, TypeVar
 
-from tg_tinker.batch import BatchData, check_bounds, from_examples, normalise
+from tg_tinker.batch import BatchData, check_bounds, from_examples, normalise, require_ids
 from tg_tinker.cluster import SamplerLink, TrainingLink
 from tg_tinker.config import TrainingConfig
 from tg_tinker.errors import (
@@ -144,6 +144,8 @@ class TrainingClient:
         """
         counted = self._config.private and self._training
         examples = normalise(batch, may_be_empty=counted)
+        if counted and self._config.dp_config and self._config.dp_config.unit == "id":
+            require_ids(examples)
         if not counted:  # a defect of a private row makes it add zero: an error would tell of it
             check_bounds(examples, self._model.vocab_size, self._model.context_length)
         if batch_hash is not None:

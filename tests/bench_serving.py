@@ -1,0 +1,111 @@
+"""What Ray Serve adds to a request, and how soon a step's weights answer.
+
+Run by `make bench`. Overhead is the time that the caller waits beyond what the replica took; a swap
+is the time from an optimizer step's result to the first token of its weights, which includes the
+snapshot, its way through the object store, and one forward over the prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import urllib.request
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from tg_tinker import LoRAConfig, ServiceClient, TrainingClient, TrainingConfig
+from tg_tinker.demo import find_demo_model
+
+ROW = {"input_ids": [[*range(1000, 1016)]]}
+PROMPT = "The capital of France is"
+PORT = 8765
+
+
+def quantiles(milliseconds: list[float]) -> str:
+    ordered = sorted(milliseconds)
+    p95 = ordered[int(0.95 * (len(ordered) - 1))]
+    return f"p50 {statistics.median(ordered):.1f} ms, p95 {p95:.1f} ms"
+
+
+def by_handle(tc: TrainingClient, repeats: int) -> tuple[list[float], list[float]]:
+    """Wait of the caller for one token beyond the replica's own time; and that time."""
+    extra, inside = [], []
+    for _ in track(range(repeats), "calls through a handle"):
+        started = time.perf_counter()
+        found = tc.sample(PROMPT, max_tokens=1, temperature=0)
+        inside.append(found.latency_ms)
+        extra.append(1e3 * (time.perf_counter() - started) - found.latency_ms)
+    return extra, inside
+
+
+def by_http(url: str, tokens: int, repeats: int) -> tuple[list[float], list[float]]:
+    """Milliseconds to the first event, and between events, of a stream."""
+    first, gaps = [], []
+    body = {"model": "base", "prompt": PROMPT, "max_tokens": tokens, "temperature": 0,
+            "stream": True}  # fmt: skip
+    for _ in track(range(repeats), "streams over HTTP"):
+        request = urllib.request.Request(
+            f"{url}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        last = time.perf_counter()
+        taken = []
+        with urllib.request.urlopen(request) as answer:
+            for line in answer:
+                if line.startswith(b"data: {"):
+                    now = time.perf_counter()
+                    taken.append(1e3 * (now - last))
+                    last = now
+        first.append(taken[0])
+        gaps += taken[1:]
+    return first, gaps
+
+
+def swaps(tc: TrainingClient, repeats: int) -> tuple[list[float], int]:
+    """Milliseconds from a step's result to the first token of its weights; and stale answers."""
+    taken, stale = [], 0
+    for _ in track(range(repeats), "swaps"):
+        tc.forward_backward(ROW)
+        step = tc.optim_step().result().step
+        started = time.perf_counter()
+        chunk = next(tc.sample_stream(PROMPT, max_tokens=1, temperature=0))
+        taken.append(1e3 * (time.perf_counter() - started))
+        stale += chunk.weights_version != f"{tc.id}@{step}"
+    return taken, stale
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=30, help="requests (default 30)")
+    parser.add_argument("--swaps", type=int, default=200, help="steps (default 200)")
+    parser.add_argument(
+        "--model", default=str(find_demo_model()), help="as TrainingConfig takes it"
+    )
+    options = parser.parse_args()
+    config = TrainingConfig(model_ref=options.model, lora_config=LoRAConfig(rank=16))
+    rows: dict[str, Any] = {}
+    with ServiceClient(address="local") as service:
+        url = service.serve_http(options.model, port=PORT)
+        with service.create_training_client(config) as tc:
+            tc.sample(PROMPT, max_tokens=1)
+            extra, inside = by_handle(tc, options.repeats)
+            rows["one token, inside the replica"] = quantiles(inside)
+            rows["added to it by handle, Serve and snapshot"] = quantiles(extra)
+            first, gaps = by_http(url, 24, max(3, options.repeats // 5))
+            rows["HTTP stream, first event"] = quantiles(first)
+            rows["HTTP stream, between events"] = quantiles(gaps)
+            taken, stale = swaps(tc, options.swaps)
+            rows[f"{options.swaps} swaps, step to first token"] = quantiles(taken)
+            rows["stale answers"] = str(stale)
+    table = Table("what", "time", title="SmolLM2-135M, rank 16, one token of context 6")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
