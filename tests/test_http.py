@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import time
@@ -457,6 +458,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "sampling.md"
 CURLS = re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.S)
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("command", CURLS, ids=[c.split("/", 1)[1][:12] for c in CURLS])
 def test_the_curl_examples_of_the_docs_run(server: Server, command: str) -> None:
     places = {"TG_TINKER_URL": server.url, "TG_TINKER_API_KEY": server.key}
