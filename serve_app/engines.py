@@ -106,13 +106,14 @@ class EngineThread:
 
 
 class Engines:
-    """The engines of one base model. `add` is called from one thread at a time."""
+    """The engines of one base model."""
 
     def __init__(self, load: Callable[[], Base]) -> None:
         self._load = load
         self.base = load()
         self._shared = EngineThread(SlotEngine(self.base))
         self._whole: OrderedDict[str, EngineThread] = OrderedDict()
+        self._adding = threading.Lock()
 
     @property
     def alive(self) -> bool:
@@ -138,13 +139,14 @@ class Engines:
                 "these weights were trained on another base model than this sampler's: the files"
                 " of the model have changed since one of them was loaded. Restart the cluster"
             )
-        if snapshot.shared:
-            config = snapshot.adapter_config or {}
-            adapter = Adapter(snapshot.name, config, snapshot.weights)
-            self._shared.do(lambda engine: engine.adapters.add(adapter)).result()
-        elif snapshot.name not in self._whole:
-            self._make_room()
-            self._whole[snapshot.name] = EngineThread(SlotEngine(self._with_weights(snapshot)))
+        with self._adding:  # a load goes on when its client leaves, and another may ask again
+            if snapshot.shared:
+                config = snapshot.adapter_config or {}
+                adapter = Adapter(snapshot.name, config, snapshot.weights)
+                self._shared.do(lambda engine: engine.adapters.add(adapter)).result()
+            elif snapshot.name not in self._whole:
+                self._make_room()
+                self._whole[snapshot.name] = EngineThread(SlotEngine(self._with_weights(snapshot)))
 
     def of(self, name: str | None, shared: bool) -> EngineThread:
         """The engine that holds these weights."""

@@ -152,6 +152,22 @@ def test_a_third_whole_model_takes_the_place_of_the_one_used_longest_ago(tiny_mo
         assert isinstance(reader.tokens[-1].error, InternalError)  # told, not left waiting
 
 
+def test_one_name_is_loaded_once_however_many_ask(tiny_model: Path) -> None:
+    s = trained(tiny_model, lora_config=None)
+    loads = []
+
+    def load() -> Base:
+        loads.append(1)
+        time.sleep(0.2)
+        return Base.load(str(tiny_model), cache=tiny_model)
+
+    engines = Engines(load)
+    snapshot = opened(take(s, SnapshotRef("a", "a", "a", False)))
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(engines.add, [snapshot] * 4)] == [None] * 4
+    assert len(loads) == 2  # the base model, and this one
+
+
 def test_a_defect_of_the_thread_leaves_nobody_waiting(base: Base) -> None:
     thread = EngineThread(SlotEngine(base))
     reader = Reader([65, 66], SamplingParams(max_tokens=50, temperature=0))
