@@ -56,6 +56,11 @@ class Completions:
         return [encode_prompt(tokenizer, p) if isinstance(p, str) else p for p in prompts]
 
     @property
+    def count(self) -> int:
+        """Completions of all prompts together."""
+        return len(self._texts)
+
+    @property
     def open(self) -> bool:
         """Whether more will come."""
         return any(text is not None for text in self._texts)
@@ -123,15 +128,20 @@ class Completions:
         )
 
 
+def by_completion(chunks: Sequence[StreamChunk], count: int) -> list[list[StreamChunk]]:
+    """The chunks of each of `count` completions, in the order they came."""
+    parts: list[list[StreamChunk]] = [[] for _ in range(count)]
+    for chunk in chunks:
+        parts[chunk.index].append(chunk)
+    return parts
+
+
 def join(
     prompts: Sequence[str], num_completions: int, timed: Sequence[tuple[StreamChunk, float]]
 ) -> list[Sample]:
     """Whole completions in the order of the prompts, from chunks and when each came (ms)."""
-    parts: list[list[StreamChunk]] = [[] for _ in range(len(prompts) * num_completions)]
-    latency = [0.0] * len(parts)
-    for chunk, milliseconds in timed:
-        parts[chunk.index].append(chunk)
-        latency[chunk.index] = milliseconds
+    parts = by_completion([chunk for chunk, _ in timed], len(prompts) * num_completions)
+    latency = {chunk.index: milliseconds for chunk, milliseconds in timed}  # of the last one
     return [
         _joined(prompts[i // num_completions], chunks, latency[i]) for i, chunks in enumerate(parts)
     ]

@@ -154,10 +154,12 @@ class Session:
     def state(self, include_optimizer: bool = True) -> SessionState:
         """A copy of everything an artifact holds; training may go on at once."""
         copy = {name: p.detach().cpu().clone() for name, p in self._parameters.items()}
-        moments = {k: v.cpu().clone() for k, v in self._optimizer.state().items()}
+        moments = None
+        if include_optimizer:
+            moments = {k: v.cpu().clone() for k, v in self._optimizer.state().items()}
         return SessionState(
             weights=copy,
-            optimizer=moments if include_optimizer else None,
+            optimizer=moments,
             step=self.step,
             geometry=self._geometry(),
             plan=self._plan(),

@@ -30,7 +30,7 @@ from tg_tinker.errors import (
     QueueFullError,
     TGTinkerError,
 )
-from tg_tinker.sampling import SamplingParams
+from tg_tinker.sampling import NOT_SAMPLED, SamplingParams
 
 SLOTS = 8
 """Sequences that run at a time, unless told otherwise."""
@@ -117,10 +117,7 @@ class SlotEngine:
 
     def __init__(self, base: Base, slots: int = SLOTS) -> None:
         if not base.flat:
-            raise InvalidRequestError(
-                "this architecture can be trained, not sampled: its attention cannot be told which"
-                " tokens belong together. Export the adapter and generate with transformers"
-            )
+            raise InvalidRequestError(NOT_SAMPLED)
         self.adapters = AdapterBank(base.model)
         self._base = base
         self._slots = Slots(slots, base.device)
@@ -179,10 +176,9 @@ class SlotEngine:
 
     def end_all(self, problem: str) -> None:
         """Ends everything that runs or waits, with an error."""
-        requests = [*dict.fromkeys(s.request for s in self._running), *self._waiting]
-        for request in requests:
-            self.cancel(request)
-            request.deliver(Token(error=InternalError(problem)))
+        self._end_running(problem)
+        for request in [*self._waiting]:
+            self._refuse(request, InternalError(problem))
 
     def step(self) -> bool:
         """One forward and one token for every sequence that is ready; False if nothing was left.
@@ -298,7 +294,8 @@ class SlotEngine:
             if sequence not in self._running:
                 continue  # an earlier completion of its request ended it
             if not usable[row]:
-                self._refuse(sequence.request)
+                problem = "the model's output is not a number: load an earlier artifact"
+                self._refuse(sequence.request, NonFiniteError(problem))
                 continue
             top = self._most_probable(sequence, logprobs[row])
             self._deliver(sequence, drawn[row], chosen[row], top)
@@ -352,14 +349,15 @@ class SlotEngine:
         if all(other.request is not sequence.request for other in self._running):
             self.adapters.release(sequence.request.adapter)
 
-    def _refuse(self, request: TokenRequest) -> None:
+    def _refuse(self, request: TokenRequest, error: TGTinkerError) -> None:
         self.cancel(request)
-        problem = "the model's output is not a number: load an earlier artifact"
-        request.deliver(Token(error=NonFiniteError(problem)))
+        request.deliver(Token(error=error))
+
+    def _end_running(self, problem: str) -> None:
+        for request in dict.fromkeys(sequence.request for sequence in self._running):
+            self._refuse(request, InternalError(problem))
 
     def _fail(self, problem: str) -> None:
         """Ends all that run. The slots are made anew: they may be half-written."""
-        waiting, self._waiting = self._waiting, deque()
-        self.end_all(problem)
-        self._waiting = waiting
+        self._end_running(problem)
         self._slots = Slots(self._slots.count, self._base.device)

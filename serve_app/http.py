@@ -22,6 +22,7 @@ from ray import serve
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from actors.completion import by_completion
 from actors.process import harden
 from serve_app.protocol import (
     MOST_COMPLETIONS,
@@ -92,13 +93,6 @@ class Caller:
     tenant: str
     key_id: str
     models: tuple[str, ...] = ()
-
-
-def _by_completion(chunks: Sequence[StreamChunk], count: int) -> list[list[StreamChunk]]:
-    parts: list[list[StreamChunk]] = [[] for _ in range(count)]
-    for chunk in chunks:
-        parts[chunk.index].append(chunk)
-    return parts
 
 
 def _line(value: dict[str, Any]) -> str:
@@ -227,8 +221,6 @@ class HttpReplica(Replica):
         caller, running = await self._begun(request, body.model, prompts, params)
         if body.stream:
             return await self._events(caller, running, sample_event)
-        chunks = await self._all(caller, running)
-        parts = _by_completion(chunks, len(prompts) * params.num_completions)
         samples = [
             {"prompt_index": i // params.num_completions,
              "completion": "".join(chunk.text for chunk in part),
@@ -237,10 +229,10 @@ class HttpReplica(Replica):
              "top_logprobs": [t for chunk in part for t in chunk.top_logprobs],
              "prompt_logprobs": sample_event(part[0])["prompt_logprobs"],
              "finish_reason": part[-1].finish_reason}
-            for i, part in enumerate(parts)
+            for i, part in enumerate(await self._all(caller, running))
         ]  # fmt: skip
         return JSONResponse(
-            {"samples": samples, "weights_version": chunks[-1].weights_version,
+            {"samples": samples, "weights_version": running.call.version,
              "prompt_tokens": running.prompt_tokens}
         )  # fmt: skip
 
@@ -253,9 +245,8 @@ class HttpReplica(Replica):
         caller, running = await self._begun(request, body.model, prompts, params)
         answer = Answer(body, self.tokenizer, echoes, running.call.version)
         if not body.stream:
-            chunks = await self._all(caller, running)
-            drawn = sum(len(chunk.token_ids) for chunk in chunks)
-            parts = _by_completion(chunks, len(prompts) * params.num_completions)
+            parts = await self._all(caller, running)
+            drawn = sum(len(chunk.token_ids) for part in parts for chunk in part)
             return JSONResponse(answer.whole(parts, usage(running.prompt_tokens, drawn)))
         counts = body.stream_options is not None and body.stream_options.include_usage
         last = answer.usage_event if counts else None
@@ -297,8 +288,10 @@ class HttpReplica(Replica):
         finally:
             self._at_once[caller.key_id] -= 1
 
-    async def _all(self, caller: Caller, running: Running) -> list[StreamChunk]:
-        return [chunk async for chunk in self._followed(caller, running)]
+    async def _all(self, caller: Caller, running: Running) -> list[list[StreamChunk]]:
+        """The chunks of each completion."""
+        chunks = [chunk async for chunk in self._followed(caller, running)]
+        return by_completion(chunks, running.call.count)
 
     async def _events(
         self, caller: Caller, running: Running, event: Any, last: Any = None

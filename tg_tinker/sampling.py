@@ -7,6 +7,12 @@ from dataclasses import dataclass
 
 from tg_tinker.errors import InvalidRequestError
 
+NOT_SAMPLED = (
+    "this architecture can be trained, not sampled: its attention cannot be told which tokens"
+    " belong together. Export the adapter and generate with transformers"
+)
+"""Said by the client before anything is sent, and by the engine."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:

@@ -23,7 +23,7 @@ from tg_tinker.errors import (
 from tg_tinker.future import FutureHandle
 from tg_tinker.hashing import resolve_batch_hash
 from tg_tinker.privacy import PrivacyInfo
-from tg_tinker.sampling import SamplingParams, as_stops, check_prompts
+from tg_tinker.sampling import NOT_SAMPLED, SamplingParams, as_stops, check_prompts
 from tg_tinker.text import load_tokenizer
 from tg_tinker.types import (
     ForwardBackwardResult,
@@ -337,10 +337,7 @@ class TrainingClient:
     def _snapshot(self) -> FutureHandle[SnapshotRef]:
         """Asks for the weights after every call queued before this one."""
         if not self._model.flat_stream:
-            raise InvalidRequestError(
-                "this architecture can be trained, not sampled: its attention cannot be told which"
-                " tokens belong together. Export the adapter and generate with transformers"
-            )
+            raise InvalidRequestError(NOT_SAMPLED)
         return self._submit("snapshot")
 
     def _chunks(
