@@ -275,7 +275,9 @@ class HttpReplica(Replica):
             )
         self._at_once[caller.key_id] += 1
         try:
-            source = await asyncio.to_thread(self.sources.find, caller.tenant, caller.models, model)
+            source = await asyncio.get_running_loop().run_in_executor(
+                self._lookups, self.sources.find, caller.tenant, caller.models, model
+            )
             return caller, await self.begin(source, prompts, params)
         except BaseException:
             self._at_once[caller.key_id] -= 1

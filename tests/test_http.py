@@ -415,6 +415,19 @@ def test_64_streams_with_cancels_and_bad_requests(server: Server) -> None:
         assert all(result.result(120) for result in results)
 
 
+def test_requests_that_wait_for_a_step_hold_up_no_other(server: Server) -> None:
+    def ask(model: str) -> int:
+        body = {"model": model, "prompt": "a", "max_tokens": 1}
+        return post(f"{server.url}/completions", server.key, body)[0]
+
+    with ThreadPoolExecutor(16) as pool:  # more than asyncio's own threads on a few cores
+        waiting = [pool.submit(ask, f"{server.tc.id}@>=99999") for _ in range(16)]
+        time.sleep(1)  # they are on their way: each waits ten seconds
+        assert ask(server.tc.id) == 200
+        assert not any(one.done() for one in waiting)
+        assert {one.result() for one in waiting} == {409}
+
+
 def test_too_many_requests_of_a_key_are_told_when_to_come_back(server: Server) -> None:
     key, _ = server.service.create_api_key("busy")
     body = {"model": "base", "prompt": "abc", "max_tokens": 110}
