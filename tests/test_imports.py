@@ -34,7 +34,7 @@ DOORS = {
         "actors/database.py", "actors/registry.py", "actors/budgets.py", "actors/api_keys.py",
     },
     "opacus": {"actors/accountants.py", "actors/model.py"},
-    "cryptography": {"tg_tinker/envelope.py"},
+    "cryptography": {"tg_tinker/envelope.py", "tg_tinker/segments.py"},
     "pyarrow": {"tg_tinker/data.py"},
     "matplotlib": {"tg_tinker/plots.py"},
 }  # fmt: skip

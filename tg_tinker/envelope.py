@@ -1,21 +1,19 @@
-"""Sealing bytes: the only door to `cryptography`. It knows keys and contexts, no files.
+"""Sealing bytes: keys and contexts, files and payloads. It opens no files.
 
     key = new_key()
     assert unseal(key, seal(key, b"weights", b"artifact 7"), b"artifact 7") == b"weights"
 
-`seal` writes the published wire format of Tink's streaming AEAD, AES256_GCM_HKDF_1MB
-(https://developers.google.com/tink/streaming-aead): a header of 40 bytes (its length, a salt of
-32, a nonce prefix of 7), then segments of 1 MiB, the header counted into the first. The segment
-key is HKDF-SHA256(key, salt, info=context); a segment's nonce is prefix, big-endian index, and
-1 for the last one, so dropped, reordered, repeated or appended segments fail, and so does any
-other context.
+The form of sealed bytes is Tink's, see `segments`. This file and that one are the only doors to
+`cryptography`. Its cipher works without Python's lock, so two threads seal and open a large file.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import secrets
+from collections.abc import Generator
 from typing import Any
 
 from cryptography.exceptions import InvalidTag
@@ -23,18 +21,17 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import CTR
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from tg_tinker.errors import IntegrityError
+from tg_tinker.segments import BUFFERS, SEGMENT, Segments, all_of, in_order
 
 ALGORITHM = "AES256_GCM_HKDF_1MB"
 FORMAT_VERSION = 1
 KEY_BYTES = 32
 
-_SALT, _PREFIX, _TAG = 32, 7, 16
-_HEADER = 1 + _SALT + _PREFIX
-_SEGMENT = 2**20
+Buffer = bytes | bytearray | memoryview
+"""Contiguous memory; an array comes in as `memoryview(array)`."""
+
 _PAYLOAD = b"tg-tinker payload v1"
 
 
@@ -55,44 +52,67 @@ def context_of(tenant: str, artifact_id: str, name: str) -> bytes:
     return json.dumps(place, sort_keys=True).encode()
 
 
-def seal(key: bytes, plaintext: bytes, context: bytes) -> bytes:
-    """Ciphertext of `plaintext`, bound to `context`; 40 bytes header, 16 per MiB longer."""
-    salt, prefix = secrets.token_bytes(_SALT), secrets.token_bytes(_PREFIX)
-    cipher = AESGCM(_segment_key(key, salt, context))
-    view = memoryview(plaintext)
-    starts = [0, *range(_SEGMENT - _HEADER - _TAG, len(view), _SEGMENT - _TAG)]
-    parts = [bytes([_HEADER]) + salt + prefix]
-    for index, start in enumerate(starts):
-        last = index == len(starts) - 1
-        stop = len(view) if last else starts[index + 1]
-        parts.append(cipher.encrypt(_nonce(prefix, index, last), view[start:stop], None))
-    return b"".join(parts)
+# --- files -------------------------------------------------------------------------------------
 
 
-def unseal(key: bytes, sealed: bytes, context: bytes) -> bytes:
+def seal(key: bytes, plaintext: Buffer, context: bytes) -> bytes:
+    """Ciphertext of `plaintext`, bound to `context`; `segments.sealed_size` tells how long."""
+    plain = memoryview(plaintext).cast("B")
+    segments = Segments.new(key, context, len(plain))
+    whole = io.BytesIO(bytes(segments.sealed_size))
+    with whole.getbuffer() as target:
+        all_of(lambda i: segments.seal(i, plain, target[segments.place(i)]), segments.count)
+    return whole.getvalue()  # the bytes themselves, not a copy
+
+
+def sealed_parts(key: bytes, plaintext: Buffer, context: bytes) -> Generator[memoryview]:
+    """What `seal` returns, in parts of 1 MiB, so that a large file is written as it is sealed.
+
+    Up to three parts are sealed ahead of the reader, into four buffers that are used again. So a
+    part is released when the next one is asked for: write or copy it before, and keep no view.
+
+    Raises:
+        BufferError: the reader still holds a slice or an array of the part before.
+    """
+    plain = memoryview(plaintext).cast("B")
+    segments = Segments.new(key, context, len(plain))
+    size = min(SEGMENT, segments.sealed_size)
+    buffers = [io.BytesIO(bytes(size)) for _ in range(min(BUFFERS, segments.count))]
+
+    def part(index: int) -> memoryview:
+        place = segments.place(index)
+        target = buffers[index % BUFFERS].getbuffer()[: place.stop - place.start]
+        segments.seal(index, plain, target)
+        return target
+
+    for index, sealed in enumerate(in_order(part, segments.count)):
+        with sealed:  # whoever keeps it meets an error, not the bytes of a later part
+            yield sealed
+        buffers[index % BUFFERS].truncate(size)  # changes nothing; fails if a view is left
+
+
+def unseal(key: bytes, sealed: Buffer, context: bytes) -> bytes:
     """The plaintext, handed out only after the last segment verified.
 
     Raises:
-        IntegrityError: another key or context, or any changed, missing or added byte.
+        IntegrityError: another key or context, or any changed, missing or added byte. What was
+            decrypted by then is overwritten with zeros.
     """
-    if len(sealed) < _HEADER + _TAG or sealed[0] != _HEADER:
-        raise IntegrityError("these bytes are not a sealed file of this format, or cut short")
-    view = memoryview(sealed)
-    salt, prefix = bytes(view[1 : 1 + _SALT]), bytes(view[1 + _SALT : _HEADER])
-    cipher = AESGCM(_segment_key(key, salt, context))
-    starts = [_HEADER, *range(_SEGMENT, len(view), _SEGMENT)]
-    parts = []
-    for index, start in enumerate(starts):
-        last = index == len(starts) - 1
-        stop = len(view) if last else starts[index + 1]
+    source = memoryview(sealed).cast("B")
+    segments = Segments.of(key, context, source)
+    whole = io.BytesIO(bytes(segments.plain_size))
+    with whole.getbuffer() as target:
         try:
-            parts.append(cipher.decrypt(_nonce(prefix, index, last), view[start:stop], None))
-        except (InvalidTag, ValueError):
-            raise IntegrityError(
-                f"segment {index} of {len(starts)} does not verify: the bytes were changed, or"
-                " they were sealed under another key or for another place"
-            ) from None
-    return b"".join(parts)
+            all_of(lambda i: segments.open(i, source, target[segments.plain(i)]), segments.count)
+        except BaseException:
+            # `decrypt_into` leaves behind what it could not authenticate.
+            for start in range(0, len(target), SEGMENT):
+                target[start : start + SEGMENT] = bytes(len(target[start : start + SEGMENT]))
+            raise
+    return whole.getvalue()  # the bytes themselves, not a copy
+
+
+# --- keys --------------------------------------------------------------------------------------
 
 
 def wrap_key(key: bytes, data_key: bytes, context: bytes) -> bytes:
@@ -115,6 +135,9 @@ def unwrap_key(key: bytes, wrapped: bytes, context: bytes) -> bytes:
         ) from None
 
 
+# --- payloads ----------------------------------------------------------------------------------
+
+
 def seal_payload(key: bytes, value: Any) -> bytes:
     """Any value as bytes that may enter Ray's object store, its spill files and its wires."""
     return seal(key, pickle.dumps(value, protocol=5), _PAYLOAD)
@@ -123,11 +146,3 @@ def seal_payload(key: bytes, value: Any) -> bytes:
 def open_payload(key: bytes, sealed: bytes) -> Any:
     """The value; unpickled only once its bytes are known to come from a holder of the key."""
     return pickle.loads(unseal(key, sealed, _PAYLOAD))  # noqa: S301
-
-
-def _segment_key(key: bytes, salt: bytes, context: bytes) -> bytes:
-    return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=salt, info=context).derive(key)
-
-
-def _nonce(prefix: bytes, index: int, last: bool) -> bytes:
-    return prefix + index.to_bytes(4, "big") + bytes([last])
