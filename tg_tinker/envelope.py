@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 
 from tg_tinker.errors import IntegrityError
-from tg_tinker.segments import BUFFERS, SEGMENT, Segments, all_of, in_order
+from tg_tinker.segments import BUFFERS, SEGMENT, Segments, all_of, derive, in_order
 
 ALGORITHM = "AES256_GCM_HKDF_1MB"
 FORMAT_VERSION = 1
@@ -32,7 +32,9 @@ KEY_BYTES = 32
 Buffer = bytes | bytearray | memoryview
 """Contiguous memory; an array comes in as `memoryview(array)`."""
 
+_NONCE = 12
 _PAYLOAD = b"tg-tinker payload v1"
+_COMMITMENT = b"tg-tinker key commitment v1"
 
 
 def new_key() -> bytes:
@@ -115,24 +117,58 @@ def unseal(key: bytes, sealed: Buffer, context: bytes) -> bytes:
 # --- keys --------------------------------------------------------------------------------------
 
 
+def commitment(key: bytes, context: bytes) -> bytes:
+    """32 public bytes that fix `key` in `context`: HKDF-SHA256 under a salt of its own.
+
+    AES-GCM does not commit to its key: whoever knows two keys can make one file that opens under
+    both, to different contents (Albertini et al., "How to Abuse and Fix Authenticated Encryption
+    Without Key Commitment", USENIX Security 2022). To find two keys with one commitment is to
+    find a collision in SHA-256. The AWS Encryption SDK commits to its data key in the same way.
+    """
+    return derive(key, _COMMITMENT, context)
+
+
+def check_commitment(key: bytes, context: bytes, expected: bytes) -> None:
+    """To be called before anything is opened with `key`; takes the same time for any `expected`.
+
+    Raises:
+        IntegrityError: `expected` was made of another key or for another context.
+    """
+    if not secrets.compare_digest(commitment(key, context), expected):
+        raise IntegrityError(
+            "the data key is not the one that was committed to: the wrapped key or the manifest"
+            " was exchanged"
+        )
+
+
 def wrap_key(key: bytes, data_key: bytes, context: bytes) -> bytes:
-    """`data_key` under `key` (AES-256-GCM, random nonce first), bound to `context`."""
-    nonce = secrets.token_bytes(12)
-    return nonce + AESGCM(key).encrypt(nonce, data_key, context)
+    """`data_key` under `key`, bound to `context`: 60 bytes more than the key.
+
+    The commitment to `data_key` (32), a random nonce (12), then AES-256-GCM with `context` as
+    associated data. The commitment is here, in the one form in which a data key is stored: so
+    every reader checks it, and a rotation of `key` leaves it as it is, to be compared with a
+    manifest's without any key.
+    """
+    nonce = secrets.token_bytes(_NONCE)
+    wrapped = AESGCM(key).encrypt(nonce, data_key, context)
+    return commitment(data_key, context) + nonce + wrapped
 
 
 def unwrap_key(key: bytes, wrapped: bytes, context: bytes) -> bytes:
-    """The data key.
+    """The data key, after it was compared with its commitment.
 
     Raises:
         IntegrityError: another key or context, or changed bytes.
     """
+    committed, sealed = wrapped[:KEY_BYTES], wrapped[KEY_BYTES:]
     try:
-        return AESGCM(key).decrypt(wrapped[:12], wrapped[12:], context)
+        data_key = AESGCM(key).decrypt(sealed[:_NONCE], sealed[_NONCE:], context)
     except (InvalidTag, ValueError):
         raise IntegrityError(
             "the wrapped data key does not open: it belongs to another artifact or keyring"
         ) from None
+    check_commitment(data_key, context, committed)
+    return data_key
 
 
 # --- payloads ----------------------------------------------------------------------------------
