@@ -96,7 +96,13 @@ class AdapterBank:
     @property
     def size(self) -> int:
         """Bytes of all resident adapters, before they are padded to one rank."""
-        return sum(resident.size for resident in self._resident.values())
+        return self.resident[1]
+
+    @property
+    def resident(self) -> tuple[int, int]:
+        """How many there are, and their bytes."""
+        sizes = [resident.size for resident in self._resident.values()]
+        return len(sizes), sum(sizes)
 
     @torch.inference_mode()
     def add(self, adapter: Adapter) -> None:

@@ -13,9 +13,10 @@ prompt delays the others by a piece at a time. It knows no text and has no lock:
 from __future__ import annotations
 
 import secrets
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import torch
 
@@ -75,6 +76,7 @@ class TokenRequest:
         number, first: which prompt of its call, and the index of its first completion among those
             of that prompt: with the seed they fix all draws.
         seed: of all its draws; drawn here when `params` has none.
+        waited_s: from `submit` to a slot; set by the engine.
     """
 
     prompt: list[int]
@@ -84,10 +86,27 @@ class TokenRequest:
     first: int = 0
     adapter: str | None = None
     seed: int = field(init=False)
+    waited_s: float = field(init=False, default=0.0)
+    submitted_at: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         given = self.params.seed
         self.seed = secrets.randbits(63) if given is None else given
+
+
+@dataclass(frozen=True)
+class Load:
+    """How full an engine is: slots, requests that wait for some, resident adapters."""
+
+    running: int
+    free: int
+    waiting: int
+    adapters: int
+    adapter_bytes: int
+
+    def __add__(self, other: Load) -> Load:
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Load(*(mine + theirs for mine, theirs in pairs))
 
 
 @dataclass(repr=False, eq=False)
@@ -147,6 +166,7 @@ class SlotEngine:
                 f"{params.num_completions} completions do not fit into {self._slots.count} slots"
             )
         self.adapters.pin(request.adapter)  # from now on, lest it leave while this waits
+        request.submitted_at = time.monotonic()
         self._waiting.append(request)
 
     def submit_all(self, requests: Sequence[TokenRequest]) -> None:
@@ -173,6 +193,11 @@ class SlotEngine:
     @property
     def idle(self) -> bool:
         return not (self._running or self._waiting)
+
+    @property
+    def load(self) -> Load:
+        free = len(self._free)
+        return Load(self._slots.count - free, free, len(self._waiting), *self.adapters.resident)
 
     def end_all(self, problem: str) -> None:
         """Ends everything that runs or waits, with an error."""
@@ -211,6 +236,7 @@ class SlotEngine:
                 problem = "there is no memory for a sequence of this length: ask for fewer tokens"
                 request.deliver(Token(error=QueueFullError(problem)))
                 continue
+            request.waited_s = time.monotonic() - request.submitted_at
             self._free.sort()
             count = request.params.num_completions
             slots, self._free = self._free[:count], self._free[count:]

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import ray
 from ray import serve
+from ray.serve.api import RunTarget, run_many
 from ray.serve.config import BackpressureConfig, HTTPOptions, ProxyLocation
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, RayServeException
@@ -21,11 +22,13 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from actors.generation import SLOTS
 from actors.process import SPIN
-from serve_app.http import HttpOptions, HttpReplica
+from serve_app.access import HttpOptions
+from serve_app.http import HttpReplica
 from tg_tinker.errors import (
     ActorLostError,
     ClusterUnavailableError,
     InvalidRequestError,
+    PlacementError,
     QueueFullError,
 )
 
@@ -35,8 +38,11 @@ MOST_ONGOING = 8 * SLOTS
 MOST_QUEUED = 256
 """Calls of one client process that wait for a replica."""
 
-START_S = 300.0
-"""How long a sampler that somebody else deployed may take to start."""
+START_S = 600.0
+"""How long a sampler may take to start: a large model is converted once and loaded."""
+
+ROOM_S = 60.0
+"""How long to wait for the resources of a sampler."""
 
 _QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
 
@@ -102,10 +108,14 @@ def connect(embedded: bool, **where: Any) -> Sampler:
     Args:
         embedded: start Serve without its HTTP proxy.
         where: the fields of `Place`.
+
+    Raises:
+        PlacementError: the cluster has no room for it.
+        ClusterUnavailableError: it does not start.
     """
     place = Place(**where)
     _start(ProxyLocation.Disabled if embedded else ProxyLocation.HeadOnly)
-    if _needs_deploying(place):
+    if not _running(place.name):
         _run(place, HttpOptions(), route=None)
     return Sampler(serve.get_app_handle(place.name))
 
@@ -118,7 +128,8 @@ def serve_http(host: str, port: int, replicas: int, where: dict[str, Any], **opt
 
     Raises:
         InvalidRequestError: open to everyone on an address that others reach.
-        ClusterUnavailableError: Serve runs here at another address.
+        ClusterUnavailableError: Serve runs here at another address, or it does not start.
+        PlacementError: the cluster has no room for it.
     """
     allowed = HttpOptions(**options)
     if allowed.open and not ipaddress.ip_address(socket.gethostbyname(host)).is_loopback:
@@ -139,29 +150,12 @@ def serve_http(host: str, port: int, replicas: int, where: dict[str, Any], **opt
     _run(Place(**where), allowed, route="/", replicas=replicas)
 
 
-def _needs_deploying(place: Place) -> bool:
-    """Not while it runs, starts or mends itself: a second deployment would take its place."""
-    deadline = time.monotonic() + START_S
-    while (found := serve.status().applications.get(place.name)) is not None:
-        if found.status == ApplicationStatus.RUNNING:
-            return False
-        if found.status == ApplicationStatus.DEPLOY_FAILED:
-            return True
-        if time.monotonic() > deadline:
-            raise ClusterUnavailableError(
-                f"the sampler of this model has not started within {START_S:g} s: `serve status` on"
-                " the head node says why"
-            )
-        time.sleep(0.2)
-    return True
+def bound(place: Place, options: HttpOptions, replicas: int = 1) -> serve.Application:
+    """The application, ready to be run.
 
-
-def _start(location: ProxyLocation, http: HTTPOptions | None = None) -> None:
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process
-    serve.start(proxy_location=location, http_options=http, logging_config=_QUIET)
-
-
-def _run(place: Place, options: HttpOptions, route: str | None, replicas: int = 1) -> None:
+    Args:
+        replicas: copies of the model at most; with more than one they come and go with the load.
+    """
     deployment = serve.deployment(
         name="sampler",
         max_ongoing_requests=MOST_ONGOING,
@@ -176,11 +170,66 @@ def _run(place: Place, options: HttpOptions, route: str | None, replicas: int = 
         },
         logging_config=_QUIET,
     )(HttpReplica)  # fmt: skip
-    application = deployment.bind(
+    return deployment.bind(
         options, place.namespace, place.model_ref, place.dtype, place.home, place.store,
         place.threads,
     )  # fmt: skip
-    serve.run(application, name=place.name, route_prefix=route, logging_config=_QUIET)
+
+
+def _running(name: str) -> bool:
+    """Waits while it starts or mends itself: a second deployment would take its place.
+
+    Raises:
+        ClusterUnavailableError: it takes too long.
+    """
+    deadline = time.monotonic() + START_S
+    while (found := serve.status().applications.get(name)) is not None:
+        if found.status in (ApplicationStatus.RUNNING, ApplicationStatus.DEPLOY_FAILED):
+            return found.status == ApplicationStatus.RUNNING
+        if time.monotonic() > deadline:
+            raise ClusterUnavailableError(
+                f"the sampler of this model has not started within {START_S:g} s: `serve status` on"
+                " the head node says why"
+            )
+        time.sleep(0.1)
+    return False
+
+
+def _start(location: ProxyLocation, http: HTTPOptions | None = None) -> None:
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process
+    serve.start(proxy_location=location, http_options=http, logging_config=_QUIET)
+
+
+def _run(place: Place, options: HttpOptions, route: str | None, replicas: int = 1) -> None:
+    if place.name not in serve.status().applications:  # else it gives its own place to the new one
+        _await_room(place)
+    target = RunTarget(bound(place, options, replicas), place.name, route, _QUIET)
+    run_many([target], wait_for_applications_running=False)
+    if not _running(place.name):
+        raise ClusterUnavailableError(
+            "the sampler of this model cannot start: `serve status` on the head node says why"
+        )
+
+
+def _await_room(place: Place) -> None:
+    """Serve itself would wait for ever.
+
+    Raises:
+        PlacementError: what it needs is not free within the deadline.
+    """
+    deadline = time.monotonic() + ROOM_S
+    while True:
+        free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+        cpus, gpus = free.get("CPU", 0), free.get("GPU", 0)
+        if cpus >= place.num_cpus and gpus >= place.num_gpus:
+            return
+        if time.monotonic() > deadline:
+            raise PlacementError(
+                f"the sampler wants {place.num_cpus:g} CPUs and {place.num_gpus:g} GPUs, free are"
+                f" {cpus:g} and {gpus:g} for {ROOM_S:g} s now: close a client, or give clients"
+                " less, such as ResourceConfig(num_gpus=0.5)"
+            )
+        time.sleep(0.5)
 
 
 def _scaling(most: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 
 from actors.adapters import Adapter
-from actors.generation import SlotEngine, TokenRequest
+from actors.generation import Load, SlotEngine, TokenRequest
 from actors.model import Base, make_trainable
 from actors.snapshots import Snapshot
 from tg_tinker.errors import ArtifactMismatchError, InternalError, QueueFullError
@@ -109,7 +109,7 @@ class Engines:
     """The engines of one base model."""
 
     def __init__(self, load: Callable[[], Base]) -> None:
-        self._load = load
+        self._read = load
         self.base = load()
         self._shared = EngineThread(SlotEngine(self.base))
         self._whole: OrderedDict[str, EngineThread] = OrderedDict()
@@ -118,6 +118,12 @@ class Engines:
     @property
     def alive(self) -> bool:
         return all(engine.alive for engine in (self._shared, *self._whole.values()))
+
+    def load(self) -> Load:
+        """Of all engines together, as of their last steps."""
+        threads = (self._shared, *self._whole.values())
+        loads = [thread.do(lambda engine: engine.load).result() for thread in threads]
+        return sum(loads[1:], loads[0])
 
     def has(self, name: str | None, shared: bool) -> Future[bool]:
         """Whether the weights of this name are here; None is the base model, which always is."""
@@ -167,7 +173,7 @@ class Engines:
         self._whole.pop(unused).close()
 
     def _with_weights(self, snapshot: Snapshot) -> Base:
-        base = self._load()
+        base = self._read()
         parameters, _ = make_trainable(base, snapshot.lora_config)
         with torch.no_grad():
             for name, tensor in snapshot.weights.items():

@@ -79,6 +79,11 @@ class CompletionBody(_Common):
     echo: bool = False
 
     def params(self) -> SamplingParams:
+        if self.echo and self.logprobs is not None:
+            raise InvalidRequestError(
+                "echo: with logprobs is not supported here: /v1/sample scores prompts"
+                " (prompt_logprobs)"
+            )
         return self._params(self.max_tokens, self.logprobs or 0)
 
     def prompts(self) -> list[str | Ids]:

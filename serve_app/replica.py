@@ -7,6 +7,7 @@ the engine's thread and never waits for a forward.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -14,18 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from actors.completion import Completions, join
+from actors.generation import Load
 from actors.home import MODELS
 from actors.model import use_threads
 from actors.process import reply_of
 from serve_app.engines import Engines, EngineThread, loader
+from serve_app.metrics import Watch, count_refusal, meters
 from serve_app.sources import Source, Sources
 from tg_tinker.cluster import RemoteRegistry, find_registry
 from tg_tinker.envelope import open_payload, seal_payload
-from tg_tinker.errors import DeadlineExceededError, NotFoundError
+from tg_tinker.errors import DeadlineExceededError, InternalError, NotFoundError
 from tg_tinker.sampling import SamplingParams
 from tg_tinker.text import load_tokenizer
 from tg_tinker.types import SampleResult, StreamChunk
 from tg_tinker.wire import Reply, SampleRequest
+
+REPORT_S = 1.0
+"""Between two looks at how full the engines are, for the metrics."""
 
 _ATTEMPTS = 3
 """Of fetching weights that leave again before their request is queued."""
@@ -38,6 +44,7 @@ class Running:
     call: Completions
     engine: EngineThread
     arrived: asyncio.Event
+    watch: Watch
 
     @property
     def prompt_tokens(self) -> int:
@@ -58,7 +65,9 @@ class Replica:
         self.engines = Engines(loader(model_ref, dtype, Path(home) / MODELS))
         self.tokenizer = load_tokenizer(self.engines.base.tokenizer_files())
         self.sources = Sources(self.registry.typed, self._key, namespace, store, model_ref)
-        self._fetching = asyncio.Lock()
+        self._coming: dict[str | None, asyncio.Future[None]] = {}
+        self._newest: dict[str, int] = {}  # step of each run that was sampled from
+        self._reporting = asyncio.ensure_future(self._report())
 
     # --- calls through a handle, sealed --------------------------------------------------------
 
@@ -82,6 +91,10 @@ class Replica:
                 yield seal_payload(self._key, Reply(chunk))
         except Exception as error:
             yield seal_payload(self._key, failure(error))
+
+    async def load(self) -> Load:
+        """How full the engines are."""
+        return await asyncio.to_thread(self.engines.load)
 
     def check_health(self) -> None:
         if not self.engines.alive:
@@ -115,7 +128,7 @@ class Replica:
             InvalidRequestError: it can never run.
             NotFoundError: its weights are gone.
         """
-        arrived, loop = asyncio.Event(), asyncio.get_running_loop()
+        arrived, loop, watch = asyncio.Event(), asyncio.get_running_loop(), Watch()
         call = Completions(
             self.tokenizer,
             prompts,
@@ -134,7 +147,9 @@ class Replica:
                 for request in call.requests:
                     engine.cancel(request)
                 raise
-            return Running(call, engine, arrived)
+            running = Running(call, engine, arrived, watch)
+            watch.queued(running.prompt_tokens, self._lag(source.version))
+            return running
         raise NotFoundError(
             f"the weights of {source.version} leave memory faster than they are used: sample from"
             " fewer runs at a time"
@@ -161,6 +176,7 @@ class Replica:
                     ) from None
                 running.arrived.clear()
                 for chunk in call.take():
+                    running.watch.delivered(call, chunk)
                     yield chunk
                 for stopped in call.stopped():
                     engine.cancel(*stopped)
@@ -171,12 +187,32 @@ class Replica:
     # --- inside ------------------------------------------------------------------------------
 
     async def _engine(self, source: Source) -> EngineThread:
-        if await asyncio.wrap_future(self.engines.has(source.name, source.shared)):
-            return self.engines.of(source.name, source.shared)
-        async with self._fetching:
-            if not await asyncio.wrap_future(self.engines.has(source.name, source.shared)):
-                await asyncio.to_thread(lambda: self.engines.add(source.fetch()))
-            return self.engines.of(source.name, source.shared)
+        """Where the weights are; they are fetched once, however many ask for them."""
+        if not await asyncio.wrap_future(self.engines.has(source.name, source.shared)):
+            coming = self._coming.get(source.name)
+            if coming is None:
+                coming = asyncio.ensure_future(asyncio.to_thread(self._fetch, source))
+                coming.add_done_callback(lambda _: self._coming.pop(source.name))
+                self._coming[source.name] = coming
+            await asyncio.shield(coming)  # whoever leaves does not take it from the others
+        return self.engines.of(source.name, source.shared)
+
+    def _fetch(self, source: Source) -> None:
+        self.engines.add(source.fetch())
+
+    def _lag(self, version: str) -> int | None:
+        """Steps behind the newest weights of its run that were asked for here."""
+        run, _, step = version.partition("@")
+        if not step:
+            return None
+        self._newest[run] = max(int(step), self._newest.get(run, 0))
+        return self._newest[run] - int(step)
+
+    async def _report(self) -> None:
+        while self.engines.alive:
+            with contextlib.suppress(InternalError):  # an engine left while it was asked
+                meters().load(await self.load())
+            await asyncio.sleep(REPORT_S)
 
 
 def failure(error: Exception) -> Reply:
@@ -185,4 +221,7 @@ def failure(error: Exception) -> Reply:
     def again() -> Any:
         raise error
 
-    return reply_of(again)
+    reply = reply_of(again)
+    if reply.error is not None:
+        count_refusal(reply.error[2]["code"])
+    return reply

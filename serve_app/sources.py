@@ -9,8 +9,9 @@ ARTIFACT        a saved artifact
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from actors.artifacts import fetch
@@ -18,10 +19,11 @@ from actors.registry import Registry
 from actors.snapshots import Snapshot, of_state, opened, shares_base
 from actors.state import from_files
 from actors.store import ArtifactStore
-from tg_tinker.cluster import fetch_snapshot, latest_snapshot
+from tg_tinker.cluster import current_step, fetch_snapshot, latest_snapshot, living_actors
 from tg_tinker.config import TrainingConfig
 from tg_tinker.envelope import open_payload
 from tg_tinker.errors import InvalidRequestError, NotFoundError, VersionGoneError
+from tg_tinker.types import TrainingClientInfo
 from tg_tinker.wire import SnapshotRef
 
 BASE = "base"
@@ -78,54 +80,60 @@ class Sources:
             return Source(None, BASE, True, _nothing)
         name, _, wanted = model.partition("@")
         if not (allowed and name not in allowed):
-            for run_id in self._runs(tenant):
-                if run_id == name:
-                    return self._live(tenant, name, wanted)
-            if not wanted and any(name == artifact for artifact in self._artifacts(tenant)):
-                return self._saved(tenant, name)
+            with contextlib.suppress(NotFoundError):
+                return self._live(tenant, name, wanted)
+            if not wanted:
+                with contextlib.suppress(NotFoundError):
+                    return self._saved(tenant, name)
         raise NotFoundError(f"there is no model {model!r}: GET /v1/models names those there are")
 
     def names(self, tenant: str, allowed: tuple[str, ...]) -> list[str]:
-        """All that `find` finds."""
-        known = [*self._runs(tenant), *self._artifacts(tenant)]
-        return [BASE, *(name for name in known if not allowed or name in allowed)]
+        """The base model, runs that live, and all artifacts: what `find` finds."""
+        living = living_actors(self._namespace)
+        runs = {run.training_client_id: run for run in self._registry.runs(tenant)
+                if run.model_ref == self._model_ref}  # fmt: skip
+        found = [name for name, run in runs.items() if f"{name}@{run.epoch}" in living]
+        found += [artifact.artifact_id for artifact in self._registry.artifacts(tenant)
+                  if artifact.training_client_id in runs]  # fmt: skip
+        return [BASE, *(name for name in found if not allowed or name in allowed)]
 
     # --- inside ------------------------------------------------------------------------------
 
-    def _runs(self, tenant: str) -> Iterator[str]:
-        for info in self._registry.runs(tenant):
-            if info.model_ref == self._model_ref:
-                yield info.training_client_id
-
-    def _artifacts(self, tenant: str) -> Iterator[str]:
-        runs = set(self._runs(tenant))
-        for artifact in self._registry.artifacts(tenant):
-            if artifact.training_client_id in runs:
-                yield artifact.artifact_id
+    def _run(self, tenant: str, run_id: str) -> tuple[TrainingClientInfo, str]:
+        info, stored = self._registry.run(tenant, run_id)
+        if info.model_ref != self._model_ref:
+            raise NotFoundError("a run on another base model")
+        return info, stored
 
     def _live(self, tenant: str, run_id: str, wanted: str) -> Source:
+        info, _ = self._run(tenant, run_id)
+        if not wanted:
+            return self._latest(info)
         least, exact = wanted.removeprefix(">="), wanted[:2] != ">="
-        if wanted and not (least.isdecimal() and len(least) < 12):
+        if not (least.isdecimal() and len(least) < 12):
             raise InvalidRequestError("after @ comes a step, or >= and a step")
         deadline = time.monotonic() + WAIT_S
-        while True:
-            info, _ = self._registry.run(tenant, run_id)
-            actor = f"{run_id}@{info.epoch}"
-            reference = latest_snapshot(self._namespace, actor, self._key)
-            step = int(reference.version.partition("@")[2])
-            if not wanted or step == int(least) or (not exact and step > int(least)):
-                return self.of_snapshot(reference)
-            if exact or time.monotonic() > deadline:
-                raise VersionGoneError(
-                    f"{run_id} is at step {step}, not {wanted}: name the run for the latest,"
-                    " or save an artifact of the step you want",
-                    details={"step": step},
-                )
+        step = current_step(self._namespace, _actor(info))
+        while not exact and step < int(least) and time.monotonic() < deadline:
             time.sleep(0.02)
+            info, _ = self._run(tenant, run_id)  # a run that comes back has another actor
+            step = current_step(self._namespace, _actor(info))
+        if step >= int(least) and (not exact or step == int(least)):
+            found = self._latest(info)
+            if not exact or found.version == f"{run_id}@{int(least)}":  # it may have gone on
+                return found
+        raise VersionGoneError(
+            f"{run_id} is at step {step}, not {wanted}: name the run for the latest,"
+            " or save an artifact of the step you want",
+            details={"step": step},
+        )
+
+    def _latest(self, info: TrainingClientInfo) -> Source:
+        return self.of_snapshot(latest_snapshot(self._namespace, _actor(info), self._key))
 
     def _saved(self, tenant: str, artifact_id: str) -> Source:
         info = self._registry.artifact(tenant, artifact_id)
-        _, stored = self._registry.run(tenant, info.training_client_id)
+        _, stored = self._run(tenant, info.training_client_id)
         lora = TrainingConfig.model_validate_json(stored).lora_config
 
         def get() -> Snapshot:
@@ -133,6 +141,10 @@ class Sources:
             return of_state(artifact_id, from_files(files).state, lora)
 
         return Source(artifact_id, artifact_id, shares_base(lora), get)
+
+
+def _actor(info: TrainingClientInfo) -> str:
+    return f"{info.training_client_id}@{info.epoch}"
 
 
 def _nothing() -> Snapshot:

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import examples, session
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_text import cut
 
 from actors.completion import Completions, join
 from actors.drawing import draw, penalised, uniform
@@ -243,6 +246,37 @@ def test_chunks_hold_whole_characters(tokenizer: Any) -> None:
     assert "".join(c.text for c in chunks) == text
     assert not any("\ufffd" in c.text for c in chunks)
     assert [t for c in chunks for t in c.token_ids] == tokenizer(text)["input_ids"]
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.lists(st.lists(st.integers(0, 258), min_size=1, max_size=24), min_size=1, max_size=3),
+    st.lists(st.text("ab\u00e9\u65e5\U0001f642 ", min_size=1, max_size=3), max_size=2),
+    st.data(),
+)
+def test_the_streaming_law(
+    tokenizer: Any, scripts: list[list[int]], stops: list[str], data: st.DataObject
+) -> None:
+    """Joined chunks = the answer without streaming = all tokens decoded, cut at the first stop:
+    for any bytes, whole characters or not, special tokens, and stops out of the text itself."""
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in scripts]
+    if texts[0]:
+        start = data.draw(st.integers(0, len(texts[0]) - 1))
+        stops = [*stops, texts[0][start : start + data.draw(st.integers(1, 4))]]
+    params = SamplingParams(stop_sequences=tuple(stops))
+    prompts = ["a"] * len(scripts)
+    chunks = [*stream_chunks(Script(*scripts), tokenizer, prompts, params)]
+    whole = sample(Script(*scripts), tokenizer, prompts, params)
+    for i, text in enumerate(texts):
+        expected = cut(text, stops)
+        ends = any(stop in text for stop in stops)
+        mine = [chunk for chunk in chunks if chunk.index == i]
+        assert "".join(chunk.text for chunk in mine) == whole[i].completion == expected
+        assert [c.finish_reason for c in mine if c.finish_reason] == ["stop" if ends else "length"]
+        drawn = [token for chunk in mine for token in chunk.token_ids]
+        assert drawn == scripts[i][: len(drawn)]
 
 
 def test_eos_is_a_token_but_not_text(tokenizer: Any) -> None:

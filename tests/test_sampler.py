@@ -277,17 +277,6 @@ def test_a_failed_step_is_told_once_to_the_sample_that_was_to_see_it(
 
 
 @pytest.mark.slow
-def test_streams_that_are_left_free_their_slots(service: ServiceClient, tiny_model: Path) -> None:
-    with create(service, tiny_model) as tc:
-        for _ in range(20):  # more than there are slots
-            for _chunk in tc.sample_stream("abc", max_tokens=120, stop_sequences=[]):
-                break
-        started = time.monotonic()
-        assert tc.sample("abc", max_tokens=3).samples
-        assert time.monotonic() - started < 60
-
-
-@pytest.mark.slow
 def test_many_streams_cancels_and_bad_requests_do_not_disturb_each_other(
     service: ServiceClient, tiny_model: Path
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from tg_tinker.errors import InvalidRequestError
 from tg_tinker.http_client import stream
 
 commands = typer.Typer()
@@ -53,6 +54,10 @@ def serve(
     host: Annotated[str, typer.Option(help="Others than loopback need an API key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65_535)] = 8000,
     replicas: Annotated[int, typer.Option(min=1, help="Copies of the model at most.")] = 1,
+    write_config: Annotated[
+        Path | None,
+        typer.Option(help="Write a file for `serve deploy` instead, and start nothing."),
+    ] = None,
 ) -> None:
     """Answer requests over HTTP, as OpenAI's API does, until Ctrl-C.
 
@@ -63,25 +68,41 @@ def serve(
       [cyan]tg-tinker serve[/]
       [cyan]curl localhost:8000/v1/models[/]
       [cyan]tg-tinker serve --model path/or/hub-id --host 0.0.0.0[/]
+      [cyan]tg-tinker serve --write-config serve.yaml[/]
     """
     from tg_tinker.cli import connector
     from tg_tinker.demo import find_demo_model
 
+    model = model or str(find_demo_model())
+    if write_config is not None:
+        _write_config(write_config, model, host, port, replicas)
+        return
     console, stopped = Console(stderr=True), threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     with connector(ctx)() as service:
         with console.status("loading the model"):
-            url = service.serve_http(
-                model or str(find_demo_model()), host, port, max_replicas=replicas
-            )
+            url = service.serve_http(model, host, port, max_replicas=replicas)
         keys = service.list_api_keys()
         console.print(
             f"Serving at [bold]{url}[/]. "
             + (f"{len(keys)} API keys open it." if keys else "Open to everyone on this machine:")
             + ("" if keys else " `tg-tinker api-keys create` ends that. Ctrl-C stops it.")
         )
+        console.print(f"Metrics for Prometheus: {' '.join(service.metrics_urls())}", style="dim")
         while not stopped.wait(1):
             pass
+
+
+def _write_config(path: Path, model: str, host: str, port: int, replicas: int) -> None:
+    from tg_tinker.cluster import provided
+
+    model = str(Path(model).absolute()) if Path(model).exists() else model
+    try:
+        with path.open("x") as file:
+            file.write(provided("serve_config")(model, "auto", host, port, replicas, "tg_tinker"))
+    except OSError as error:
+        raise InvalidRequestError(f"cannot write {path}: {error.strerror}") from None
+    typer.echo(f"{path}: deploy it with `serve deploy {path}`")
 
 
 @commands.command()

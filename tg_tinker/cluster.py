@@ -43,6 +43,8 @@ REGISTRY_NAME = "tg_tinker.registry"
 ENTRY_POINTS = "tg_tinker.cluster"
 
 _STARTED_BY_RAY_START = Path("/tmp/ray/ray_current_cluster")  # noqa: S108
+_ANSWER_S = 120.0
+"""How long a training actor may take to copy its weights, which waits for the end of a step."""
 _OBJECT_STORE_BYTES = 512 * 2**20
 _log = logging.getLogger("tg_tinker")
 
@@ -111,6 +113,12 @@ class Cluster:
         with _translated():
             return dict(_ray().cluster_resources())
 
+    def metrics_urls(self) -> list[str]:
+        """Where Prometheus finds the metrics of each living node."""
+        with _translated():
+            nodes = [node for node in _ray().nodes() if node["Alive"]]
+        return [f"http://{n['NodeManagerAddress']}:{n['MetricsExportPort']}/metrics" for n in nodes]
+
     def start_training(self, num_cpus: float, num_gpus: float, **arguments: Any) -> Any:
         """A placed training actor.
 
@@ -149,10 +157,8 @@ class Cluster:
 
     def _holders(self) -> str:
         with _translated():
-            named = _ray().util.list_named_actors(all_namespaces=True)
             free = _ray().available_resources()
-        ours = [a["name"] for a in named if a["namespace"] == self.namespace]
-        runs = ", ".join(sorted(name for name in ours if name != REGISTRY_NAME)) or "no client"
+        runs = ", ".join(sorted(living_actors(self.namespace) - {REGISTRY_NAME})) or "no client"
         return f"{runs}; free are {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs"
 
     def find_training(self, run_id: str, epoch: int) -> Any | None:
@@ -334,14 +340,28 @@ def find_registry(namespace: str) -> Any:
         return _ray().get_actor(REGISTRY_NAME, namespace=namespace)
 
 
+def living_actors(namespace: str) -> set[str]:
+    """Names of the actors that are up, `run@epoch` among them."""
+    with _translated():
+        named = _ray().util.list_named_actors(all_namespaces=True)
+    return {actor["name"] for actor in named if actor["namespace"] == namespace}
+
+
 def fetch_snapshot(namespace: str, actor: str, name: str) -> bytes:
     """Sealed weights that a training actor keeps.
 
     Raises:
         ActorLostError: it is gone.
+        FutureTimeoutError: it does not answer.
     """
-    sealed: bytes = ask(_training(namespace, actor).snapshot, name)
+    sealed: bytes = ask(_training(namespace, actor).snapshot, name, timeout=_ANSWER_S)
     return sealed
+
+
+def current_step(namespace: str, actor: str) -> int:
+    """Of a living training actor; raises as `fetch_snapshot`."""
+    info: ActorInfo = ask(_training(namespace, actor).info, timeout=_ANSWER_S)
+    return info.step
 
 
 def _training(namespace: str, actor: str) -> Any:
@@ -356,12 +376,8 @@ def _training(namespace: str, actor: str) -> Any:
 
 
 def latest_snapshot(namespace: str, actor: str, key: bytes) -> SnapshotRef:
-    """Of a living training actor.
-
-    Raises:
-        ActorLostError: it is gone.
-    """
-    sealed = ask(_training(namespace, actor).latest)
+    """Of a living training actor; raises as `fetch_snapshot`."""
+    sealed = ask(_training(namespace, actor).latest, timeout=_ANSWER_S)
     reference: SnapshotRef = open_payload(key, sealed).unwrap()
     return reference
 
@@ -457,8 +473,8 @@ def _starting() -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterUnavailableError(
             f"Ray did not start, or refused this process ({type(error).__name__}): check"
-            " `ray status` and RAY_ADDRESS, and that RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token holds"
-            " the cluster's token"
+            " `ray status` and RAY_ADDRESS, that RAY_AUTH_MODE is as the cluster was started with,"
+            " and that RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token holds its token"
         ) from None
 
 

@@ -237,6 +237,13 @@ class ServiceClient:
         )  # fmt: skip
         return f"http://{host}:{port}/v1"
 
+    def metrics_urls(self) -> list[str]:
+        """Where Prometheus finds what samplers count and time, an address for each node.
+
+        Numbers only; `docs/grafana-sampling.json` draws them.
+        """
+        return self._cluster.metrics_urls()
+
     def create_api_key(
         self, label: str = "", models: Sequence[str] = (), days: float | None = 90
     ) -> tuple[str, ApiKeyInfo]:

@@ -1,0 +1,107 @@
+"""Who may ask over HTTP, and how much at once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from actors.registry import Registry
+from tg_tinker.errors import AccessDeniedError, InvalidRequestError, QueueFullError
+
+_KNOWN_S = 5.0
+"""How long a checked key is trusted: a revoked one opens nothing after that."""
+
+
+@dataclass(frozen=True)
+class HttpOptions:
+    """What the server allows.
+
+    Attributes:
+        tenant: of everyone, when `open`.
+        open: whoever reaches the port may sample, until the tenant has a key; on a loopback
+            address only.
+        most_tokens: `max_tokens` of a request.
+        most_at_once: requests of one key.
+        deadline_s: of a request, streaming included.
+    """
+
+    tenant: str = "default"
+    open: bool = False
+    most_tokens: int = 4096
+    most_at_once: int = 32
+    deadline_s: float = 300.0
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks, and which models the key is for (all when empty)."""
+
+    tenant: str
+    key_id: str
+    models: tuple[str, ...] = ()
+
+
+class Access:
+    """The keys of all tenants, as one server sees them."""
+
+    def __init__(self, registry: Registry, options: HttpOptions) -> None:
+        self._registry, self._options = registry, options
+        self._known: dict[str, tuple[float, Caller]] = {}
+        self._at_once: Counter[str] = Counter()
+        self._keys_exist, self._keys_known_until = False, 0.0
+
+    async def caller(self, request: Request) -> Caller:
+        """Who sent it.
+
+        Raises:
+            AccessDeniedError: no key, or one that opens nothing.
+        """
+        if self._options.open and not await self._has_keys():
+            return Caller(self._options.tenant, "open")
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            raise AccessDeniedError(
+                "this server wants an API key (Authorization: Bearer ...):"
+                " `tg-tinker api-keys create` makes one"
+            )
+        until, caller = self._known.get(token, (0.0, None))
+        if caller is None or until < time.monotonic():
+            self._known.pop(token, None)
+            tenant, info = await asyncio.to_thread(self._registry.check_api_key, token)
+            caller = Caller(tenant, info.key_id, info.models)
+            self._known[token] = time.monotonic() + _KNOWN_S, caller
+        return caller
+
+    def enter(self, caller: Caller, max_tokens: int) -> None:
+        """Before a request of this many tokens begins; `leave` when it has ended.
+
+        Raises:
+            InvalidRequestError: more tokens than this server draws.
+            QueueFullError: too many requests of this key run already.
+        """
+        if max_tokens > self._options.most_tokens:
+            raise InvalidRequestError(
+                f"max_tokens={max_tokens} is more than the {self._options.most_tokens}"
+                " that this server draws for a request"
+            )
+        if self._at_once[caller.key_id] >= self._options.most_at_once:
+            raise QueueFullError(
+                f"{self._options.most_at_once} requests of this key are answered already: wait for"
+                " one to end"
+            )
+        self._at_once[caller.key_id] += 1
+
+    def leave(self, caller: Caller) -> None:
+        self._at_once[caller.key_id] -= 1
+
+    async def _has_keys(self) -> bool:
+        """Whether the tenant has made a key since the server started open."""
+        if self._keys_known_until < time.monotonic():
+            keys = await asyncio.to_thread(self._registry.api_keys, self._options.tenant)
+            self._keys_exist = bool(keys)
+            self._keys_known_until = time.monotonic() + _KNOWN_S
+        return self._keys_exist
