@@ -8,18 +8,30 @@ snapshot, its way through the object store, and one forward over the prompt.
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import statistics
+import threading
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
+from ray import serve
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from actors.completion import Completions
+from actors.generation import SlotEngine, Token
+from actors.home import MODELS
+from serve_app.engines import EngineThread, loader
 from tg_tinker import LoRAConfig, ServiceClient, TrainingClient, TrainingConfig
 from tg_tinker.demo import find_demo_model
+from tg_tinker.sampling import SamplingParams
+from tg_tinker.service import home_directory
 
 ROW = {"input_ids": [[*range(1000, 1016)]]}
 PROMPT = "The capital of France is"
@@ -43,12 +55,14 @@ def by_handle(tc: TrainingClient, repeats: int) -> tuple[list[float], list[float
     return extra, inside
 
 
-def by_http(url: str, tokens: int, repeats: int) -> tuple[list[float], list[float]]:
+def by_http(
+    url: str, tokens: int, repeats: int, shown: bool = True
+) -> tuple[list[float], list[float]]:
     """Milliseconds to the first event, and between events, of a stream."""
     first, gaps = [], []
     body = {"model": "base", "prompt": PROMPT, "max_tokens": tokens, "temperature": 0,
             "stream": True}  # fmt: skip
-    for _ in track(range(repeats), "streams over HTTP"):
+    for _ in track(range(repeats), "streams over HTTP", disable=not shown):
         request = urllib.request.Request(
             f"{url}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -63,6 +77,71 @@ def by_http(url: str, tokens: int, repeats: int) -> tuple[list[float], list[floa
         first.append(taken[0])
         gaps += taken[1:]
     return first, gaps
+
+
+def by_engine(engine: EngineThread, tokenizer: Any, tokens: int) -> list[float]:
+    """Milliseconds between chunks of the same answer from an engine in this process."""
+    arrived: list[float] = []
+    done = threading.Event()
+    params = SamplingParams(max_tokens=tokens, temperature=0)
+    call = Completions(
+        tokenizer, [PROMPT], params, notify=lambda: arrived.append(time.perf_counter())
+    )
+    (request,) = call.requests
+    deliver = request.deliver
+
+    def delivered(token: Token) -> None:
+        deliver(token)
+        if token.finish_reason:
+            done.set()
+
+    request.deliver = delivered
+    engine.do(lambda e: e.submit(request)).result()
+    done.wait()
+    return [1e3 * (b - a) for a, b in pairwise(arrived)]
+
+
+def freed(url: str, application: str, repeats: int) -> list[float]:
+    """Milliseconds from the end of a connection with eight completions to eight free slots."""
+    handle = serve.get_app_handle(application)
+    body = {"model": "base", "prompt": PROMPT, "max_tokens": 400, "temperature": 0, "n": 8,
+            "stream": True}  # fmt: skip
+    host = url.removeprefix("http://").removesuffix("/v1")
+    taken = []
+    for _ in track(range(repeats), "connections that are closed"):
+        connection = http.client.HTTPConnection(host)
+        connection.request(
+            "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
+        )
+        connection.getresponse().read(100)
+        connection.close()
+        started = time.perf_counter()
+        while handle.load.remote().result().running:
+            pass
+        taken.append(1e3 * (time.perf_counter() - started))
+    return taken
+
+
+@contextmanager
+def streams(url: str, count: int) -> Iterator[list[str]]:
+    """So many clients that ask for one answer after the other; what they failed with."""
+    failed: list[str] = []
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            try:
+                by_http(url, 24, 1, shown=False)
+            except Exception as error:
+                failed.append(type(error).__name__)
+
+    clients = [threading.Thread(target=ask) for _ in range(count)]
+    for client in clients:
+        client.start()
+    yield failed
+    stop.set()
+    for client in clients:
+        client.join()
 
 
 def swaps(tc: TrainingClient, repeats: int) -> tuple[list[float], int]:
@@ -82,10 +161,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=30, help="requests (default 30)")
     parser.add_argument("--swaps", type=int, default=200, help="steps (default 200)")
+    parser.add_argument("--load", type=int, default=2, help="streams beside swaps (default 2)")
     parser.add_argument(
         "--model", default=str(find_demo_model()), help="as TrainingConfig takes it"
     )
     options = parser.parse_args()
+    base = loader(options.model, "float32", home_directory() / MODELS)()
+    engine = EngineThread(SlotEngine(base))
     config = TrainingConfig(model_ref=options.model, lora_config=LoRAConfig(rank=16))
     rows: dict[str, Any] = {}
     with ServiceClient(address="local") as service:
@@ -95,12 +177,25 @@ def main() -> None:
             extra, inside = by_handle(tc, options.repeats)
             rows["one token, inside the replica"] = quantiles(inside)
             rows["added to it by handle, Serve and snapshot"] = quantiles(extra)
-            first, gaps = by_http(url, 24, max(3, options.repeats // 5))
+            by_engine(engine, tc.tokenizer, 4)
+            first, gaps, direct = [], [], []
+            for _ in range(max(3, options.repeats // 5)):  # in turn: a machine has moods
+                direct += by_engine(engine, tc.tokenizer, 24)
+                found = by_http(url, 24, 1)
+                first += found[0]
+                gaps += found[1]
             rows["HTTP stream, first event"] = quantiles(first)
-            rows["HTTP stream, between events"] = quantiles(gaps)
+            rows["between chunks, engine in this process"] = quantiles(direct)
+            rows["between events, HTTP"] = quantiles(gaps)
+            (application,) = serve.status().applications
+            rows["closed connection to free slots"] = quantiles(freed(url, application, 10))
             taken, stale = swaps(tc, options.swaps)
             rows[f"{options.swaps} swaps, step to first token"] = quantiles(taken)
             rows["stale answers"] = str(stale)
+            with streams(url, options.load) as failed:
+                taken, stale = swaps(tc, options.swaps)
+            rows[f"{options.swaps} swaps beside {options.load} streams"] = quantiles(taken)
+            rows["stale answers, failed requests"] = f"{stale}, {len(failed)}"
     table = Table("what", "time", title="SmolLM2-135M, rank 16, one token of context 6")
     for name, value in rows.items():
         table.add_row(name, value)
