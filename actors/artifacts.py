@@ -1,8 +1,7 @@
 """Artifacts: files sealed, published, fetched and exported.
 
-An artifact is a manifest in clear (ids, sizes, hashes of ciphertext) and sealed files, each
-bound to its tenant, artifact and name. It counts once its manifest lies in the store and the
-registry knows the manifest's digest.
+An artifact is a manifest in clear and sealed files, each bound to its tenant, artifact and name.
+It counts once its manifest lies in the store and the registry knows the manifest's digest.
 """
 
 from __future__ import annotations
@@ -11,36 +10,104 @@ import hashlib
 import json
 import secrets
 import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from actors.registry import Registry
+from actors.manifest import Manifest, SealedFile
+from actors.registry import DATA_KEY, Registry
 from actors.state import WEIGHTS, from_files
 from actors.store import MANIFEST, ArtifactStore
-from tg_tinker.envelope import ALGORITHM, FORMAT_VERSION, context_of, seal, unseal
+from tg_tinker.envelope import (
+    ALGORITHM,
+    FORMAT_VERSION,
+    Buffer,
+    check_commitment,
+    commitment,
+    context_of,
+    sealed_parts,
+    unseal,
+)
 from tg_tinker.errors import IntegrityError, InvalidRequestError, StorageError
 from tg_tinker.types import EncryptionInfo
 
 
+class Draft:
+    """An artifact on its way into the store: plain files in this process, and their key.
+
+    Sealing happens while somebody reads the parts: the ciphertext is never whole in memory.
+    """
+
+    def __init__(self, registry: Registry, tenant: str, files: Mapping[str, Buffer]) -> None:
+        self.tenant = tenant
+        self.artifact_id = f"art-{int(time.time() * 1e3):011x}{secrets.token_hex(8)}"
+        self._key, self.wrapped_key = registry.new_data_key(tenant, self.artifact_id)
+        self._files = files
+        self._sealed: dict[str, SealedFile] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Of the files in the store."""
+        return [f"{name}.enc" for name in self._files]
+
+    def parts(self, name: str) -> Iterator[memoryview]:
+        """A file as it is sealed; a part is released when the next one is asked for."""
+        plain = name.removesuffix(".enc")
+        digest, size = hashlib.sha256(), 0
+        context = context_of(self.tenant, self.artifact_id, plain)
+        for part in sealed_parts(self._key, self._files[plain], context):
+            digest.update(part)
+            size += len(part)
+            yield part
+        self._sealed[name] = SealedFile(size, digest.hexdigest())  # of the last attempt
+
+    def manifest(self) -> bytes:
+        """Once all files were read to their end."""
+        context = context_of(self.tenant, self.artifact_id, DATA_KEY)
+        files = {name: self._sealed[name] for name in self.names}
+        committed = commitment(self._key, context).hex()
+        return Manifest(self.tenant, self.artifact_id, committed, files).to_bytes(self._key)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all sealed files, once they were read."""
+        return sum(file.size for file in self._sealed.values())
+
+
+class Sealed:
+    """A file of a draft for `ArtifactStore`: sealed anew whenever an upload begins anew."""
+
+    def __init__(self, draft: Draft, name: str) -> None:
+        self._draft, self._name = draft, name
+
+    def __iter__(self) -> Iterator[memoryview]:
+        return self._draft.parts(self._name)
+
+
+Write = Callable[[ArtifactStore, Draft], None]
+
+
+def write(store: ArtifactStore, draft: Draft) -> None:
+    """Into the store from this process."""
+    files = {name: Sealed(draft, name) for name in draft.names}
+    store.write_artifact(draft.tenant, draft.artifact_id, files, draft.wrapped_key, draft.manifest)
+
+
 def publish(
-    registry: Registry, store: ArtifactStore, files: dict[str, bytes], *,
-    tenant: str, run_id: str, epoch: int, step: int, include_optimizer: bool,
-) -> tuple[str, int, EncryptionInfo]:  # fmt: skip
-    """Seals and stores files as a new artifact; its id, its size in ciphertext bytes, its seal.
+    registry: Registry, store: ArtifactStore, draft: Draft, *,
+    run_id: str, epoch: int, step: int, include_optimizer: bool,
+    write: Write = write,
+) -> tuple[int, EncryptionInfo]:  # fmt: skip
+    """Stores a draft and enters it as an artifact; its size in ciphertext bytes, and its seal.
 
     Raises:
         StorageError: the store refused; nothing is left of the artifact.
         ActorLostError: a newer actor owns the run; nothing is left of the artifact.
     """
-    artifact_id = f"art-{int(time.time() * 1e3):011x}{secrets.token_hex(8)}"
+    tenant, artifact_id = draft.tenant, draft.artifact_id
     key_id, provider = registry.key_info()
-    key, wrapped = registry.new_data_key(tenant, artifact_id)
-    sealed = {
-        f"{name}.enc": seal(key, content, context_of(tenant, artifact_id, name))
-        for name, content in files.items()
-    }
-    manifest = _manifest(tenant, artifact_id, sealed)
-    size = sum(map(len, sealed.values())) + len(manifest)
-    store.write_artifact(tenant, artifact_id, sealed, wrapped, manifest)
+    write(store, draft)
+    manifest = draft.manifest()
+    size = draft.size + len(manifest)
     try:
         registry.publish(
             tenant, run_id, epoch, artifact_id, step, size, include_optimizer, manifest
@@ -48,7 +115,7 @@ def publish(
     except BaseException:
         store.delete(tenant, artifact_id)
         raise
-    return artifact_id, size, EncryptionInfo(ALGORITHM, key_id, provider, FORMAT_VERSION)
+    return size, EncryptionInfo(ALGORITHM, key_id, provider, FORMAT_VERSION)
 
 
 def fetch(
@@ -60,18 +127,31 @@ def fetch(
         NotFoundError: unknown, deleted, or its files are gone.
         IntegrityError: not what was published, or not for this key.
     """
+    manifest, key = _opened(registry, store, tenant, artifact_id)
+    return {name.removesuffix(".enc"): _file(store, manifest, key, name) for name in manifest.files}
+
+
+def _opened(
+    registry: Registry, store: ArtifactStore, tenant: str, artifact_id: str
+) -> tuple[Manifest, bytes]:
+    """The verified manifest of an artifact, and its data key."""
     registry.artifact(tenant, artifact_id)
-    manifest = store.read(tenant, artifact_id, MANIFEST)
-    registry.check_manifest(tenant, artifact_id, manifest)
+    content = store.read(tenant, artifact_id, MANIFEST)
+    registry.check_manifest(tenant, artifact_id, content)
+    manifest = Manifest.parse(content, tenant, artifact_id)
     key = registry.open_data_key(tenant, artifact_id, store.read_key(tenant, artifact_id))
-    plain = {}
-    for name, entry in json.loads(manifest)["files"].items():
-        sealed = store.read(tenant, artifact_id, name)
-        if hashlib.sha256(sealed).hexdigest() != entry["sha256"]:
-            raise IntegrityError(f"{name} of artifact {artifact_id} is not what was published")
-        inner = name.removesuffix(".enc")
-        plain[inner] = unseal(key, sealed, context_of(tenant, artifact_id, inner))
-    return plain
+    committed = bytes.fromhex(manifest.commitment)
+    check_commitment(key, context_of(tenant, artifact_id, DATA_KEY), committed)
+    manifest.check(key)
+    return manifest, key
+
+
+def _file(store: ArtifactStore, manifest: Manifest, key: bytes, name: str) -> bytes:
+    tenant, artifact_id, entry = manifest.tenant, manifest.artifact_id, manifest.files[name]
+    sealed = store.read(tenant, artifact_id, name)
+    if len(sealed) != entry.size or hashlib.sha256(sealed).hexdigest() != entry.sha256:
+        raise IntegrityError(f"{name} of artifact {artifact_id} is not what was published")
+    return unseal(key, sealed, context_of(tenant, artifact_id, name.removesuffix(".enc")))
 
 
 def delete(registry: Registry, store: str, tenant: str, artifact_id: str) -> None:
@@ -118,17 +198,3 @@ def export_adapter(
         raise StorageError(
             f"cannot export to {target} ({error.strerror}): choose another directory"
         ) from None
-
-
-def _manifest(tenant: str, artifact_id: str, sealed: dict[str, bytes]) -> bytes:
-    described = {
-        "format": FORMAT_VERSION,
-        "algorithm": ALGORITHM,
-        "artifact": artifact_id,
-        "tenant": tenant,
-        "files": {
-            name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            for name, content in sealed.items()
-        },
-    }
-    return json.dumps(described, sort_keys=True).encode()

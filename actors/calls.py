@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,7 @@ class Calls:
         self._next: dict[str, int] = {}
         self._replies: OrderedDict[str, Reply] = OrderedDict()
         self._cancelled: OrderedDict[str, None] = OrderedDict()
+        self._replied = threading.Condition()
 
     def run(self, request: Request, work: Run) -> Reply:
         """The reply to a request, from `work` or, for a repeat, from memory."""
@@ -41,7 +43,9 @@ class Calls:
             return work(request, lambda: self.check_cancelled(request.request_id))
 
         reply = reply_of(admitted_work, request.request_id)
-        _remember(self._replies, request.request_id, reply)
+        with self._replied:
+            _remember(self._replies, request.request_id, reply)
+            self._replied.notify_all()
         self._cancelled.pop(request.request_id, None)
         return reply
 
@@ -70,6 +74,12 @@ class Calls:
     def check_cancelled(self, request_id: str) -> None:
         if request_id in self._cancelled:
             raise FutureCancelledError("the call was cancelled before it changed anything")
+
+    def wait(self, request_id: str) -> Reply:
+        """The reply to a request that has arrived or will."""
+        with self._replied:
+            self._replied.wait_for(lambda: request_id in self._replies)
+            return self._replies[request_id]
 
     def stored(self, request_id: str) -> Reply | None:
         return self._replies.get(request_id)

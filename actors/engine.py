@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -153,13 +154,18 @@ class Session:
 
     def state(self, include_optimizer: bool = True) -> SessionState:
         """A copy of everything an artifact holds; training may go on at once."""
-        copy = {name: p.detach().cpu().clone() for name, p in self._parameters.items()}
-        moments = None
-        if include_optimizer:
-            moments = {k: v.cpu().clone() for k, v in self._optimizer.state().items()}
+        live = self.live_state(include_optimizer)
+        return replace(
+            live,
+            weights=_copied(live.weights),
+            optimizer=None if live.optimizer is None else _copied(live.optimizer),
+        )
+
+    def live_state(self, include_optimizer: bool = True) -> SessionState:
+        """The same with the tensors themselves: copy them before the next call changes them."""
         return SessionState(
-            weights=copy,
-            optimizer=moments,
+            weights={name: p.detach() for name, p in self._parameters.items()},
+            optimizer=self._optimizer.state() if include_optimizer else None,
             step=self.step,
             geometry=self._geometry(),
             plan=self._plan(),
@@ -299,6 +305,10 @@ class Session:
         if changed:
             found.append(f"not bit-exact: {', '.join(changed)} differ from when it was saved")
         return tuple(found)
+
+
+def _copied(tensors: Tensors) -> Tensors:
+    return {name: tensor.cpu().clone() for name, tensor in tensors.items()}
 
 
 def _difference(theirs: Any, ours: Any) -> str:

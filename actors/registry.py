@@ -42,7 +42,8 @@ _artifacts = sa.Table(
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("deleted_at", sa.Float),
 )
-_KEY = "data key"
+DATA_KEY = "data key"
+"""What the context of a wrapped data key has in place of a file's name."""
 
 
 class Registry(Budgets, ApiKeys):
@@ -210,7 +211,7 @@ class Registry(Budgets, ApiKeys):
     def new_data_key(self, tenant: str, artifact_id: str) -> tuple[bytes, bytes]:
         """A fresh data key, and its wrapped form as stored beside the artifact."""
         key = new_key()
-        wrapped = self._keyring.wrap(key, context_of(tenant, artifact_id, _KEY))
+        wrapped = self._keyring.wrap(key, context_of(tenant, artifact_id, DATA_KEY))
         return key, json.dumps(wrapped).encode()
 
     def open_data_key(self, tenant: str, artifact_id: str, wrapped: bytes) -> bytes:
@@ -225,7 +226,7 @@ class Registry(Budgets, ApiKeys):
             stored = json.loads(wrapped)
         except ValueError:
             raise IntegrityError(f"the stored key of artifact {artifact_id} is damaged") from None
-        return self._keyring.unwrap(stored, context_of(tenant, artifact_id, _KEY))
+        return self._keyring.unwrap(stored, context_of(tenant, artifact_id, DATA_KEY))
 
     def key_info(self) -> tuple[str, str]:
         """Id of the wrapping key, and its provider."""

@@ -45,7 +45,7 @@ def shares_base(lora: LoRAConfig | None) -> bool:
 
 def take(session: Session, reference: SnapshotRef) -> dict[str, Any]:
     """A copy in a form that travels: bytes and plain values."""
-    state = session.state(include_optimizer=False)
+    state = session.live_state(include_optimizer=False)
     return {
         "name": reference.name,
         "base": session.base.digest,

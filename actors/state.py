@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 
 from actors.gradients import Tensors
 from actors.lineage import Lineage
+from actors.staging import staged
+from tg_tinker.envelope import Buffer
 from tg_tinker.errors import IntegrityError
 
 WEIGHTS, OPTIMIZER, STATE = "adapter_model.safetensors", "optimizer.safetensors", "state.json"
@@ -52,7 +54,8 @@ class Checkpoint:
     timestamp: datetime
 
 
-def to_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+def to_files(checkpoint: Checkpoint) -> dict[str, Buffer]:
+    """A copy of the state: it may change afterwards."""
     state = checkpoint.state
     described = {
         "step": state.step,
@@ -63,9 +66,11 @@ def to_files(checkpoint: Checkpoint) -> dict[str, bytes]:
         "metadata": checkpoint.metadata,
         "timestamp": checkpoint.timestamp.isoformat(),
     }
-    files = {STATE: json.dumps(described).encode(), WEIGHTS: safetensors.torch.save(state.weights)}
+    files: dict[str, Buffer] = {
+        STATE: json.dumps(described).encode(), WEIGHTS: staged(state.weights)
+    }  # fmt: skip
     if state.optimizer is not None:
-        files[OPTIMIZER] = safetensors.torch.save(state.optimizer)
+        files[OPTIMIZER] = staged(state.optimizer)
     return files
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from tg_tinker.envelope import Buffer
 from tg_tinker.errors import InvalidRequestError, NotFoundError, StorageError
 
 MANIFEST = "manifest.json"
@@ -28,7 +30,12 @@ class ArtifactStore:
         self._root = Path(root)
 
     def write_artifact(
-        self, tenant: str, artifact_id: str, files: dict[str, bytes], key: bytes, manifest: bytes
+        self,
+        tenant: str,
+        artifact_id: str,
+        files: Mapping[str, Iterable[Buffer]],
+        key: bytes,
+        manifest: Callable[[], bytes],
     ) -> None:
         """Files, then the wrapped key, then the manifest; on failure nothing is left.
 
@@ -39,8 +46,8 @@ class ArtifactStore:
         try:
             for name, content in files.items():
                 _write(folder / name, content)
-            _write(key_file, key)
-            _write(folder / MANIFEST, manifest)
+            _write(key_file, [key])
+            _write(folder / MANIFEST, [manifest()])
             _sync_directory(folder.parent)
         except OSError as error:
             self.delete(tenant, artifact_id)
@@ -86,13 +93,14 @@ class ArtifactStore:
             raise StorageError(f"the store does not give {path.name}: {error.strerror}") from None
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: Iterable[Buffer]) -> None:
     """Durable and whole: a hidden partial file, fsync, rename, fsync of the folder."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("wb") as file:
-            file.write(content)
+            for piece in content:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         partial.rename(path)

@@ -7,6 +7,7 @@ waits until no step is changing them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,29 +19,33 @@ from tg_tinker.cluster import ActorInfo, RemoteRegistry
 from tg_tinker.config import TrainingConfig
 from tg_tinker.envelope import open_payload, seal_payload
 from tg_tinker.errors import ServiceError
-from tg_tinker.wire import Reply, Request
+from tg_tinker.wire import Reply, Request, Saving
 
 if TYPE_CHECKING:
     from actors.worker import Worker
 
+PIECE = 8 * 2**20
+"""Bytes of an object of a sealed file: to hand over smaller ones costs more than to seal them."""
+
 _control = ray.method(concurrency_group="control")
+_sealing = ray.method(concurrency_group="sealing")
 
 
 @ray.remote(  # type: ignore[call-overload]
-    max_restarts=0, max_task_retries=0, concurrency_groups={"control": 4}
+    max_restarts=0, max_task_retries=0, concurrency_groups={"control": 4, "sealing": 4, "saved": 16}
 )
 class TrainingActor:
     """See the module. `load` comes first; everything else is refused until it has returned."""
 
     def __init__(
-        self, tenant: str, run_id: str, epoch: int, config: str, store: str, home: str,
-        registry: Any,
+        self, namespace: str, tenant: str, run_id: str, epoch: int, config: str, store: str,
+        home: str, registry: Any,
     ) -> None:  # fmt: skip
         harden()
         self._registry = RemoteRegistry(registry)
         self._key = self._registry.key
         self._run_id, self._epoch = run_id, epoch
-        self._arguments = (tenant, config, store, home)
+        self._arguments = (namespace, tenant, config, store, home)
         self._calls = Calls(epoch)
         self._worker: Worker | None = None
         self._progress = "starting"
@@ -101,6 +106,28 @@ class TrainingActor:
         """A `SnapshotRef` of the weights after the last completed step."""
         return seal_payload(self._key, reply_of(lambda: self._ready_worker().latest()))
 
+    @_sealing
+    def sealed_file(self, artifact_id: str, name: str) -> Iterator[bytes]:
+        """A file that is being saved, sealed, for the storage actor."""
+        joined = bytearray()
+        for part in self._ready_worker().drafts[artifact_id].parts(name):
+            joined += part
+            if len(joined) >= PIECE:
+                yield bytes(joined)
+                joined.clear()
+        yield bytes(joined)
+
+    @_sealing
+    def manifest(self, artifact_id: str) -> bytes:
+        """Of a draft whose files were all read."""
+        return self._ready_worker().drafts[artifact_id].manifest()
+
+    @ray.method(concurrency_group="saved")
+    def saved(self, request_id: str) -> bytes:
+        """Waits until a call of `save_state` is durable; the reply is a `SaveStateResult`."""
+        begun = self._calls.wait(request_id)
+        return seal_payload(self._key, reply_of(lambda: self._saved(begun)))
+
     @_control
     def cancel(self, request_id: str) -> bool:
         return self._calls.cancel(request_id)
@@ -109,6 +136,9 @@ class TrainingActor:
     def stored(self, request_id: str) -> bytes | None:
         """The reply to a call whose answer was lost on the way, if it is still remembered."""
         reply = self._calls.stored(request_id)
+        if reply is not None and isinstance(reply.value, Saving):
+            begun = reply
+            reply = reply_of(lambda: self._saved(begun, wait=False))
         return None if reply is None else seal_payload(self._key, reply)
 
     # --- inside ------------------------------------------------------------------------------
@@ -116,15 +146,20 @@ class TrainingActor:
     def _load(self) -> Any:
         self._progress = "importing torch and transformers"
         from actors.home import MODELS
+        from actors.storage_actor import writer
         from actors.worker import Place, Worker
 
-        tenant, config, store, home = self._arguments
+        namespace, tenant, config, store, home = self._arguments
         cache = Path(home) / MODELS
         place = Place(tenant, self._run_id, self._epoch, store, cache)
         parsed = TrainingConfig.model_validate_json(config)
-        self._worker = Worker(place, parsed, self._registry.typed, self._set_progress)
+        carry = writer(namespace, store)
+        self._worker = Worker(place, parsed, self._registry.typed, self._set_progress, carry)
         self._set_progress("ready")
         return self._worker.model_info()
+
+    def _saved(self, begun: Reply, wait: bool = True) -> Any:
+        return self._ready_worker().saved(begun.unwrap(), wait)
 
     def _set_progress(self, message: str) -> None:
         self._progress = message
@@ -152,4 +187,4 @@ def start(
         lifetime="detached",
         num_cpus=num_cpus,
         num_gpus=num_gpus,
-    ).remote(tenant, run_id, epoch, config, store, home, registry)
+    ).remote(namespace, tenant, run_id, epoch, config, store, home, registry)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from actors.artifacts import fetch, publish
+from actors.artifacts import Draft, Write, fetch, publish, write
 from actors.budget import Budget
 from actors.engine import Session
 from actors.model import Base, Progress, compute_dtype, use_threads
@@ -38,12 +39,18 @@ from tg_tinker.types import (
     OptimStepResult,
     SaveStateResult,
 )
-from tg_tinker.wire import TRAINING_OPERATIONS, Request, SnapshotRef
+from tg_tinker.wire import TRAINING_OPERATIONS, Request, Saving, SnapshotRef
 
 Check = Callable[[], None]
 
 SNAPSHOTS, WHOLE_SNAPSHOTS = 8, 2
 """Kept for samplers to fetch: of adapters, and of whole models."""
+
+MOST_COPIES = 2
+"""States that are copied and not saved yet: the next save waits, and training with it."""
+
+KEPT_SAVES = 64
+"""Outcomes of saves that can be asked for."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,9 @@ class Worker:
     """The operations of one training client."""
 
     def __init__(
-        self, place: Place, config: TrainingConfig, registry: Registry, progress: Progress
-    ) -> None:
+        self, place: Place, config: TrainingConfig, registry: Registry, progress: Progress,
+        write: Write = write,
+    ) -> None:  # fmt: skip
         self._place = place
         self._registry = registry
         self._store = ArtifactStore(place.store)
@@ -78,6 +86,11 @@ class Worker:
         )
         self._snapshots: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._changing = threading.Lock()  # held while weights change or are copied
+        self._saver = ThreadPoolExecutor(1, thread_name_prefix="saving")  # in the order of calls
+        self._saves: OrderedDict[str, Future[SaveStateResult]] = OrderedDict()
+        self._copies = threading.Semaphore(MOST_COPIES)
+        self.drafts: dict[str, Draft] = {}
+        self._write = write
         self._generation = 0  # of the weights: rises whenever they may have changed
         self._failure: TGTinkerError | None = None  # of the last step, not told to a sample yet
         progress("preparing the trainable weights")
@@ -176,22 +189,51 @@ class Worker:
 
     def save_state(
         self, check_cancelled: Check, include_optimizer: bool, metadata: dict[str, Any]
-    ) -> SaveStateResult:
-        """Seals the state in this process; returns when it is durable and entered."""
+    ) -> Saving:
+        """Copies the state and goes on; `saved` waits until it is durable and entered.
+
+        Waits while as many copies as may be in memory are on their way already.
+        """
         check_cancelled()
-        state = self.session.state(include_optimizer)
-        checkpoint = Checkpoint(state, metadata, datetime.now(UTC))
-        artifact_id, size, encryption = publish(
-            self._registry,
-            self._store,
-            to_files(checkpoint),
-            tenant=self._place.tenant,
-            run_id=self._place.run_id,
-            epoch=self._place.epoch,
-            step=state.step,
-            include_optimizer=include_optimizer,
+        self._copies.acquire()
+        try:
+            state = self.session.live_state(include_optimizer)
+            checkpoint = Checkpoint(state, metadata, datetime.now(UTC))
+            draft = Draft(self._registry, self._place.tenant, to_files(checkpoint))
+            saving = self._saver.submit(self._publish, draft, checkpoint)
+        except BaseException:
+            self._copies.release()
+            raise
+        saving.add_done_callback(lambda _: self._copies.release())
+        self.drafts[draft.artifact_id] = draft
+        self._saves[draft.artifact_id] = saving
+        while len(self._saves) > KEPT_SAVES:
+            self._saves.popitem(last=False)
+        return Saving(draft.artifact_id)
+
+    def saved(self, saving: Saving, wait: bool = True) -> SaveStateResult | None:
+        """What became of a save, from any thread; None while it goes on, unless told to wait."""
+        found = self._saves.get(saving.artifact_id)
+        if found is None:
+            raise NotFoundError(
+                f"it is not known any more whether {saving.artifact_id} was saved: see"
+                " service.list_artifacts()"
+            )
+        return found.result() if wait or found.done() else None
+
+    def _publish(self, draft: Draft, checkpoint: Checkpoint) -> SaveStateResult:
+        """Seals, stores and enters it, beside training."""
+        place, state = self._place, checkpoint.state
+        try:
+            size, encryption = publish(
+                self._registry, self._store, draft, run_id=place.run_id, epoch=place.epoch,
+                step=state.step, include_optimizer=state.optimizer is not None, write=self._write,
+            )  # fmt: skip
+        finally:
+            del self.drafts[draft.artifact_id]  # and the copy with it
+        return SaveStateResult(
+            draft.artifact_id, size, encryption, checkpoint.metadata, checkpoint.timestamp
         )
-        return SaveStateResult(artifact_id, size, encryption, metadata, checkpoint.timestamp)
 
     def load_state(self, check_cancelled: Check, artifact_id: str) -> LoadStateResult:
         """Reads and verifies everything, then changes the session in one go."""

@@ -43,6 +43,10 @@ class EngineThread:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
+    def holds(self, adapter: str) -> bool:
+        """Whether it is resident as of now."""
+        return adapter in self._engine.adapters
+
     @property
     def idle(self) -> bool:
         """Nothing runs, waits, or is on its way in."""
@@ -125,16 +129,18 @@ class Engines:
         loads = [thread.do(lambda engine: engine.load).result() for thread in threads]
         return sum(loads[1:], loads[0])
 
-    def has(self, name: str | None, shared: bool) -> Future[bool]:
-        """Whether the weights of this name are here; None is the base model, which always is."""
-        if name is not None and shared:
-            return self._shared.do(lambda engine: name in engine.adapters)
-        outcome: Future[bool] = Future()
-        outcome.set_result(name is None or name in self._whole)
-        return outcome
+    def has(self, name: str | None, shared: bool) -> bool:
+        """Whether the weights of this name are here; None is the base model, which always is.
 
-    def add(self, snapshot: Snapshot) -> None:
-        """Takes weights in; blocks while they are copied.
+        A look from outside: adapters may leave until a request pins them.
+        """
+        return name is None or (self._shared.holds(name) if shared else name in self._whole)
+
+    def add(self, snapshot: Snapshot) -> Future[None]:
+        """Takes weights in; what is sent to their engine from now on finds them.
+
+        The future of an adapter is done once it is copied, between two steps of its engine: nobody
+        has to wait for it, but whoever is refused learns from it why.
 
         Raises:
             ArtifactMismatchError: they were trained on another base model.
@@ -145,14 +151,17 @@ class Engines:
                 "these weights were trained on another base model than this sampler's: the files"
                 " of the model have changed since one of them was loaded. Restart the cluster"
             )
+        if snapshot.shared:
+            config = snapshot.adapter_config or {}
+            adapter = Adapter(snapshot.name, config, snapshot.weights)
+            return self._shared.do(lambda engine: engine.adapters.add(adapter))
         with self._adding:  # a load goes on when its client leaves, and another may ask again
-            if snapshot.shared:
-                config = snapshot.adapter_config or {}
-                adapter = Adapter(snapshot.name, config, snapshot.weights)
-                self._shared.do(lambda engine: engine.adapters.add(adapter)).result()
-            elif snapshot.name not in self._whole:
+            if snapshot.name not in self._whole:
                 self._make_room()
                 self._whole[snapshot.name] = EngineThread(SlotEngine(self._with_weights(snapshot)))
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
     def of(self, name: str | None, shared: bool) -> EngineThread:
         """The engine that holds these weights."""

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class Replica:
         self.engines = Engines(loader(model_ref, dtype, Path(home) / MODELS))
         self.tokenizer = load_tokenizer(self.engines.base.tokenizer_files())
         self.sources = Sources(self.registry.typed, self._key, namespace, store, model_ref)
-        self._coming: dict[str | None, asyncio.Future[None]] = {}
+        self._coming: dict[str | None, asyncio.Future[Future[None]]] = {}
         self._newest: dict[str, int] = {}  # step of each run that was sampled from
         self._reporting = asyncio.ensure_future(self._report())
 
@@ -138,10 +139,13 @@ class Replica:
             notify=lambda: loop.call_soon_threadsafe(arrived.set),
         )
         for _ in range(_ATTEMPTS):
-            engine = await self._engine(source)
+            adding = await self._fetched(source)
+            engine = self.engines.of(source.name, source.shared)
             try:
                 await asyncio.wrap_future(engine.do(lambda e: e.submit_all(call.requests)))
             except NotFoundError:
+                if adding is not None:
+                    adding.result()  # done before: why they are not there
                 continue  # the weights left again before they were pinned
             except BaseException:  # a client that leaves now, too: the work may be done already
                 for request in call.requests:
@@ -186,19 +190,20 @@ class Replica:
 
     # --- inside ------------------------------------------------------------------------------
 
-    async def _engine(self, source: Source) -> EngineThread:
-        """Where the weights are; they are fetched once, however many ask for them."""
-        if not await asyncio.wrap_future(self.engines.has(source.name, source.shared)):
-            coming = self._coming.get(source.name)
-            if coming is None:
-                coming = asyncio.ensure_future(asyncio.to_thread(self._fetch, source))
-                coming.add_done_callback(lambda _: self._coming.pop(source.name))
-                self._coming[source.name] = coming
-            await asyncio.shield(coming)  # whoever leaves does not take it from the others
-        return self.engines.of(source.name, source.shared)
+    async def _fetched(self, source: Source) -> Future[None] | None:
+        """Weights on their way into their engine, ahead of whatever is sent to it from now on;
+        None where they are there. They are fetched once, however many ask for them."""
+        if self.engines.has(source.name, source.shared):
+            return None
+        coming = self._coming.get(source.name)
+        if coming is None:
+            coming = asyncio.ensure_future(asyncio.to_thread(self._add, source))
+            coming.add_done_callback(lambda _: self._coming.pop(source.name))
+            self._coming[source.name] = coming
+        return await asyncio.shield(coming)  # whoever leaves does not take it from the others
 
-    def _fetch(self, source: Source) -> None:
-        self.engines.add(source.fetch())
+    def _add(self, source: Source) -> Future[None]:
+        return self.engines.add(source.fetch())
 
     def _lag(self, version: str) -> int | None:
         """Steps behind the newest weights of its run that were asked for here."""

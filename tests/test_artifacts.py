@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from actors import artifacts
+from actors.artifacts import Draft
 from actors.home import DATABASE, KEYRING, create
 from actors.lineage import Lineage
 from actors.registry import Registry
@@ -68,10 +69,12 @@ class Service:
     def publish(self, saved: Checkpoint | None = None, **changes: Any) -> str:
         saved = saved or checkpoint()
         values = {
-            "tenant": TENANT, "run_id": self.run, "epoch": self.epoch, "step": saved.state.step,
+            "run_id": self.run, "epoch": self.epoch, "step": saved.state.step,
             "include_optimizer": saved.state.optimizer is not None,
         } | changes  # fmt: skip
-        return artifacts.publish(self.registry, self.store, to_files(saved), **values)[0]
+        draft = Draft(self.registry, TENANT, to_files(saved))
+        artifacts.publish(self.registry, self.store, draft, **values)
+        return draft.artifact_id
 
     def fetch(self, artifact: str, tenant: str = TENANT) -> Checkpoint:
         return from_files(artifacts.fetch(self.registry, self.store, tenant, artifact))
@@ -131,10 +134,12 @@ def test_it_comes_back_through_another_registry_and_store(service: Service) -> N
 
 
 def test_the_answer_says_what_is_on_disk_and_how_it_is_sealed(service: Service) -> None:
-    artifact, size, seal = artifacts.publish(
-        service.registry, service.store, to_files(checkpoint()), tenant=TENANT,
-        run_id=service.run, epoch=service.epoch, step=3, include_optimizer=True,
+    draft = Draft(service.registry, TENANT, to_files(checkpoint()))
+    size, seal = artifacts.publish(
+        service.registry, service.store, draft, run_id=service.run, epoch=service.epoch, step=3,
+        include_optimizer=True,
     )  # fmt: skip
+    artifact = draft.artifact_id
     folder = [path for path in service.files_of(artifact) if path.parent.name == artifact]
     assert size == sum(path.stat().st_size for path in folder)
     info = service.registry.artifact(TENANT, artifact)
@@ -354,7 +359,7 @@ def test_a_full_disk_is_a_typed_error_and_leaves_nothing(
 
 def test_a_disk_that_is_full_at_the_wrapped_key_keeps_no_part_of_it(service: Service) -> None:
     with full_disk(0), pytest.raises(StorageError):
-        service.store.write_artifact(TENANT, "art-1", {}, b"key", b"{}")
+        service.store.write_artifact(TENANT, "art-1", {}, b"key", lambda: b"{}")
     assert service.files() == []
 
 

@@ -109,9 +109,9 @@ def test_a_snapshot_draws_what_its_session_would(
     assert snapshot.shared == reference.shared
     if not snapshot.shared:
         engines = Engines(lambda: Base.load(str(tiny_model), cache=tiny_model))
-    assert not engines.has(reference.name, reference.shared).result(10)
-    engines.add(snapshot)
-    assert engines.has(reference.name, reference.shared).result(10)
+    assert not engines.has(reference.name, reference.shared)
+    engines.add(snapshot).result(10)
+    assert engines.has(reference.name, reference.shared)
     params, done = SamplingParams(max_tokens=10, temperature=0), threading.Event()
     reader = Reader([65, 66], params)
     reader.request.adapter = reference.name if reference.shared else None
@@ -133,10 +133,10 @@ def test_a_third_whole_model_takes_the_place_of_the_one_used_longest_ago(tiny_mo
     s = trained(tiny_model, lora_config=None)
     engines = Engines(lambda: Base.load(str(tiny_model), cache=tiny_model))
     for name in ("a", "b", "a", "c"):
-        if not engines.has(name, shared=False).result():
+        if not engines.has(name, shared=False):
             engines.add(opened(take(s, SnapshotRef(name, name, name, False))))
         engines.of(name, shared=False)
-    assert [engines.has(name, False).result() for name in "abc"] == [True, False, True]
+    assert [engines.has(name, False) for name in "abc"] == [True, False, True]
     assert engines.alive
     busy = [Reader([65], SamplingParams(max_tokens=10**6, temperature=0)) for _ in "ac"]
     for name, reader in zip("ac", busy, strict=True):
@@ -164,7 +164,7 @@ def test_one_name_is_loaded_once_however_many_ask(tiny_model: Path) -> None:
     engines = Engines(load)
     snapshot = opened(take(s, SnapshotRef("a", "a", "a", False)))
     with ThreadPoolExecutor(4) as pool:
-        assert [*pool.map(engines.add, [snapshot] * 4)] == [None] * 4
+        assert [f.result(10) for f in pool.map(engines.add, [snapshot] * 4)] == [None] * 4
     assert len(loads) == 2  # the base model, and this one
 
 

@@ -158,8 +158,9 @@ class Cluster:
     def _holders(self) -> str:
         with _translated():
             free = _ray().available_resources()
-        runs = ", ".join(sorted(living_actors(self.namespace) - {REGISTRY_NAME})) or "no client"
-        return f"{runs}; free are {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs"
+        runs = sorted(name for name in living_actors(self.namespace) if name.startswith("tc-"))
+        cpus, gpus = free.get("CPU", 0), free.get("GPU", 0)
+        return f"{', '.join(runs) or 'no client'}; free are {cpus:g} CPUs and {gpus:g} GPUs"
 
     def find_training(self, run_id: str, epoch: int) -> Any | None:
         """The living actor of a run's epoch, if there is one."""
@@ -249,6 +250,12 @@ class TrainingLink:
             ref: ray.ObjectRef[bytes] = self.actor.call.remote(seal_payload(self._key, request))
             return ref
 
+    def saved(self, request_id: str) -> ray.ObjectRef[bytes]:
+        """Of a `save_state` that was sent: answers when it is durable."""
+        with _translated():
+            ref: ray.ObjectRef[bytes] = self.actor.saved.remote(request_id)
+            return ref
+
     def open(self, ref: Any, request_id: str, timeout: float | None = None) -> Reply:
         """The reply behind a ref; a reply lost on the way is asked for once more.
 
@@ -290,8 +297,16 @@ class TrainingLink:
 
     def pending(self, refs: list[Any]) -> list[Any]:
         """Those refs whose calls have not answered yet."""
+        if not refs:
+            return []
         with _translated():
             return list(_ray().wait(refs, num_returns=len(refs), timeout=0)[1])
+
+    def wait(self, refs: list[Any]) -> None:
+        """Until all calls have answered, however."""
+        if refs:
+            with _translated():
+                _ray().wait(refs, num_returns=len(refs))
 
     def when_done(self, ref: Any, work: Callable[[], object]) -> None:
         """Runs `work` on the dispatcher thread once the call has answered."""

@@ -35,6 +35,7 @@ Buffer = bytes | bytearray | memoryview
 _NONCE = 12
 _PAYLOAD = b"tg-tinker payload v1"
 _COMMITMENT = b"tg-tinker key commitment v1"
+_MANIFEST = b"tg-tinker manifest v1"
 
 
 def new_key() -> bytes:
@@ -126,6 +127,11 @@ def commitment(key: bytes, context: bytes) -> bytes:
     find a collision in SHA-256. The AWS Encryption SDK commits to its data key in the same way.
     """
     return derive(key, _COMMITMENT, context)
+
+
+def manifest_key(key: bytes) -> bytes:
+    """The key that authenticates an artifact's manifest, out of its data key."""
+    return derive(key, _MANIFEST, b"")
 
 
 def check_commitment(key: bytes, context: bytes, expected: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import secrets
@@ -76,6 +77,7 @@ class TrainingClient:
         self._training = True
         self._closed = False
         self._outstanding: list[Any] = []
+        self._saves: list[Any] = []
         self._lock = threading.Lock()
 
     # --- properties --------------------------------------------------------------------------
@@ -248,7 +250,10 @@ class TrainingClient:
     def save_state_async(
         self, include_optimizer: bool = True, metadata: dict[str, Any] | None = None
     ) -> FutureHandle[SaveStateResult]:
-        """Like `save_state`, without waiting."""
+        """Like `save_state`, without waiting: training is held up while the state is copied.
+
+        `close` waits for it.
+        """
         try:
             copy = json.loads(json.dumps(metadata or {}, allow_nan=True))
         except (TypeError, ValueError) as error:
@@ -256,7 +261,10 @@ class TrainingClient:
                 f"metadata must be what JSON can hold ({type(error).__name__}): strings, numbers,"
                 " lists, dicts with string keys"
             ) from None
-        return self._submit("save_state", include_optimizer=include_optimizer, metadata=copy)
+        begun = self._submit("save_state", include_optimizer=include_optimizer, metadata=copy)
+        ref = self._link.saved(begun.future_id)
+        self._saves = [*self._link.pending(self._saves), ref]
+        return FutureHandle(self._link, ref, begun.future_id, self._id, "save_state")
 
     def load_state(self, artifact_id: str) -> LoadStateResult:
         """Restores an artifact; pending gradients are dropped.
@@ -306,6 +314,8 @@ class TrainingClient:
     def close(self) -> None:
         """Ends the run and frees its resources; saved artifacts stay. Safe to repeat."""
         if not self._closed:
+            with contextlib.suppress(ClusterUnavailableError):  # it took them with it
+                self._link.wait(self._saves)
             self._finish()
             self._closed = True
 
@@ -391,6 +401,5 @@ class TrainingClient:
         )
 
     def _still_pending(self) -> list[Any]:
-        if self._outstanding:
-            self._outstanding = self._link.pending(self._outstanding)
+        self._outstanding = self._link.pending(self._outstanding)
         return self._outstanding

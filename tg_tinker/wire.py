@@ -56,6 +56,13 @@ class SnapshotRef:
     shared: bool
 
 
+@dataclass(frozen=True)
+class Saving:
+    """What `save_state` answers once the state is copied: the artifact that it will become."""
+
+    artifact_id: str
+
+
 @dataclass(frozen=True, repr=False)
 class SampleRequest:
     """One call of `sample` or `sample_stream`, to a sampler."""
