@@ -25,7 +25,7 @@ _NAMES = {
 def staged(tensors: Mapping[str, torch.Tensor]) -> memoryview:
     """A safetensors file of the tensors as they are now; they may change afterwards.
 
-    Large elements come first, then by name, as safetensors orders them: all are aligned.
+    Large elements come first, so that all are aligned.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {}
