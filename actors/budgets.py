@@ -271,6 +271,16 @@ class Budgets(Database):
         wrapped = json.loads(connection.execute(query).scalar_one())
         return self._keyring.unwrap(wrapped, context_of(tenant, dataset, "unit key"))
 
+    def _rewrap_unit_keys(self) -> None:
+        """Under the keyring's primary key."""
+        with self._change() as tx:
+            for row in tx.execute(sa.select(_datasets)).all():
+                context = context_of(row.tenant, row.id, "unit key")
+                key = self._keyring.unwrap(json.loads(row.wrapped_key), context)
+                this = (_datasets.c.tenant == row.tenant, _datasets.c.id == row.id)
+                again = json.dumps(self._keyring.wrap(key, context))
+                tx.execute(_datasets.update().where(*this).values(wrapped_key=again))
+
     def _known(self, connection: sa.Connection, tenant: str, dataset: str) -> Ledger:
         ledger = self._ledger(connection, tenant, dataset)
         if not ledger.length:

@@ -9,10 +9,12 @@ import base64
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tg_tinker.envelope import KEY_BYTES, new_key, unwrap_key, wrap_key
-from tg_tinker.errors import IntegrityError, StorageError
+from tg_tinker.errors import IntegrityError, InvalidRequestError, StorageError
 
 _FORMAT = 1
 
@@ -23,6 +25,7 @@ class FileKeyring:
     provider = "file"
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         try:
             mode, text = stat.S_IMODE(path.stat().st_mode), path.read_bytes()
         except OSError as error:
@@ -52,23 +55,47 @@ class FileKeyring:
     @classmethod
     def create(cls, path: Path) -> FileKeyring:
         """A keyring with one fresh key; never touches one that exists."""
-        name = "k1"
-        content = {
-            "format": _FORMAT,
-            "primary": name,
-            "keys": {name: base64.b64encode(new_key()).decode()},
-        }
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
+        with _written(path, "k1", {"k1": new_key()}) as partial:
             path.hardlink_to(partial)  # fails if the keyring exists: no key is ever overwritten
-        finally:
-            partial.unlink()
         return cls(path)
+
+    @property
+    def key_ids(self) -> list[str]:
+        """Oldest first."""
+        return [*self._keys]
+
+    def rotate(self) -> str:
+        """A fresh primary key; the older ones stay, for what they have wrapped. Its id."""
+        name = f"k{1 + max(int(key_id[1:]) for key_id in self._keys)}"
+        self._replace(name, self._keys | {name: new_key()})
+        return name
+
+    def retire(self, key_id: str) -> None:
+        """Forgets an older key for good: what it wrapped opens nowhere any more.
+
+        Raises:
+            InvalidRequestError: there is no such key, or it is the primary one.
+        """
+        if key_id not in self._keys or key_id == self.primary:
+            older = [name for name in self._keys if name != self.primary]
+            raise InvalidRequestError(
+                f"key {key_id!r} cannot be retired: choose among {older}, which a rotation"
+                " has replaced"
+            )
+        left = {name: key for name, key in self._keys.items() if name != key_id}
+        self._replace(self.primary, left)
+
+    def _replace(self, primary: str, keys: dict[str, bytes]) -> None:
+        """The file in one step; this object only once it is durable."""
+        try:
+            with _written(self._path, primary, keys) as partial:
+                partial.replace(self._path)
+                _sync_directory(self._path.parent)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write the keyring {self._path} ({error.strerror}): nothing was changed"
+            ) from None
+        self.primary, self._keys, self._primary_key = primary, keys, keys[primary]
 
     def wrap(self, data_key: bytes, context: bytes) -> dict[str, str]:
         """A JSON form of the data key under the primary key, bound to `context`."""
@@ -93,3 +120,27 @@ class FileKeyring:
                 f" {sorted(self._keys)}: use the keyring it was saved with"
             )
         return unwrap_key(key, sealed, context)
+
+
+@contextmanager
+def _written(path: Path, primary: str, keys: dict[str, bytes]) -> Iterator[Path]:
+    """A durable keyring file of mode 0600 beside `path`; gone afterwards unless renamed."""
+    encoded = {name: base64.b64encode(key).decode() for name, key in keys.items()}
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            json.dump({"format": _FORMAT, "primary": primary, "keys": encoded}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -25,6 +25,7 @@ from tg_tinker.envelope import context_of, new_key
 from tg_tinker.errors import (
     ActorLostError,
     IntegrityError,
+    InvalidRequestError,
     NotFoundError,
 )
 from tg_tinker.types import ArtifactInfo, TrainingClientInfo
@@ -184,6 +185,13 @@ class Registry(Budgets, ApiKeys):
         with self._reading() as connection:
             return [_artifact_info(row) for row in connection.execute(query)]
 
+    def all_artifacts(self) -> list[tuple[str, str]]:
+        """(tenant, id) of every artifact that is not deleted."""
+        query = sa.select(_artifacts.c.tenant, _artifacts.c.id)
+        with self._reading() as connection:
+            rows = connection.execute(query.where(_artifacts.c.deleted_at.is_(None)))
+            return [(row.tenant, row.id) for row in rows]
+
     def delete_artifact(self, tenant: str, artifact_id: str) -> None:
         """Marks it deleted, for good: an old copy of its files is refused from now on."""
         self._artifact(tenant, artifact_id)
@@ -222,15 +230,60 @@ class Registry(Budgets, ApiKeys):
             IntegrityError: the wrapped key is of another artifact or keyring.
         """
         self._artifact(tenant, artifact_id)
-        try:
-            stored = json.loads(wrapped)
-        except ValueError:
-            raise IntegrityError(f"the stored key of artifact {artifact_id} is damaged") from None
-        return self._keyring.unwrap(stored, context_of(tenant, artifact_id, DATA_KEY))
+        return self._keyring.unwrap(_stored(wrapped), context_of(tenant, artifact_id, DATA_KEY))
+
+    def rotate_key(self) -> str:
+        """A fresh primary key of the keyring, for all that is wrapped from now on, the keys of
+        data sets among it; its id. `upkeep.rewrap` is for the artifacts."""
+        name = self._keyring.rotate()
+        self._rewrap_unit_keys()
+        return name
+
+    def rewrapped(self, tenant: str, artifact_id: str, wrapped: bytes) -> bytes | None:
+        """The same data key under the primary key; None where it is already."""
+        stored = _stored(wrapped)
+        if self.key_of(wrapped) == self._keyring.primary:
+            return None
+        context = context_of(tenant, artifact_id, DATA_KEY)
+        key = self._keyring.unwrap(stored, context)
+        return json.dumps(self._keyring.wrap(key, context)).encode()
+
+    def retire_key(self, key_id: str, artifacts: int) -> None:
+        """Forgets a key that nothing needs; `artifacts` is how many are wrapped under it.
+
+        Raises:
+            InvalidRequestError: it is in use, the primary one, or unknown.
+        """
+        if artifacts:
+            raise InvalidRequestError(
+                f"key {key_id!r} still opens {artifacts} artifacts: `tg-tinker keys rotate"
+                " --resume` wraps them under the primary key"
+            )
+        self._rewrap_unit_keys()
+        self._keyring.retire(key_id)
+
+    def key_ids(self) -> list[str]:
+        """Of the keyring, oldest first; the last is the primary one."""
+        return self._keyring.key_ids
+
+    def key_of(self, wrapped: bytes) -> str:
+        """Id of the key that a stored data key is wrapped under."""
+        return str(_stored(wrapped).get("key_id"))
 
     def key_info(self) -> tuple[str, str]:
         """Id of the wrapping key, and its provider."""
         return self._keyring.primary, self._keyring.provider
+
+
+def _stored(wrapped: bytes) -> dict[str, str]:
+    """A wrapped data key as the keyring takes it."""
+    try:
+        found = json.loads(wrapped)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise IntegrityError("a stored data key is damaged: put its backup back")
+    return found
 
 
 def _artifact_info(row: Any) -> ArtifactInfo:

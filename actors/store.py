@@ -63,6 +63,10 @@ class ArtifactStore:
     def read_key(self, tenant: str, artifact_id: str) -> bytes:
         return self._read(self._key_file(tenant, artifact_id), artifact_id)
 
+    def write_key(self, tenant: str, artifact_id: str, key: bytes) -> None:
+        """Replaces a wrapped data key in one step."""
+        _write(self._key_file(tenant, artifact_id), [key])
+
     def delete(self, tenant: str, artifact_id: str) -> None:
         """Manifest first, so that it stops existing; then the key, then the data."""
         folder = self._folder(tenant, artifact_id)

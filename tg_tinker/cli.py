@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from tg_tinker import cli_sampling
+from tg_tinker import cli_keys, cli_sampling
 from tg_tinker.errors import TGTinkerError
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ privacy = typer.Typer(
 )
 main.add_typer(privacy, name="privacy")
 main.add_typer(cli_sampling.commands)
+main.add_typer(cli_keys.keys, name="keys")
 
 _Dataset = Annotated[str, typer.Argument(help="As in TrainingConfig.dataset_id.")]
 
@@ -222,6 +223,19 @@ def export(
     with connector(ctx)() as service:
         service.export_adapter(artifact_id, path)
     typer.echo(f"Wrote {path}: not encrypted, load it with peft.PeftModel.from_pretrained")
+
+
+@artifacts.command("verify")
+def verify_artifacts(ctx: typer.Context) -> None:
+    """Read and check every artifact again; ends with status 1 if one is damaged.
+
+    [cyan]tg-tinker artifacts verify[/]
+    """
+    with connector(ctx)() as service:
+        count = len(service.list_artifacts())
+        failed = cli_keys.report(service.verify_artifacts(), "checking artifacts")
+    typer.echo(f"{count - failed} of {count} artifacts are whole")
+    raise typer.Exit(bool(failed))
 
 
 @artifacts.command()

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -293,6 +293,44 @@ class ServiceClient:
             raise InvalidRequestError(f"{target} exists: export into a new or empty directory")
         provided("export_adapter")(self._registry, self._store, self._tenant, artifact_id, target)
         return target
+
+    def verify_artifacts(self) -> Iterator[tuple[str, str]]:
+        """Reads every artifact of this tenant again and checks it as `load_state` would.
+
+        Yields:
+            Its id, and what is wrong with it: empty where nothing is.
+        """
+        yield from provided("verify_artifacts")(self._registry, self._store, self._tenant)
+
+    # --- keys --------------------------------------------------------------------------------
+
+    def list_keys(self) -> dict[str, int]:
+        """How many artifacts each key of the keyring opens, the primary one last."""
+        counts: dict[str, int] = provided("key_uses")(self._registry, self._store)
+        return counts
+
+    def rotate_key(self) -> str:
+        """Makes a fresh primary key and returns its id; then call `rewrap_keys`."""
+        key_id: str = self._registry.rotate_key()
+        return key_id
+
+    def rewrap_keys(self) -> Iterator[tuple[str, str]]:
+        """Wraps the data key of every artifact of all tenants under the primary key.
+
+        No data is touched, and what is broken off is finished by the next call.
+
+        Yields:
+            An artifact's id, and what went wrong: empty where nothing did.
+        """
+        yield from provided("rewrap_keys")(self._registry, self._store)
+
+    def retire_key(self, key_id: str) -> None:
+        """Destroys an older key.
+
+        Raises:
+            InvalidRequestError: it is the primary one, or still opens an artifact.
+        """
+        provided("retire_key")(self._registry, self._store, key_id)
 
     # --- life --------------------------------------------------------------------------------
 

@@ -1,0 +1,62 @@
+"""What an operator does to all artifacts: check them, and give their keys another wrapping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from actors.artifacts import fetch
+from actors.registry import Registry
+from actors.state import from_files
+from actors.store import ArtifactStore
+from tg_tinker.errors import TGTinkerError
+
+
+def verify(registry: Registry, root: str, tenant: str) -> Iterator[tuple[str, str]]:
+    """Reads every artifact again, as `load_state` would; (id, what is wrong), empty where nothing.
+
+    One that is damaged does not keep the others from being checked.
+    """
+    store = ArtifactStore(root)
+    for info in registry.artifacts(tenant):
+        try:
+            from_files(fetch(registry, store, tenant, info.artifact_id))
+        except TGTinkerError as error:
+            yield info.artifact_id, error.message
+        else:
+            yield info.artifact_id, ""
+
+
+def rewrap(registry: Registry, root: str) -> Iterator[tuple[str, str]]:
+    """Wraps the data key of every artifact under the primary key; (id, what is wrong) of each.
+
+    Only key files are written, each in one step: broken off anywhere, every artifact opens as
+    before, and the next call finds what is left.
+    """
+    store = ArtifactStore(root)
+    for tenant, artifact_id in registry.all_artifacts():
+        try:
+            wrapped = store.read_key(tenant, artifact_id)
+            if (again := registry.rewrapped(tenant, artifact_id, wrapped)) is not None:
+                store.write_key(tenant, artifact_id, again)
+        except TGTinkerError as error:
+            yield artifact_id, error.message
+        else:
+            yield artifact_id, ""
+
+
+def uses(registry: Registry, root: str) -> dict[str, int]:
+    """How many artifacts each key opens."""
+    store, counts = ArtifactStore(root), dict.fromkeys(registry.key_ids(), 0)
+    for tenant, artifact_id in registry.all_artifacts():
+        key_id = registry.key_of(store.read_key(tenant, artifact_id))
+        counts[key_id] = counts.get(key_id, 0) + 1
+    return counts
+
+
+def retire(registry: Registry, root: str, key_id: str) -> None:
+    """Destroys a key that opens nothing any more.
+
+    Raises:
+        InvalidRequestError: it is the primary one, or opens an artifact still.
+    """
+    registry.retire_key(key_id, uses(registry, root).get(key_id, 0))

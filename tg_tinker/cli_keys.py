@@ -1,0 +1,91 @@
+"""The commands about keys: `keys list`, `rotate` and `retire`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+keys = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="""The keys that all artifacts are encrypted under, through a key of each artifact.
+
+      [cyan]tg-tinker keys list[/]
+      [cyan]tg-tinker keys rotate[/]
+      [cyan]tg-tinker keys retire k1[/]""",
+)
+
+
+@keys.command("list")
+def list_keys(ctx: typer.Context) -> None:
+    """List the keys of the keyring and how many artifacts each opens, oldest first.
+
+    [cyan]tg-tinker keys list[/]
+    """
+    from tg_tinker.cli import connector, print_table
+
+    with connector(ctx)() as service:
+        counts = service.list_keys()
+    rows = [(name, "primary" if i == len(counts) - 1 else "older", str(count))
+            for i, (name, count) in enumerate(counts.items())]  # fmt: skip
+    print_table(("key", "", "artifacts"), rows)
+
+
+@keys.command()
+def rotate(
+    ctx: typer.Context,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Make no new key: go on with one that was broken off.")
+    ] = False,
+) -> None:
+    """Make a new key and wrap the key of every artifact under it; no data is touched.
+
+    Broken off, all artifacts open as before; --resume goes on. It revokes
+    nothing: who had the old keyring and a copy of the store can still read the
+    copy. Back up the new keyring; then `retire` the old key.
+
+      [cyan]tg-tinker keys rotate[/]
+    """
+    from tg_tinker.cli import connector
+
+    with connector(ctx)() as service:
+        if not resume:
+            typer.echo(f"key {service.rotate_key()} is the primary one now")
+        failed = report(service.rewrap_keys(), "wrapping keys")
+    if failed:
+        typer.echo("mend these, then `tg-tinker keys rotate --resume`", err=True)
+    raise typer.Exit(bool(failed))
+
+
+@keys.command()
+def retire(
+    ctx: typer.Context,
+    key_id: Annotated[str, typer.Argument(help="As `list` shows it.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Destroy an older key that opens nothing any more; backups it opens are lost.
+
+    [cyan]tg-tinker keys retire k1[/]
+    """
+    from tg_tinker.cli import connector
+
+    if not yes:
+        typer.confirm(f"Destroy {key_id}? What only it opens is lost", abort=True)
+    with connector(ctx)() as service:
+        service.retire_key(key_id)
+    typer.echo(f"{key_id} is gone")
+
+
+def report(outcomes: Iterator[tuple[str, str]], title: str) -> int:
+    """Shows progress and what failed; how many did."""
+    failed, console = [], Console(stderr=True)
+    for name, problem in track(outcomes, title, console=console):
+        if problem:
+            failed.append((name, problem))
+    for name, problem in failed:
+        typer.echo(f"{name}: {problem}", err=True)
+    return len(failed)
