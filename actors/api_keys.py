@@ -66,6 +66,12 @@ class ApiKeys(Database):
         with self._reading() as connection:
             return [_info(row) for row in connection.execute(query)]
 
+    def wants_api_keys(self, tenant: str) -> bool:
+        """Whether this tenant ever made one: to revoke the last opens the door to nobody."""
+        query = sa.select(_keys.c.id).where(_keys.c.tenant == tenant).limit(1)
+        with self._reading() as connection:
+            return connection.execute(query).first() is not None
+
     def revoke_api_key(self, tenant: str, key_id: str) -> None:
         """From now on it opens nothing.
 

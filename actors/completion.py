@@ -21,6 +21,7 @@ class Completions:
     Args:
         version: of the weights, for the chunks.
         adapter: which the engine knows by this name; None for its own weights.
+        owner: whose turns the call shares, see `TokenRequest`.
         notify: called when there is something to `take`, in the engine's thread.
 
     Attributes:
@@ -35,6 +36,7 @@ class Completions:
         params: SamplingParams,
         version: str = "",
         adapter: str | None = None,
+        owner: str = "",
         notify: Callable[[], object] = lambda: None,
     ) -> None:
         count = params.num_completions
@@ -44,6 +46,7 @@ class Completions:
         self._arrived: deque[tuple[TokenRequest, int, Token]] = deque()
         self._stopped: list[tuple[TokenRequest, int]] = []
         self.version, self._adapter, self._notify = version, adapter, notify
+        self._owner = owner
         if params.seed is None:
             params = replace(params, seed=secrets.randbits(63))
         self.requests = [
@@ -90,7 +93,7 @@ class Completions:
         count = min(SLOTS, params.num_completions - first)
         request = TokenRequest(
             ids, replace(params, num_completions=count), lambda token: None, number, first,
-            self._adapter,
+            self._adapter, self._owner,
         )  # fmt: skip
         request.deliver = partial(self._deliver, request, number * params.num_completions + first)
         return request

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field
 
 import torch
@@ -75,6 +75,7 @@ class TokenRequest:
         adapter: name of a resident LoRA adapter, or None for the base model.
         number, first: which prompt of its call, and the index of its first completion among those
             of that prompt: with the seed they fix all draws.
+        owner: whose turns it shares: owners get slots by turns, whatever each has asked for.
         seed: of all its draws; drawn here when `params` has none.
         waited_s: from `submit` to a slot; set by the engine.
     """
@@ -85,6 +86,7 @@ class TokenRequest:
     number: int = 0
     first: int = 0
     adapter: str | None = None
+    owner: str = ""
     seed: int = field(init=False)
     waited_s: float = field(init=False, default=0.0)
     submitted_at: float = field(init=False, default=0.0)
@@ -131,6 +133,44 @@ class _Sequence:
         return self.read + max(0, len(self.generated) - 1)
 
 
+class Turns:
+    """Requests that wait: those of an owner in their order, owners one after the other."""
+
+    def __init__(self) -> None:
+        self._of: OrderedDict[str, deque[TokenRequest]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._of.values()))
+
+    def __iter__(self) -> Iterator[TokenRequest]:
+        return (request for waiting in self._of.values() for request in waiting)
+
+    @property
+    def next(self) -> TokenRequest:
+        return next(iter(self._of.values()))[0]
+
+    def append(self, request: TokenRequest) -> None:
+        self._of.setdefault(request.owner, deque()).append(request)
+
+    def take(self) -> TokenRequest:
+        """The next; its owner is the last now."""
+        request = self.next
+        self.remove(request)
+        if request.owner in self._of:
+            self._of.move_to_end(request.owner)
+        return request
+
+    def remove(self, request: TokenRequest) -> bool:
+        """False if it does not wait."""
+        waiting = self._of.get(request.owner, ())
+        if request not in waiting:
+            return False
+        self._of[request.owner].remove(request)
+        if not self._of[request.owner]:
+            del self._of[request.owner]
+        return True
+
+
 class SlotEngine:
     """See the module."""
 
@@ -141,7 +181,7 @@ class SlotEngine:
         self._base = base
         self._slots = Slots(slots, base.device)
         self._free = list(range(slots))
-        self._waiting: deque[TokenRequest] = deque()
+        self._waiting = Turns()
         self._running: list[_Sequence] = []
 
     def submit(self, request: TokenRequest) -> None:
@@ -182,8 +222,7 @@ class SlotEngine:
     def cancel(self, request: TokenRequest, index: int | None = None) -> None:
         """Ends a request, or a completion of it that has begun, before the next step; nothing
         more is delivered. Safe for one that has ended."""
-        if index is None and request in self._waiting:
-            self._waiting.remove(request)
+        if index is None and self._waiting.remove(request):
             self.adapters.release(request.adapter)
         for sequence in [*self._running]:
             chosen = index is None or (index == sequence.index and not sequence.reading)
@@ -200,10 +239,12 @@ class SlotEngine:
         return Load(self._slots.count - free, free, len(self._waiting), *self.adapters.resident)
 
     def end_all(self, problem: str) -> None:
-        """Ends everything that runs or waits, with an error."""
-        self._end_running(problem)
-        for request in [*self._waiting]:
-            self._refuse(request, InternalError(problem))
+        """Ends everything that runs or waits, with an error; safe when the device is dead."""
+        requests = dict.fromkeys([*(s.request for s in self._running), *self._waiting])
+        self._start_anew()
+        self._waiting = Turns()
+        for request in requests:
+            request.deliver(Token(error=InternalError(problem)))
 
     def step(self) -> bool:
         """One forward and one token for every sequence that is ready; False if nothing was left.
@@ -226,9 +267,9 @@ class SlotEngine:
     # --- inside ------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """First come, first served; a request gets all slots it will need at once."""
-        while self._waiting and self._waiting[0].params.num_completions <= len(self._free):
-            request = self._waiting.popleft()
+        """A request gets all its slots at once; none overtakes the one whose turn it is."""
+        while self._waiting and self._waiting.next.params.num_completions <= len(self._free):
+            request = self._waiting.take()
             try:
                 self._slots.reserve(len(request.prompt) + request.params.max_tokens)
             except (MemoryError, RuntimeError):  # of this request alone
@@ -379,11 +420,18 @@ class SlotEngine:
         self.cancel(request)
         request.deliver(Token(error=error))
 
-    def _end_running(self, problem: str) -> None:
-        for request in dict.fromkeys(sequence.request for sequence in self._running):
-            self._refuse(request, InternalError(problem))
-
     def _fail(self, problem: str) -> None:
-        """Ends all that run. The slots are made anew: they may be half-written."""
-        self._end_running(problem)
+        """Ends all that run."""
+        requests = dict.fromkeys(sequence.request for sequence in self._running)
+        self._start_anew()
+        for request in requests:
+            request.deliver(Token(error=InternalError(problem)))
+
+    def _start_anew(self) -> None:
+        """Nothing runs. The slots are made anew, not cleared: they may be half-written, and
+        whatever failed would fail again in them."""
+        for request in dict.fromkeys(sequence.request for sequence in self._running):
+            self.adapters.release(request.adapter)
+        self._running = []
         self._slots = Slots(self._slots.count, self._base.device)
+        self._free = list(range(self._slots.count))

@@ -46,13 +46,15 @@ class Slots:
     @torch.inference_mode()
     def reserve(self, length: int) -> None:
         """Room for sequences of this length; what is stored stays."""
-        while self._length < length:
-            self._length *= 2
+        wanted = self._length
+        while wanted < length:
+            wanted *= 2
         for index, pair in self._layers.items():
-            missing = self._length - pair[0].shape[2]
+            missing = wanted - pair[0].shape[2]
             if missing > 0:
                 longer = [pad(tensor, (0, 0, 0, missing)) for tensor in pair]
                 self._layers[index] = (longer[0], longer[1])
+        self._length = wanted  # not before there was memory for it: shorter ones go on as before
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Another sequence with the same first `length` tokens."""

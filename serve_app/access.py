@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from fastapi import Request
 
@@ -14,6 +17,8 @@ from tg_tinker.errors import AccessDeniedError, InvalidRequestError, QueueFullEr
 
 _KNOWN_S = 5.0
 """How long a checked key is trusted: a revoked one opens nothing after that."""
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -24,14 +29,14 @@ class HttpOptions:
         tenant: of everyone, when `open`.
         open: whoever reaches the port may sample, until the tenant has a key; on a loopback
             address only.
-        most_tokens: `max_tokens` of a request.
+        most_tokens: `max_tokens` of a request, times its completions.
         most_at_once: requests of one key.
         deadline_s: of a request, streaming included.
     """
 
     tenant: str = "default"
     open: bool = False
-    most_tokens: int = 4096
+    most_tokens: int = 16_384
     most_at_once: int = 32
     deadline_s: float = 300.0
 
@@ -45,11 +50,23 @@ class Caller:
     models: tuple[str, ...] = ()
 
 
+def _refuse_rebinding(host: str) -> None:
+    """A page that makes its own name mean 127.0.0.1 has a browser ask in the user's place; the
+    name it asks for is still its own (DNS rebinding)."""
+    name = host.rsplit(":", 1)[0].strip("[]").lower()
+    if name not in ("localhost", "127.0.0.1", "::1") and not name.startswith("127."):
+        raise AccessDeniedError(
+            "without API keys this server answers at 127.0.0.1 and localhost only:"
+            " `tg-tinker api-keys create` makes a key"
+        )
+
+
 class Access:
     """The keys of all tenants, as one server sees them."""
 
     def __init__(self, registry: Registry, options: HttpOptions) -> None:
         self._registry, self._options = registry, options
+        self._pool = ThreadPoolExecutor(8, thread_name_prefix="access")  # waits for nothing else
         self._known: dict[str, tuple[float, Caller]] = {}
         self._at_once: Counter[str] = Counter()
         self._keys_exist, self._keys_known_until = False, 0.0
@@ -61,6 +78,7 @@ class Access:
             AccessDeniedError: no key, or one that opens nothing.
         """
         if self._options.open and not await self._has_keys():
+            _refuse_rebinding(request.headers.get("host", ""))
             return Caller(self._options.tenant, "open")
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
@@ -71,13 +89,16 @@ class Access:
         until, caller = self._known.get(token, (0.0, None))
         if caller is None or until < time.monotonic():
             self._known.pop(token, None)
-            tenant, info = await asyncio.to_thread(self._registry.check_api_key, token)
+            tenant, info = await self._in_thread(self._registry.check_api_key, token)
             caller = Caller(tenant, info.key_id, info.models)
             self._known[token] = time.monotonic() + _KNOWN_S, caller
         return caller
 
+    async def _in_thread(self, work: Callable[..., _T], *arguments: Any) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
+
     def enter(self, caller: Caller, max_tokens: int) -> None:
-        """Before a request of this many tokens begins; `leave` when it has ended.
+        """Before a request of this many tokens in all begins; `leave` when it has ended.
 
         Raises:
             InvalidRequestError: more tokens than this server draws.
@@ -85,8 +106,8 @@ class Access:
         """
         if max_tokens > self._options.most_tokens:
             raise InvalidRequestError(
-                f"max_tokens={max_tokens} is more than the {self._options.most_tokens}"
-                " that this server draws for a request"
+                f"max_tokens times completions is {max_tokens}, more than the"
+                f" {self._options.most_tokens} tokens that this server draws for a request"
             )
         if self._at_once[caller.key_id] >= self._options.most_at_once:
             raise QueueFullError(
@@ -101,7 +122,7 @@ class Access:
     async def _has_keys(self) -> bool:
         """Whether the tenant has made a key since the server started open."""
         if self._keys_known_until < time.monotonic():
-            keys = await asyncio.to_thread(self._registry.api_keys, self._options.tenant)
-            self._keys_exist = bool(keys)
+            ask = self._registry.wants_api_keys, self._options.tenant
+            self._keys_exist = await self._in_thread(*ask)
             self._keys_known_until = time.monotonic() + _KNOWN_S
         return self._keys_exist

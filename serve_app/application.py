@@ -32,7 +32,7 @@ from tg_tinker.errors import (
     QueueFullError,
 )
 
-MOST_ONGOING = 8 * SLOTS
+MOST_ONGOING = 64 * SLOTS
 """Calls that a replica takes; those beyond its slots wait in its engine."""
 
 MOST_QUEUED = 256

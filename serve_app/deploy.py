@@ -30,7 +30,7 @@ class Settings(BaseModel):
             when left out.
         num_cpus, num_gpus, num_threads: of each replica.
         max_replicas: copies of the model at most.
-        max_tokens: of one request.
+        max_tokens: of one request, times its completions.
         max_concurrent: requests of one key at a time.
         deadline_s: of one request.
     """
@@ -48,7 +48,7 @@ class Settings(BaseModel):
     num_gpus: Annotated[float, Field(ge=0)] = 0
     num_threads: Annotated[int, Field(ge=1)] | None = None
     max_replicas: Annotated[int, Field(ge=1)] = 1
-    max_tokens: Annotated[int, Field(ge=1)] = 4096
+    max_tokens: Annotated[int, Field(ge=1)] = 16_384
     max_concurrent: Annotated[int, Field(ge=1)] = 32
     deadline_s: Annotated[float, Field(gt=0)] = 300.0
 

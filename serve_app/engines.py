@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -20,10 +21,18 @@ from actors.adapters import Adapter
 from actors.generation import Load, SlotEngine, TokenRequest
 from actors.model import Base, make_trainable
 from actors.snapshots import Snapshot
-from tg_tinker.errors import ArtifactMismatchError, InternalError, QueueFullError
+from tg_tinker.errors import (
+    ArtifactMismatchError,
+    InternalError,
+    NotFoundError,
+    QueueFullError,
+)
 
 MOST_WHOLE_MODELS = 2
 """Copies of the model with weights of their own; the one used longest ago leaves first."""
+
+ROOM_S = 60.0
+"""How long weights wait for a place."""
 
 _T = TypeVar("_T")
 
@@ -35,7 +44,7 @@ class EngineThread:
         self._engine = engine
         self._inbox: list[Callable[[], None]] = []
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed = self._ended = self._working = False
         self._thread = threading.Thread(target=self._run, name="sampling", daemon=True)
         self._thread.start()
 
@@ -51,10 +60,15 @@ class EngineThread:
     def idle(self) -> bool:
         """Nothing runs, waits, or is on its way in."""
         with self._changed:
-            return not self._inbox and self._engine.idle
+            return not (self._inbox or self._working) and self._engine.idle
 
     def do(self, work: Callable[[SlotEngine], _T]) -> Future[_T]:
-        """Runs `work(engine)` between two steps; never waits for it."""
+        """Runs `work(engine)` between two steps; never waits for it.
+
+        Raises:
+            NotFoundError: it was closed: its weights made room for others.
+            InternalError: it has died.
+        """
         outcome: Future[_T] = Future()
 
         def run() -> None:
@@ -66,7 +80,9 @@ class EngineThread:
                 outcome.set_exception(error)
 
         with self._changed:
-            if self._closed or not self.alive:
+            if self._closed:
+                raise NotFoundError("these weights have left memory: repeat the request")
+            if self._ended:
                 raise InternalError("this engine has ended: repeat the request")
             self._inbox.append(run)
             self._changed.notify()
@@ -74,7 +90,7 @@ class EngineThread:
 
     def cancel(self, request: TokenRequest, index: int | None = None) -> None:
         """Before the next step; safe when the request or the engine has ended."""
-        with contextlib.suppress(InternalError):
+        with contextlib.suppress(InternalError, NotFoundError):
             self.do(lambda engine: engine.cancel(request, index))
 
     def close(self) -> None:
@@ -89,8 +105,9 @@ class EngineThread:
             while self._turn():
                 pass
         with self._changed:
-            self._closed = True
             inbox, self._inbox = self._inbox, []
+            self._ended = True
+            self._working = False
         for work in inbox:
             work()
         self._engine.end_all("this engine has ended: repeat the request")  # nobody waits for ever
@@ -103,9 +120,12 @@ class EngineThread:
             if self._closed:
                 return False
             inbox, self._inbox = self._inbox, []
+            self._working = True
         for work in inbox:
             work()
         self._engine.step()
+        with self._changed:
+            self._working = False
         return True
 
 
@@ -117,16 +137,16 @@ class Engines:
         self.base = load()
         self._shared = EngineThread(SlotEngine(self.base))
         self._whole: OrderedDict[str, EngineThread] = OrderedDict()
-        self._adding = threading.Lock()
+        self._adding = threading.Lock()  # one load at a time
+        self._changing = threading.Lock()  # of `_whole`, for a moment
 
     @property
     def alive(self) -> bool:
-        return all(engine.alive for engine in (self._shared, *self._whole.values()))
+        return all(engine.alive for engine in self._all())
 
     def load(self) -> Load:
         """Of all engines together, as of their last steps."""
-        threads = (self._shared, *self._whole.values())
-        loads = [thread.do(lambda engine: engine.load).result() for thread in threads]
+        loads = [thread.do(lambda engine: engine.load).result() for thread in self._all()]
         return sum(loads[1:], loads[0])
 
     def has(self, name: str | None, shared: bool) -> bool:
@@ -158,28 +178,51 @@ class Engines:
         with self._adding:  # a load goes on when its client leaves, and another may ask again
             if snapshot.name not in self._whole:
                 self._make_room()
-                self._whole[snapshot.name] = EngineThread(SlotEngine(self._with_weights(snapshot)))
+                engine = EngineThread(SlotEngine(self._with_weights(snapshot)))
+                with self._changing:
+                    self._whole[snapshot.name] = engine
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
     def of(self, name: str | None, shared: bool) -> EngineThread:
-        """The engine that holds these weights."""
+        """The engine that holds these weights.
+
+        Raises:
+            NotFoundError: they have left.
+        """
         if name is None or shared:
             return self._shared
-        self._whole.move_to_end(name)
-        return self._whole[name]
+        with self._changing:
+            if name not in self._whole:
+                raise NotFoundError("these weights have left memory: repeat the request")
+            self._whole.move_to_end(name)
+            return self._whole[name]
+
+    def _all(self) -> list[EngineThread]:
+        with self._changing:
+            return [self._shared, *self._whole.values()]
 
     def _make_room(self) -> None:
-        if len(self._whole) < MOST_WHOLE_MODELS:
-            return
-        unused = next((name for name, engine in self._whole.items() if engine.idle), None)
-        if unused is None:
-            raise QueueFullError(
-                f"{MOST_WHOLE_MODELS} models with weights of their own answer already: try again"
-                " in a moment"
-            )
-        self._whole.pop(unused).close()
+        """Waits until one is idle, where all places are taken."""
+        deadline = time.monotonic() + ROOM_S
+        while not self._dropped_one_where_full():
+            if time.monotonic() > deadline:
+                raise QueueFullError(
+                    f"{MOST_WHOLE_MODELS} models with weights of their own have been answering for"
+                    f" {ROOM_S:g} s: try again later"
+                )
+            time.sleep(0.02)
+
+    def _dropped_one_where_full(self) -> bool:
+        with self._changing:
+            if len(self._whole) < MOST_WHOLE_MODELS:
+                return True
+            unused = next((name for name, engine in self._whole.items() if engine.idle), None)
+            if unused is None:
+                return False
+            self._whole.pop(unused).close()
+            return True
 
     def _with_weights(self, snapshot: Snapshot) -> Base:
         base = self._read()

@@ -7,9 +7,11 @@ OpenAI's `/v1/completions`, `/v1/chat/completions` and `/v1/models`, our own `/v
 # Serve copies the routes, with the names they use, when `ingress` below is reached: types are no
 # strings here (no `from __future__ import annotations`), and nothing is defined after the class.
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -29,15 +31,27 @@ from serve_app.protocol import (
     sample_event,
     usage,
 )
-from serve_app.refusals import install
+from serve_app.refusals import install, parsed
 from serve_app.replica import Replica, Running
+from serve_app.sources import BASE, BASE_SOURCE, Source
 from tg_tinker.chat import render_messages
-from tg_tinker.errors import InvalidRequestError
+from tg_tinker.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    QueueFullError,
+    VersionGoneError,
+)
 from tg_tinker.sampling import SamplingParams, check_prompts
 from tg_tinker.types import StreamChunk
 
-MOST_LOOKUPS = 64
 MOST_BODY_BYTES = 2**20
+BODY_S = 10.0
+"""How long a body may take to arrive."""
+
+WAIT_S, POLL_S, MOST_WAITING = 10.0, 0.1, 32
+"""How long `RUN@>=STEP` waits for its step, how often it looks, how many wait at a time."""
+
+_Body = TypeVar("_Body", CompletionBody, ChatBody, SampleBody)
 
 api = FastAPI(title="TG-Tinker", docs_url=None, redoc_url=None, openapi_url=None)
 install(api, MOST_BODY_BYTES)
@@ -52,7 +66,8 @@ class HttpReplica(Replica):
         super().__init__(*arguments)
         self._options = options
         self._access = Access(self.registry.typed, options)
-        self._lookups = ThreadPoolExecutor(MOST_LOOKUPS)  # some wait for a step: not to be shared
+        self._lookups = ThreadPoolExecutor(8, thread_name_prefix="lookup")
+        self._waiting = 0
 
     # --- routes ------------------------------------------------------------------------------
 
@@ -64,28 +79,39 @@ class HttpReplica(Replica):
     @api.get("/v1/models")
     async def models(self, request: Request) -> dict[str, Any]:
         caller = await self._access.caller(request)
-        names = await asyncio.to_thread(self.sources.names, caller.tenant, caller.models)
+        names = await asyncio.get_running_loop().run_in_executor(
+            self._lookups, self.sources.names, caller.tenant, caller.models
+        )
         listed = [{"id": name, "object": "model", "created": 0, "owned_by": caller.tenant}
                   for name in names]  # fmt: skip
         return {"object": "list", "data": listed}
 
     @api.post("/v1/completions")
-    async def completions(self, body: CompletionBody, request: Request) -> Response:
+    async def completions(self, request: Request) -> Response:
+        caller, body = await self._asked(request, CompletionBody)
         prompts = body.prompts()
+        running = await self._begun(caller, body.model, prompts, body.params())
         echoes = [self._as_text(p) if body.echo else "" for p in prompts]
-        return await self._answer(request, body, prompts, body.params(), echoes)
+        return await self._answer(caller, running, body, echoes)
 
     @api.post("/v1/chat/completions")
-    async def chat(self, body: ChatBody, request: Request) -> Response:
-        prompt = render_messages(self.tokenizer, [message.plain() for message in body.messages])
-        return await self._answer(request, body, [prompt], body.params(), [""])
+    async def chat(self, request: Request) -> Response:
+        caller, body = await self._asked(request, ChatBody)
+        messages = [message.plain() for message in body.messages]
+        prompt = await self.in_thread(lambda: render_messages(self.tokenizer, messages))
+        (ids,) = await self.encoded([prompt])
+        params = body.params(self.engines.base.context_length - len(ids))
+        running = await self._begun(caller, body.model, [ids], params)
+        return await self._answer(caller, running, body, [""])
 
     @api.post("/v1/sample")
-    async def sample_native(self, body: SampleBody, request: Request) -> Response:
+    async def sample_native(self, request: Request) -> Response:
+        caller, body = await self._asked(request, SampleBody)
         prompts, params = check_prompts(body.prompts), body.params()
-        caller, running = await self._begun(request, body.model, prompts, params)
+        running = await self._begun(caller, body.model, prompts, params)
         if body.stream:
             return await self._events(caller, running, sample_event)
+        parts = await self._all(caller, running)
         samples = [
             {"prompt_index": i // params.num_completions,
              "completion": "".join(chunk.text for chunk in part),
@@ -94,7 +120,7 @@ class HttpReplica(Replica):
              "top_logprobs": [t for chunk in part for t in chunk.top_logprobs],
              "prompt_logprobs": sample_event(part[0])["prompt_logprobs"],
              "finish_reason": part[-1].finish_reason}
-            for i, part in enumerate(await self._all(caller, running))
+            for i, part in enumerate(parts)
         ]  # fmt: skip
         return JSONResponse(
             {"samples": samples, "weights_version": running.call.version,
@@ -103,40 +129,78 @@ class HttpReplica(Replica):
 
     # --- the way of a request ------------------------------------------------------------------
 
+    async def _asked(self, request: Request, kind: type[_Body]) -> tuple[Caller, _Body]:
+        """Who asks, and then for what: nobody without a key has a body read.
+
+        Raises:
+            AccessDeniedError: no key, or one that opens nothing.
+            InvalidRequestError: the body is none of this kind.
+            DeadlineExceededError: it did not arrive in time.
+        """
+        caller = await self._access.caller(request)
+        try:
+            async with asyncio.timeout(BODY_S):
+                content = await request.body()
+        except TimeoutError:
+            raise DeadlineExceededError(
+                f"the body was not complete after {BODY_S:g} s: send it at once"
+            ) from None
+        return caller, parsed(kind, content)
+
     async def _answer(
-        self, request: Request, body: CompletionBody | ChatBody,
-        prompts: Sequence[str | list[int]], params: SamplingParams, echoes: list[str],
-    ) -> Response:  # fmt: skip
-        caller, running = await self._begun(request, body.model, prompts, params)
+        self, caller: Caller, running: Running, body: CompletionBody | ChatBody, echoes: list[str]
+    ) -> Response:
         answer = Answer(body, self.tokenizer, echoes, running.call.version)
         if not body.stream:
             parts = await self._all(caller, running)
             drawn = sum(len(chunk.token_ids) for part in parts for chunk in part)
-            return JSONResponse(answer.whole(parts, usage(running.prompt_tokens, drawn)))
-        counts = body.stream_options is not None and body.stream_options.include_usage
-        last = answer.usage_event if counts else None
+            counts = usage(running.prompt_tokens, drawn)
+            return await self.in_thread(lambda: JSONResponse(answer.whole(parts, counts)))
+        wanted = body.stream_options is not None and body.stream_options.include_usage
+        last = answer.usage_event if wanted else None
         return await self._events(caller, running, answer.event, last)
 
     async def _begun(
-        self, request: Request, model: str, prompts: Sequence[str | list[int]],
+        self, caller: Caller, model: str, prompts: Sequence[str | list[int]],
         params: SamplingParams,
-    ) -> tuple[Caller, Running]:  # fmt: skip
+    ) -> Running:  # fmt: skip
         """Everything that can be refused, before the first byte of the answer."""
-        caller = await self._access.caller(request)
-        if len(prompts) * params.num_completions > MOST_COMPLETIONS:
+        count = len(prompts) * params.num_completions
+        if count > MOST_COMPLETIONS:
             raise InvalidRequestError(
                 f"{len(prompts)} prompts with {params.num_completions} completions each are more"
                 f" than the {MOST_COMPLETIONS} of one request: send less at a time"
             )
-        self._access.enter(caller, params.max_tokens)
+        self._access.enter(caller, params.max_tokens * count)
         try:
-            source = await asyncio.get_running_loop().run_in_executor(
-                self._lookups, self.sources.find, caller.tenant, caller.models, model
-            )
-            return caller, await self.begin(source, prompts, params)
+            source = await self._source(caller, model)
+            return await self.begin(source, prompts, params, caller.key_id)
         except BaseException:
             self._access.leave(caller)
             raise
+
+    async def _source(self, caller: Caller, model: str) -> Source:
+        """The weights a request names; waits for a step that is to come."""
+        if model == BASE:
+            return BASE_SOURCE
+        find = partial(self.sources.find, caller.tenant, caller.models, model)
+        deadline, waits = time.monotonic() + WAIT_S, False
+        try:
+            while True:
+                try:
+                    return await asyncio.get_running_loop().run_in_executor(self._lookups, find)
+                except VersionGoneError as gone:
+                    if not gone.details.get("later") or time.monotonic() > deadline:
+                        raise
+                if not waits and self._waiting >= MOST_WAITING:
+                    raise QueueFullError(
+                        f"{MOST_WAITING} requests wait for steps to come already: ask again later"
+                    )
+                self._waiting += not waits
+                waits = True
+                await asyncio.sleep(POLL_S)
+        finally:
+            self._waiting -= waits
 
     async def _followed(
         self, caller: Caller, running: Running

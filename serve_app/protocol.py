@@ -12,24 +12,34 @@ import time
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.sampling import SamplingParams
 from tg_tinker.types import StreamChunk
 
-Ids = list[int]
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
 Stops = str | list[str] | None
 
 MOST_STOPS = 16
 MOST_COMPLETIONS = 128
 """Of one request, over all its prompts."""
 
+MOST_MESSAGES = 1024
 _CHAT_TOKENS = 256
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        """null is what was left out, as in OpenAI's description of its fields."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class StreamOptions(_Body):
@@ -73,7 +83,7 @@ class _Common(_Body):
 class CompletionBody(_Common):
     """POST /v1/completions"""
 
-    prompt: str | list[str] | Ids | list[Ids]
+    prompt: str | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True)]
     max_tokens: int = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool = False
@@ -114,15 +124,18 @@ class Message(_Body):
 class ChatBody(_Common):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[
+        list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
+    ]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
-    def params(self) -> SamplingParams:
+    def params(self, room: int) -> SamplingParams:
+        """`room` is how many tokens the context has left."""
         stated = [n for n in (self.max_completion_tokens, self.max_tokens) if n is not None]
-        limit = stated[0] if stated else _CHAT_TOKENS
+        limit = stated[0] if stated else max(1, min(_CHAT_TOKENS, room))
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError("top_logprobs: needs logprobs=true")
         return self._params(limit, self.top_logprobs or 0)
@@ -132,7 +145,7 @@ class SampleBody(_Body):
     """POST /v1/sample: `SamplingParams` as they are; the answer is a `SampleResult`."""
 
     model: str
-    prompts: str | list[str]
+    prompts: str | Texts
     stream: bool = False
     max_tokens: int = 128
     temperature: float = 1.0

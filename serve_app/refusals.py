@@ -5,11 +5,11 @@ What a request held is in no answer.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -38,12 +38,14 @@ _STATUS: tuple[tuple[type[TGTinkerError], int, str], ...] = (
     (TGTinkerError, 500, "server_error"),
 )
 
+_MOST = 8
+"""Problems of a body that are named."""
+
 
 def install(api: FastAPI, most_body_bytes: int) -> None:
     """Gives an application these answers."""
     api.add_middleware(Guard, most=most_body_bytes)
     api.exception_handler(TGTinkerError)(_refused)
-    api.exception_handler(RequestValidationError)(_malformed)
     api.exception_handler(HTTPException)(_no_such_route)
 
 
@@ -102,19 +104,30 @@ def _refused(request: Request, error: TGTinkerError) -> JSONResponse:
     return JSONResponse(error_body(error.message, kind, error.code, param), status, headers)
 
 
-def _malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-    """Names the fields; what they held is not repeated."""
-    count_refusal("invalid_request")
-    problems = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"][1:] if isinstance(part, str | int))
-        unknown = item["type"] == "extra_forbidden"
-        problems.append(f"{where}: {'not supported here' if unknown else item['msg']}")
-    first = problems[0].partition(":")[0]
-    text = "; ".join(dict.fromkeys(problems))
-    return JSONResponse(error_body(text, "invalid_request_error", "invalid_request", first), 400)
-
-
 def _no_such_route(request: Request, error: HTTPException) -> JSONResponse:
     kind = "invalid_request_error"
     return JSONResponse(error_body(str(error.detail), kind, "http"), error.status_code)
+
+
+_T = TypeVar("_T", bound=BaseModel)
+
+
+def parsed(kind: type[_T], content: bytes) -> _T:
+    """A body as one of `protocol`'s.
+
+    Raises:
+        InvalidRequestError: names the fields that are wrong; what they held is not repeated.
+    """
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors(include_url=False, include_context=False, include_input=False)[
+            :_MOST
+        ]:
+            where = ".".join(str(part) for part in item["loc"])
+            unknown = item["type"] == "extra_forbidden"
+            problems.append(f"{where[:80]}: {'not supported here' if unknown else item['msg']}")
+        first = problems[0].partition(":")[0]
+        text = "; ".join(dict.fromkeys(problems))
+        raise InvalidRequestError(text, details={"parameter": first}) from None

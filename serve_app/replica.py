@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from actors.completion import Completions, join
 from actors.generation import Load
@@ -27,9 +27,11 @@ from tg_tinker.cluster import RemoteRegistry, find_registry
 from tg_tinker.envelope import open_payload, seal_payload
 from tg_tinker.errors import DeadlineExceededError, InternalError, NotFoundError
 from tg_tinker.sampling import SamplingParams
-from tg_tinker.text import load_tokenizer
+from tg_tinker.text import encode_prompt, load_tokenizer
 from tg_tinker.types import SampleResult, StreamChunk
 from tg_tinker.wire import Reply, SampleRequest
+
+_T = TypeVar("_T")
 
 REPORT_S = 1.0
 """Between two looks at how full the engines are, for the metrics."""
@@ -66,6 +68,9 @@ class Replica:
         self.engines = Engines(loader(model_ref, dtype, Path(home) / MODELS))
         self.tokenizer = load_tokenizer(self.engines.base.tokenizer_files())
         self.sources = Sources(self.registry.typed, self._key, namespace, store, model_ref)
+        # Pools of their own: what one waits for, the other may have to do.
+        self._text = ThreadPoolExecutor(2, thread_name_prefix="text")
+        self._fetches = ThreadPoolExecutor(4, thread_name_prefix="fetch")
         self._coming: dict[str | None, asyncio.Future[Future[None]]] = {}
         self._newest: dict[str, int] = {}  # step of each run that was sampled from
         self._reporting = asyncio.ensure_future(self._report())
@@ -87,7 +92,7 @@ class Replica:
         try:
             request: SampleRequest = open_payload(self._key, sealed)
             source = self.sources.of_snapshot(request.snapshot)
-            running = await self.begin(source, request.prompts, request.params)
+            running = await self.begin(source, request.prompts, request.params, source.version)
             async for chunk in self.follow(running):
                 yield seal_payload(self._key, Reply(chunk))
         except Exception as error:
@@ -108,7 +113,7 @@ class Replica:
     ) -> SampleResult:
         """All completions."""
         started = time.perf_counter()
-        running = await self.begin(source, prompts, params)
+        running = await self.begin(source, prompts, params, source.version)
         timed = [
             (chunk, 1e3 * (time.perf_counter() - started)) async for chunk in self.follow(running)
         ]
@@ -121,9 +126,12 @@ class Replica:
         )
 
     async def begin(
-        self, source: Source, prompts: Sequence[str | list[int]], params: SamplingParams
+        self, source: Source, prompts: Sequence[str | list[int]], params: SamplingParams, owner: str
     ) -> Running:
         """Queues a call where its weights are, which are fetched first where they are not.
+
+        Args:
+            owner: whose turns it shares in the engine.
 
         Raises:
             InvalidRequestError: it can never run.
@@ -132,22 +140,23 @@ class Replica:
         arrived, loop, watch = asyncio.Event(), asyncio.get_running_loop(), Watch()
         call = Completions(
             self.tokenizer,
-            prompts,
+            await self.encoded(prompts),
             params,
             source.version,
             adapter=source.name if source.shared else None,
+            owner=owner,
             notify=lambda: loop.call_soon_threadsafe(arrived.set),
         )
         for _ in range(_ATTEMPTS):
             adding = await self._fetched(source)
-            engine = self.engines.of(source.name, source.shared)
             try:
+                engine = self.engines.of(source.name, source.shared)
                 await asyncio.wrap_future(engine.do(lambda e: e.submit_all(call.requests)))
             except NotFoundError:
                 if adding is not None:
                     adding.result()  # done before: why they are not there
                 continue  # the weights left again before they were pinned
-            except BaseException:  # a client that leaves now, too: the work may be done already
+            except asyncio.CancelledError:  # the work may be done already
                 for request in call.requests:
                     engine.cancel(request)
                 raise
@@ -158,6 +167,16 @@ class Replica:
             f"the weights of {source.version} leave memory faster than they are used: sample from"
             " fewer runs at a time"
         )
+
+    async def encoded(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        """Token ids; the event loop goes on meanwhile."""
+        return await self.in_thread(
+            lambda: [encode_prompt(self.tokenizer, p) if isinstance(p, str) else p for p in prompts]
+        )
+
+    async def in_thread(self, work: Callable[[], _T]) -> _T:
+        """Work on text."""
+        return await asyncio.get_running_loop().run_in_executor(self._text, work)
 
     async def follow(
         self, running: Running, deadline_s: float | None = None
@@ -197,7 +216,8 @@ class Replica:
             return None
         coming = self._coming.get(source.name)
         if coming is None:
-            coming = asyncio.ensure_future(asyncio.to_thread(self._add, source))
+            loop = asyncio.get_running_loop()
+            coming = loop.run_in_executor(self._fetches, self._add, source)
             coming.add_done_callback(lambda _: self._coming.pop(source.name))
             self._coming[source.name] = coming
         return await asyncio.shield(coming)  # whoever leaves does not take it from the others

@@ -10,7 +10,6 @@ ARTIFACT        a saved artifact
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,9 +27,6 @@ from tg_tinker.wire import SnapshotRef
 
 BASE = "base"
 """Name of the base model itself."""
-
-WAIT_S = 10.0
-"""How long `RUN@>=STEP` waits for its step."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -73,13 +69,13 @@ class Sources:
         Raises:
             NotFoundError: there is no such thing for this tenant and key, or it is of another
                 base model; which of them is not told.
-            VersionGoneError: the run is at another step.
+            VersionGoneError: the run is at another step; `details["later"]` if waiting may help.
             ActorLostError: the run has no living actor.
         """
         if model == BASE:
-            return Source(None, BASE, True, _nothing)
+            return BASE_SOURCE
         name, _, wanted = model.partition("@")
-        if not (allowed and name not in allowed):
+        if model.isascii() and not (allowed and name not in allowed):
             with contextlib.suppress(NotFoundError):
                 return self._live(tenant, name, wanted)
             if not wanted:
@@ -112,12 +108,7 @@ class Sources:
         least, exact = wanted.removeprefix(">="), wanted[:2] != ">="
         if not (least.isdecimal() and len(least) < 12):
             raise InvalidRequestError("after @ comes a step, or >= and a step")
-        deadline = time.monotonic() + WAIT_S
         step = current_step(self._namespace, _actor(info))
-        while not exact and step < int(least) and time.monotonic() < deadline:
-            time.sleep(0.02)
-            info, _ = self._run(tenant, run_id)  # a run that comes back has another actor
-            step = current_step(self._namespace, _actor(info))
         if step >= int(least) and (not exact or step == int(least)):
             found = self._latest(info)
             if not exact or found.version == f"{run_id}@{int(least)}":  # it may have gone on
@@ -125,7 +116,7 @@ class Sources:
         raise VersionGoneError(
             f"{run_id} is at step {step}, not {wanted}: name the run for the latest,"
             " or save an artifact of the step you want",
-            details={"step": step},
+            details={"step": step, "later": not exact},
         )
 
     def _latest(self, info: TrainingClientInfo) -> Source:
@@ -149,3 +140,6 @@ def _actor(info: TrainingClientInfo) -> str:
 
 def _nothing() -> Snapshot:
     raise AssertionError("the base model is always here")
+
+
+BASE_SOURCE = Source(None, BASE, True, _nothing)

@@ -224,7 +224,15 @@ def test_our_own_route_scores_prompts(server: Server) -> None:
         ("completions", {"temperature": -1}, 400, "temperature"),
         ("completions", {"n": 1000}, 400, "n"),
         ("completions", {"max_tokens": 0}, 400, "max_tokens"),
-        ("completions", {"max_tokens": 5000}, 400, "more than the 4096"),
+        ("completions", {"max_tokens": 20_000}, 400, "more than the 16384"),
+        ("completions", {"max_tokens": 4000, "n": 5}, 400, "20000, more than the 16384"),
+        ("completions", {"max_tokens": 10**400}, 400, "max_tokens"),
+        ("completions", {"top_k": 10**400}, 400, "top_k"),
+        ("completions", {"prompt": [-1], "echo": True}, 400, "prompt"),
+        ("completions", {"prompt": "\ud800"}, 400, ""),
+        ("completions", {"model": "\ud800"}, 400, ""),
+        ("completions", {"model": "modèle"}, 404, "no model"),
+        ("completions", {"prompt": [0] * 100_000 + ["x"]}, 400, "prompt"),
         ("completions", {"max_tokens": 126}, 400, "context of 128"),
         ("completions", {"prompt": []}, 400, "prompt"),
         ("completions", {"prompt": [[]]}, 400, "prompt"),
@@ -275,6 +283,38 @@ def test_errors_repeat_no_text(server: Server) -> None:
             status, answer, _ = post(f"{server.url}/{route}", server.key, body)
             assert status == 400
             assert secret not in json.dumps(answer)
+
+
+def test_a_small_body_makes_no_large_answer(server: Server) -> None:
+    for body in ({"prompt": [None] * 150_000}, {"messages": [0] * 300_000}, {"x" * 900_000: 1}):
+        for route in ("completions", "chat/completions", "sample"):
+            status, answer, _ = post(f"{server.url}/{route}", server.key, {"model": "base"} | body)
+            assert status == 400
+            assert len(json.dumps(answer)) < 2000
+
+
+def test_what_openai_calls_nullable_may_be_null(client: openai.OpenAI) -> None:
+    nothing: Any = dict.fromkeys(("n", "temperature", "max_tokens", "top_p", "stop", "seed"))
+    assert client.completions.create(model="base", prompt="abc", **nothing).choices
+    asked: Any = [{"role": "user", "content": "hi"}]
+    assert client.chat.completions.create(model="base", messages=asked, **nothing).choices
+
+
+def test_a_chat_without_a_limit_takes_what_is_left(server: Server) -> None:
+    """The context is 128: there is no room for the 256 tokens of a long one."""
+    asked = {"model": "base", "messages": [{"role": "user", "content": "a" * 60}]}
+    status, found, _ = post(f"{server.url}/chat/completions", server.key, asked)
+    assert status == 200
+    assert found["usage"]["total_tokens"] <= 128
+
+
+def test_nobody_without_a_key_has_a_body_read(server: Server) -> None:
+    """Half-sent requests would else hold all places until their senders go."""
+    host, _, port = server.url.removeprefix("http://").removesuffix("/v1").partition(":")
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 1000\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=20) as half_sent:
+        half_sent.sendall(head.encode() + b"12345")
+        assert half_sent.recv(100).startswith(b"HTTP/1.1 401")
 
 
 def test_a_body_that_is_too_large_is_refused(server: Server) -> None:
@@ -363,14 +403,34 @@ def test_an_address_that_others_reach_needs_a_key(tiny_model: Path, server: Serv
 def test_an_open_server_answers_until_there_is_a_key() -> None:
     """The rule itself, on the class: a second server would need a second address."""
     known: list[str] = []
-    asked: Any = SimpleNamespace(headers={})
-    registry: Any = SimpleNamespace(api_keys=lambda tenant: known)
+    asked: Any = SimpleNamespace(headers={"host": "localhost:8000"})
+    registry: Any = SimpleNamespace(wants_api_keys=lambda tenant: bool(known))
     access = Access(registry, HttpOptions(open=True))
     assert asyncio.run(access.caller(asked)).tenant == "default"
     known.append("one")
     access._keys_known_until = 0.0  # five seconds later
     with pytest.raises(AccessDeniedError):
         asyncio.run(access.caller(asked))
+
+
+def test_an_open_server_knows_only_the_names_of_this_machine() -> None:
+    access = Access(SimpleNamespace(wants_api_keys=lambda tenant: False), HttpOptions(open=True))  # type: ignore[arg-type]
+    for host in ("localhost:8000", "127.0.0.1", "[::1]:80"):
+        asked: Any = SimpleNamespace(headers={"host": host})
+        assert asyncio.run(access.caller(asked)).key_id == "open"
+    for host in ("evil.example", "localhost.evil.example:8000", ""):
+        asked = SimpleNamespace(headers={"host": host})
+        with pytest.raises(AccessDeniedError):
+            asyncio.run(access.caller(asked))
+
+
+def test_revoking_the_last_key_opens_the_door_to_nobody(home: Path) -> None:
+    with ServiceClient(tenant="closing") as tenant:
+        assert not tenant._registry.wants_api_keys("closing")
+        _, info = tenant.create_api_key("only")
+        tenant.revoke_api_key(info.key_id)
+        assert tenant.list_api_keys() == []
+        assert tenant._registry.wants_api_keys("closing")
 
 
 def test_another_address_than_the_running_one_is_refused(server: Server, tiny_model: Path) -> None:

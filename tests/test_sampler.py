@@ -18,11 +18,13 @@ from test_slots import Reader, alone
 from actors.generation import SlotEngine
 from actors.model import Base
 from actors.snapshots import opened, take
+from serve_app import engines as serve_engines
 from serve_app.engines import Engines, EngineThread
 from tg_tinker import (
     InternalError,
     InvalidRequestError,
     LoRAConfig,
+    NotFoundError,
     OptimizerConfig,
     QueueFullError,
     ServiceClient,
@@ -129,7 +131,9 @@ def test_a_snapshot_draws_what_its_session_would(
     assert reader.ids() == alone(s.base, [65, 66], params).ids()
 
 
-def test_a_third_whole_model_takes_the_place_of_the_one_used_longest_ago(tiny_model: Path) -> None:
+def test_a_third_whole_model_takes_the_place_of_the_one_used_longest_ago(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     s = trained(tiny_model, lora_config=None)
     engines = Engines(lambda: Base.load(str(tiny_model), cache=tiny_model))
     for name in ("a", "b", "a", "c"):
@@ -144,12 +148,48 @@ def test_a_third_whole_model_takes_the_place_of_the_one_used_longest_ago(tiny_mo
         engine._engine._base.context_length = 10**7
         engine._engine._base.eos_ids = frozenset()
         engine.do(lambda e, r=reader: e.submit(r.request)).result(10)  # type: ignore[misc]
+    monkeypatch.setattr(serve_engines, "ROOM_S", 0.3)
     with pytest.raises(QueueFullError):  # nobody loses an answer that is being drawn
         engines.add(opened(take(s, SnapshotRef("d", "d", "d", False))))
     for name, reader in zip("ac", busy, strict=True):
         engines.of(name, shared=False).close()
         engines.of(name, shared=False)._thread.join(20)
         assert isinstance(reader.tokens[-1].error, InternalError)  # told, not left waiting
+
+
+def test_what_is_on_its_way_in_is_not_idle(base: Base) -> None:
+    thread, entered, go = EngineThread(SlotEngine(base)), threading.Event(), threading.Event()
+
+    def slow(engine: SlotEngine) -> None:
+        entered.set()
+        go.wait(10)
+
+    assert thread.idle
+    working = thread.do(slow)
+    assert entered.wait(10)
+    assert not thread.idle  # taken out of the inbox, and not in the engine yet
+    go.set()
+    working.result(10)
+    thread.close()
+    with pytest.raises(NotFoundError):  # to be fetched again
+        thread.do(lambda engine: None)
+
+
+def test_whoever_waits_is_told_when_the_device_is_dead(base: Base) -> None:
+    engine = SlotEngine(base)
+
+    def dead(*_: Any) -> None:
+        raise RuntimeError("device")
+
+    readers = [Reader([65, 66], SamplingParams(max_tokens=5)) for _ in range(12)]
+    thread = EngineThread(engine)
+    engine._advance = engine._slots.clear = engine._slots.reserve = dead  # type: ignore[assignment,method-assign]
+    thread.do(lambda e: e.submit_all([reader.request for reader in readers])).result(10)
+    deadline = time.monotonic() + 10
+    while not all(reader.tokens and reader.tokens[-1].error for reader in readers):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    thread.close()
 
 
 def test_one_name_is_loaded_once_however_many_ask(tiny_model: Path) -> None:

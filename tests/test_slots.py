@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from actors import generation
+from actors import generation, slots
 from actors.generation import SlotEngine, Token, TokenRequest
 from actors.model import Base
 from tg_tinker import InvalidRequestError
@@ -254,21 +254,55 @@ def test_parameters_that_leave_nothing_to_draw_end_their_request_only(base: Base
 def test_a_sequence_without_memory_is_refused_alone(
     base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also of those that come later: slots are as long as before."""
     engine, params = SlotEngine(base), SamplingParams(max_tokens=6, temperature=0)
+    engine._slots._length = 16
+    first = Reader([65, 66], params)
+    engine.submit(first.request)
+    finish(engine)
+
+    def no_memory(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(slots, "pad", no_memory)
     good, large = Reader([65, 66], params), Reader([65], SamplingParams(max_tokens=100))
-    reserve = engine._slots.reserve
-
-    def limited(length: int) -> None:
-        if length > 50:
-            raise MemoryError
-        reserve(length)
-
-    monkeypatch.setattr(engine._slots, "reserve", limited)
     for reader in (large, good):
         engine.submit(reader.request)
     finish(engine)
+    later = Reader([65, 66], params)
+    engine.submit(later.request)
+    finish(engine)
     assert isinstance(large.tokens[-1].error, QueueFullError)
-    assert good.ids() == alone(base, [65, 66], params).ids()
+    assert good.ids() == later.ids() == alone(base, [65, 66], params).ids()
+
+
+def test_owners_get_slots_by_turns(base: Base) -> None:
+    """Whoever asks for much waits behind whoever asks for little, not the other way round."""
+    engine, order = SlotEngine(base, 2), []
+    params = SamplingParams(max_tokens=3, temperature=0)
+    for number, owner in enumerate(["much"] * 5 + ["other", "third"]):
+        name = f"{owner}{number}"
+        request = TokenRequest([65], params, lambda token, n=name: order.append(n))  # type: ignore[misc]
+        request.owner = owner
+        engine.submit(request)
+    finish(engine)
+    begun = list(dict.fromkeys(order))
+    assert begun[:4] == ["much0", "other5", "third6", "much1"]
+    assert begun[4:] == ["much2", "much3", "much4"]
+
+
+def test_a_request_that_waits_is_cancelled_out_of_its_owners_turn(base: Base) -> None:
+    engine = SlotEngine(base, 1)
+    readers = [Reader([65], SamplingParams(max_tokens=2, temperature=0)) for _ in range(3)]
+    for reader, owner in zip(readers, "aab", strict=True):
+        reader.request.owner = owner
+        engine.submit(reader.request)
+    for reader in readers[:2]:
+        engine.cancel(reader.request)
+        engine.cancel(reader.request)
+    finish(engine)
+    assert [len(reader.tokens) for reader in readers] == [0, 0, 2]
+    assert is_empty(engine)
 
 
 def test_requests_are_queued_all_or_none(base: Base) -> None:

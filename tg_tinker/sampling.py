@@ -58,11 +58,12 @@ class SamplingParams:
                  ("num_completions", self.num_completions), ("top_logprobs", self.top_logprobs),
                  *(("stop_token_ids", token) for token in self.stop_token_ids))  # fmt: skip
         for name, number in whole:
-            if not isinstance(number, int):
-                raise InvalidRequestError(f"{name} must be a whole number")
+            if not isinstance(number, int) or abs(number) >= 2**63:
+                raise InvalidRequestError(f"{name} must be a whole number of 64 bits")
         for name in ("temperature", "top_p", "repetition_penalty", "presence_penalty",
                      "frequency_penalty"):  # fmt: skip
-            if not isinstance(getattr(self, name), int | float):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or abs(value) > 1e300:
                 raise InvalidRequestError(f"{name} must be a number")
         bounds = (
             ("max_tokens", self.max_tokens, self.max_tokens >= 1, ">= 1"),
@@ -106,4 +107,8 @@ def check_prompts(prompts: str | list[str]) -> list[str]:
         or any(not isinstance(prompt, str) for prompt in listed)
     ):
         raise InvalidRequestError("prompts must be a string or a non-empty list of strings")
+    try:
+        "".join(listed).encode()
+    except UnicodeEncodeError:
+        raise InvalidRequestError("a prompt has a lone surrogate: it is no text") from None
     return list(listed)

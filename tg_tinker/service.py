@@ -207,7 +207,7 @@ class ServiceClient:
         *,
         dtype: str = "auto",
         max_replicas: int = 1,
-        max_tokens: int = 4096,
+        max_tokens: int = 16_384,
         max_concurrent: int = 32,
         deadline_s: float = 300.0,
     ) -> str:
@@ -219,7 +219,7 @@ class ServiceClient:
         Args:
             model_ref, dtype: the base model, as in `TrainingConfig`.
             max_replicas: copies of the model; more start when requests wait.
-            max_tokens: of one request.
+            max_tokens: of one request, times its completions.
             max_concurrent: requests of one key at a time.
             deadline_s: of one request.
 
@@ -232,7 +232,7 @@ class ServiceClient:
         config = _with_absolute_path(TrainingConfig(model_ref=model_ref, dtype=dtype))
         self._cluster.serve_http(
             host, port, max_replicas, self._sampler_place(config),
-            tenant=self._tenant, open=not self._registry.api_keys(self._tenant),
+            tenant=self._tenant, open=not self._registry.wants_api_keys(self._tenant),
             most_tokens=max_tokens, most_at_once=max_concurrent, deadline_s=deadline_s,
         )  # fmt: skip
         return f"http://{host}:{port}/v1"
