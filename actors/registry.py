@@ -254,7 +254,7 @@ class Registry(Budgets, ApiKeys):
         Raises:
             InvalidRequestError: it is in use, the primary one, or unknown.
         """
-        if artifacts:
+        if artifacts and key_id != self._keyring.primary:
             raise InvalidRequestError(
                 f"key {key_id!r} still opens {artifacts} artifacts: `tg-tinker keys rotate"
                 " --resume` wraps them under the primary key"

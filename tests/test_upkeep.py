@@ -1,0 +1,300 @@
+"""Keys that rotate, artifacts that are checked, saves that go on beside training."""
+
+from __future__ import annotations
+
+import json
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_equal, examples, weights
+from test_artifacts import TENANT, Service, assert_same, checkpoint
+from test_artifacts import service as service  # a fixture
+from typer.testing import CliRunner
+
+from actors import upkeep
+from actors.artifacts import Draft, write
+from actors.home import DATABASE, KEYRING
+from actors.keys import FileKeyring
+from actors.registry import Registry
+from actors.store import ArtifactStore
+from actors.worker import MOST_COPIES, Place, Worker
+from tg_tinker import (
+    IntegrityError,
+    InvalidRequestError,
+    LoRAConfig,
+    OptimizerConfig,
+    ServiceClient,
+    StorageError,
+    TrainingConfig,
+)
+from tg_tinker.cli import main
+from tg_tinker.wire import Saving
+
+# --- keys ----------------------------------------------------------------------------------------
+
+
+def wrapped_under(service: Service, artifact: str) -> str:
+    return str(service.registry.key_of(service.store.read_key(TENANT, artifact)))
+
+
+def rewrapped(service: Service) -> list[tuple[str, str]]:
+    return [*upkeep.rewrap(service.registry, str(service.root))]
+
+
+def test_a_rotation_touches_no_data_and_everything_opens_before_and_after(
+    service: Service,
+) -> None:
+    old = [service.publish(), service.publish(checkpoint(step=4))]
+    service.registry.register_dataset(TENANT, "chats", 8.0, 1e-5, "example")
+    units = service.registry.unit_key(TENANT, "chats")
+    data = {path: path.read_bytes() for path in service.files() if path.suffix == ".enc"}
+    assert service.registry.rotate_key() == "k2"
+    new = service.publish()
+    assert [wrapped_under(service, a) for a in (*old, new)] == ["k1", "k1", "k2"]
+    assert_same(service.fetch(old[0]), checkpoint())
+    assert rewrapped(service) == [(artifact, "") for artifact in (*old, new)]
+    assert {wrapped_under(service, a) for a in (*old, new)} == {"k2"}
+    assert all(path.read_bytes() == content for path, content in data.items())
+    service.registry.retire_key("k1", 0)
+    again = Registry(f"sqlite:///{service.home / DATABASE}", service.home / KEYRING)
+    assert again.key_ids() == ["k2"]
+    assert again.unit_key(TENANT, "chats") == units
+    assert_same(service.fetch(old[0]), checkpoint())
+
+
+@pytest.mark.parametrize("broken_at", range(4))
+def test_a_rotation_that_is_broken_off_is_finished_later(
+    service: Service, monkeypatch: pytest.MonkeyPatch, broken_at: int
+) -> None:
+    known = [service.publish() for _ in range(4)]
+    service.registry.rotate_key()
+    write, count = ArtifactStore.write_key, iter(range(100))
+
+    def dying(self: ArtifactStore, *arguments: Any) -> None:
+        if next(count) == broken_at:
+            raise KeyboardInterrupt
+        write(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ArtifactStore, "write_key", dying)
+        with pytest.raises(KeyboardInterrupt):
+            rewrapped(service)
+    under = [wrapped_under(service, artifact) for artifact in known]
+    assert under.count("k2") == broken_at
+    for artifact in known:
+        assert_same(service.fetch(artifact), checkpoint())
+    with pytest.raises(InvalidRequestError, match=f"opens {4 - broken_at} artifacts"):
+        upkeep.retire(service.registry, str(service.root), "k1")
+    assert rewrapped(service) == [(artifact, "") for artifact in known]
+    upkeep.retire(service.registry, str(service.root), "k1")
+    for artifact in known:
+        assert_same(service.fetch(artifact), checkpoint())
+
+
+def test_an_artifact_that_cannot_be_rewrapped_is_named_and_holds_up_no_other(
+    service: Service,
+) -> None:
+    known = [service.publish() for _ in range(3)]
+    service.registry.rotate_key()
+    (service.root / f"t/{TENANT}/keys/{known[1]}.json").write_bytes(b"{}")
+    found = dict(rewrapped(service))
+    assert [bool(found[artifact]) for artifact in known] == [False, True, False]
+    assert wrapped_under(service, known[2]) == "k2"
+
+
+def test_a_key_that_is_primary_or_unknown_is_not_retired(service: Service) -> None:
+    service.registry.rotate_key()
+    for key_id in ("k2", "k9", ""):
+        with pytest.raises(InvalidRequestError, match="cannot be retired"):
+            service.registry.retire_key(key_id, 0)
+
+
+def test_what_only_a_retired_key_opens_is_lost(service: Service) -> None:
+    """Destroying the key is what shreds a copy of the store that somebody kept."""
+    artifact = service.publish()
+    copy = service.store.read_key(TENANT, artifact)
+    service.registry.rotate_key()
+    rewrapped(service)
+    upkeep.retire(service.registry, str(service.root), "k1")
+    service.store.write_key(TENANT, artifact, copy)
+    with pytest.raises(IntegrityError, match="needs key 'k1'"):
+        service.fetch(artifact)
+
+
+def test_the_keyring_stays_private_and_whole(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = service.home / KEYRING
+    ring = FileKeyring(path)
+    ring.rotate()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    before = path.read_bytes()
+    assert json.loads(before)["primary"] == "k2"
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(StorageError, match="nothing was changed"):
+            ring.rotate()
+    assert path.read_bytes() == before
+    assert ring.key_ids == FileKeyring(path).key_ids == ["k1", "k2"]
+    assert [p.name for p in path.parent.iterdir() if p.name.startswith(".key")] == []
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+def test_every_artifact_is_checked_whatever_the_others_are(service: Service) -> None:
+    known = [service.publish() for _ in range(4)]
+    weights = service.root / f"t/{TENANT}/a/{known[1]}/adapter_model.safetensors.enc"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    (service.root / f"t/{TENANT}/keys/{known[2]}.json").unlink()
+    found = dict(upkeep.verify(service.registry, str(service.root), TENANT))
+    assert [bool(found[artifact]) for artifact in known] == [False, True, True, False]
+    assert "is not what was published" in found[known[1]]
+
+
+# --- saves beside training, through a real service -----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def client(home: Path) -> Iterator[ServiceClient]:
+    with ServiceClient(address="local") as service:
+        yield service
+
+
+def config(model: Path) -> TrainingConfig:
+    return TrainingConfig(
+        model_ref=str(model), lora_config=LoRAConfig(rank=4),
+        optimizer=OptimizerConfig(learning_rate=0.1),
+    )  # fmt: skip
+
+
+BATCH = {"input_ids": [[65, 66, 67, 68]]}
+
+
+@pytest.mark.slow
+def test_a_save_holds_the_state_of_its_place_in_the_queue(
+    client: ServiceClient, tiny_model: Path
+) -> None:
+    with client.create_training_client(config(tiny_model)) as tc:
+        saves = []
+        for _ in range(5):  # more than there may be copies in memory
+            tc.forward_backward(BATCH)
+            tc.optim_step()
+            saves.append(tc.save_state_async(metadata={"place": len(saves)}))
+        last = tc.forward_backward(BATCH).result().loss
+        found = [save.result() for save in saves]
+        assert [result.metadata["place"] for result in found] == [*range(5)]
+        assert len({result.artifact_id for result in found}) == 5
+        known = [info.artifact_id for info in client.list_artifacts()]
+        assert [a for a in known if a in {r.artifact_id for r in found}] == [
+            result.artifact_id for result in found
+        ]  # entered in the order of the calls
+        for step, result in enumerate(found, start=1):
+            assert tc.load_state(result.artifact_id).step == step
+        assert tc.forward_backward(BATCH).result().loss == last
+
+
+@pytest.mark.slow
+def test_close_waits_for_a_save_and_the_handle_still_answers(
+    client: ServiceClient, tiny_model: Path
+) -> None:
+    with client.create_training_client(config(tiny_model)) as tc:
+        save = tc.save_state_async()
+    assert client.get_artifact(save.result().artifact_id).training_client_id == tc.id
+    assert save.status() == "done"
+
+
+@pytest.mark.slow
+def test_a_save_that_is_cancelled_or_fails_says_so_and_training_goes_on(
+    client: ServiceClient, tiny_model: Path
+) -> None:
+    with client.create_training_client(config(tiny_model)) as tc:
+        tc.forward_backward({"input_ids": [[7] * 128] * 200})
+        cancelled = tc.save_state_async()
+        assert cancelled.cancel()
+        assert cancelled.status() == "cancelled" or cancelled.exception() is not None
+        before = len(client.list_artifacts())
+        assert tc.optim_step().result().step == 1
+        assert len(client.list_artifacts()) == before
+
+
+@pytest.mark.slow
+def test_the_commands_rotate_check_and_retire(client: ServiceClient, tiny_model: Path) -> None:
+    with client.create_training_client(config(tiny_model)) as tc:
+        saved = tc.save_state().artifact_id
+        run = CliRunner()
+
+        def said(*words: str, code: int = 0) -> str:
+            found = run.invoke(main, [*words])
+            assert found.exit_code == code, found.output
+            return found.output
+
+        assert "k1" in said("keys", "list")
+        assert "k2 is the primary one now" in said("keys", "rotate")
+        assert "opens" not in said("keys", "retire", "k1", "--yes")
+        assert "cannot be retired" in said("keys", "retire", "k2", "--yes", code=1)
+        assert "artifacts are whole" in said("artifacts", "verify")
+        assert tc.load_state(saved).step == 0
+
+
+def test_training_is_held_up_by_the_copy_alone(
+    service: Service, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The store does not answer; steps are done meanwhile and are not in what is saved."""
+    answer = threading.Event()
+
+    def stuck(store: ArtifactStore, draft: Draft) -> None:
+        answer.wait(60)
+        write(store, draft)
+
+    place = Place(TENANT, service.run, service.epoch, str(service.root), tmp_path)
+    worker = Worker(place, config(tiny_model), service.registry, lambda _: None, stuck)
+    expected = weights(worker.session)
+    saving = worker.save_state(lambda: None, True, {})
+    for _ in range(2):
+        worker.session.forward_backward(examples())
+        worker.session.optim_step()
+    assert worker.saved(saving, wait=False) is None
+    answer.set()
+    assert worker.saved(saving) is not None
+    assert_equal(service.fetch(saving.artifact_id).state.weights, expected)
+    assert worker.drafts == {}  # nor is the copy in memory any more
+    assert any(
+        not torch.equal(expected[name], now) for name, now in weights(worker.session).items()
+    )
+
+
+def test_copies_in_memory_are_bounded(service: Service, tiny_model: Path, tmp_path: Path) -> None:
+    answer = threading.Event()
+
+    def stuck(store: ArtifactStore, draft: Draft) -> None:
+        answer.wait(60)
+        raise StorageError("full")
+
+    place = Place(TENANT, service.run, service.epoch, str(service.root), tmp_path)
+    worker = Worker(place, config(tiny_model), service.registry, lambda _: None, stuck)
+    saves: list[Saving] = []
+
+    def save_five() -> None:
+        saves.extend(worker.save_state(lambda: None, False, {}) for _ in range(5))
+
+    saver = threading.Thread(target=save_five, daemon=True)
+    saver.start()
+    saver.join(1)
+    assert len(worker.drafts) == MOST_COPIES  # the third waits, and training with it
+    answer.set()
+    saver.join(30)
+    for saving in saves:
+        with pytest.raises(StorageError):
+            worker.saved(saving)
+    assert len(saves) == 5
+    assert worker.drafts == {}
