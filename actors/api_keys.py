@@ -8,13 +8,15 @@ import json
 import secrets
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
 
-from actors.database import METADATA, Database
-from tg_tinker.errors import AccessDeniedError, NotFoundError
+from actors.audit_log import ANYONE, SDK, AuditLog
+from actors.database import METADATA
+from tg_tinker.errors import AccessDeniedError, NotFoundError, StorageError
 from tg_tinker.types import ApiKeyInfo
 
 _keys = sa.Table(
@@ -32,7 +34,7 @@ _keys = sa.Table(
 _PREFIX = "tgt"
 
 
-class ApiKeys(Database):
+class ApiKeys(AuditLog):
     """The part of the registry that knows who may sample over HTTP."""
 
     def create_api_key(
@@ -53,6 +55,7 @@ class ApiKeys(Database):
                     expires_at=None if days is None else now + 86_400 * days,
                 )
             )  # fmt: skip
+            self._note(tx, tenant, SDK, "api_key.create", identity)
         (info,) = [known for known in self.api_keys(tenant) if known.key_id == identity]
         return f"{_PREFIX}-{identity}-{secret}", info
 
@@ -83,9 +86,13 @@ class ApiKeys(Database):
             changed = tx.execute(_keys.update().where(*unrevoked).values(revoked_at=time.time()))
             if not changed.rowcount:
                 raise NotFoundError(f"no API key {key_id!r}: `tg-tinker api-keys list` names them")
+            self._note(tx, tenant, SDK, "api_key.revoke", key_id)
 
-    def check_api_key(self, token: str) -> tuple[str, ApiKeyInfo]:
+    def check_api_key(self, token: str, tenant: str) -> tuple[str, ApiKeyInfo]:
         """The tenant of a key, and what it may do.
+
+        Args:
+            tenant: whose audit log gets attempts with keys that were never made.
 
         Raises:
             AccessDeniedError: unknown, expired or revoked; which of them is not told.
@@ -98,6 +105,10 @@ class ApiKeys(Database):
         stored = row.hash if row is not None else _hash("")
         right = hmac.compare_digest(stored, _hash(secret))
         if row is None or not right or row.revoked_at is not None or _expired(row):
+            owner, who = (tenant, ANYONE) if row is None else (row.tenant, f"api-key {row.id}")
+            subject = "" if row is None else row.id  # what an unknown key says may be anything
+            with suppress(StorageError):
+                self._note_refusal(owner, who, "api_key.check", subject, AccessDeniedError.code)
             raise AccessDeniedError("this API key opens nothing: it is unknown, expired or revoked")
         return row.tenant, _info(row)
 

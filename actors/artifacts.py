@@ -11,8 +11,11 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
+from actors.audit_heads import keep_in
+from actors.audit_log import SDK
 from actors.manifest import Manifest, SealedFile
 from actors.registry import DATA_KEY, Registry
 from actors.state import WEIGHTS, from_files
@@ -115,31 +118,36 @@ def publish(
     except BaseException:
         store.delete(tenant, artifact_id)
         raise
+    with suppress(StorageError):  # the artifact is there; the next head covers this one
+        keep_in(store, registry.audit_head(tenant))
     return size, EncryptionInfo(ALGORITHM, key_id, provider, FORMAT_VERSION)
 
 
 def fetch(
-    registry: Registry, store: ArtifactStore, tenant: str, artifact_id: str
+    registry: Registry, store: ArtifactStore, tenant: str, artifact_id: str, who: str = SDK
 ) -> dict[str, bytes]:
     """The files of an artifact in clear, after every one of them was verified.
+
+    Args:
+        who: reads it, for the audit log.
 
     Raises:
         NotFoundError: unknown, deleted, or its files are gone.
         IntegrityError: not what was published, or not for this key.
     """
-    manifest, key = _opened(registry, store, tenant, artifact_id)
+    manifest, key = _opened(registry, store, tenant, artifact_id, who)
     return {name.removesuffix(".enc"): _file(store, manifest, key, name) for name in manifest.files}
 
 
 def _opened(
-    registry: Registry, store: ArtifactStore, tenant: str, artifact_id: str
+    registry: Registry, store: ArtifactStore, tenant: str, artifact_id: str, who: str
 ) -> tuple[Manifest, bytes]:
     """The verified manifest of an artifact, and its data key."""
     registry.artifact(tenant, artifact_id)
     content = store.read(tenant, artifact_id, MANIFEST)
     registry.check_manifest(tenant, artifact_id, content)
     manifest = Manifest.parse(content, tenant, artifact_id)
-    key = registry.open_data_key(tenant, artifact_id, store.read_key(tenant, artifact_id))
+    key = registry.open_data_key(tenant, artifact_id, store.read_key(tenant, artifact_id), who)
     committed = bytes.fromhex(manifest.commitment)
     check_commitment(key, context_of(tenant, artifact_id, DATA_KEY), committed)
     manifest.check(key)
@@ -192,9 +200,13 @@ def export_adapter(
         target.mkdir(parents=True, exist_ok=True, mode=0o700)
         for name, content in outputs.items():
             (target / name).write_bytes(content)
-    except OSError as error:
+        registry.record_export(tenant, artifact_id)
+    except BaseException as error:  # what is not in the audit log is not exported
         for name in outputs:
             (target / name).unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise StorageError(
             f"cannot export to {target} ({error.strerror}): choose another directory"
         ) from None
+    keep_in(ArtifactStore(store), registry.audit_head(tenant))

@@ -68,7 +68,12 @@ class Budget:
             (entry, new), self.plan = self.plan, None
             if new is not None:
                 self.registry.register_dataset(
-                    self.tenant, self.dataset, new["epsilon"], new["delta"], new["unit"]
+                    self.tenant,
+                    self.dataset,
+                    new["epsilon"],
+                    new["delta"],
+                    new["unit"],
+                    f"{self.run_id}@{self.epoch}",
                 )
             self.registry.open_account(self.tenant, self.dataset, entry)
         self.key = self.registry.unit_key(self.tenant, self.dataset)

@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
-from actors.database import METADATA, RUNS, Database
-from actors.keys import FileKeyring
+from actors.audit_log import SDK, AuditLog
+from actors.database import METADATA, RUNS
 from actors.plausibility import looks_drawn
 from tg_tinker.accounting import gaussian_epsilon, largest_count
 from tg_tinker.config import TrainingConfig
@@ -64,13 +64,19 @@ _charges = sa.Table(
     sa.Column("evidence", sa.String, nullable=False),
     sa.Column("receipt", sa.String, nullable=False),
 )
+_EVENTS = {
+    "register": "dataset.register", "open": "budget.reserve", "charge": "budget.charge",
+    "unnoised": "budget.charge", "fall_back": "budget.fall_back", "release": "budget.release",
+    "link": "budget.link",
+}  # fmt: skip
+"""Type of a ledger's entry -> what the audit log calls it: every entry has its row."""
+
+_NOTED = ("run", "epoch", "charge", "count", "limit", "planned")
 _IN_AT_A_TIME = 5_000  # bound variables of one statement
 
 
-class Budgets(Database):
+class Budgets(AuditLog):
     """The part of the registry that answers for privacy."""
-
-    _keyring: FileKeyring
 
     def __init__(self, database: str) -> None:
         super().__init__(database)
@@ -79,15 +85,19 @@ class Budgets(Database):
     # --- data sets ---------------------------------------------------------------------------
 
     def register_dataset(
-        self, tenant: str, dataset: str, epsilon: float | None, delta: float, unit: str
-    ) -> None:
+        self, tenant: str, dataset: str, epsilon: float | None, delta: float, unit: str,
+        who: str = SDK,
+    ) -> None:  # fmt: skip
         """Opens the ledger of a data set; the same registration again changes nothing.
 
         Raises:
             InvalidRequestError: it is registered with another budget or unit: what was promised
                 is never changed.
         """
-        with self._change() as tx:
+        with (
+            self._refusals_noted(tenant, who, "dataset.register", dataset),
+            self._change() as tx,
+        ):
             ledger = self._ledger(tx, tenant, dataset)
             if ledger.length:
                 _refuse_another(ledger, epsilon, delta, unit)
@@ -99,7 +109,7 @@ class Budgets(Database):
             )
             born = datetime.now(UTC).isoformat()
             body = registration(dataset, epsilon, delta, unit, born)
-            self._append(tx, tenant, dataset, ledger, body)
+            self._append(tx, tenant, dataset, ledger, body, who)
 
     def ledger_entries(self, tenant: str, dataset: str) -> list[Entry]:
         """The whole ledger, oldest entry first; empty if the data set is unknown."""
@@ -119,8 +129,12 @@ class Budgets(Database):
         Raises:
             DPBudgetExceededError: others took the budget since it was planned.
         """
-        with self._change() as tx:
-            self._append(tx, tenant, dataset, self._known(tx, tenant, dataset), entry)
+        who = self._actor(entry["run"])
+        with (
+            self._refusals_noted(tenant, who, "budget.reserve", dataset),
+            self._change() as tx,
+        ):
+            self._append(tx, tenant, dataset, self._known(tx, tenant, dataset), entry, who)
 
     def unit_key(self, tenant: str, dataset: str) -> bytes:
         """The key of a data set's unit hashes, for the memory of its training actors alone."""
@@ -137,6 +151,52 @@ class Budgets(Database):
         Raises:
             DPBudgetExceededError: no step is left, or none of these units may be used again.
         """
+        with self._refusals_noted(tenant, self._actor(run_id), "budget.charge", dataset):
+            return self._at_limit(tenant, dataset, run_id, units)
+
+    def charge(
+        self, tenant: str, dataset: str, run_id: str, epoch: int, charge_id: str,
+        units: Sequence[bytes], noised: bool, calls: Sequence[tuple[str, str]],
+    ) -> Charge:  # fmt: skip
+        """Checks and charges one step; durable when it returns. A repeat gets the same receipt.
+
+        Args:
+            charge_id: random, of one draw of noise.
+            units: all units of the step, once each.
+            noised: False is refused unless the data set is unlimited.
+            calls: (batch hash, gradient hash) of the step's calls; stored as HMAC only.
+
+        Raises:
+            DPBudgetExceededError: nothing was charged.
+            ActorLostError: a newer actor owns the run; nothing was charged.
+        """
+        with self._refusals_noted(tenant, f"{run_id}@{epoch}", "budget.charge", dataset):
+            self._fall_back_if_implausible(tenant, dataset, run_id, epoch, len(units))
+            return self._charge(tenant, dataset, run_id, epoch, charge_id, units, noised, calls)
+
+    def release_reservation(self, tenant: str, dataset: str, run_id: str) -> None:
+        """Frees what a run planned and has not used; it may go on where the budget allows."""
+        with self._change() as tx:
+            ledger = self._ledger(tx, tenant, dataset)
+            account = ledger.accounts.get(run_id)
+            if account is not None and account.reserved > account.count:
+                body = {"type": "release", "run": run_id}
+                self._append(tx, tenant, dataset, ledger, body, SDK)
+
+    def link(self, tenant: str, dataset: str, run_id: str, others: Sequence[str]) -> None:
+        """Notes that a run took over weights that other data sets had a part in."""
+        who = self._actor(run_id)
+        with self._change() as tx:
+            ledger = self._known(tx, tenant, dataset)
+            if not ledger.linked.issuperset(others):
+                body = {"type": "link", "run": run_id, "datasets": sorted(others)}
+                self._append(tx, tenant, dataset, ledger, body, who)
+
+    # --- inside ------------------------------------------------------------------------------
+
+    def _at_limit(
+        self, tenant: str, dataset: str, run_id: str, units: Sequence[bytes]
+    ) -> set[bytes]:
         with self._reading() as connection:
             ledger = self._known(connection, tenant, dataset)
             account = ledger.accounts[run_id]
@@ -157,23 +217,10 @@ class Budgets(Database):
             )
         return at_limit
 
-    def charge(
+    def _charge(
         self, tenant: str, dataset: str, run_id: str, epoch: int, charge_id: str,
         units: Sequence[bytes], noised: bool, calls: Sequence[tuple[str, str]],
     ) -> Charge:  # fmt: skip
-        """Checks and charges one step; durable when it returns. A repeat gets the same receipt.
-
-        Args:
-            charge_id: random, of one draw of noise.
-            units: all units of the step, once each.
-            noised: False is refused unless the data set is unlimited.
-            calls: (batch hash, gradient hash) of the step's calls; stored as HMAC only.
-
-        Raises:
-            DPBudgetExceededError: nothing was charged.
-            ActorLostError: a newer actor owns the run; nothing was charged.
-        """
-        self._fall_back_if_implausible(tenant, dataset, run_id, epoch, len(units))
         with self._change() as tx:
             known = sa.select(_charges.c.receipt).where(_charges.c.id == charge_id)
             if (receipt := tx.execute(known).scalar()) is not None:
@@ -186,7 +233,7 @@ class Budgets(Database):
                 "type": "charge" if noised else "unnoised",
                 "run": run_id, "epoch": epoch, "charge": charge_id, "count": count,
             }  # fmt: skip
-            entry = self._append(tx, tenant, dataset, ledger, body)
+            entry = self._append(tx, tenant, dataset, ledger, body, f"{run_id}@{epoch}")
             charge = Charge(
                 charge_id=charge_id,
                 dataset=dataset,
@@ -206,25 +253,6 @@ class Budgets(Database):
                 )
             )  # fmt: skip
             return charge
-
-    def release_reservation(self, tenant: str, dataset: str, run_id: str) -> None:
-        """Frees what a run planned and has not used; it may go on where the budget allows."""
-        with self._change() as tx:
-            ledger = self._ledger(tx, tenant, dataset)
-            account = ledger.accounts.get(run_id)
-            if account is not None and account.reserved > account.count:
-                body = {"type": "release", "run": run_id}
-                self._append(tx, tenant, dataset, ledger, body)
-
-    def link(self, tenant: str, dataset: str, run_id: str, others: Sequence[str]) -> None:
-        """Notes that a run took over weights that other data sets had a part in."""
-        with self._change() as tx:
-            ledger = self._known(tx, tenant, dataset)
-            if not ledger.linked.issuperset(others):
-                body = {"type": "link", "run": run_id, "datasets": sorted(others)}
-                self._append(tx, tenant, dataset, ledger, body)
-
-    # --- inside ------------------------------------------------------------------------------
 
     def _fall_back_if_implausible(
         self, tenant: str, dataset: str, run_id: str, epoch: int, size: int
@@ -249,7 +277,7 @@ class Budgets(Database):
             _check_epoch(tx, run_id, epoch)
             limit = _own_uses(account, most)
             body = {"type": "fall_back", "run": run_id, "count": most, "limit": limit}
-            self._append(tx, tenant, dataset, ledger, body)
+            self._append(tx, tenant, dataset, ledger, body, f"{run_id}@{epoch}")
 
     def _evidence(
         self, tx: sa.Connection, tenant: str, dataset: str, run_id: str,
@@ -314,10 +342,10 @@ class Budgets(Database):
         return [json.loads(text) for text in connection.execute(query).scalars()]
 
     def _append(
-        self, tx: sa.Connection, tenant: str, dataset: str, ledger: Ledger, body: Entry
+        self, tx: sa.Connection, tenant: str, dataset: str, ledger: Ledger, body: Entry, who: str
     ) -> Entry:
-        """Applies an entry and stores it. Should the transaction fail later, the ledger in
-        memory is ahead of the stored head, and the next use replays it."""
+        """Applies an entry, stores and audits it. Should the transaction fail later, the ledger
+        in memory is ahead of the stored head, and the next use replays it."""
         entry = ledger.append(body)
         tx.execute(
             _entries.insert().values(
@@ -325,7 +353,18 @@ class Budgets(Database):
                 entry=json.dumps(entry),
             )
         )  # fmt: skip
+        details = {name: entry[name] for name in _NOTED if entry.get(name) is not None}
+        details |= {"entry": entry["seq"], "head": entry["hash"]}
+        if entry["type"] == "unnoised":
+            details["noised"] = 0
+        self._note(tx, tenant, who, _EVENTS[entry["type"]], dataset, details)
         return entry
+
+    def _actor(self, run_id: str) -> str:
+        """Who acts for a run now."""
+        query = sa.select(RUNS.c.epoch).where(RUNS.c.id == run_id)
+        with self._reading() as connection:
+            return f"{run_id}@{connection.execute(query).scalar()}"
 
 
 def _refuse_after_open_training(tx: sa.Connection, tenant: str, dataset: str) -> None:

@@ -6,6 +6,7 @@ import os
 import stat
 from pathlib import Path
 
+from actors import signing
 from actors.keys import FileKeyring
 from tg_tinker.errors import StorageError
 
@@ -13,7 +14,7 @@ DATABASE, KEYRING, STORE, MODELS = "registry.db", "keyring", "store", "models"
 
 
 def create(home: Path) -> bool:
-    """Makes a home of mode 0700 with a keyring and an empty registry; false if there is one.
+    """Makes a home of mode 0700: keyring, signing key, empty registry. False if there is one.
 
     Raises:
         StorageError: half a home: making the other half would hide that something was lost.
@@ -35,7 +36,8 @@ def create(home: Path) -> bool:
     except OSError as error:
         raise StorageError(f"cannot make the home {home}: {error.strerror}") from None
     try:
-        FileKeyring.create(keyring)
+        signing.create(home)
+        FileKeyring.create(keyring)  # last: with it the home is there
     except FileExistsError:
         return False  # another process was first, at this very moment
     except OSError as error:

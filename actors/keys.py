@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tg_tinker.envelope import KEY_BYTES, new_key, unwrap_key, wrap_key
+from tg_tinker.envelope import KEY_BYTES, derive_key, new_key, unwrap_key, wrap_key
 from tg_tinker.errors import IntegrityError, InvalidRequestError, StorageError
 
 _FORMAT = 1
@@ -120,6 +120,10 @@ class FileKeyring:
                 f" {sorted(self._keys)}: use the keyring it was saved with"
             )
         return unwrap_key(key, sealed, context)
+
+    def derive(self, purpose: bytes) -> tuple[str, bytes]:
+        """Id of the primary key, and a key made from it for one purpose."""
+        return self.primary, derive_key(self._primary_key, purpose)
 
 
 @contextmanager

@@ -11,13 +11,16 @@ import hashlib
 import json
 import secrets
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
+from actors import signing
 from actors.api_keys import ApiKeys
+from actors.audit_log import SDK, Details
 from actors.budgets import Budgets
 from actors.database import METADATA, RUNS
 from actors.keys import FileKeyring
@@ -45,13 +48,16 @@ _artifacts = sa.Table(
 )
 DATA_KEY = "data key"
 """What the context of a wrapped data key has in place of a file's name."""
+_BECAME = {"active": "run.resume", "completed": "run.complete", "failed": "run.fail"}
 
 
 class Registry(Budgets, ApiKeys):
-    """Runs, their artifacts, the keys that open them, and by inheritance budgets and API keys."""
+    """Runs, their artifacts, the keys that open them, and by inheritance budgets, API keys and
+    the audit log."""
 
     def __init__(self, database: str, keyring: Path) -> None:
         self._keyring = FileKeyring(keyring)
+        self._signing_key = signing.load(keyring.parent)
         super().__init__(database)
 
     # --- runs --------------------------------------------------------------------------------
@@ -66,34 +72,54 @@ class Registry(Budgets, ApiKeys):
                     created_at=time.time(),
                 )
             )  # fmt: skip
+            self._note(tx, tenant, SDK, "run.create", run_id)
         return run_id
 
     def claim(self, run_id: str) -> int:
         """The next epoch of a run: from now on the actors of earlier ones can publish nothing."""
         with self._change() as tx:
             tx.execute(RUNS.update().where(RUNS.c.id == run_id).values(epoch=RUNS.c.epoch + 1))
-            return int(tx.execute(sa.select(RUNS.c.epoch).where(RUNS.c.id == run_id)).scalar_one())
+            run = tx.execute(sa.select(RUNS).where(RUNS.c.id == run_id)).one()
+            self._note(tx, run.tenant, SDK, "run.claim", run_id, {"epoch": run.epoch})
+            return int(run.epoch)
 
-    def record(self, run_id: str, epoch: int, step: int, status: str) -> None:
-        """Notes how far a run is; an actor of an earlier epoch is ignored."""
+    def record(
+        self, run_id: str, epoch: int, step: int, status: str,
+        calls: Sequence[tuple[str, str]] | None = None,
+    ) -> None:  # fmt: skip
+        """Notes how far a run is; an actor of an earlier epoch is ignored.
+
+        Args:
+            calls: (batch hash, gradient hash) of each call of the step that was just completed;
+                the audit log gets their HMACs. None where no step was made.
+        """
+        who = f"{run_id}@{epoch}"
         with self._change() as tx:
-            tx.execute(
-                RUNS.update()
-                .where(RUNS.c.id == run_id, RUNS.c.epoch == epoch)
-                .values(step=step, status=status)
-            )
+            run = tx.execute(sa.select(RUNS).where(RUNS.c.id == run_id)).one_or_none()
+            if run is not None and run.epoch == epoch:
+                values = {"step": step, "status": status}
+                tx.execute(RUNS.update().where(RUNS.c.id == run_id).values(values))
+                if calls is not None:
+                    details = self._step_details(run_id, step, calls)
+                    self._note(tx, run.tenant, who, "step", run_id, details)
+                if status != run.status:
+                    self._note(tx, run.tenant, who, _BECAME[status], run_id, {"step": step})
+        if run is not None and run.epoch != epoch and calls is not None:
+            self._note_refusal(run.tenant, who, "step", run_id, ActorLostError.code)
 
     def finish(self, run_id: str, epoch: int, status: str) -> None:
         """Ends a run as `completed` or `failed`; its last actor can note nothing more.
 
         Nothing happens to a run that a newer actor has taken over since.
         """
+        this = (RUNS.c.id == run_id, RUNS.c.epoch == epoch)
         with self._change() as tx:
-            tx.execute(
-                RUNS.update()
-                .where(RUNS.c.id == run_id, RUNS.c.epoch == epoch)
-                .values(status=status, epoch=epoch + 1)
-            )
+            run = tx.execute(sa.select(RUNS).where(*this)).one_or_none()
+            if run is None:
+                return
+            tx.execute(RUNS.update().where(*this).values(status=status, epoch=epoch + 1))
+            if status != run.status:
+                self._note(tx, run.tenant, SDK, _BECAME[status], run_id, {"step": run.step})
 
     def run(self, tenant: str, run_id: str) -> tuple[TrainingClientInfo, str]:
         """A run and its configuration as JSON.
@@ -145,7 +171,11 @@ class Registry(Budgets, ApiKeys):
         Raises:
             ActorLostError: the run has a newer actor; this one may publish nothing.
         """
-        with self._change() as tx:
+        who = f"{run_id}@{epoch}"
+        with (
+            self._refusals_noted(tenant, who, "artifact.save", artifact_id),
+            self._change() as tx,
+        ):
             current = tx.execute(
                 sa.select(RUNS.c.epoch).where(RUNS.c.id == run_id, RUNS.c.tenant == tenant)
             ).scalar()
@@ -156,13 +186,16 @@ class Registry(Budgets, ApiKeys):
                     f"this actor (epoch {epoch}) was replaced by epoch {current}: it may not"
                     " publish; use get_training_client to reach the new one"
                 )
+            digest = hashlib.sha256(manifest).hexdigest()
             tx.execute(
                 _artifacts.insert().values(
                     id=artifact_id, tenant=tenant, run_id=run_id, step=step,
                     size_bytes=size_bytes, include_optimizer=include_optimizer,
-                    manifest_sha256=hashlib.sha256(manifest).hexdigest(), created_at=time.time(),
+                    manifest_sha256=digest, created_at=time.time(),
                 )
             )  # fmt: skip
+            details: Details = {"step": step, "size_bytes": size_bytes, "manifest": digest}
+            self._note(tx, tenant, who, "artifact.save", artifact_id, details)
 
     def check_manifest(self, tenant: str, artifact_id: str, manifest: bytes) -> None:
         """Refuses a manifest that is not the published one, or of a deleted artifact."""
@@ -201,6 +234,7 @@ class Registry(Budgets, ApiKeys):
                 .where(_artifacts.c.id == artifact_id)
                 .values(deleted_at=time.time())
             )
+            self._note(tx, tenant, SDK, "artifact.delete", artifact_id)
 
     def _artifact(self, tenant: str, artifact_id: str) -> Any:
         query = sa.select(_artifacts).where(
@@ -222,15 +256,23 @@ class Registry(Budgets, ApiKeys):
         wrapped = self._keyring.wrap(key, context_of(tenant, artifact_id, DATA_KEY))
         return key, json.dumps(wrapped).encode()
 
-    def open_data_key(self, tenant: str, artifact_id: str, wrapped: bytes) -> bytes:
+    def open_data_key(self, tenant: str, artifact_id: str, wrapped: bytes, who: str = SDK) -> bytes:
         """The data key of an artifact that exists.
+
+        Args:
+            who: reads the artifact, for the audit log.
 
         Raises:
             NotFoundError: the artifact is unknown or deleted.
             IntegrityError: the wrapped key is of another artifact or keyring.
         """
         self._artifact(tenant, artifact_id)
-        return self._keyring.unwrap(_stored(wrapped), context_of(tenant, artifact_id, DATA_KEY))
+        with self._refusals_noted(tenant, who, "artifact.load", artifact_id):
+            context = context_of(tenant, artifact_id, DATA_KEY)
+            key = self._keyring.unwrap(_stored(wrapped), context)
+            with self._change() as tx:  # before the key is out
+                self._note(tx, tenant, who, "artifact.load", artifact_id)
+            return key
 
     def rotate_key(self) -> str:
         """A fresh primary key of the keyring, for all that is wrapped from now on, the keys of

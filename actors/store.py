@@ -3,6 +3,8 @@
     <root>/t/<tenant>/a/<artifact_id>/<file>      an artifact; its manifest.json is written last
     <root>/t/<tenant>/keys/<artifact_id>.json     its wrapped data key, the only mutable file
 
+    <root>/t/<tenant>/audit/<seq>.json            a signed head of its audit log
+
 An artifact exists when its manifest does.
 """
 
@@ -79,6 +81,28 @@ class ArtifactStore:
             raise StorageError(
                 f"the store kept files of {artifact_id} ({error.strerror}): remove {folder} by hand"
             ) from None
+
+    def write_audit_head(self, tenant: str, seq: int, head: bytes) -> None:
+        """Keeps a signed head of the audit log; one of the same row is replaced."""
+        try:
+            _write(self._audit(tenant) / f"{seq}.json", head)
+        except OSError as error:
+            raise StorageError(
+                f"the store refused a head of the audit log ({error.strerror}): free or fix the"
+                " disk"
+            ) from None
+
+    def audit_heads(self, tenant: str) -> list[bytes]:
+        """All signed heads that were kept here."""
+        try:
+            return [path.read_bytes() for path in self._audit(tenant).glob("[0-9]*.json")]
+        except OSError as error:
+            raise StorageError(
+                f"the store does not give heads of the audit log: {error.strerror}"
+            ) from None
+
+    def _audit(self, tenant: str) -> Path:
+        return self._root / "t" / tenant / "audit"
 
     def _folder(self, tenant: str, artifact_id: str) -> Path:
         return self._root / "t" / tenant / "a" / artifact_id

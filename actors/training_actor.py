@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 PIECE = 8 * 2**20
 """Bytes of an object of a sealed file: to hand over smaller ones costs more than to seal them."""
 
+SETTLE_S = 30.0
+"""How long a client that closes waits for the registry to hear of its last step."""
+
 _control = ray.method(concurrency_group="control")
 _sealing = ray.method(concurrency_group="sealing")
 
@@ -50,6 +53,7 @@ class TrainingActor:
         self._worker: Worker | None = None
         self._progress = "starting"
         self._loading: Reply | None = None
+        self._recorded: Any = None
 
     # --- training, in order ------------------------------------------------------------------
 
@@ -129,6 +133,12 @@ class TrainingActor:
         return seal_payload(self._key, reply_of(lambda: self._saved(begun)))
 
     @_control
+    def settle(self) -> None:
+        """Returns once the registry has heard of the last completed step."""
+        if self._recorded is not None:
+            ray.wait([self._recorded], timeout=SETTLE_S)
+
+    @_control
     def cancel(self, request_id: str) -> bool:
         return self._calls.cancel(request_id)
 
@@ -173,7 +183,10 @@ class TrainingActor:
         """Tells the registry the step without waiting: the run's answer does not depend on it."""
         if self._worker is not None:
             step, status = self._worker.session.step, self._worker.status
-            self._registry.notify("record", self._run_id, self._epoch, step, status)
+            stepped = self._worker.take_step()
+            self._recorded = self._registry.notify(
+                "record", self._run_id, self._epoch, step, status, stepped
+            )
 
 
 def start(

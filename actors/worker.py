@@ -93,6 +93,8 @@ class Worker:
         self._write = write
         self._generation = 0  # of the weights: rises whenever they may have changed
         self._failure: TGTinkerError | None = None  # of the last step, not told to a sample yet
+        self._calls: list[tuple[str, str]] = []  # hashes of the open window's calls
+        self._stepped: list[tuple[str, str]] | None = None  # those of a step not recorded yet
         progress("preparing the trainable weights")
         self.session = (
             Session(base, config) if budget is None else PrivateSession(base, config, budget)
@@ -120,6 +122,11 @@ class Worker:
     def tokenizer_files(self) -> dict[str, bytes]:
         return self.session.base.tokenizer_files()
 
+    def take_step(self) -> list[tuple[str, str]] | None:
+        """Hashes of the calls of the step just completed, once: each step is recorded once."""
+        stepped, self._stepped = self._stepped, None
+        return stepped
+
     @property
     def status(self) -> str:
         return "completed" if self.session.completed else "active"
@@ -129,17 +136,23 @@ class Worker:
     def forward_backward(
         self, check_cancelled: Check, examples: list[Example], batch_hash: str | None, train: bool
     ) -> ForwardBackwardResult:
-        return self.session.forward_backward(
+        result = self.session.forward_backward(
             examples, train=train, batch_hash=batch_hash, check_cancelled=check_cancelled
         )
+        if train:
+            self._calls.append((result.batch_hash, result.gradient_hash))
+        return result
 
     def optim_step(self, check_cancelled: Check, apply_dp_noise: bool) -> OptimStepResult:
         check_cancelled()
         self._failure = None
+        calls, self._calls = self._calls, []
         try:
             with self._changing:
                 self._generation += 1
-                return self.session.optim_step(apply_dp_noise)
+                result = self.session.optim_step(apply_dp_noise)
+                self._stepped = calls
+                return result
         except (WindowSpoiledError, NonFiniteError) as failure:
             self._failure = failure
             raise
@@ -238,11 +251,13 @@ class Worker:
     def load_state(self, check_cancelled: Check, artifact_id: str) -> LoadStateResult:
         """Reads and verifies everything, then changes the session in one go."""
         check_cancelled()
-        files = fetch(self._registry, self._store, self._place.tenant, artifact_id)
+        who = f"{self._place.run_id}@{self._place.epoch}"
+        files = fetch(self._registry, self._store, self._place.tenant, artifact_id, who)
         checkpoint = from_files(files)
         with self._changing:
             self._generation += 1
             warnings = self.session.load(checkpoint.state)
+        self._calls = []
         self._failure = None
         return LoadStateResult(
             artifact_id, self.session.step, checkpoint.metadata, checkpoint.timestamp, warnings

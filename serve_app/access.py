@@ -12,8 +12,12 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
+from actors.audit_log import ANYONE
 from actors.registry import Registry
 from tg_tinker.errors import AccessDeniedError, InvalidRequestError, QueueFullError
+
+OPEN = "open"
+"""Id of the key that nobody needs."""
 
 _KNOWN_S = 5.0
 """How long a checked key is trusted: a revoked one opens nothing after that."""
@@ -49,6 +53,11 @@ class Caller:
     key_id: str
     models: tuple[str, ...] = ()
 
+    @property
+    def who(self) -> str:
+        """In the audit log."""
+        return ANYONE if self.key_id == OPEN else f"api-key {self.key_id}"
+
 
 def _refuse_rebinding(host: str) -> None:
     """A page that makes its own name mean 127.0.0.1 has a browser ask in the user's place; the
@@ -79,7 +88,7 @@ class Access:
         """
         if self._options.open and not await self._has_keys():
             _refuse_rebinding(request.headers.get("host", ""))
-            return Caller(self._options.tenant, "open")
+            return Caller(self._options.tenant, OPEN)
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise AccessDeniedError(
@@ -89,7 +98,8 @@ class Access:
         until, caller = self._known.get(token, (0.0, None))
         if caller is None or until < time.monotonic():
             self._known.pop(token, None)
-            tenant, info = await self._in_thread(self._registry.check_api_key, token)
+            check = self._registry.check_api_key, token, self._options.tenant
+            tenant, info = await self._in_thread(*check)
             caller = Caller(tenant, info.key_id, info.models)
             self._known[token] = time.monotonic() + _KNOWN_S, caller
         return caller

@@ -183,7 +183,7 @@ class HttpReplica(Replica):
         """The weights a request names; waits for a step that is to come."""
         if model == BASE:
             return BASE_SOURCE
-        find = partial(self.sources.find, caller.tenant, caller.models, model)
+        find = partial(self.sources.find, caller.tenant, caller.models, model, caller.who)
         deadline, waits = time.monotonic() + WAIT_S, False
         try:
             while True:
@@ -206,7 +206,8 @@ class HttpReplica(Replica):
         self, caller: Caller, running: Running
     ) -> AsyncGenerator[StreamChunk, None]:
         try:
-            async for chunk in self.follow(running, self._options.deadline_s):
+            deadline = self._options.deadline_s
+            async for chunk in self.follow(running, deadline, caller.tenant, caller.who):
                 yield chunk
         finally:
             self._access.leave(caller)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from actors.audit_log import SDK
 from actors.completion import Completions, join
 from actors.generation import Load
 from actors.home import MODELS
@@ -25,7 +26,7 @@ from serve_app.metrics import Watch, count_refusal, meters
 from serve_app.sources import Source, Sources
 from tg_tinker.cluster import RemoteRegistry, find_registry
 from tg_tinker.envelope import open_payload, seal_payload
-from tg_tinker.errors import DeadlineExceededError, InternalError, NotFoundError
+from tg_tinker.errors import DeadlineExceededError, InternalError, NotFoundError, TGTinkerError
 from tg_tinker.sampling import SamplingParams
 from tg_tinker.text import encode_prompt, load_tokenizer
 from tg_tinker.types import SampleResult, StreamChunk
@@ -53,6 +54,10 @@ class Running:
     def prompt_tokens(self) -> int:
         """Of all prompts, once each."""
         return sum(len(request.prompt) for request in self.call.requests if not request.first)
+
+    @property
+    def prompts(self) -> int:
+        return sum(not request.first for request in self.call.requests)
 
 
 class Replica:
@@ -179,15 +184,20 @@ class Replica:
         return await asyncio.get_running_loop().run_in_executor(self._text, work)
 
     async def follow(
-        self, running: Running, deadline_s: float | None = None
-    ) -> AsyncIterator[StreamChunk]:
+        self, running: Running, deadline_s: float | None = None, tenant: str | None = None,
+        who: str = SDK,
+    ) -> AsyncIterator[StreamChunk]:  # fmt: skip
         """Chunks as they grow; leaving it early frees the slots within a step.
+
+        Args:
+            tenant, who: ask, for the audit log; None is the run's tenant.
 
         Raises:
             DeadlineExceededError: it is not done after this time.
         """
         call, engine = running.call, running.engine
         ends = None if deadline_s is None else time.monotonic() + deadline_s
+        outcome, tokens = "cancelled", 0  # unless it is said below how it ended
         try:
             while call.open:
                 left = None if ends is None else ends - time.monotonic()
@@ -200,12 +210,20 @@ class Replica:
                 running.arrived.clear()
                 for chunk in call.take():
                     running.watch.delivered(call, chunk)
+                    tokens += len(chunk.token_ids)
                     yield chunk
                 for stopped in call.stopped():
                     engine.cancel(*stopped)
+            outcome = "ok"
+        except Exception as error:
+            outcome = error.code if isinstance(error, TGTinkerError) else InternalError.code
+            raise
         finally:
             for one in call.requests:
                 engine.cancel(one)
+            self.registry.notify(
+                "record_sample", tenant, who, call.version, running.prompts, tokens, outcome
+            )
 
     # --- inside ------------------------------------------------------------------------------
 

@@ -63,8 +63,11 @@ class Sources:
 
         return Source(reference.name, reference.version, reference.shared, get)
 
-    def find(self, tenant: str, allowed: tuple[str, ...], model: str) -> Source:
+    def find(self, tenant: str, allowed: tuple[str, ...], model: str, who: str) -> Source:
         """What a request names.
+
+        Args:
+            who: asks, for the audit log.
 
         Raises:
             NotFoundError: there is no such thing for this tenant and key, or it is of another
@@ -80,7 +83,7 @@ class Sources:
                 return self._live(tenant, name, wanted)
             if not wanted:
                 with contextlib.suppress(NotFoundError):
-                    return self._saved(tenant, name)
+                    return self._saved(tenant, name, who)
         raise NotFoundError(f"there is no model {model!r}: GET /v1/models names those there are")
 
     def names(self, tenant: str, allowed: tuple[str, ...]) -> list[str]:
@@ -122,13 +125,14 @@ class Sources:
     def _latest(self, info: TrainingClientInfo) -> Source:
         return self.of_snapshot(latest_snapshot(self._namespace, _actor(info), self._key))
 
-    def _saved(self, tenant: str, artifact_id: str) -> Source:
+    def _saved(self, tenant: str, artifact_id: str, who: str) -> Source:
         info = self._registry.artifact(tenant, artifact_id)
         _, stored = self._run(tenant, info.training_client_id)
         lora = TrainingConfig.model_validate_json(stored).lora_config
 
         def get() -> Snapshot:
-            files = fetch(self._registry, ArtifactStore(self._store), tenant, artifact_id)
+            store = ArtifactStore(self._store)
+            files = fetch(self._registry, store, tenant, artifact_id, who)
             return of_state(artifact_id, from_files(files).state, lora)
 
         return Source(artifact_id, artifact_id, shares_base(lora), get)

@@ -32,8 +32,10 @@ from tg_tinker.accounting import (
     smallest_sigma,
     subsampled_gaussian_rdp,
 )
+from tg_tinker.audit_log import AuditHead, AuditRow, verify
 from tg_tinker.batch import BatchData, check_bounds, normalise
 from tg_tinker.config import TrainingConfig
+from tg_tinker.envelope import new_signing_key
 from tg_tinker.errors import (
     DPBudgetExceededError,
     FutureCancelledError,
@@ -297,6 +299,7 @@ class FakeService(ServiceClient):
     Attributes:
         artifacts: by id, in order; `metadata` is what was saved with them.
         clients: all that were created or taken up, in order.
+        audited: the rows of the audit log; `signing_key` signs its heads.
         ledgers: the ledger and its entries, by data set.
         draw: (step, number of units) -> the indices of a Poisson sample.
         before_call: called with (operation, step) before each queued call runs; `evaluate` is a
@@ -309,6 +312,8 @@ class FakeService(ServiceClient):
 
     def __init__(self) -> None:
         self.artifacts: dict[str, ArtifactInfo] = {}
+        self.audited: list[AuditRow] = []
+        self.signing_key = new_signing_key()
         self.metadata: dict[str, dict[str, Any]] = {}
         self.ledgers: dict[str, tuple[Ledger, list[Entry]]] = {}
         self.draw: Callable[[int, int], list[int]] = lambda step, units: [
@@ -410,6 +415,12 @@ class FakeService(ServiceClient):
         self.artifact(artifact_id)
         Path(path).mkdir()
         return Path(path)
+
+    def audit_log(self, since: int = 0, limit: int = 1000) -> list[AuditRow]:
+        return self.audited[since : since + limit]
+
+    def verify_audit_log(self, head: AuditHead | None = None) -> AuditHead:
+        return verify(self.audited, known=[head] if head else []).signed(self.signing_key)
 
     def close(self) -> None:
         self.closed = True

@@ -58,6 +58,7 @@ def test_the_commands_are_these() -> None:
         "artifacts", "artifacts list", "artifacts export", "artifacts delete",
         "privacy", "privacy report", "privacy certificate", "privacy ledger", "privacy verify",
         "privacy audit", "serve", "sample", "chat",
+        "audit-log", "audit-log show", "audit-log verify", "audit-log export",
         "api-keys", "api-keys create", "api-keys list", "api-keys revoke",
     }  # fmt: skip
 

@@ -14,6 +14,7 @@ import pytest
 
 from actors.home import DATABASE, KEYRING, create
 from actors.keys import FileKeyring
+from actors.signing import PUBLIC_KEY, SIGNING_KEY
 from tg_tinker.envelope import new_key
 from tg_tinker.errors import IntegrityError, StorageError
 
@@ -178,7 +179,8 @@ def test_a_new_home_is_open_to_its_owner_alone(tmp_path: Path, careless_umask: N
     home = tmp_path / "new" / "home"
     assert create(home) is True
     assert mode(home) == 0o700
-    assert {path.name: mode(path) for path in home.iterdir()} == {KEYRING: 0o600, DATABASE: 0o600}
+    made = (KEYRING, DATABASE, SIGNING_KEY, PUBLIC_KEY)
+    assert {path.name: mode(path) for path in home.iterdir()} == dict.fromkeys(made, 0o600)
     FileKeyring(home / KEYRING)
 
 
@@ -218,7 +220,8 @@ def test_half_a_home_is_refused_and_never_completed(tmp_path: Path, lost: str, l
     (tmp_path / "home" / lost).unlink()
     with pytest.raises(StorageError, match=rf"lost its {lost}.*backup"):
         create(tmp_path / "home")
-    assert [path.name for path in (tmp_path / "home").iterdir()] == [left]
+    found = {path.name for path in (tmp_path / "home").iterdir()}
+    assert found == {left, SIGNING_KEY, PUBLIC_KEY}
 
 
 def test_a_home_that_cannot_be_made_is_a_typed_error(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@
 Importing the package loads neither torch, ray nor transformers.
 """
 
+from tg_tinker.audit_log import AuditHead, AuditRow
 from tg_tinker.batch import BatchData
 from tg_tinker.config import (
     DPConfig,
@@ -71,6 +72,8 @@ __all__ = [
     "ApiKeyInfo",
     "ArtifactInfo",
     "ArtifactMismatchError",
+    "AuditHead",
+    "AuditRow",
     "BatchData",
     "ClusterUnavailableError",
     "DPBudgetExceededError",

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from tg_tinker import cli_keys, cli_sampling
+from tg_tinker import cli_audit_log, cli_keys, cli_sampling
 from tg_tinker.errors import TGTinkerError
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ main = typer.Typer(
       [cyan]tg-tinker artifacts list[/]
       [cyan]tg-tinker artifacts export ARTIFACT_ID my-adapter[/]
       [cyan]tg-tinker privacy report[/]
+      [cyan]tg-tinker audit-log show[/]
 
     or let others use it:
 
@@ -96,6 +97,7 @@ privacy = typer.Typer(
       [cyan]tg-tinker privacy audit[/]""",
 )
 main.add_typer(privacy, name="privacy")
+main.add_typer(cli_audit_log.commands, name="audit-log")
 main.add_typer(cli_sampling.commands)
 main.add_typer(cli_keys.keys, name="keys")
 

@@ -218,10 +218,10 @@ class RemoteRegistry:
 
         return call
 
-    def notify(self, name: str, *arguments: Any) -> None:
-        """Calls without waiting for, or learning of, the outcome."""
+    def notify(self, name: str, *arguments: Any) -> Any:
+        """Calls without waiting for, or learning of, the outcome; a ref to wait by."""
         with _translated():
-            self.actor.call.remote(self._sealed(name, arguments))
+            return self.actor.call.remote(self._sealed(name, arguments))
 
     def _sealed(self, name: str, arguments: Sequence[Any]) -> bytes:
         return seal_payload(self.key, (name, arguments))
@@ -286,6 +286,10 @@ class TrainingLink:
     def info(self) -> ActorInfo:
         info: ActorInfo = ask(self.actor.info)
         return info
+
+    def settle(self) -> None:
+        """Returns once the registry has heard of the last completed step."""
+        ask(self.actor.settle)
 
     def cancel(self, request_id: str) -> bool:
         return bool(ask(self.actor.cancel, request_id))

@@ -16,11 +16,20 @@ import secrets
 from collections.abc import Generator
 from typing import Any
 
-from cryptography.exceptions import InvalidTag
+from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import CTR
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+    load_pem_public_key,
+)
 
 from tg_tinker.errors import IntegrityError
 from tg_tinker.segments import BUFFERS, SEGMENT, Segments, all_of, derive, in_order
@@ -188,3 +197,51 @@ def seal_payload(key: bytes, value: Any) -> bytes:
 def open_payload(key: bytes, sealed: bytes) -> Any:
     """The value; unpickled only once its bytes are known to come from a holder of the key."""
     return pickle.loads(unseal(key, sealed, _PAYLOAD))  # noqa: S301
+
+
+def derive_key(key: bytes, purpose: bytes) -> bytes:
+    """HKDF-SHA256 (RFC 5869) without salt: a key of its own for each purpose."""
+    return derive(key, b"", purpose)
+
+
+def new_signing_key() -> bytes:
+    """A fresh Ed25519 key (RFC 8032), PEM (PKCS #8)."""
+    key = Ed25519PrivateKey.generate()
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def public_key_of(signing_key: bytes) -> bytes:
+    """The public half, PEM (SubjectPublicKeyInfo)."""
+    public = _signing(signing_key).public_key()
+    return public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def sign(signing_key: bytes, message: bytes) -> bytes:
+    """Ed25519 signature, 64 bytes. The caller separates domains by what the message begins with."""
+    return _signing(signing_key).sign(message)
+
+
+def check_signature(public_key: bytes, signature: bytes, message: bytes) -> None:
+    """Raises IntegrityError unless the holder of the signing key signed exactly this message."""
+    try:
+        known = load_pem_public_key(public_key)
+    except ValueError:
+        raise IntegrityError("the public key is no PEM file: take the audit.pub of init") from None
+    if not isinstance(known, Ed25519PublicKey):
+        raise IntegrityError("the public key is of another kind than Ed25519")
+    try:
+        known.verify(signature, message)
+    except InvalidSignature:
+        raise IntegrityError(
+            "the signature does not verify: what was signed was changed, or another key signed it"
+        ) from None
+
+
+def _signing(signing_key: bytes) -> Ed25519PrivateKey:
+    try:
+        key = load_pem_private_key(signing_key, password=None)
+    except (ValueError, TypeError):  # TypeError: it is encrypted
+        raise IntegrityError("the signing key is damaged: put its backup back") from None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise IntegrityError("the signing key is of another kind than Ed25519")
+    return key

@@ -12,10 +12,13 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from tg_tinker.audit_files import keep_head, paged, read_head, read_public_key
+from tg_tinker.audit_log import AuditHead, AuditRow, empty, verify
 from tg_tinker.cluster import Cluster, SamplerLink, TrainingLink, provided
 from tg_tinker.config import DPConfig, ResourceConfig, TrainingConfig
 from tg_tinker.errors import ActorLostError, InvalidRequestError, NotFoundError, StorageError
@@ -25,6 +28,9 @@ from tg_tinker.training import TrainingClient
 from tg_tinker.types import ApiKeyInfo, ArtifactInfo, LoadStateResult, ModelInfo, TrainingClientInfo
 
 Progress = Callable[[str], None]
+MOST_AUDIT_ROWS = 10_000
+"""Of one page of the audit log."""
+
 _log = logging.getLogger("tg_tinker")
 
 
@@ -70,6 +76,7 @@ class ServiceClient:
         self._home = home_directory()
         self._tenant = tenant
         self._store = str(store or self._home / "store")
+        self._keyring = Path(keyring or self._home / "keyring")
         self._cluster = Cluster(address, namespace)
         try:
             if self._cluster.embedded:
@@ -80,7 +87,7 @@ class ServiceClient:
                 )
             self._registry = self._cluster.registry(
                 database or f"sqlite:///{self._home / 'registry.db'}",
-                str(keyring or self._home / "keyring"),
+                str(self._keyring),
             )
             self._registry.key_info()  # a registry that cannot open its files says so now
         except BaseException:
@@ -332,6 +339,54 @@ class ServiceClient:
         """
         provided("retire_key")(self._registry, self._store, key_id)
 
+    # --- audit log ---------------------------------------------------------------------------
+
+    def audit_log(self, since: int = 0, limit: int = 1000) -> list[AuditRow]:
+        """Rows of this tenant's audit log after row `since`, oldest first.
+
+        Args:
+            limit: at most so many, 1 to 10,000.
+
+        Raises:
+            IntegrityError: a stored row is not one. That the rows continue each other is for
+                `verify_audit_log`.
+        """
+        if since < 0 or not 1 <= limit <= MOST_AUDIT_ROWS:
+            raise InvalidRequestError(
+                f"since={since}, limit={limit}: since must be 0 or more, limit in"
+                f" [1, {MOST_AUDIT_ROWS}]"
+            )
+        return [
+            AuditRow.parse(row) for row in self._registry.audit_rows(self._tenant, since, limit)
+        ]
+
+    def verify_audit_log(self, head: AuditHead | None = None) -> AuditHead:
+        """Reads the whole log and checks that it goes through every head that is known.
+
+        Known are the head that this home last saw, the signed heads in the artifact store, and
+        `head`, if you kept one. The verified head is then kept in both places.
+
+        Returns:
+            Where the log ends, signed; its `since` is the oldest head it was held against.
+
+        Raises:
+            IntegrityError: names the first row, or the head, that does not fit; or a head was not
+                signed by the key that was pinned at init.
+        """
+        kept = self._home / f"audit-head-{self._tenant}"
+        known: list[AuditHead] = provided("audit_heads")(self._store, self._tenant)
+        if kept.exists():
+            known.append(read_head(kept))
+        now: AuditHead = self._registry.audit_head(self._tenant)
+        public_key = read_public_key(self._keyring.with_name("audit.pub"))
+        for one in (*known, now):
+            one.check(public_key)
+        known += [] if head is None else [head]
+        verify(paged(self.audit_log), since=empty(self._tenant), known=[*known, now])
+        provided("keep_audit_head")(self._store, now)
+        keep_head(kept, now)
+        return replace(now, since=min(known, key=lambda one: one.seq, default=None))
+
     # --- life --------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -432,7 +487,9 @@ class ServiceClient:
             return  # the actor ended with its cluster, or outlives this connection to it
         try:
             with contextlib.suppress(ActorLostError):
-                self._registry.record(run_id, epoch, link.info().step, "completed")
+                link.settle()
+                known = link.info()
+                self._registry.record(run_id, epoch, known.step, known.status)
             self._registry.finish(run_id, epoch, "completed")
             self._release_reservation(run_id, config)
         finally:
