@@ -36,6 +36,14 @@ _rows = sa.Table(
     sa.Column("seq", sa.Integer, primary_key=True),
     sa.Column("row", sa.String, nullable=False),
 )
+# Made once: a row costs less than SQLAlchemy takes to put these together.
+_INSERT = _rows.insert()
+_LAST = (
+    sa.select(_rows.c.row)
+    .where(_rows.c.tenant == sa.bindparam("tenant"))
+    .order_by(_rows.c.seq.desc())
+    .limit(1)
+)
 
 
 class AuditLog(Database):
@@ -99,7 +107,7 @@ class AuditLog(Database):
             _last(tx, tenant), time=_now(), tenant=tenant, who=who, event=event, subject=subject,
             outcome=outcome, details=details or {},
         )  # fmt: skip
-        tx.execute(_rows.insert().values(tenant=tenant, seq=row.seq, row=row.line()))
+        tx.execute(_INSERT, {"tenant": tenant, "seq": row.seq, "row": row.line()})
 
     @contextmanager
     def _refusals_noted(self, tenant: str, who: str, event: str, subject: str) -> Iterator[None]:
@@ -141,10 +149,7 @@ def _hmac(key: bytes, name: str, value: str) -> str:
 
 
 def _last(connection: sa.Connection, tenant: str) -> AuditRow | None:
-    query = (
-        sa.select(_rows.c.row).where(_rows.c.tenant == tenant).order_by(_rows.c.seq.desc()).limit(1)
-    )
-    row = connection.execute(query).scalar()
+    row = connection.execute(_LAST, {"tenant": tenant}).scalar()
     return None if row is None else AuditRow.parse(row)
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from tg_tinker.audit_log import AuditHead, AuditRow
+from tg_tinker.audit_log import AuditHead, AuditRow, empty, verify
 from tg_tinker.errors import IntegrityError, InvalidRequestError, NotFoundError, StorageError
 
 ROWS_AT_A_TIME = 1000
@@ -43,6 +44,26 @@ def write_export(path: Path, rows: Iterable[AuditRow], head: AuditHead) -> None:
         if isinstance(error, OSError):
             raise StorageError(f"cannot write {path}: {error.strerror}") from None
         raise
+
+
+def verify_export(path: Path, public_key: bytes, known: AuditHead | None = None) -> AuditHead:
+    """The signed head of an export, all of whose rows hold; needs no service.
+
+    Args:
+        public_key: `audit.pub` of the home that signed it.
+        known: a head that was kept before: the rows must go through it.
+
+    Raises:
+        NotFoundError: there is no such file.
+        IntegrityError: names the first row that breaks, or the head that does not fit.
+    """
+    signed = read_head(path)
+    signed.check(public_key)
+    earlier = [] if known is None else [known]
+    reached = verify(read_rows(path), since=empty(signed.tenant), known=[*earlier, signed])
+    if reached.seq != signed.seq:
+        raise IntegrityError(f"rows follow after row {signed.seq}, which the signed head is of")
+    return replace(signed, since=known)
 
 
 def read_rows(path: Path) -> Iterator[AuditRow]:
@@ -95,7 +116,9 @@ def _lines(path: Path) -> Iterator[str]:
     try:
         with path.open(encoding="ascii", newline="\n") as file:
             for line in file:
-                yield line.removesuffix("\n")
+                if not line.endswith("\n"):
+                    raise IntegrityError(f"{path} was cut short: its last line has no end")
+                yield line[:-1]
     except OSError as error:
         raise NotFoundError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:

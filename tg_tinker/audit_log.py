@@ -21,7 +21,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tg_tinker.envelope import check_signature, sign
@@ -84,7 +84,7 @@ class AuditRow:
 
     def line(self) -> str:
         """Canonical JSON, without a line end."""
-        return _canonical(asdict(self))
+        return _canonical(vars(self))
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def chained(
     row = AuditRow(
         seq, time, tenant, who, event, subject, outcome, dict(details), previous, GENESIS
     )
-    if not _sound(asdict(row)):
+    if not _sound(vars(row)):
         raise ValueError("a row holds texts and whole numbers only")
     return replace(row, hash=row_hash(row))
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tg_tinker.errors import IntegrityError, InvalidRequestError
+from tg_tinker.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from tg_tinker.audit_log import AuditHead
@@ -74,12 +73,14 @@ def verify(
       [cyan]tg-tinker audit-log verify audit.jsonl --public-key audit.pub[/]
       [cyan]tg-tinker audit-log verify audit.jsonl --public-key audit.pub --since may.jsonl[/]
     """
+    from tg_tinker.audit_files import read_public_key, verify_export
     from tg_tinker.cli import connector
 
     if (file is None) != (public_key is None):
         raise InvalidRequestError("FILE and --public-key go together")
     if file is not None and public_key is not None:
-        typer.echo(f"verified: {_verified(file, public_key, since)}")
+        checked = verify_export(file, read_public_key(public_key), _head(since))
+        typer.echo(f"verified: {checked}")
         return
     with connector(ctx)() as service:
         typer.echo(f"verified: {service.verify_audit_log(_head(since))}")
@@ -102,20 +103,6 @@ def export(
         rows = takewhile(lambda row: row.seq <= head.seq, paged(service.audit_log))
         write_export(path, rows, head)
     typer.echo(f"Wrote {path}: {head}")
-
-
-def _verified(file: Path, public_key: Path, since: Path | None) -> AuditHead:
-    from tg_tinker.audit_files import read_head, read_public_key, read_rows
-    from tg_tinker.audit_log import empty, verify
-
-    signed, key = read_head(file), read_public_key(public_key)
-    known = [] if since is None else [read_head(since)]
-    for head in (signed, *known):
-        head.check(key)
-    reached = verify(read_rows(file), since=empty(signed.tenant), known=[*known, signed])
-    if reached.seq != signed.seq:
-        raise IntegrityError(f"rows follow after row {signed.seq}, which the signed head is of")
-    return replace(signed, since=next(iter(known), None))
 
 
 def _head(path: Path | None) -> AuditHead | None:

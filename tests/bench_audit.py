@@ -1,0 +1,60 @@
+"""What a row of the audit log costs: a transaction on SQLite, durable, with and without one.
+
+Run by `make bench`. `record` is what a training actor tells the registry after each step; the
+bare transaction changes the same row of the same table and is as durable.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from actors.home import DATABASE, KEYRING, create
+from actors.registry import Registry
+from tg_tinker import TrainingConfig
+
+CALLS = [("sha256:" + "a" * 64, "sha256:" + "b" * 64)] * 2
+COUNT = 2000
+
+
+def milliseconds(work: Callable[[int], object]) -> list[float]:
+    found = []
+    for number in range(COUNT):
+        started = time.perf_counter()
+        work(number)
+        found.append(1e3 * (time.perf_counter() - started))
+    return found
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:  # /tmp may be in memory
+        Console().print(measured(Path(folder) / "home"))
+
+
+def measured(home: Path) -> Table:
+    create(home)
+    registry = Registry(f"sqlite:///{home / DATABASE}", home / KEYRING)
+    run = registry.create_run("default", TrainingConfig(model_ref="m").model_dump_json())
+    epoch = registry.claim(run)
+    table = Table("transaction", "p50 ms", "p99 ms", title=f"{COUNT} each, one after the other")
+    for name, work in {
+        "run noted, no row": lambda step: registry.record(run, epoch, step, "active"),
+        "run noted, a step's row": lambda step: registry.record(run, epoch, step, "active", CALLS),
+        "a sample's row": lambda step: registry.record_sample(
+            "default", "sdk", f"{run}@{step}", 1, 64, "ok"
+        ),
+    }.items():
+        found = milliseconds(work)
+        p99 = statistics.quantiles(found, n=100)[98]
+        table.add_row(name, f"{statistics.median(found):.2f}", f"{p99:.2f}")
+    return table
+
+
+if __name__ == "__main__":
+    main()
