@@ -7,6 +7,7 @@ audit.pub    PEM; give it to whoever shall verify exported logs
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def load(folder: Path) -> bytes:
 
 def _write_new(path: Path, content: bytes) -> None:
     """Durable and whole, unless there is one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -503,3 +503,31 @@ def test_a_changed_artifact_is_not_exported_at_all(service: Service, tmp_path: P
             service.registry, str(service.root), TENANT, artifact, tmp_path / "out"
         )
     assert not (tmp_path / "out").exists()
+
+
+# --- the audit log -----------------------------------------------------------------------------
+
+
+class NoRoomForHeads(ArtifactStore):
+    def write_audit_head(self, tenant: str, seq: int, head: bytes) -> None:
+        raise StorageError("the disk is full")
+
+
+def test_an_artifact_is_there_although_the_store_took_no_head(service: Service) -> None:
+    full = replace(service, store=NoRoomForHeads(str(service.root)))
+    assert_same(service.fetch(full.publish()), checkpoint())
+
+
+class Unrecorded(Registry):
+    def record_export(self, tenant: str, artifact_id: str) -> None:
+        raise StorageError("the disk is full")
+
+
+def test_what_is_not_in_the_audit_log_is_not_exported(service: Service, tmp_path: Path) -> None:
+    registry = Unrecorded(f"sqlite:///{service.home / DATABASE}", service.home / KEYRING)
+    artifact = service.publish()
+    with pytest.raises(StorageError, match="disk is full"):
+        artifacts.export_adapter(
+            registry, str(service.root), TENANT, artifact, tmp_path / "out"
+        )  # fmt: skip
+    assert list((tmp_path / "out").iterdir()) == []

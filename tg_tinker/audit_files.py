@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
-from tg_tinker.audit_log import AuditHead, AuditRow, empty, verify
+from tg_tinker.audit_log import AuditHead, AuditRow, empty, parse_rows, verify
 from tg_tinker.errors import IntegrityError, InvalidRequestError, NotFoundError, StorageError
 
 ROWS_AT_A_TIME = 1000
@@ -68,11 +69,7 @@ def verify_export(path: Path, public_key: bytes, known: AuditHead | None = None)
 
 def read_rows(path: Path) -> Iterator[AuditRow]:
     """The rows of an export; reading on may raise what `read_head` raises."""
-    before = None
-    for line in _lines(path):
-        if before is not None:
-            yield AuditRow.parse(before)
-        before = line
+    return parse_rows(line for line, _ in pairwise(_lines(path)))  # the last line is the head
 
 
 def read_head(path: Path) -> AuditHead:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -173,6 +173,16 @@ def row_hash(row: AuditRow) -> str:
     """SHA-256 of a row's canonical JSON without its own hash."""
     body = {name: getattr(row, name) for name in _ROW}
     return hashlib.sha256(_canonical(body).encode()).hexdigest()
+
+
+def parse_rows(lines: Iterable[str], after: int = 0) -> Iterator[AuditRow]:
+    """The rows that follow row `after`. Raises IntegrityError: names the first that is none."""
+    for number, line in enumerate(lines, after + 1):
+        try:
+            row = AuditRow.parse(line)
+        except IntegrityError as error:
+            raise IntegrityError(f"row {number} of the audit log: {error.message}") from None
+        yield row
 
 
 def verify(

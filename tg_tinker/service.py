@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tg_tinker.audit_files import keep_head, paged, read_head, read_public_key
-from tg_tinker.audit_log import AuditHead, AuditRow, empty, verify
+from tg_tinker.audit_log import AuditHead, AuditRow, empty, parse_rows, verify
 from tg_tinker.cluster import Cluster, SamplerLink, TrainingLink, provided
 from tg_tinker.config import DPConfig, ResourceConfig, TrainingConfig
 from tg_tinker.errors import ActorLostError, InvalidRequestError, NotFoundError, StorageError
@@ -43,7 +43,10 @@ def init_home(home: Path | None = None) -> Path:
     """Makes the home directory where there is none: a keyring and an empty registry."""
     home = home or home_directory()
     if provided("home")(home):
-        _log.warning("made a new home in %s: back up its keyring, it opens every artifact", home)
+        _log.warning(
+            "made a new home in %s: back up its keyring, it opens every artifact, and audit.key",
+            home,
+        )
     return home
 
 
@@ -356,9 +359,7 @@ class ServiceClient:
                 f"since={since}, limit={limit}: since must be 0 or more, limit in"
                 f" [1, {MOST_AUDIT_ROWS}]"
             )
-        return [
-            AuditRow.parse(row) for row in self._registry.audit_rows(self._tenant, since, limit)
-        ]
+        return list(parse_rows(self._registry.audit_rows(self._tenant, since, limit), since))
 
     def verify_audit_log(self, head: AuditHead | None = None) -> AuditHead:
         """Reads the whole log and checks that it goes through every head that is known.
