@@ -85,7 +85,7 @@ class ArtifactStore:
     def write_audit_head(self, tenant: str, seq: int, head: bytes) -> None:
         """Keeps a signed head of the audit log; one of the same row is replaced."""
         try:
-            _write(self._audit(tenant) / f"{seq}.json", head)
+            _write(self._audit(tenant) / f"{seq}.json", [head])
         except OSError as error:
             raise StorageError(
                 f"the store refused a head of the audit log ({error.strerror}): free or fix the"
