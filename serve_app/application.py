@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import ipaddress
 import logging
-import socket
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ from tg_tinker.errors import (
     PlacementError,
     QueueFullError,
 )
+from tg_tinker.service import addresses, check_port
 
 MOST_ONGOING = 64 * SLOTS
 """Calls that a replica takes; those beyond its slots wait in its engine."""
@@ -95,7 +96,9 @@ class Sampler:
             try:
                 yield from answers
             finally:
-                answers.cancel()
+                # A generator that the program left behind ends after the cluster has.
+                with contextlib.suppress(RayServeException, ray.exceptions.RayError):
+                    answers.cancel()
 
     def close(self) -> None:
         """Ends what Serve runs in this process for it: threads that would outlive the cluster."""
@@ -128,15 +131,19 @@ def serve_http(host: str, port: int, replicas: int, where: dict[str, Any], **opt
 
     Raises:
         InvalidRequestError: open to everyone on an address that others reach.
-        ClusterUnavailableError: Serve runs here at another address, or it does not start.
+        ClusterUnavailableError: the port is taken, Serve runs here at another address, or it does
+            not start.
         PlacementError: the cluster has no room for it.
     """
     allowed = HttpOptions(**options)
-    if allowed.open and not ipaddress.ip_address(socket.gethostbyname(host)).is_loopback:
+    found = [ipaddress.ip_address(address[0]) for _, address in addresses(host, port)]
+    if allowed.open and not all(address.is_loopback for address in found):
         raise InvalidRequestError(
             f"{host} can be reached by others: make an API key first (`tg-tinker api-keys create`),"
             " or serve on 127.0.0.1"
         )
+    if _get_global_client(raise_if_no_controller_running=False) is None:
+        check_port(host, port)
     _start(ProxyLocation.HeadOnly, HTTPOptions(host=host, port=port))
     # Serve keeps the address of its first start, and only says so in a log: it could be one that
     # others reach.
@@ -206,9 +213,18 @@ def _run(place: Place, options: HttpOptions, route: str | None, replicas: int = 
     target = RunTarget(bound(place, options, replicas), place.name, route, _QUIET)
     run_many([target], wait_for_applications_running=False)
     if not _running(place.name):
+        failed = serve.status().applications[place.name].deployments.values()
+        why = "; ".join(filter(None, (_reason(deployment.message) for deployment in failed)))
         raise ClusterUnavailableError(
+            f"the sampler of this model cannot start: {why}" if why else
             "the sampler of this model cannot start: `serve status` on the head node says why"
-        )
+        )  # fmt: skip
+
+
+def _reason(message: str) -> str:
+    """The last line of a traceback, if it is an error of ours: others may quote anything."""
+    last = re.search(r"^tg_tinker\.errors\.\w+: (.+)\Z", message.rstrip(), re.MULTILINE)
+    return last[1] if last else ""
 
 
 def _await_room(place: Place) -> None:

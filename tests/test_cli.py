@@ -7,9 +7,14 @@ import importlib.metadata
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +25,7 @@ from typer.testing import CliRunner
 from tg_tinker.cli import main
 from tg_tinker.config import DPConfig, TrainingConfig
 from tg_tinker.demo import DemoOptions, resume_command
+from tg_tinker.errors import InvalidRequestError
 
 
 @pytest.fixture
@@ -55,7 +61,8 @@ def all_commands() -> list[tuple[str, ...]]:
 def test_the_commands_are_these() -> None:
     assert {" ".join(words) for words in all_commands() if words} == {
         "demo", "init", "runs", "version",
-        "artifacts", "artifacts list", "artifacts export", "artifacts delete",
+        "artifacts", "artifacts list", "artifacts export", "artifacts delete", "artifacts verify",
+        "keys", "keys list", "keys rotate", "keys retire",
         "privacy", "privacy report", "privacy certificate", "privacy ledger", "privacy verify",
         "privacy audit", "serve", "sample", "chat",
         "audit-log", "audit-log show", "audit-log verify", "audit-log export",
@@ -295,3 +302,264 @@ def test_the_audit_writes_its_picture_and_figures(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", [["--epsilon", "3"], ["--canaries", "9"]])
 def test_an_audit_that_can_show_nothing_is_refused(wrong: list[str]) -> None:
     assert call("privacy", "audit", *wrong).exit_code == 2
+
+
+# --- a client of the server ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def answering() -> Iterator[Any]:
+    """A server whose answers are `bodies`, one after the other, with `status`."""
+    state = SimpleNamespace(bodies=[], asked=[], status=200, url="")
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            state.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(state.status)
+            self.end_headers()
+            self.wfile.write(state.bodies.pop(0))
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        state.url = f"http://127.0.0.1:{server.server_port}/v1"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield state
+        server.shutdown()
+        thread.join()
+
+
+def text_event(text: str) -> bytes:
+    return b"data: %s\n\n" % json.dumps({"choices": [{"text": text}]}).encode()
+
+
+def chat_event(text: str) -> bytes:
+    return b"data: %s\n\n" % json.dumps({"choices": [{"delta": {"content": text}}]}).encode()
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize("cut", [b"", b'data: {"choi', b"data: "])
+def test_an_answer_that_breaks_off_is_an_error(answering: Any, cut: bytes) -> None:
+    answering.bodies = [text_event("half") + cut, text_event("whole") + DONE]
+    found = call("sample", "a", "--url", answering.url)
+    assert (found.exit_code, found.stdout) == (1, "")
+    assert "broke off" in found.stderr
+    assert call("sample", "a", "--url", answering.url).stdout == "whole\n"
+
+
+def test_a_url_without_its_version_gets_a_hint(answering: Any) -> None:
+    answering.status = 404
+    answering.bodies = [b'{"error": {"message": "Not Found"}}', b'{"error": {"message": "no X"}}']
+    found = call("sample", "a", "--url", answering.url.removesuffix("/v1"))
+    assert "Not Found: does the URL end in /v1?" in found.stderr
+    assert call("sample", "a", "--url", answering.url + "/").stderr == "error: no X\n"
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:80a/v1", "http://[::1", "http://a b/v1", "http://a..b/v1", "ftp://a"]
+)
+def test_a_url_that_is_none_is_refused(url: str) -> None:
+    found = call("sample", "a", "--url", url)
+    assert found.exit_code == 1
+    assert "error: url" in found.stderr
+
+
+@pytest.mark.parametrize("key", ["tgt-secret\n", "tgt-secret\r\nX: y", "tgt-secret\u20ac"])
+def test_a_key_that_no_header_can_hold_is_not_repeated(answering: Any, key: str) -> None:
+    found = call("sample", "a", "--url", answering.url, "--key", key)
+    assert (found.exit_code, found.stdout) == (1, "")
+    assert found.stderr.startswith("error: the API key holds")
+    assert "secret" not in found.output
+    assert answering.asked == []
+
+
+def test_what_is_no_server_is_an_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65_536)
+                connection.sendall(b"SSH-2.0-x\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        found = call("sample", "a", "--url", url)
+        thread.join()
+    assert found.exit_code == 1
+    assert "error: no server answers" in found.stderr
+
+
+def broken_off(*texts: str) -> Iterator[dict[str, Any]]:
+    """An answer during which Ctrl-C is pressed."""
+    for text in texts:
+        yield {"choices": [{"text": text, "delta": {"content": text}}]}
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_in_a_stream_ends_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tg_tinker.cli_sampling.stream", lambda *_: broken_off("ab", "c"))
+    found = call("sample", "a", "--stream")
+    assert (found.exit_code, found.stdout) == (130, "abc\n")
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def answers(url: str, key: Any, route: str, body: Any) -> Any:
+        asked.append([message["content"] for message in body["messages"]])
+        return broken_off("long") if len(asked) == 1 else iter(())
+
+    monkeypatch.setattr("tg_tinker.cli_sampling.stream", answers)
+    found = call("chat", answer="hi\nand?\n\n")
+    assert found.exit_code == 0
+    assert asked == [["hi"], ["hi", "long", "and?"]]
+
+
+def test_an_error_ends_an_answer_and_not_the_conversation(answering: Any) -> None:
+    answering.bodies = [chat_event("half"), chat_event("fine") + DONE]
+    found = call("chat", "--url", answering.url, answer="one\ntwo\n\n")
+    assert found.exit_code == 1
+    assert found.stdout == "half\nfine\n"
+    assert found.stderr.count("error: the answer broke off") == 1
+    assert [m["content"] for m in answering.asked[1]["messages"]] == ["two"]
+
+
+def test_a_prompt_that_is_no_text_is_refused() -> None:
+    for words, given in ((["-"], b"\xff\xfe"), (["a\udcff"], b"")):
+        found = CliRunner().invoke(main, ["sample", *words], input=given)
+        assert found.exit_code == 1
+        assert "UTF-8" in found.stderr
+
+
+# --- serve --------------------------------------------------------------------------------------
+
+
+def serve(*words: str) -> Any:
+    """`tg-tinker serve` where a cluster must not start."""
+
+    def start() -> FakeService:
+        raise AssertionError("a cluster was started")
+
+    environment = {"RAY_ADDRESS": "local"}
+    return CliRunner().invoke(main, ["serve", *words], obj=start, env=environment)
+
+
+@pytest.mark.parametrize("model", ["/nope/missing", "./missing", "~/missing", "missing", "a/b/c"])
+def test_a_model_that_is_nowhere_is_told_before_a_cluster_starts(model: str) -> None:
+    found = serve("--model", model)
+    assert found.exit_code == 1, found.output
+    assert "no such path" in found.stderr
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "0.0.0.0", "localhost"])
+def test_a_port_that_is_taken_is_named_before_a_cluster_starts(host: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        taken = socket.create_server(("::1" if ":" in host else "127.0.0.1", 0), family=family)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with taken:
+        # Ray Serve lets others of the same user share its port.
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        port = taken.getsockname()[1]
+        found = serve("--model", "org/name", "--host", host, "--port", str(port))
+    assert found.exit_code == 1, found.output
+    assert f"port {port} of {host} (Address already in use)" in found.stderr
+
+
+@pytest.mark.parametrize("host", ["nonsense.invalid", "a..b"])
+def test_a_host_without_an_address_is_told_before_a_cluster_starts(host: str) -> None:
+    found = serve("--model", "org/name", "--host", host)
+    assert found.exit_code == 1, found.output
+    assert f"host '{host}' has no address" in found.stderr
+
+
+class ServingService(FakeService):
+    """Sets a handler of SIGTERM when it starts, as Ray does, and gets SIGTERM once it serves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: list[Any] = []
+        signal.signal(signal.SIGTERM, self._frames)
+
+    def serve_http(self, model_ref: str, *_: Any, **options: Any) -> str:
+        signal.raise_signal(signal.SIGTERM)
+        return "http://127.0.0.1:8000/v1"
+
+    def list_api_keys(self) -> list[Any]:
+        return self.keys
+
+    def create_api_key(self, *_: Any) -> tuple[str, Any]:
+        return "tgt-x", SimpleNamespace(key_id="k1", expires_at=_artifact().created_at)
+
+    def metrics_urls(self) -> list[str]:
+        return []
+
+    def _frames(self, *_: Any) -> None:
+        raise InvalidRequestError("*** SIGTERM received")
+
+
+@pytest.fixture
+def sigterm() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("sigterm")
+def test_sigterm_ends_serving_in_good_order() -> None:
+    made: list[ServingService] = []
+
+    def start() -> ServingService:
+        made.append(ServingService())
+        return made[-1]
+
+    words = ["serve", "--model", "org/name", "--port", str(free_port())]
+    found = CliRunner().invoke(main, words, obj=start)
+    assert found.exit_code == 0, found.output
+    assert made[0].closed
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def test_a_config_that_exists_is_kept_and_the_next_step_told(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text("mine")
+    found = serve("--model", "org/name", "--write-config", str(path))
+    assert found.exit_code == 1
+    assert "(File exists): choose another name" in found.stderr
+    assert path.read_text() == "mine"
+
+
+# --- API keys -----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("sigterm")
+def test_a_key_for_what_is_unknown_is_made_with_a_warning() -> None:
+    service = ServingService()
+    client = service.create_training_client(TrainingConfig(model_ref="m"))
+    saved = client.save_state().artifact_id
+    known = [f"--model={name}" for name in (client.id, saved, "base")]
+    found = call("api-keys", "create", *known, service=service)
+    assert (found.exit_code, found.stdout) == (0, "tgt-x\n")
+    assert "warning" not in found.stderr
+    found = call("api-keys", "create", *known, "--model", "typo", service=service)
+    assert (found.exit_code, found.stdout) == (0, "tgt-x\n")
+    assert found.stderr.count("warning: there is no run or artifact typo") == 1
+
+
+@pytest.mark.usefixtures("sigterm")
+def test_what_takes_time_is_told_on_stderr() -> None:
+    found = CliRunner(env={"FORCE_COLOR": "1", "TERM": "xterm"}).invoke(
+        main, ["api-keys", "create"], obj=ServingService
+    )
+    assert found.stdout == "tgt-x\n"
+    assert "opening the registry" in found.stderr

@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 
 import openai
 import pytest
+import ray
 from typer.testing import CliRunner
 
+from serve_app import application
 from serve_app.access import Access, HttpOptions
 from tg_tinker import (
     AccessDeniedError,
@@ -521,7 +523,7 @@ def test_sample_and_chat_talk_to_the_server(server: Server) -> None:
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "sampling.md"
-CURLS = re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.S)
+EXPORTS, *CURLS = re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.S)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
@@ -529,8 +531,80 @@ CURLS = re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.S)
 def test_the_curl_examples_of_the_docs_run(server: Server, command: str) -> None:
     places = {"TG_TINKER_URL": server.url, "TG_TINKER_API_KEY": server.key}
     found = subprocess.run(
-        ["bash", "-c", command], env=os.environ | places, capture_output=True, text=True, timeout=60
+        ["bash", "-c", EXPORTS + command],
+        env=os.environ | places,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert found.returncode == 0, found.stderr
     assert '"error"' not in found.stdout
     assert '"base"' in found.stdout or '"samples"' in found.stdout
+
+
+def test_the_docs_set_what_their_examples_use() -> None:
+    shown = EXPORTS + "env"
+    found = subprocess.run(
+        ["bash", "-c", shown], env={"PATH": os.environ["PATH"]}, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert "TG_TINKER_URL=http://127.0.0.1:8000/v1\n" in found.stdout
+    assert re.search("^TG_TINKER_API_KEY=.", found.stdout, re.M)
+
+
+# --- where to listen, and why not ----------------------------------------------------------------
+
+
+def test_ipv6_addresses_are_told_apart(server: Server, tiny_model: Path) -> None:
+    nobody = ServiceClient(tenant="keyless")
+    with pytest.raises(InvalidRequestError, match="make an API key first"):
+        nobody.serve_http(str(tiny_model), host="::", port=free_port())
+    with pytest.raises(ClusterUnavailableError, match="already, not at"):  # allowed, but late
+        nobody.serve_http(str(tiny_model), host="::1", port=free_port())
+    with pytest.raises(InvalidRequestError, match="has no address"):
+        nobody.serve_http(str(tiny_model), host="a..b")
+    with pytest.raises(NotFoundError, match="no such path"):
+        nobody.serve_http("/nope/missing")
+    nobody.close()
+
+
+def test_serve_does_not_share_the_port_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_: Any) -> None:
+        raise AssertionError("Serve was started")
+
+    monkeypatch.setattr(application, "_get_global_client", lambda **_: None)
+    monkeypatch.setattr(application, "_start", start)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ClusterUnavailableError, match=f"port {port} of 127.0.0.1"):
+            application.serve_http("127.0.0.1", port, 1, {}, open=True)
+
+
+@pytest.mark.parametrize(
+    ("last", "told"),
+    [
+        ("tg_tinker.errors.NotFoundError: the hub gave no model 'a/b'", "the hub gave no model"),
+        ("RuntimeError: what a file holds", ""),
+        ("tg_tinker.errors.NotFoundError: first\nRuntimeError: what a file holds", ""),
+    ],
+)
+def test_a_failed_start_is_explained_by_our_own_errors_only(last: str, told: str) -> None:
+    message = f"The deployment failed to start 3 times in a row. Error:\n  File x\n{last}\n"
+    found = application._reason(message)
+    assert found.startswith(told)
+    assert bool(found) == bool(told)
+
+
+def test_a_stream_that_is_left_behind_ends_in_silence_after_its_cluster() -> None:
+    class Answers:
+        def __iter__(self) -> Iterator[bytes]:
+            return iter([b"one", b"two"])
+
+        def cancel(self) -> None:
+            raise ray.exceptions.RaySystemError("the cluster has ended")
+
+    method = SimpleNamespace(remote=lambda sealed: Answers())
+    handle = SimpleNamespace(options=lambda **_: SimpleNamespace(stream=method))
+    begun: Any = application.Sampler(handle).stream(b"")
+    assert next(begun) == b"one"
+    begun.close()

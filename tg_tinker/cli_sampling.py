@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
-from tg_tinker.errors import InvalidRequestError
+from tg_tinker.errors import InvalidRequestError, TGTinkerError
 from tg_tinker.http_client import stream
+
+if TYPE_CHECKING:
+    from tg_tinker.service import ServiceClient
 
 commands = typer.Typer()
 api_keys = typer.Typer(
@@ -72,14 +78,17 @@ def serve(
     """
     from tg_tinker.cli import connector
     from tg_tinker.demo import find_demo_model
+    from tg_tinker.service import check_serving
 
     model = model or str(find_demo_model())
     if write_config is not None:
         _write_config(write_config, model, host, port, replicas)
         return
+    check_serving(model, host, port)
     console, stopped = Console(stderr=True), threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     with connector(ctx)() as service:
+        # Not before: Ray, when it starts, sets one of its own that prints frames.
+        signal.signal(signal.SIGTERM, lambda *_: stopped.set())
         with console.status("loading the model"):
             url = service.serve_http(model, host, port, max_replicas=replicas)
         keys = service.list_api_keys()
@@ -101,7 +110,9 @@ def _write_config(path: Path, model: str, host: str, port: int, replicas: int) -
         with path.open("x") as file:
             file.write(provided("serve_config")(model, "auto", host, port, replicas, "tg_tinker"))
     except OSError as error:
-        raise InvalidRequestError(f"cannot write {path}: {error.strerror}") from None
+        raise InvalidRequestError(
+            f"cannot write {path} ({error.strerror}): choose another name, or remove what is there"
+        ) from None
     typer.echo(f"{path}: deploy it with `serve deploy {path}`")
 
 
@@ -123,17 +134,32 @@ def sample(
     [cyan]tg-tinker sample "Once upon a time" --stream[/]
     [cyan]tg-tinker sample - --model ARTIFACT_ID --temperature 0 < prompt.txt[/]
     """
-    text = sys.stdin.read() if prompt == "-" else prompt
     body: dict[str, Any] = {
-        "model": model, "prompt": text, "max_tokens": max_tokens, "temperature": temperature,
-        "seed": seed,
+        "model": model, "prompt": _text(prompt), "max_tokens": max_tokens,
+        "temperature": temperature, "seed": seed,
     }  # fmt: skip
     parts = []
-    for event in stream(url, key, "completions", body):
-        parts.append(event["choices"][0]["text"])
-        if show_as_it_grows:
-            typer.echo(parts[-1], nl=False)
-    typer.echo("" if show_as_it_grows else "".join(parts))
+    try:
+        for event in stream(url, key, "completions", body):
+            parts.append(event["choices"][0]["text"])
+            if show_as_it_grows:
+                typer.echo(parts[-1], nl=False)
+    finally:
+        if show_as_it_grows and parts:  # also after Ctrl-C: the shell's prompt begins a line
+            typer.echo()
+    if not show_as_it_grows:
+        typer.echo("".join(parts))
+
+
+def _text(prompt: str) -> str:
+    try:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        text.encode()  # bytes that are no text may have come in as lone surrogates
+    except UnicodeError:
+        raise InvalidRequestError(
+            "the prompt is not UTF-8 text: convert it first, such as with `iconv -t utf-8`"
+        ) from None
+    return text
 
 
 @commands.command()
@@ -147,22 +173,40 @@ def chat(
 ) -> None:
     """Talk to a model on a running server; an empty line or Ctrl-D ends it.
 
+    Ctrl-C ends an answer. The exit status is 1 if one ended with an error.
+
     [cyan]tg-tinker chat --model ARTIFACT_ID[/]
     """
     messages: list[dict[str, str]] = []
+    failed = False
     if system is not None:
         messages.append({"role": "system", "content": system})
     while said := _ask():
         messages.append({"role": "user", "content": said})
         body = {"model": model, "messages": messages, "max_tokens": max_tokens,
                 "temperature": temperature}  # fmt: skip
-        answer = ""
-        for event in stream(url, key, "chat/completions", body):
-            part = event["choices"][0]["delta"]["content"]
-            answer += part
-            typer.echo(part, nl=False)
+        try:
+            answer = _answer(stream(url, key, "chat/completions", body))
+        except TGTinkerError as error:
+            Console(stderr=True).print(f"[red]error:[/] {escape(error.message)}", soft_wrap=True)
+            messages.pop()
+            failed = True
+        else:
+            messages.append({"role": "assistant", "content": answer})
+    raise typer.Exit(failed)
+
+
+def _answer(events: Iterator[dict[str, Any]]) -> str:
+    """Prints an answer as it grows, until its end or Ctrl-C."""
+    parts = []
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            for event in events:
+                parts.append(event["choices"][0]["delta"]["content"])
+                typer.echo(parts[-1], nl=False)
+    finally:
         typer.echo()
-        messages.append({"role": "assistant", "content": answer})
+    return "".join(parts)
 
 
 def _ask() -> str:
@@ -186,10 +230,12 @@ def create_key(
 
     [cyan]tg-tinker api-keys create --label laptop --model ARTIFACT_ID[/]
     """
-    from tg_tinker.cli import connector
-
-    with connector(ctx)() as service:
+    with _connected(ctx) as service:
         token, info = service.create_api_key(label, model or (), days)
+        unknown = set(model or ()) - _names(service)
+    for name in sorted(unknown):
+        typer.echo(f"warning: there is no run or artifact {name} yet: see `tg-tinker runs` and"
+                   " `tg-tinker artifacts list`", err=True)  # fmt: skip
     typer.echo(token)
     typer.echo(f"key {info.key_id}, until {info.expires_at:%Y-%m-%d}: keep it, it is not stored",
                err=True)  # fmt: skip
@@ -201,9 +247,9 @@ def list_keys(ctx: typer.Context) -> None:
 
     [cyan]tg-tinker api-keys list[/]
     """
-    from tg_tinker.cli import connector, print_table
+    from tg_tinker.cli import print_table
 
-    with connector(ctx)() as service:
+    with _connected(ctx) as service:
         known = service.list_api_keys()
     rows = [
         (key.key_id, key.label or "-", ", ".join(map(_short, key.models)) or "all",
@@ -221,11 +267,24 @@ def revoke_key(
 
     [cyan]tg-tinker api-keys revoke KEY_ID[/]
     """
-    from tg_tinker.cli import connector
-
-    with connector(ctx)() as service:
+    with _connected(ctx) as service:
         service.revoke_api_key(key_id)
     typer.echo(f"revoked {key_id}")
+
+
+@contextlib.contextmanager
+def _connected(ctx: typer.Context) -> Iterator[ServiceClient]:
+    """The service, and a line that says what takes time."""
+    from tg_tinker.cli import connector
+
+    with Console(stderr=True).status("opening the registry"), connector(ctx)() as service:
+        yield service
+
+
+def _names(service: ServiceClient) -> set[str]:
+    """What a key may be bound to: the base model alone, runs, artifacts."""
+    runs = {run.training_client_id for run in service.list_training_clients()}
+    return {"base"} | runs | {saved.artifact_id for saved in service.list_artifacts()}
 
 
 def _short(model: str) -> str:

@@ -455,7 +455,7 @@ def _refuse_another(address: str | None) -> None:
 
 def _connect(address: str | None) -> bool:
     """Connects this process; true if it had to start an embedded cluster."""
-    target = address or os.environ.get("RAY_ADDRESS") or _running_cluster()
+    target = address or os.environ.get("RAY_ADDRESS") or running_cluster()
     quiet = {"configure_logging": False, "log_to_driver": False, "logging_level": logging.ERROR}
     if target is None or target == "local":
         with _quiet_stderr(), _starting():
@@ -497,7 +497,7 @@ def _starting() -> Iterator[None]:
         ) from None
 
 
-def _running_cluster() -> str | None:
+def running_cluster() -> str | None:
     """The cluster that `ray start` left running on this machine. Embedded ones write no file."""
     try:
         # Anyone may write into the shared temporary directory: trust this user's file only.

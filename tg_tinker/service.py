@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import re
+import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -19,9 +20,15 @@ from typing import Any, Self
 
 from tg_tinker.audit_files import keep_head, paged, read_head, read_public_key
 from tg_tinker.audit_log import AuditHead, AuditRow, empty, parse_rows, verify
-from tg_tinker.cluster import Cluster, SamplerLink, TrainingLink, provided
+from tg_tinker.cluster import Cluster, SamplerLink, TrainingLink, provided, running_cluster
 from tg_tinker.config import DPConfig, ResourceConfig, TrainingConfig
-from tg_tinker.errors import ActorLostError, InvalidRequestError, NotFoundError, StorageError
+from tg_tinker.errors import (
+    ActorLostError,
+    ClusterUnavailableError,
+    InvalidRequestError,
+    NotFoundError,
+    StorageError,
+)
 from tg_tinker.ledger import Ledger
 from tg_tinker.privacy import DEFAULT_DATASET, PrivacyReport, dataset_of
 from tg_tinker.training import TrainingClient
@@ -48,6 +55,56 @@ def init_home(home: Path | None = None) -> Path:
             home,
         )
     return home
+
+
+def check_serving(model_ref: str, host: str, port: int) -> None:
+    """What would stop `ServiceClient.serve_http`, told before a cluster is started for it.
+
+    Raises:
+        NotFoundError: no such path; whether the hub has a model is not asked.
+        InvalidRequestError: a host without an address.
+        ClusterUnavailableError: the port is taken.
+    """
+    _check_path(model_ref)
+    addresses(host, port)
+    if (os.environ.get("RAY_ADDRESS") or running_cluster() or "local") == "local":
+        check_port(host, port)  # on a cluster that runs, its own Serve may have it
+
+
+def addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
+    """Families and socket addresses of a host, IPv4 first.
+
+    Raises:
+        InvalidRequestError: it has none.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        raise InvalidRequestError(
+            f"host {host!r} has no address: 127.0.0.1 is this machine, 0.0.0.0 all its networks"
+        ) from None
+    return sorted(((entry[0], entry[4]) for entry in found), key=lambda pair: pair[0])
+
+
+def check_port(host: str, port: int) -> None:
+    """Whether a program may listen there.
+
+    Serve itself sets SO_REUSEPORT: it would share the port of another server of this user.
+
+    Raises:
+        InvalidRequestError: a host without an address.
+        ClusterUnavailableError: the port is taken, or the system does not give it.
+    """
+    family, address = addresses(host, port)[0]
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Serve does
+            probe.bind(address)
+    except OSError as error:
+        raise ClusterUnavailableError(
+            f"cannot listen on port {port} of {host} ({error.strerror}): stop the program that has"
+            " it, or take another --port"
+        ) from None
 
 
 class ServiceClient:
@@ -237,15 +294,22 @@ class ServiceClient:
             The address, such as ``http://127.0.0.1:8000/v1``.
 
         Raises:
-            InvalidRequestError: an address that others reach, and no API key.
+            InvalidRequestError: a host without an address, or one that others reach, and no API
+                key.
+            NotFoundError: no such model.
+            ClusterUnavailableError: the port is taken, Serve runs at another address, or the model
+                does not start.
+            PlacementError: the cluster has no room for it.
         """
         config = _with_absolute_path(TrainingConfig(model_ref=model_ref, dtype=dtype))
+        _check_path(config.model_ref)
+        addresses(host, port)
         self._cluster.serve_http(
             host, port, max_replicas, self._sampler_place(config),
             tenant=self._tenant, open=not self._registry.wants_api_keys(self._tenant),
             most_tokens=max_tokens, most_at_once=max_concurrent, deadline_s=deadline_s,
         )  # fmt: skip
-        return f"http://{host}:{port}/v1"
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
     def metrics_urls(self) -> list[str]:
         """Where Prometheus finds what samplers count and time, an address for each node.
@@ -526,6 +590,18 @@ def _with_absolute_path(config: TrainingConfig) -> TrainingConfig:
     if not Path(config.model_ref).exists():
         return config
     return config.model_copy(update={"model_ref": str(Path(config.model_ref).absolute())})
+
+
+def _check_path(model_ref: str) -> None:
+    """A model that is a path, or no hub id, must be here: replicas find out late."""
+    path = Path(model_ref)
+    with contextlib.suppress(RuntimeError):  # ~ of a user that there is not
+        path = path.expanduser()
+    if not path.exists() and (model_ref.startswith(("/", ".", "~")) or model_ref.count("/") != 1):
+        raise NotFoundError(
+            f"model_ref {model_ref!r}: there is no such path here, and it is no hub id such as"
+            " 'org/name'"
+        )
 
 
 def _check_tenant(tenant: str) -> None:
