@@ -274,11 +274,13 @@ class Registry(Budgets, ApiKeys):
                 self._note(tx, tenant, who, "artifact.load", artifact_id)
             return key
 
-    def rotate_key(self) -> str:
+    def rotate_key(self, tenant: str) -> str:
         """A fresh primary key of the keyring, for all that is wrapped from now on, the keys of
         data sets among it; its id. `upkeep.rewrap` is for the artifacts."""
         name = self._keyring.rotate()
         self._rewrap_unit_keys()
+        with self._change() as tx:
+            self._note(tx, tenant, SDK, "key.rotate", name)
         return name
 
     def rewrapped(self, tenant: str, artifact_id: str, wrapped: bytes) -> bytes | None:
@@ -290,7 +292,7 @@ class Registry(Budgets, ApiKeys):
         key = self._keyring.unwrap(stored, context)
         return json.dumps(self._keyring.wrap(key, context)).encode()
 
-    def retire_key(self, key_id: str, artifacts: int) -> None:
+    def retire_key(self, tenant: str, key_id: str, artifacts: int) -> None:
         """Forgets a key that nothing needs; `artifacts` is how many are wrapped under it.
 
         Raises:
@@ -303,6 +305,8 @@ class Registry(Budgets, ApiKeys):
             )
         self._rewrap_unit_keys()
         self._keyring.retire(key_id)
+        with self._change() as tx:
+            self._note(tx, tenant, SDK, "key.retire", key_id)
 
     def key_ids(self) -> list[str]:
         """Of the keyring, oldest first; the last is the primary one."""

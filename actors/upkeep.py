@@ -53,10 +53,10 @@ def uses(registry: Registry, root: str) -> dict[str, int]:
     return counts
 
 
-def retire(registry: Registry, root: str, key_id: str) -> None:
+def retire(registry: Registry, root: str, tenant: str, key_id: str) -> None:
     """Destroys a key that opens nothing any more.
 
     Raises:
         InvalidRequestError: it is the primary one, or opens an artifact still.
     """
-    registry.retire_key(key_id, uses(registry, root).get(key_id, 0))
+    registry.retire_key(tenant, key_id, uses(registry, root).get(key_id, 0))

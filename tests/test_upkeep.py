@@ -53,14 +53,18 @@ def test_a_rotation_touches_no_data_and_everything_opens_before_and_after(
     service.registry.register_dataset(TENANT, "chats", 8.0, 1e-5, "example")
     units = service.registry.unit_key(TENANT, "chats")
     data = {path: path.read_bytes() for path in service.files() if path.suffix == ".enc"}
-    assert service.registry.rotate_key() == "k2"
+    assert service.registry.rotate_key(TENANT) == "k2"
     new = service.publish()
     assert [wrapped_under(service, a) for a in (*old, new)] == ["k1", "k1", "k2"]
     assert_same(service.fetch(old[0]), checkpoint())
     assert rewrapped(service) == [(artifact, "") for artifact in (*old, new)]
     assert {wrapped_under(service, a) for a in (*old, new)} == {"k2"}
     assert all(path.read_bytes() == content for path, content in data.items())
-    service.registry.retire_key("k1", 0)
+    service.registry.retire_key(TENANT, "k1", 0)
+    rows = [json.loads(row) for row in service.registry.audit_rows(TENANT, 0, 1000)]
+    assert [(r["event"], r["subject"]) for r in rows if r["event"].startswith("key.")] == [
+        ("key.rotate", "k2"), ("key.retire", "k1"),
+    ]  # fmt: skip
     again = Registry(f"sqlite:///{service.home / DATABASE}", service.home / KEYRING)
     assert again.key_ids() == ["k2"]
     assert again.unit_key(TENANT, "chats") == units
@@ -72,7 +76,7 @@ def test_a_rotation_that_is_broken_off_is_finished_later(
     service: Service, monkeypatch: pytest.MonkeyPatch, broken_at: int
 ) -> None:
     known = [service.publish() for _ in range(4)]
-    service.registry.rotate_key()
+    service.registry.rotate_key(TENANT)
     write, count = ArtifactStore.write_key, iter(range(100))
 
     def dying(self: ArtifactStore, *arguments: Any) -> None:
@@ -89,9 +93,9 @@ def test_a_rotation_that_is_broken_off_is_finished_later(
     for artifact in known:
         assert_same(service.fetch(artifact), checkpoint())
     with pytest.raises(InvalidRequestError, match=f"opens {4 - broken_at} artifacts"):
-        upkeep.retire(service.registry, str(service.root), "k1")
+        upkeep.retire(service.registry, str(service.root), TENANT, "k1")
     assert rewrapped(service) == [(artifact, "") for artifact in known]
-    upkeep.retire(service.registry, str(service.root), "k1")
+    upkeep.retire(service.registry, str(service.root), TENANT, "k1")
     for artifact in known:
         assert_same(service.fetch(artifact), checkpoint())
 
@@ -100,7 +104,7 @@ def test_an_artifact_that_cannot_be_rewrapped_is_named_and_holds_up_no_other(
     service: Service,
 ) -> None:
     known = [service.publish() for _ in range(3)]
-    service.registry.rotate_key()
+    service.registry.rotate_key(TENANT)
     (service.root / f"t/{TENANT}/keys/{known[1]}.json").write_bytes(b"{}")
     found = dict(rewrapped(service))
     assert [bool(found[artifact]) for artifact in known] == [False, True, False]
@@ -108,19 +112,19 @@ def test_an_artifact_that_cannot_be_rewrapped_is_named_and_holds_up_no_other(
 
 
 def test_a_key_that_is_primary_or_unknown_is_not_retired(service: Service) -> None:
-    service.registry.rotate_key()
+    service.registry.rotate_key(TENANT)
     for key_id in ("k2", "k9", ""):
         with pytest.raises(InvalidRequestError, match="cannot be retired"):
-            service.registry.retire_key(key_id, 0)
+            service.registry.retire_key(TENANT, key_id, 0)
 
 
 def test_what_only_a_retired_key_opens_is_lost(service: Service) -> None:
     """Destroying the key is what shreds a copy of the store that somebody kept."""
     artifact = service.publish()
     copy = service.store.read_key(TENANT, artifact)
-    service.registry.rotate_key()
+    service.registry.rotate_key(TENANT)
     rewrapped(service)
-    upkeep.retire(service.registry, str(service.root), "k1")
+    upkeep.retire(service.registry, str(service.root), TENANT, "k1")
     service.store.write_key(TENANT, artifact, copy)
     with pytest.raises(IntegrityError, match="needs key 'k1'"):
         service.fetch(artifact)

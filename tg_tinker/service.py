@@ -385,7 +385,7 @@ class ServiceClient:
 
     def rotate_key(self) -> str:
         """Makes a fresh primary key and returns its id; then call `rewrap_keys`."""
-        key_id: str = self._registry.rotate_key()
+        key_id: str = self._registry.rotate_key(self._tenant)
         return key_id
 
     def rewrap_keys(self) -> Iterator[tuple[str, str]]:
@@ -404,7 +404,7 @@ class ServiceClient:
         Raises:
             InvalidRequestError: it is the primary one, or still opens an artifact.
         """
-        provided("retire_key")(self._registry, self._store, key_id)
+        provided("retire_key")(self._registry, self._store, self._tenant, key_id)
 
     # --- audit log ---------------------------------------------------------------------------
 
