@@ -1,146 +1,158 @@
-"""Where sealed files lie: a local folder. It sees ciphertext, names and sizes only.
+"""Where sealed files lie: a local folder or a bucket. It sees ciphertext, names and sizes only.
 
     <root>/t/<tenant>/a/<artifact_id>/<file>      an artifact; its manifest.json is written last
     <root>/t/<tenant>/keys/<artifact_id>.json     its wrapped data key, the only mutable file
-
-    <root>/t/<tenant>/audit/<seq>.json            a signed head of its audit log
+    <root>/t/<tenant>/audit/<row>.json            a signed head of the audit log
 
 An artifact exists when its manifest does.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from tg_tinker.envelope import Buffer
+from actors.cloud import Bucket
+from actors.filesystems import RetryPolicy
+from actors.location import check_component, parse
+from actors.objects import Content, LocalFolder, Objects
 from tg_tinker.errors import InvalidRequestError, NotFoundError, StorageError
 
 MANIFEST = "manifest.json"
 
+PARALLEL = 4
+"""Files of an artifact that are written at the same time."""
+
+
+def open_objects(root: str, policy: RetryPolicy) -> Objects:
+    """The objects of a store. Nothing is connected or created before they are used.
+
+    Raises:
+        InvalidRequestError: neither a folder nor a URI that `location.parse` knows.
+    """
+    location = parse(root)
+    return LocalFolder(location) if isinstance(location, Path) else Bucket(location, policy)
+
 
 class ArtifactStore:
-    """Whole files, written durably or not at all."""
+    """Whole files, written durably or not at all.
 
-    def __init__(self, root: str) -> None:
-        if "://" in root:
-            raise InvalidRequestError(
-                f"store {root!r} is not a local folder: cloud stores are not supported yet"
-            )
-        self._root = Path(root)
+    Args:
+        root: a local folder, or `s3://`, `gs://`, `abfss://`, `hdfs://`, `file:///` with a bucket
+            and a prefix and without credentials, which come from the environment (`filesystems`).
+        policy: how long a store outside this machine may take.
+
+    Attributes:
+        objects: everything in the store, by name below the root.
+    """
+
+    def __init__(self, root: str, policy: RetryPolicy | None = None) -> None:
+        self.objects = open_objects(root, policy or RetryPolicy())
 
     def write_artifact(
-        self,
-        tenant: str,
-        artifact_id: str,
-        files: Mapping[str, Iterable[Buffer]],
-        key: bytes,
+        self, tenant: str, artifact_id: str, files: Mapping[str, Content], key: bytes,
         manifest: Callable[[], bytes],
-    ) -> None:
-        """Files, then the wrapped key, then the manifest; on failure nothing is left.
+    ) -> None:  # fmt: skip
+        """Files, several at a time, then the wrapped key, then the manifest, which is asked for
+        once the files are written.
+
+        Each has its size confirmed by the store. On failure what was written is removed as far as
+        the store lets us; what stays has no manifest, or a registry that does not know it, and
+        does not count. Writing the same again does no harm.
 
         Raises:
-            StorageError: the disk is full or refuses.
+            StorageError: the store refuses or does not answer; says what to do.
         """
-        folder, key_file = self._folder(tenant, artifact_id), self._key_file(tenant, artifact_id)
+        folder, key_name = _folder(tenant, artifact_id), _key_name(tenant, artifact_id)
+        if MANIFEST in files:
+            raise InvalidRequestError(f"{MANIFEST} is written last and is none of the files")
+        contents = {f"{folder}/{check_component(name)}": files[name] for name in files}
         try:
-            for name, content in files.items():
-                _write(folder / name, content)
-            _write(key_file, [key])
-            _write(folder / MANIFEST, [manifest()])
-            _sync_directory(folder.parent)
-        except OSError as error:
-            self.delete(tenant, artifact_id)
+            self._put_all(contents)
+            self.objects.put(key_name, key)
+            self.objects.put(f"{folder}/{MANIFEST}", manifest())
+        except StorageError as error:
+            left = self._discard(tenant, artifact_id)
             raise StorageError(
-                f"the store refused the artifact ({error.strerror or type(error).__name__}): free"
-                " or fix the disk and save again; training is not affected",
-                details={"errno": error.errno},
+                f"the artifact was not saved, training is not affected: {error.message}{left}",
+                details=error.details,
             ) from None
+        except BaseException:
+            self._discard(tenant, artifact_id)
+            raise
 
     def read(self, tenant: str, artifact_id: str, name: str) -> bytes:
-        return self._read(self._folder(tenant, artifact_id) / name, artifact_id)
+        return self._read(f"{_folder(tenant, artifact_id)}/{check_component(name)}", artifact_id)
 
     def read_key(self, tenant: str, artifact_id: str) -> bytes:
-        return self._read(self._key_file(tenant, artifact_id), artifact_id)
+        return self._read(_key_name(tenant, artifact_id), artifact_id)
 
     def write_key(self, tenant: str, artifact_id: str, key: bytes) -> None:
-        """Replaces a wrapped data key in one step."""
-        _write(self._key_file(tenant, artifact_id), [key])
-
-    def delete(self, tenant: str, artifact_id: str) -> None:
-        """Manifest first, so that it stops existing; then the key, then the data."""
-        folder = self._folder(tenant, artifact_id)
-        try:
-            (folder / MANIFEST).unlink(missing_ok=True)
-            self._key_file(tenant, artifact_id).unlink(missing_ok=True)
-            if folder.exists():
-                shutil.rmtree(folder)
-        except OSError as error:
-            raise StorageError(
-                f"the store kept files of {artifact_id} ({error.strerror}): remove {folder} by hand"
-            ) from None
+        """Replaces a wrapped data key, in one step where the store can."""
+        self.objects.put(_key_name(tenant, artifact_id), key)
 
     def write_audit_head(self, tenant: str, seq: int, head: bytes) -> None:
         """Keeps a signed head of the audit log; one of the same row is replaced."""
-        try:
-            _write(self._audit(tenant) / f"{seq}.json", [head])
-        except OSError as error:
-            raise StorageError(
-                f"the store refused a head of the audit log ({error.strerror}): free or fix the"
-                " disk"
-            ) from None
+        self.objects.put(f"{_audit(tenant)}/{seq}.json", head)
 
     def audit_heads(self, tenant: str) -> list[bytes]:
-        """All signed heads that were kept here."""
+        """All that are kept."""
+        names = [info.name for info in self.objects.list_below(_audit(tenant))]
+        kept = [name for name in names if not name.rpartition("/")[2].startswith(".")]
+        return [self.objects.read(name) for name in kept]
+
+    def delete(self, tenant: str, artifact_id: str) -> None:
+        """Manifest first, so that it stops existing; then the key, then the data."""
+        folder = _folder(tenant, artifact_id)
         try:
-            return [path.read_bytes() for path in self._audit(tenant).glob("[0-9]*.json")]
-        except OSError as error:
+            self.objects.delete(f"{folder}/{MANIFEST}")
+            self.objects.delete(_key_name(tenant, artifact_id))
+            self.objects.delete_all(folder)
+        except StorageError as error:
             raise StorageError(
-                f"the store does not give heads of the audit log: {error.strerror}"
+                f"the store kept files of {artifact_id}: {error.message}, or remove {folder} in"
+                " the store by hand",
+                details=error.details,
             ) from None
 
-    def _audit(self, tenant: str) -> Path:
-        return self._root / "t" / tenant / "audit"
+    def _put_all(self, contents: Mapping[str, Content]) -> None:
+        """Returns or raises when no upload is under way any more."""
+        with ThreadPoolExecutor(PARALLEL, thread_name_prefix="tg-store") as pool:
+            uploads = [pool.submit(self.objects.put, *item) for item in contents.items()]
+            try:
+                for upload in as_completed(uploads):
+                    upload.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
-    def _folder(self, tenant: str, artifact_id: str) -> Path:
-        return self._root / "t" / tenant / "a" / artifact_id
-
-    def _key_file(self, tenant: str, artifact_id: str) -> Path:
-        return self._root / "t" / tenant / "keys" / f"{artifact_id}.json"
-
-    def _read(self, path: Path, artifact_id: str) -> bytes:
+    def _discard(self, tenant: str, artifact_id: str) -> str:
+        """Removes what a failed save wrote; says what stayed."""
         try:
-            return path.read_bytes()
-        except FileNotFoundError:
+            self.delete(tenant, artifact_id)
+        except StorageError:
+            folder = _folder(tenant, artifact_id)
+            return f"; parts of it may be left in {folder} of the store and do not count"
+        return ""
+
+    def _read(self, name: str, artifact_id: str) -> bytes:
+        try:
+            return self.objects.read(name)
+        except NotFoundError:
+            file = name.rpartition("/")[2]
             raise NotFoundError(
-                f"artifact {artifact_id}: its file {path.name} is not in the store"
+                f"artifact {artifact_id}: its file {file} is not in the store"
             ) from None
-        except OSError as error:
-            raise StorageError(f"the store does not give {path.name}: {error.strerror}") from None
 
 
-def _write(path: Path, content: Iterable[Buffer]) -> None:
-    """Durable and whole: a hidden partial file, fsync, rename, fsync of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            for piece in content:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    _sync_directory(path.parent)
+def _folder(tenant: str, artifact_id: str) -> str:
+    return f"t/{check_component(tenant)}/a/{check_component(artifact_id)}"
 
 
-def _sync_directory(path: Path) -> None:
-    """Makes new names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _audit(tenant: str) -> str:
+    return f"t/{check_component(tenant)}/audit"
+
+
+def _key_name(tenant: str, artifact_id: str) -> str:
+    return f"t/{check_component(tenant)}/keys/{check_component(artifact_id)}.json"

@@ -415,11 +415,6 @@ def test_the_manifest_is_the_last_file_written(service: Service) -> None:
     assert times[f"{artifact}.json"] >= max(times[f"{name}.enc"] for name in written)
 
 
-def test_a_cloud_store_is_refused_not_made_as_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequestError, match="not a local folder"):
-        ArtifactStore("s3://bucket/prefix")
-
-
 # --- nothing readable at rest ----------------------------------------------------------------
 
 

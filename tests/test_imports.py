@@ -38,7 +38,8 @@ DOORS = {
     },
     "opacus": {"actors/accountants.py", "actors/model.py"},
     "cryptography": {"tg_tinker/envelope.py", "tg_tinker/segments.py"},
-    "pyarrow": {"tg_tinker/data.py"},
+    "pyarrow": {"tg_tinker/data.py", "actors/filesystems.py"},
+    "tenacity": {"actors/cloud.py"},
     "matplotlib": {"tg_tinker/plots.py"},
 }  # fmt: skip
 """Library -> the only files that may import it when they run."""

@@ -1,0 +1,119 @@
+"""Where a store is: a local folder, or a place that a URI names without any secret in it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from tg_tinker.errors import InvalidRequestError
+
+FORMS = {
+    "s3": "s3://BUCKET/PREFIX",
+    "gs": "gs://BUCKET/PREFIX",
+    "abfss": "abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PREFIX",
+    "hdfs": "hdfs://HOST:PORT/PREFIX",
+    "file": "file:///FOLDER",
+}
+
+_AUTHORITIES = {
+    "s3": r"(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{0,254})",
+    "gs": r"(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{0,254})",
+    "abfss": r"(?P<bucket>[a-z0-9$-]+)@(?P<host>[a-z0-9]+\.dfs(?:\.[a-z0-9-]+)+)",
+    "hdfs": r"(?P<host>[A-Za-z0-9._-]*)(?::(?P<port>[0-9]{1,5}))?",
+}
+
+_COMPONENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
+
+
+@dataclass(frozen=True)
+class Location:
+    """A place outside this machine.
+
+    Attributes:
+        scheme: `s3`, `gs`, `abfss` or `hdfs`.
+        bucket: bucket or container; empty for `hdfs`.
+        host: of the Azure account or the name node; empty otherwise, or for the default one.
+        port: of the name node; 0 for the default one.
+        prefix: components joined by `/`, or empty: all names of the store are below it.
+    """
+
+    scheme: str
+    bucket: str
+    host: str
+    port: int
+    prefix: str
+
+    @property
+    def root(self) -> str:
+        """The prefix as a path of pyarrow; on hdfs absolute, others are below a user's home."""
+        return f"{self.bucket}/{self.prefix}".rstrip("/") or "/"
+
+
+def parse(root: str) -> Path | Location:
+    """What `store=` names: text without a scheme is a local folder.
+
+    Raises:
+        InvalidRequestError: not one of `FORMS`. The text is not repeated: it may hold a secret.
+    """
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", root)  # C:/ is a folder
+    if not scheme:
+        return Path(root)
+    name, rest = scheme[1], root[scheme.end() - 1 :]
+    if name == "file":
+        return _folder(root)
+    authority, _, prefix = rest.removeprefix("//").partition("/")
+    known = re.fullmatch(_AUTHORITIES.get(name, r"(?!)"), authority)
+    if not known or not rest.startswith("//"):
+        raise _refused(name)
+    prefix = prefix.rstrip("/")
+    if prefix and not all(map(_COMPONENT.fullmatch, prefix.split("/"))):
+        raise _refused(name)
+    found = known.groupdict()
+    port = int(found.get("port") or 0)
+    return Location(name, found.get("bucket", ""), found.get("host", ""), port, prefix)
+
+
+def check_name(name: str) -> str:
+    """The name of an object, or of a folder of objects, itself.
+
+    Raises:
+        InvalidRequestError: a component is none.
+    """
+    for component in name.split("/"):
+        check_component(component)
+    return name
+
+
+def check_component(name: str) -> str:
+    """A name without a slash, itself.
+
+    Raises:
+        InvalidRequestError: it is empty, begins with a dot, is longer than 200 characters or has
+            other than ASCII letters, digits, dots, dashes and underscores. So no name leaves the
+            store, and none meets the hidden files of a local folder.
+    """
+    if not _COMPONENT.fullmatch(name):
+        raise InvalidRequestError(
+            f"{name[:80]!r} is no name in a store: use letters, digits, dots, dashes and"
+            " underscores, 1 to 200 of them and no dot in front"
+        )
+    return name
+
+
+def _folder(uri: str) -> Path:
+    parts = urlsplit(uri)
+    folder = unquote(parts.path)
+    local = uri.startswith("file://") and parts.netloc in ("", "localhost")
+    if not local or not folder.startswith("/") or "\0" in folder or parts.query or parts.fragment:
+        raise _refused("file")
+    return Path(folder)
+
+
+def _refused(scheme: str) -> InvalidRequestError:
+    forms = FORMS.get(scheme) or ", ".join(FORMS.values())
+    return InvalidRequestError(
+        f"a store is a local folder or has the form {forms}, as text, without user, password,"
+        " query or special characters: credentials come from the environment of the process"
+    )

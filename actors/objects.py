@@ -1,0 +1,208 @@
+"""What every store can do, and the local folder that does it.
+
+A store keeps named objects: whole byte strings under names whose components are joined by `/`.
+What the bytes mean, and that they are sealed, is not known here.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from actors.location import check_name
+from tg_tinker.errors import NotFoundError, StorageError
+
+Piece = bytes | bytearray | memoryview
+Content = bytes | Iterable[Piece]
+"""An object's bytes, whole or in pieces. A piece is used before the next one is asked for."""
+
+SMALL = 2**20
+"""Bytes. What is given whole and no larger is replaced in one step on every store but `hdfs`."""
+
+
+class ObjectInfo(NamedTuple):
+    name: str
+    size: int  # bytes
+    modified: datetime  # UTC, by the store's clock
+
+
+class Objects(Protocol):
+    """Named objects in one place. Any thread may call; a repeated call does no harm.
+
+    Every method raises InvalidRequestError for a name that is none (`check_name`), and
+    StorageError, which says what to do, when the store refuses or does not answer.
+    """
+
+    def put(self, name: str, content: Content) -> int:
+        """Writes an object durably, and returns its size in bytes, which the store confirmed.
+
+        An object that exists is replaced: in one step on a local folder, and elsewhere if it is
+        given whole and `SMALL`. What is larger or comes in pieces goes under a name of its own:
+        when it fails, the name is removed as far as possible, and a crash may leave part of it.
+        The pieces are gone through once per attempt; an iterator has one attempt only.
+        """
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Writes an object unless there is one: False when there is, which stays as it was.
+
+        Of several callers at once exactly one wins on a local folder. Elsewhere the library
+        knows no conditional write (apache/arrow#44281): two that look at the same moment both
+        write, and the later one's bytes stay.
+        """
+
+    def read(self, name: str) -> bytes:
+        """Raises NotFoundError when there is none."""
+
+    def size(self, name: str) -> int:
+        """Bytes. Raises NotFoundError when there is none."""
+
+    def list_below(self, folder: str = "") -> list[ObjectInfo]:
+        """All objects below a folder at any depth, by name; none if there is no such folder.
+
+        On a local folder also what a killed `put` left, or one under way: the last component of
+        such a name begins with a dot, and no other method takes it but `delete_all` of a folder.
+        """
+
+    def delete(self, name: str) -> None:
+        """Removes an object; none there is fine."""
+
+    def delete_all(self, folder: str) -> None:
+        """Removes all objects below a folder; none there is fine."""
+
+
+class LocalFolder:
+    """Objects as files: written hidden, synchronised, renamed, the folder synchronised.
+
+    Nothing is retried: after a failed fsync the pages may be gone (PostgreSQL, 2018), and a full
+    disk stays full. Folders that it makes have mode 0700.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def put(self, name: str, content: Content) -> int:
+        path = self._path(name)
+        with _typed("write", name), self._written(path, content) as (partial, size):
+            partial.replace(path)
+            _sync_folder(path.parent)
+        return size
+
+    def create(self, name: str, content: bytes) -> bool:
+        path = self._path(name)
+        with _typed("write", name), self._written(path, content) as (partial, _):
+            try:
+                path.hardlink_to(partial)
+            except FileExistsError:
+                return False
+            _sync_folder(path.parent)
+        return True
+
+    def read(self, name: str) -> bytes:
+        with _typed("read", name):
+            return self._path(name).read_bytes()
+
+    def size(self, name: str) -> int:
+        path = self._path(name)
+        with _typed("read", name):
+            if path.is_dir():
+                raise IsADirectoryError
+            return path.stat().st_size
+
+    def list_below(self, folder: str = "") -> list[ObjectInfo]:
+        with _typed("list", folder or "its root"):
+            return sorted(self._infos(self._path(folder) if folder else self._root))
+
+    def delete(self, name: str) -> None:
+        path = self._path(name)
+        with _typed("delete", name), suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
+            _sync_folder(path.parent)
+
+    def delete_all(self, folder: str) -> None:
+        path = self._path(folder)
+        with _typed("delete", folder), suppress(FileNotFoundError):
+            for parent, _, names in os.walk(path, topdown=False, onerror=_unless_gone):
+                for name in names:
+                    (Path(parent) / name).unlink(missing_ok=True)
+                Path(parent).rmdir()
+            _sync_folder(path.parent)
+
+    def _path(self, name: str) -> Path:
+        return self._root / check_name(name)
+
+    def _infos(self, folder: Path) -> Iterator[ObjectInfo]:
+        for parent, _, names in os.walk(folder, onerror=_unless_gone):
+            for path in (Path(parent) / name for name in names):
+                with suppress(FileNotFoundError):  # deleted or renamed meanwhile
+                    state = path.stat()
+                    name = path.relative_to(self._root).as_posix()
+                    modified = datetime.fromtimestamp(state.st_mtime, UTC)
+                    yield ObjectInfo(name, state.st_size, modified)
+
+    @contextmanager
+    def _written(self, path: Path, content: Content) -> Iterator[tuple[Path, int]]:
+        """A hidden, durable file beside `path` and its size; gone afterwards unless renamed."""
+        _make_folder(path.parent)
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        size = 0
+        try:
+            with partial.open("xb") as file:
+                for piece in pieces_of(content):
+                    size += file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+            yield partial, size
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def pieces_of(content: Content) -> Iterable[Piece]:
+    return [content] if isinstance(content, bytes) else content
+
+
+def _make_folder(path: Path) -> None:
+    """Each new folder is made durable in the one above it."""
+    if not path.is_dir():
+        _make_folder(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
+        _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    """Makes new names in a folder, and the loss of old ones, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+@contextmanager
+def _typed(action: str, name: str) -> Iterator[None]:
+    """Errors of the disk become ours, without the paths of this machine."""
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        if action == "read":
+            raise NotFoundError(f"{name} is not in the store") from None
+        raise _refusal(action, name, error) from None
+    except OSError as error:
+        raise _refusal(action, name, error) from None
+
+
+def _refusal(action: str, name: str, error: OSError) -> StorageError:
+    return StorageError(
+        f"the store refused to {action} {name} ({error.strerror or type(error).__name__}): free"
+        " or fix the disk and try again",
+        details={"errno": error.errno},
+    )
