@@ -33,6 +33,7 @@ bench: .venv/dev ## a step beside the plain padded PEFT loop; a private one besi
 	GOMP_SPINCOUNT=1000 $(BIN)/python tests/bench_sampling.py $(ARGS)
 	GOMP_SPINCOUNT=1000 $(BIN)/python tests/bench_serving.py
 	$(BIN)/python tests/bench_audit.py
+	$(BIN)/python tests/bench_sealing.py
 
 bench-utility: .venv/dev ## the demo with and without privacy: how much is still learned (20 minutes)
 	$(BIN)/python tests/bench_utility.py $(ARGS)

@@ -48,7 +48,7 @@ MOST_BODY_BYTES = 2**20
 BODY_S = 10.0
 """How long a body may take to arrive."""
 
-WAIT_S, POLL_S, MOST_WAITING = 10.0, 0.1, 32
+WAIT_S, POLL_S, MOST_WAITING = 10.0, 0.2, 32
 """How long `RUN@>=STEP` waits for its step, how often it looks, how many wait at a time."""
 
 _Body = TypeVar("_Body", CompletionBody, ChatBody, SampleBody)
