@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from actors.objects import sync_folder
 from tg_tinker.envelope import KEY_BYTES, derive_key, new_key, unwrap_key, wrap_key
 from tg_tinker.errors import IntegrityError, InvalidRequestError, StorageError
 
@@ -90,7 +91,7 @@ class FileKeyring:
         try:
             with _written(self._path, primary, keys) as partial:
                 partial.replace(self._path)
-                _sync_directory(self._path.parent)
+                sync_folder(self._path.parent)
         except OSError as error:
             raise StorageError(
                 f"cannot write the keyring {self._path} ({error.strerror}): nothing was changed"
@@ -140,11 +141,3 @@ def _written(path: Path, primary: str, keys: dict[str, bytes]) -> Iterator[Path]
         yield partial
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

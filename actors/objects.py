@@ -89,7 +89,7 @@ class LocalFolder:
         path = self._path(name)
         with _typed("write", name), self._written(path, content) as (partial, size):
             partial.replace(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         return size
 
     def create(self, name: str, content: bytes) -> bool:
@@ -99,7 +99,7 @@ class LocalFolder:
                 path.hardlink_to(partial)
             except FileExistsError:
                 return False
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         return True
 
     def read(self, name: str) -> bytes:
@@ -121,7 +121,7 @@ class LocalFolder:
         path = self._path(name)
         with _typed("delete", name), suppress(FileNotFoundError, NotADirectoryError):
             path.unlink()
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
 
     def delete_all(self, folder: str) -> None:
         path = self._path(folder)
@@ -130,7 +130,7 @@ class LocalFolder:
                 for name in names:
                     (Path(parent) / name).unlink(missing_ok=True)
                 Path(parent).rmdir()
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
 
     def _path(self, name: str) -> Path:
         return self._root / check_name(name)
@@ -170,10 +170,10 @@ def _make_folder(path: Path) -> None:
     if not path.is_dir():
         _make_folder(path.parent)
         path.mkdir(mode=0o700, exist_ok=True)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     """Makes new names in a folder, and the loss of old ones, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
