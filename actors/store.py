@@ -124,7 +124,7 @@ class ArtifactStore:
                 for upload in as_completed(uploads):
                     upload.result()
             except BaseException:
-                pool.shutdown(cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)  # leaving the pool waits
                 raise
 
     def _discard(self, tenant: str, artifact_id: str) -> str:

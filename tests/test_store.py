@@ -18,6 +18,7 @@ from threading import Barrier, Event
 from typing import Any
 
 import pytest
+from pyarrow import ArrowException
 
 from actors import artifacts
 from actors.filesystems import RetryPolicy, cause_of
@@ -713,11 +714,9 @@ class Spoiled:
         self._real, self._spoil = real, spoil
 
     def __getattr__(self, name: str) -> Any:
-        call = getattr(self._real, name)
-
         def counted(*arguments: Any, **options: Any) -> Any:
             self._spoil(name)
-            result = call(*arguments, **options)
+            result = getattr(self._real, name)(*arguments, **options)
             return Spoiled(result, self._spoil) if name == "open_output_stream" else result
 
         return counted
@@ -792,6 +791,28 @@ def test_an_object_that_came_short_is_noticed(s3: Server, monkeypatch: pytest.Mo
         store.write_artifact(TENANT, ARTIFACT, FILES, KEY, lambda: CONTENT_OF_MANIFEST)
     assert info.value.details["reason"] == "size_differs"
     assert store.objects.list_below() == []
+
+
+@pytest.mark.parametrize(
+    ("error", "details"),
+    [
+        (FileNotFoundError(2, "x"), {"reason": "no_bucket", "attempts": 1}),  # of gs
+        (ArrowException("Status(UNAUTHENTICATED"), {"reason": "access_denied", "attempts": 1}),
+        (OSError("x"), {"reason": "unavailable", "attempts": 2}),
+    ],
+)
+def test_every_kind_of_error_of_an_upload_is_a_typed_one(
+    s3: Server, monkeypatch: pytest.MonkeyPatch, error: Exception, details: dict[str, Any]
+) -> None:
+    def spoil(_: str) -> None:
+        raise error
+
+    enter(s3, monkeypatch)
+    objects = open_objects(s3.uri, RetryPolicy(attempts=2))
+    monkeypatch.setitem(vars(objects), "_files", Spoiled(None, spoil))
+    with pytest.raises(StorageError) as info:
+        objects.put("x", b"1")
+    assert info.value.details == details
 
 
 @pytest.mark.parametrize("mode", ["once", "from then on", "once, tried again"])

@@ -115,7 +115,8 @@ class ServiceClient:
             cluster that `ray start` left running here, else an embedded one.
         namespace: Ray namespace of the service's actors.
         tenant: a label that keeps runs and artifacts apart; not a security boundary.
-        store: folder of the sealed artifacts; in the home directory when None.
+        store: folder of the sealed artifacts, or a URI such as ``s3://bucket/prefix``; in the home
+            directory when None. Credentials come from the environment of the actors, never from it.
         database: SQLAlchemy URL of the registry; SQLite in the home directory when None.
         keyring: file with the tenant's keys; in the home directory when None.
 
