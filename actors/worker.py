@@ -213,12 +213,12 @@ class Worker:
             state = self.session.live_state(include_optimizer)
             checkpoint = Checkpoint(state, metadata, datetime.now(UTC))
             draft = Draft(self._registry, self._place.tenant, to_files(checkpoint))
-            saving = self._saver.submit(self._publish, draft, checkpoint)
         except BaseException:
             self._copies.release()
             raise
+        self.drafts[draft.artifact_id] = draft  # before the saver may look for it
+        saving = self._saver.submit(self._publish, draft, checkpoint)
         saving.add_done_callback(lambda _: self._copies.release())
-        self.drafts[draft.artifact_id] = draft
         self._saves[draft.artifact_id] = saving
         while len(self._saves) > KEPT_SAVES:
             self._saves.popitem(last=False)

@@ -253,7 +253,7 @@ class Replica:
 
     async def _report(self) -> None:
         while self.engines.alive:
-            with contextlib.suppress(InternalError):  # an engine left while it was asked
+            with contextlib.suppress(TGTinkerError):  # an engine left while it was asked
                 meters().load(await self.load())
             await asyncio.sleep(REPORT_S)
 
