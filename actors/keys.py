@@ -112,6 +112,8 @@ class FileKeyring:
         try:
             key_id = str(wrapped["key_id"])
             sealed = base64.b64decode(wrapped["wrapped"], validate=True)
+            if base64.b64encode(sealed).decode() != wrapped["wrapped"] or len(wrapped) != 2:
+                raise ValueError  # base64 has unused bits: one key, one text
         except (ValueError, KeyError, TypeError):
             raise IntegrityError("the wrapped data key is damaged: put its backup back") from None
         key = self._keys.get(key_id)

@@ -327,7 +327,7 @@ def _stored(wrapped: bytes) -> dict[str, str]:
         found = json.loads(wrapped)
     except ValueError:
         found = None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or json.dumps(found).encode() != wrapped:
         raise IntegrityError("a stored data key is damaged: put its backup back")
     return found
 

@@ -188,6 +188,16 @@ def test_one_flipped_byte_anywhere_in_any_file_is_noticed(service: Service) -> N
     assert_same(service.fetch(artifact), checkpoint())
 
 
+def test_a_wrapped_key_in_another_spelling_is_refused(service: Service) -> None:
+    artifact = service.publish()
+    path = service.root / f"t/{TENANT}/keys/{artifact}.json"
+    found = json.loads(path.read_bytes())
+    for text in (json.dumps(found, indent=1), json.dumps(found | {"note": ""})):
+        path.write_text(text)
+        with pytest.raises(IntegrityError):
+            service.fetch(artifact)
+
+
 def test_a_changed_file_is_named(service: Service) -> None:
     artifact = service.publish()
     path = service.root / f"t/{TENANT}/a/{artifact}/optimizer.safetensors.enc"

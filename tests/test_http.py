@@ -475,12 +475,17 @@ def test_requests_that_wait_for_a_step_hold_up_no_other(server: Server) -> None:
         body = {"model": model, "prompt": "a", "max_tokens": 1}
         return post(f"{server.url}/completions", server.key, body)[0]
 
-    with ThreadPoolExecutor(16) as pool:  # more than asyncio's own threads on a few cores
-        waiting = [pool.submit(ask, f"{server.tc.id}@>=99999") for _ in range(16)]
-        time.sleep(1)  # they are on their way: each waits ten seconds
-        assert ask(server.tc.id) == 200
-        assert not all(one.done() for one in waiting)  # had it waited for them, they would be
-        assert {one.result() for one in waiting} == {409}
+    def answered_before_they_are() -> bool:
+        with ThreadPoolExecutor(16) as pool:  # more than asyncio's own threads on a few cores
+            waiting = [pool.submit(ask, f"{server.tc.id}@>=99999") for _ in range(16)]
+            time.sleep(1)  # they are on their way: each waits ten seconds
+            assert ask(server.tc.id) == 200
+            before = not all(one.done() for one in waiting)
+            assert {one.result() for one in waiting} == {409}
+        return before
+
+    # had it waited for them, it would come last every time; a busy machine may be slow once
+    assert any(answered_before_they_are() for _ in range(4))
 
 
 def test_too_many_requests_of_a_key_are_told_when_to_come_back(server: Server) -> None:

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import stat
+import string
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,23 @@ def test_a_key_that_the_ring_does_not_have_is_named_with_those_it_has(keyring: P
 def test_a_damaged_wrapped_key_is_an_integrity_error(keyring: Path, wrong: Any) -> None:
     with pytest.raises(IntegrityError):
         FileKeyring(keyring).unwrap(wrong, CONTEXT)
+
+
+def test_one_wrapped_key_has_one_text(keyring: Path) -> None:
+    """The last character before the padding of base64 has two bits that no byte holds."""
+    ring = FileKeyring(keyring)
+    wrapped = ring.wrap(new_key(), CONTEXT)
+    text = wrapped["wrapped"]
+    last = text.rstrip("=")[-1]
+    others = [char for char in string.ascii_letters + string.digits + "+/" if char != last]
+    same = [
+        changed for char in others
+        if base64.b64decode(changed := text.rstrip("=")[:-1] + char + "=") == base64.b64decode(text)
+    ]  # fmt: skip
+    assert len(same) == 3
+    for changed in same:
+        with pytest.raises(IntegrityError):
+            ring.unwrap({**wrapped, "wrapped": changed}, CONTEXT)
 
 
 def test_a_keyring_never_prints_its_keys(keyring: Path) -> None:
