@@ -1,16 +1,18 @@
-"""docs/privacy.md names a test for each claim: every one of them exists."""
+"""docs/privacy.md and docs/security.md name a test for each claim: every one of them exists."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parent
-PAGE = TESTS.parent / "docs" / "privacy.md"
 
 
-def test_every_claim_names_tests_that_exist() -> None:
-    table = PAGE.read_text().partition("## Claims and the tests")[2]
+@pytest.mark.parametrize("page", ["privacy.md", "security.md"])
+def test_every_claim_names_tests_that_exist(page: str) -> None:
+    table = (TESTS.parent / "docs" / page).read_text().partition("## Claims and the tests")[2]
     rows = [line for line in table.splitlines() if line.startswith("|")][2:]
     defined = {
         name
