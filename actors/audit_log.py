@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 import sqlalchemy as sa
 
 from actors.database import METADATA, RUNS, Database
-from actors.keys import FileKeyring
+from actors.keys import KeyProvider
 from tg_tinker.audit_log import GENESIS, AuditHead, AuditRow, chained
 from tg_tinker.errors import NotFoundError, StorageError, TGTinkerError
 
@@ -49,7 +49,7 @@ _LAST = (
 class AuditLog(Database):
     """The part of the registry that remembers who did what."""
 
-    _keyring: FileKeyring
+    _keyring: KeyProvider
     _signing_key: bytes
 
     def __init__(self, database: str) -> None:

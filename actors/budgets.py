@@ -299,8 +299,8 @@ class Budgets(AuditLog):
         wrapped = json.loads(connection.execute(query).scalar_one())
         return self._keyring.unwrap(wrapped, context_of(tenant, dataset, "unit key"))
 
-    def _rewrap_unit_keys(self) -> None:
-        """Under the keyring's primary key."""
+    def rewrap_unit_keys(self) -> None:
+        """Wraps the keys of all data sets under the keyring's primary key."""
         with self._change() as tx:
             for row in tx.execute(sa.select(_datasets)).all():
                 context = context_of(row.tenant, row.id, "unit key")

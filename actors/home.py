@@ -9,22 +9,29 @@ from pathlib import Path
 from actors import signing
 from actors.keys import FileKeyring
 from tg_tinker.errors import StorageError
+from tg_tinker.keyrings import Variable, audit_folder, place_of
 
 DATABASE, KEYRING, STORE, MODELS = "registry.db", "keyring", "store", "models"
 
 
-def create(home: Path) -> bool:
+def create(home: Path, keyring: str | None = None) -> bool:
     """Makes a home of mode 0700: keyring, signing key, empty registry. False if there is one.
+
+    Args:
+        keyring: where it is if not in the home; one in the environment is never made here.
 
     Raises:
         StorageError: half a home: making the other half would hide that something was lost.
+        InvalidRequestError: `keyring` names nothing that could be one.
     """
-    keyring, database = home / KEYRING, home / DATABASE
-    if keyring.exists() and database.exists():
+    place, database = place_of(keyring or home / KEYRING), home / DATABASE
+    keys = audit_folder(place, home)
+    last = keys / signing.PUBLIC_KEY if isinstance(place, Variable) else place
+    if last.exists() and database.exists():
         return False
-    # An empty database without a keyring is a home whose making was interrupted.
-    if keyring.exists() or (database.exists() and database.stat().st_size):
-        missing = database if keyring.exists() else keyring
+    # An empty database without what is made last is a home whose making was interrupted.
+    if last.exists() or (database.exists() and database.stat().st_size):
+        missing = database if last.exists() else last
         raise StorageError(
             f"{home} has lost its {missing.name}: put the backup back, or choose another"
             " TG_TINKER_HOME"
@@ -36,12 +43,13 @@ def create(home: Path) -> bool:
     except OSError as error:
         raise StorageError(f"cannot make the home {home}: {error.strerror}") from None
     try:
-        signing.create(home)
-        FileKeyring.create(keyring)  # last: with it the home is there
+        signing.create(keys)
+        if isinstance(place, Path):
+            FileKeyring.create(place)  # last: with it the home is there
     except FileExistsError:
         return False  # another process was first, at this very moment
     except OSError as error:
-        raise StorageError(f"cannot write {keyring}: {error.strerror}") from None
+        raise StorageError(f"cannot write {last}: {error.strerror}") from None
     return True
 
 

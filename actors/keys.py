@@ -1,143 +1,223 @@
-"""The tenant's keys: a keyring file that wraps one data key per artifact.
+"""Who holds the tenant key: what every holder must do, and the two there are.
 
 The tenant key stays in the process of the registry; a training actor gets data keys only.
 """
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn, Protocol
 
+from actors.keyring import Keyring, Keys
 from actors.objects import sync_folder
-from tg_tinker.envelope import KEY_BYTES, derive_key, new_key, unwrap_key, wrap_key
 from tg_tinker.errors import IntegrityError, InvalidRequestError, StorageError
+from tg_tinker.keyrings import Variable, place_of
 
-_FORMAT = 1
+
+class KeyProvider(Protocol):
+    """Holds the tenant key and wraps data keys (32 bytes each) under it.
+
+    A provider guarantees that the tenant key leaves it by no method, `repr`, error or log; that
+    what it wrapped opens under the same `context` alone; that a key which it has named in
+    `key_ids` opens what it wrapped until it is retired; and that a change is durable when its
+    method returns, or did not happen. Only the registry calls it, one call at a time.
+
+    Any method may raise StorageError where the keys cannot be reached: a caller may try again.
+    The methods say what a key service (KMS), a security module (HSM, by PKCS#11) and age would
+    do. age knows no associated data and its identity is with the tenant alone, so an age provider
+    could only `wrap`: good for copies that the operator must not read, not for a registry.
+    """
+
+    provider: str
+    """A short name, which `EncryptionInfo.key_provider` shows."""
+
+    @property
+    def primary(self) -> str:
+        """Id of the key that `wrap` uses. Of a KMS: the version behind the key's name."""
+
+    @property
+    def key_ids(self) -> list[str]:
+        """All keys that `unwrap` knows, oldest first."""
+
+    def wrap(self, data_key: bytes, context: bytes) -> dict[str, str]:
+        """A JSON form of the data key under the primary key, bound to `context`: two fields,
+        `key_id` and `wrapped` (base64).
+
+        KMS: Encrypt with `context` in the encryption context. HSM: AES-GCM with `context` as
+        associated data under a key that cannot be extracted.
+        """
+
+    def unwrap(self, wrapped: dict[str, str], context: bytes) -> bytes:
+        """The data key. KMS: Decrypt; HSM: AES-GCM; age refuses.
+
+        Raises:
+            IntegrityError: a key that is not here, another context, or changed bytes.
+        """
+
+    def derive(self, purpose: bytes) -> tuple[str, bytes]:
+        """Id of the primary key, and 32 bytes made from it for one purpose: the same in each
+        process, and of no use to find the key.
+
+        KMS: GenerateMac over `purpose` under an HMAC key beside the wrapping key. HSM: the same
+        by CKM_SHA256_HMAC. age refuses.
+        """
+
+    def rotate(self) -> str:
+        """A fresh primary key; the older ones stay, for what they have wrapped. Its id.
+
+        KMS: a new version of the key. HSM: a new key beside the old one.
+
+        Raises:
+            InvalidRequestError: this provider cannot, or may not; says who can.
+        """
+
+    def retire(self, key_id: str) -> None:
+        """Forgets an older key for good: what it wrapped opens nowhere any more.
+
+        KMS: destroys the version, which takes effect after the days that the service sets; the
+        destruction of every version is the strong form of deletion. HSM: destroys the object.
+
+        Raises:
+            InvalidRequestError: there is no such key, or it is the primary one; or this provider
+                cannot, or may not: says who can.
+        """
 
 
-class FileKeyring:
+def open_keyring(where: str | os.PathLike[str]) -> KeyProvider:
+    """What `ServiceClient(keyring=...)` names.
+
+    Raises:
+        InvalidRequestError: it names nothing that could be a keyring.
+        StorageError: there is none, or others may read it.
+        IntegrityError: it is damaged.
+    """
+    place = place_of(where)
+    return EnvironmentKeyring(place) if isinstance(place, Variable) else FileKeyring(place)
+
+
+def new_text(after: str | None = None) -> str:
+    """The text of a fresh keyring, or that of `after` with a fresh primary key. Keep it secret."""
+    keys = Keys.new() if after is None else _read(place_of(after)).rotated()
+    return keys.text()
+
+
+class FileKeyring(Keyring):
     """Keys in a JSON file of mode 0600; refused when anyone else may read it."""
 
     provider = "file"
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
-            mode, text = stat.S_IMODE(path.stat().st_mode), path.read_bytes()
-        except OSError as error:
-            raise StorageError(
-                f"cannot read the keyring {path} ({error.strerror}): put its backup back, or"
-                " correct `keyring`"
-            ) from None
-        if mode & 0o077:
-            raise StorageError(
-                f"the keyring {path} has mode {mode:04o}, others may read it: chmod 600 it, and"
-                " treat its keys as known to others"
-            )
-        try:
-            content = json.loads(text)
-            self._keys = {
-                name: base64.b64decode(key, validate=True) for name, key in content["keys"].items()
-            }
-            self.primary: str = content["primary"]
-            self._primary_key = self._keys[self.primary]
-            if content["format"] != _FORMAT or {*map(len, self._keys.values())} != {KEY_BYTES}:
-                raise ValueError
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise IntegrityError(
-                f"the keyring {path} is damaged: put its backup back; without it no artifact opens"
-            ) from None
+        super().__init__(_read(path))
 
     @classmethod
     def create(cls, path: Path) -> FileKeyring:
         """A keyring with one fresh key; never touches one that exists."""
-        with _written(path, "k1", {"k1": new_key()}) as partial:
+        with _written(path, Keys.new()) as partial:
             path.hardlink_to(partial)  # fails if the keyring exists: no key is ever overwritten
         return cls(path)
 
-    @property
-    def key_ids(self) -> list[str]:
-        """Oldest first."""
-        return [*self._keys]
-
     def rotate(self) -> str:
-        """A fresh primary key; the older ones stay, for what they have wrapped. Its id."""
-        name = f"k{1 + max(int(key_id[1:]) for key_id in self._keys)}"
-        self._replace(name, self._keys | {name: new_key()})
-        return name
+        self._replace(self._keys.rotated())
+        return self.primary
 
     def retire(self, key_id: str) -> None:
-        """Forgets an older key for good: what it wrapped opens nowhere any more.
-
-        Raises:
-            InvalidRequestError: there is no such key, or it is the primary one.
-        """
-        if key_id not in self._keys or key_id == self.primary:
-            older = [name for name in self._keys if name != self.primary]
+        older = [name for name in self.key_ids if name != self.primary]
+        if key_id not in older:
             raise InvalidRequestError(
                 f"key {key_id!r} cannot be retired: choose among {older}, which a rotation"
                 " has replaced"
             )
-        left = {name: key for name, key in self._keys.items() if name != key_id}
-        self._replace(self.primary, left)
+        self._replace(self._keys.without(key_id))
 
-    def _replace(self, primary: str, keys: dict[str, bytes]) -> None:
+    def _replace(self, keys: Keys) -> None:
         """The file in one step; this object only once it is durable."""
         try:
-            with _written(self._path, primary, keys) as partial:
+            with _written(self._path, keys) as partial:
                 partial.replace(self._path)
                 sync_folder(self._path.parent)
         except OSError as error:
             raise StorageError(
                 f"cannot write the keyring {self._path} ({error.strerror}): nothing was changed"
             ) from None
-        self.primary, self._keys, self._primary_key = primary, keys, keys[primary]
+        self._keys = keys
 
-    def wrap(self, data_key: bytes, context: bytes) -> dict[str, str]:
-        """A JSON form of the data key under the primary key, bound to `context`."""
-        wrapped = wrap_key(self._primary_key, data_key, context)
-        return {"key_id": self.primary, "wrapped": base64.b64encode(wrapped).decode()}
 
-    def unwrap(self, wrapped: dict[str, str], context: bytes) -> bytes:
-        """The data key.
+class EnvironmentKeyring(Keyring):
+    """Keys in an environment variable, as a secret manager puts them there: read once, never
+    written."""
 
-        Raises:
-            IntegrityError: a key this ring does not have, another context, or changed bytes.
-        """
-        try:
-            key_id = str(wrapped["key_id"])
-            sealed = base64.b64decode(wrapped["wrapped"], validate=True)
-            if base64.b64encode(sealed).decode() != wrapped["wrapped"] or len(wrapped) != 2:
-                raise ValueError  # base64 has unused bits: one key, one text
-        except (ValueError, KeyError, TypeError):
-            raise IntegrityError("the wrapped data key is damaged: put its backup back") from None
-        key = self._keys.get(key_id)
-        if key is None:
-            raise IntegrityError(
-                f"the artifact needs key {key_id!r}, this keyring has"
-                f" {sorted(self._keys)}: use the keyring it was saved with"
-            )
-        return unwrap_key(key, sealed, context)
+    provider = "env"
 
-    def derive(self, purpose: bytes) -> tuple[str, bytes]:
-        """Id of the primary key, and a key made from it for one purpose."""
-        return self.primary, derive_key(self._primary_key, purpose)
+    def __init__(self, variable: Variable) -> None:
+        self._variable = variable
+        super().__init__(_read(variable))
+
+    def rotate(self) -> NoReturn:
+        raise InvalidRequestError(
+            f"the keyring in {self._variable} is read-only: put what `tg-tinker keys new --after"
+            f" {self._variable}` prints into your secret manager, restart the cluster with it,"
+            " then `tg-tinker keys rotate --resume`"
+        )
+
+    def retire(self, key_id: str) -> NoReturn:
+        raise InvalidRequestError(
+            f"the keyring in {self._variable} is read-only: once `tg-tinker keys list` counts no"
+            " artifact for a key, take it out of the text in your secret manager and restart the"
+            " cluster"
+        )
+
+
+def _read(place: Path | Variable) -> Keys:
+    text = _text_of(place) if isinstance(place, Variable) else _content_of(place)
+    try:
+        return Keys.parse(text)
+    except ValueError:
+        named = place if isinstance(place, Path) else f"in the environment variable {place.name}"
+        raise IntegrityError(
+            f"the keyring {named} is damaged: put its backup back; without it no artifact opens"
+        ) from None
+
+
+def _text_of(variable: Variable) -> str:
+    text = os.environ.get(variable.name)
+    if not text:
+        raise StorageError(
+            f"the environment variable {variable.name} holds no keyring: set it where the cluster"
+            " starts (`ray start`, or the program of an embedded one), or correct `keyring`;"
+            " `tg-tinker keys new` prints a fresh one"
+        )
+    return text
+
+
+def _content_of(path: Path) -> bytes:
+    try:
+        mode, content = stat.S_IMODE(path.stat().st_mode), path.read_bytes()
+    except OSError as error:
+        raise StorageError(
+            f"cannot read the keyring {path} ({error.strerror}): put its backup back, or"
+            " correct `keyring`"
+        ) from None
+    if mode & 0o077:
+        raise StorageError(
+            f"the keyring {path} has mode {mode:04o}, others may read it: chmod 600 it, and"
+            " treat its keys as known to others"
+        )
+    return content
 
 
 @contextmanager
-def _written(path: Path, primary: str, keys: dict[str, bytes]) -> Iterator[Path]:
+def _written(path: Path, keys: Keys) -> Iterator[Path]:
     """A durable keyring file of mode 0600 beside `path`; gone afterwards unless renamed."""
-    encoded = {name: base64.b64encode(key).decode() for name, key in keys.items()}
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "w") as file:
-            json.dump({"format": _FORMAT, "primary": primary, "keys": encoded}, file)
+            file.write(keys.text())
             file.flush()
             os.fsync(file.fileno())
         yield partial

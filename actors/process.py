@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tg_tinker.errors import InternalError, TGTinkerError
+from tg_tinker.keyrings import is_keyring
 from tg_tinker.wire import Reply
 
 SPIN = {"GOMP_SPINCOUNT": "1000"}
@@ -25,6 +26,16 @@ def harden() -> None:
         os.environ.setdefault(name, value)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def forget_keyrings() -> None:
+    """Takes keyrings out of the environment of a process that needs none, and of its children.
+
+    Every process of a cluster inherits what the cluster was started with. The system still shows
+    that in /proc/PID/environ, to the same user and to root.
+    """
+    for name in [name for name, value in os.environ.items() if is_keyring(value)]:
+        del os.environ[name]
 
 
 def reply_of(work: Callable[[], Any], request_id: str = "") -> Reply:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import secrets
 import time
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from actors.api_keys import ApiKeys
 from actors.audit_log import SDK, Details
 from actors.budgets import Budgets
 from actors.database import METADATA, RUNS
-from actors.keys import FileKeyring
+from actors.keys import open_keyring
 from tg_tinker.envelope import context_of, new_key
 from tg_tinker.errors import (
     ActorLostError,
@@ -55,9 +56,16 @@ class Registry(Budgets, ApiKeys):
     """Runs, their artifacts, the keys that open them, and by inheritance budgets, API keys and
     the audit log."""
 
-    def __init__(self, database: str, keyring: Path) -> None:
-        self._keyring = FileKeyring(keyring)
-        self._signing_key = signing.load(keyring.parent)
+    def __init__(
+        self, database: str, keyring: str | os.PathLike[str], audit_keys: Path | None = None
+    ) -> None:
+        """
+        Args:
+            keyring: a path, or ``env:NAME``.
+            audit_keys: folder of `audit.key` and `audit.pub`; beside a keyring file when None.
+        """
+        self._keyring = open_keyring(keyring)
+        self._signing_key = signing.load(audit_keys or Path(keyring).parent)
         super().__init__(database)
 
     # --- runs --------------------------------------------------------------------------------
@@ -278,7 +286,7 @@ class Registry(Budgets, ApiKeys):
         """A fresh primary key of the keyring, for all that is wrapped from now on, the keys of
         data sets among it; its id. `upkeep.rewrap` is for the artifacts."""
         name = self._keyring.rotate()
-        self._rewrap_unit_keys()
+        self.rewrap_unit_keys()
         with self._change() as tx:
             self._note(tx, tenant, SDK, "key.rotate", name)
         return name
@@ -303,7 +311,7 @@ class Registry(Budgets, ApiKeys):
                 f"key {key_id!r} still opens {artifacts} artifacts: `tg-tinker keys rotate"
                 " --resume` wraps them under the primary key"
             )
-        self._rewrap_unit_keys()
+        self.rewrap_unit_keys()
         self._keyring.retire(key_id)
         with self._change() as tx:
             self._note(tx, tenant, SDK, "key.retire", key_id)

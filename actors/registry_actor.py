@@ -16,20 +16,21 @@ from actors.registry import Registry
 from tg_tinker.cluster import REGISTRY_NAME
 from tg_tinker.envelope import new_key, open_payload, seal_payload
 from tg_tinker.errors import InvalidRequestError
+from tg_tinker.keyrings import place_of
 
 
 @ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)
 class RegistryActor:
     """Answers one sealed call at a time."""
 
-    def __init__(self, database: str, keyring: str) -> None:
+    def __init__(self, database: str, keyring: str, audit_keys: str) -> None:
         harden()
         self._key = new_key()
-        self._places = (database, Path(keyring))
+        self._places = (database, keyring, Path(audit_keys))
         self._registry: Registry | None = None
 
     def serves(self, database: str, keyring: str) -> bool:
-        return self._places == (database, Path(keyring))
+        return (database, place_of(keyring)) == (self._places[0], place_of(self._places[1]))
 
     def transport_key(self) -> bytes:
         return self._key
@@ -47,15 +48,19 @@ class RegistryActor:
         return getattr(self._registry, name)
 
 
-def start(namespace: str, database: str, keyring: str) -> Any:
+def start(namespace: str, database: str, keyring: str, audit_keys: str) -> Any:
     """The registry actor of a namespace: the running one, or a new one on this database.
+
+    Args:
+        keyring: a path or ``env:NAME``, never a key: Ray keeps arguments in clear.
+        audit_keys: folder of the keys that sign heads of audit logs.
 
     Raises:
         InvalidRequestError: the running one has another database or keyring.
     """
     actor = RegistryActor.options(  # type: ignore[attr-defined]
         name=REGISTRY_NAME, namespace=namespace, lifetime="detached", get_if_exists=True
-    ).remote(database, keyring)
+    ).remote(database, keyring, audit_keys)
     if not ray.get(actor.serves.remote(database, keyring)):
         raise InvalidRequestError(
             f"the service in namespace {namespace!r} runs on another database or keyring: leave out"

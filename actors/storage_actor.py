@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from actors.process import harden, reply_of
+from actors.process import forget_keyrings, harden, reply_of
 from actors.store import ArtifactStore
 from tg_tinker.wire import Reply
 
@@ -43,6 +43,7 @@ class StorageActor:
 
     def __init__(self) -> None:
         harden()
+        forget_keyrings()
 
     def write(
         self,

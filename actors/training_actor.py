@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.calls import Calls
-from actors.process import harden, reply_of
+from actors.process import forget_keyrings, harden, reply_of
 from tg_tinker.cluster import ActorInfo, RemoteRegistry
 from tg_tinker.config import TrainingConfig
 from tg_tinker.envelope import open_payload, seal_payload
@@ -45,6 +45,7 @@ class TrainingActor:
         home: str, registry: Any,
     ) -> None:  # fmt: skip
         harden()
+        forget_keyrings()
         self._registry = RemoteRegistry(registry)
         self._key = self._registry.key
         self._run_id, self._epoch = run_id, epoch

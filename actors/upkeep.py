@@ -28,10 +28,12 @@ def verify(registry: Registry, root: str, tenant: str) -> Iterator[tuple[str, st
 
 def rewrap(registry: Registry, root: str) -> Iterator[tuple[str, str]]:
     """Wraps the data key of every artifact under the primary key; (id, what is wrong) of each.
+    First those of the data sets: a keyring that is read-only was rotated elsewhere.
 
     Only key files are written, each in one step: broken off anywhere, every artifact opens as
     before, and the next call finds what is left.
     """
+    registry.rewrap_unit_keys()
     store = ArtifactStore(root)
     for tenant, artifact_id in registry.all_artifacts():
         try:

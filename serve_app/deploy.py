@@ -14,10 +14,11 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
-from actors.home import DATABASE, KEYRING, STORE
+from actors.home import DATABASE, STORE
 from serve_app.access import HttpOptions
 from serve_app.application import Place, bound
 from tg_tinker.cluster import provided
+from tg_tinker.keyrings import audit_folder, default_place, place_of
 from tg_tinker.service import home_directory
 
 
@@ -56,10 +57,12 @@ class Settings(BaseModel):
 def app(settings: Settings) -> serve.Application:
     """Starts the registry where none runs yet; its home must exist (`tg-tinker init`)."""
     home = Path(settings.home or home_directory())
+    keyring = place_of(settings.keyring) if settings.keyring else default_place(home)
     provided("registry")(
         settings.namespace,
         settings.database or f"sqlite:///{home / DATABASE}",
-        settings.keyring or str(home / KEYRING),
+        str(keyring),
+        str(audit_folder(keyring, home)),
     )
     place = Place(
         namespace=settings.namespace, model_ref=settings.model_ref, dtype=settings.dtype,

@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 
 from actors.completion import by_completion
-from actors.process import harden
+from actors.process import forget_keyrings, harden
 from serve_app.access import Access, Caller, HttpOptions
 from serve_app.events import lines, with_pulse
 from serve_app.protocol import (
@@ -63,6 +63,7 @@ class HttpReplica(Replica):
 
     def __init__(self, options: HttpOptions, *arguments: Any) -> None:
         harden()
+        forget_keyrings()
         super().__init__(*arguments)
         self._options = options
         self._access = Access(self.registry.typed, options)

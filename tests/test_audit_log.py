@@ -331,7 +331,7 @@ def test_a_step_shows_hmacs_under_the_key_of_its_run_and_no_hash(
     other = registry.create_run(US, CONFIG)
     registry.record(other, registry.claim(other), 1, "active", calls)
     found = [row for row in rows_of(registry) if row.event == "step"]
-    tenant_key = FileKeyring(place / KEYRING)._primary_key
+    tenant_key = FileKeyring(place / KEYRING)._keys.by_id["k1"]
     key = hkdf(tenant_key, f"tg-tinker audit hashes v1\n{run}".encode())
 
     def expected(*messages: str) -> str:
@@ -627,7 +627,7 @@ class LocalService(ServiceClient):
 
     def __init__(self, home: Path, tenant: str = US) -> None:
         self._home, self._tenant = home, tenant
-        self._store, self._keyring = str(home / STORE), home / KEYRING
+        self._store, self._audit_keys = str(home / STORE), home
         self._registry: Any = open_registry(home)
 
     def close(self) -> None:

@@ -62,7 +62,7 @@ def test_the_commands_are_these() -> None:
     assert {" ".join(words) for words in all_commands() if words} == {
         "demo", "init", "runs", "version",
         "artifacts", "artifacts list", "artifacts export", "artifacts delete", "artifacts verify",
-        "keys", "keys list", "keys rotate", "keys retire",
+        "keys", "keys list", "keys rotate", "keys retire", "keys new",
         "privacy", "privacy report", "privacy certificate", "privacy ledger", "privacy verify",
         "privacy audit", "serve", "sample", "chat",
         "audit-log", "audit-log show", "audit-log verify", "audit-log export",

@@ -71,7 +71,8 @@ main = typer.Typer(
 
       [cyan]tg-tinker serve[/]
 
-    All that lasts is in ~/.tg-tinker, or where TG_TINKER_HOME points.""",
+    All that lasts is in ~/.tg-tinker, or where TG_TINKER_HOME points; the keys
+    may be elsewhere, see [cyan]tg-tinker keys[/].""",
 )
 artifacts = typer.Typer(
     no_args_is_help=True,
@@ -173,6 +174,7 @@ def init(
     itself. Keep a copy of the keyring: without it no artifact can be opened.
 
       [cyan]tg-tinker init[/]
+      [cyan]TG_TINKER_KEYRING=env:TENANT_KEYS tg-tinker init[/]
     """
     from tg_tinker.service import init_home
 

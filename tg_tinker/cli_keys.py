@@ -1,4 +1,4 @@
-"""The commands about keys: `keys list`, `rotate` and `retire`."""
+"""The commands about keys: `keys list`, `rotate`, `retire` and `new`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ keys = typer.Typer(
     rich_markup_mode="rich",
     help="""The keys that all artifacts are encrypted under, through a key of each artifact.
 
+    They are in the file `keyring` of the home directory, or where
+    TG_TINKER_KEYRING says: a path, or env:NAME for a variable that holds the
+    text of a keyring, as a secret manager puts it there.
+
       [cyan]tg-tinker keys list[/]
       [cyan]tg-tinker keys rotate[/]
-      [cyan]tg-tinker keys retire k1[/]""",
+      [cyan]tg-tinker keys retire k1[/]
+      [cyan]tg-tinker keys new | your-secret-manager put tenant-keys[/]""",
 )
 
 
@@ -48,7 +53,10 @@ def rotate(
     nothing: who had the old keyring and a copy of the store can still read the
     copy. Back up the new keyring; then `retire` the old key.
 
+    A keyring in the environment is rotated where it comes from: see `keys new`.
+
       [cyan]tg-tinker keys rotate[/]
+      [cyan]tg-tinker keys rotate --resume[/]
     """
     from tg_tinker.cli import connector
 
@@ -78,6 +86,28 @@ def retire(
     with connector(ctx)() as service:
         service.retire_key(key_id)
     typer.echo(f"{key_id} is gone")
+
+
+@keys.command()
+def new(
+    after: Annotated[
+        str | None,
+        typer.Option(help="A path or env:NAME: its keys stay, and a fresh primary one joins them."),
+    ] = None,
+) -> None:
+    """Print the text of a fresh keyring, for a secret manager; nothing is changed.
+
+    It opens every artifact that will be saved under it: send it where it
+    belongs, and let no log or history keep it. To rotate a keyring that is in
+    the environment, print it with --after, store that, restart the cluster
+    with it, then `tg-tinker keys rotate --resume`.
+
+      [cyan]tg-tinker keys new | your-secret-manager put tenant-keys[/]
+      [cyan]tg-tinker keys new --after env:TENANT_KEYS | your-secret-manager put tenant-keys[/]
+    """
+    from tg_tinker.cluster import provided
+
+    typer.echo(provided("new_keyring")(after))
 
 
 def report(outcomes: Iterator[tuple[str, str]], title: str) -> int:

@@ -105,9 +105,10 @@ class Cluster:
             if self.embedded and not Cluster._embedded_users:
                 _ray().shutdown()
 
-    def registry(self, database: str, keyring: str) -> RemoteRegistry:
+    def registry(self, database: str, keyring: str, audit_keys: str) -> RemoteRegistry:
         with _translated():
-            return RemoteRegistry(provided("registry")(self.namespace, database, keyring))
+            actor = provided("registry")(self.namespace, database, keyring, audit_keys)
+            return RemoteRegistry(actor)
 
     def resources(self) -> dict[str, float]:
         with _translated():

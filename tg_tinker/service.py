@@ -29,6 +29,7 @@ from tg_tinker.errors import (
     NotFoundError,
     StorageError,
 )
+from tg_tinker.keyrings import audit_folder, default_place, place_of
 from tg_tinker.ledger import Ledger
 from tg_tinker.privacy import DEFAULT_DATASET, PrivacyReport, dataset_of
 from tg_tinker.training import TrainingClient
@@ -46,10 +47,15 @@ def home_directory() -> Path:
     return Path(os.environ.get("TG_TINKER_HOME") or "~/.tg-tinker").expanduser().absolute()
 
 
-def init_home(home: Path | None = None) -> Path:
-    """Makes the home directory where there is none: a keyring and an empty registry."""
+def init_home(home: Path | None = None, keyring: str | None = None) -> Path:
+    """Makes the home directory where there is none: a keyring and an empty registry.
+
+    Args:
+        keyring: where the keyring is, as `ServiceClient` takes it.
+    """
     home = home or home_directory()
-    if provided("home")(home):
+    place = default_place(home) if keyring is None else place_of(keyring)
+    if provided("home")(home, str(place)):
         _log.warning(
             "made a new home in %s: back up its keyring, it opens every artifact, and audit.key",
             home,
@@ -118,7 +124,8 @@ class ServiceClient:
         store: folder of the sealed artifacts, or a URI such as ``s3://bucket/prefix``; in the home
             directory when None. Credentials come from the environment of the actors, never from it.
         database: SQLAlchemy URL of the registry; SQLite in the home directory when None.
-        keyring: file with the tenant's keys; in the home directory when None.
+        keyring: file with the tenant's keys, or ``env:NAME`` for a variable that holds its text in
+            the environment of the cluster. None: TG_TINKER_KEYRING, else in the home directory.
 
     All lasting state is in the home directory (or where these point), none in the cluster.
     """
@@ -137,18 +144,20 @@ class ServiceClient:
         self._home = home_directory()
         self._tenant = tenant
         self._store = str(store or self._home / "store")
-        self._keyring = Path(keyring or self._home / "keyring")
+        place = place_of(keyring) if keyring else default_place(self._home)
+        self._audit_keys = audit_folder(place, self._home)
         self._cluster = Cluster(address, namespace)
         try:
             if self._cluster.embedded:
-                init_home(self._home)
+                init_home(self._home, str(place))
             elif not self._home.exists():
                 raise StorageError(
                     f"there is no home at {self._home}: run `tg-tinker init` on the head node once"
                 )
             self._registry = self._cluster.registry(
                 database or f"sqlite:///{self._home / 'registry.db'}",
-                str(self._keyring),
+                str(place),
+                str(self._audit_keys),
             )
             self._registry.key_info()  # a registry that cannot open its files says so now
         except BaseException:
@@ -444,7 +453,7 @@ class ServiceClient:
         if kept.exists():
             known.append(read_head(kept))
         now: AuditHead = self._registry.audit_head(self._tenant)
-        public_key = read_public_key(self._keyring.with_name("audit.pub"))
+        public_key = read_public_key(self._audit_keys / "audit.pub")
         for one in (*known, now):
             one.check(public_key)
         known += [] if head is None else [head]

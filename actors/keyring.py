@@ -1,0 +1,95 @@
+"""The text of a keyring, and what its keys do. Where the text lies is the affair of `keys`.
+
+{"format": 1, "primary": "k2", "keys": {"k1": "<base64>", "k2": "<base64>"}}
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from dataclasses import dataclass
+
+from tg_tinker.envelope import KEY_BYTES, derive_key, new_key, unwrap_key, wrap_key
+from tg_tinker.errors import IntegrityError
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, repr=False)
+class Keys:
+    """Tenant keys by id, oldest first. What is wrapped is wrapped under the primary one."""
+
+    primary: str
+    by_id: dict[str, bytes]
+
+    @classmethod
+    def new(cls) -> Keys:
+        return cls("k1", {"k1": new_key()})
+
+    @classmethod
+    def parse(cls, text: str | bytes) -> Keys:
+        """The inverse of `text`. Raises ValueError, without a word of the text, for any other."""
+        try:
+            content = json.loads(text)
+            by_id = {name: base64.b64decode(key, validate=True)
+                     for name, key in content["keys"].items()}  # fmt: skip
+            found, version = cls(content["primary"], by_id), content["format"]
+            named = all(re.fullmatch(r"k[1-9][0-9]{0,8}", name) for name in by_id)
+            whole = version == _FORMAT and {*map(len, by_id.values())} == {KEY_BYTES}
+            if named and whole and found.primary in by_id:
+                return found
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            pass
+        raise ValueError("not the text of a keyring")
+
+    def text(self) -> str:
+        """The keys in clear."""
+        encoded = {name: base64.b64encode(key).decode() for name, key in self.by_id.items()}
+        return json.dumps({"format": _FORMAT, "primary": self.primary, "keys": encoded})
+
+    def rotated(self) -> Keys:
+        """With a fresh primary key; the older ones stay, for what they have wrapped."""
+        name = f"k{1 + max(int(key_id[1:]) for key_id in self.by_id)}"
+        return Keys(name, self.by_id | {name: new_key()})
+
+    def without(self, key_id: str) -> Keys:
+        return Keys(self.primary, {name: k for name, k in self.by_id.items() if name != key_id})
+
+
+class Keyring:
+    """The part of a `KeyProvider` that is the same wherever the keys lie: they are in memory."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+
+    @property
+    def primary(self) -> str:
+        return self._keys.primary
+
+    @property
+    def key_ids(self) -> list[str]:
+        return [*self._keys.by_id]
+
+    def wrap(self, data_key: bytes, context: bytes) -> dict[str, str]:
+        wrapped = wrap_key(self._keys.by_id[self.primary], data_key, context)
+        return {"key_id": self.primary, "wrapped": base64.b64encode(wrapped).decode()}
+
+    def unwrap(self, wrapped: dict[str, str], context: bytes) -> bytes:
+        try:
+            key_id = str(wrapped["key_id"])
+            sealed = base64.b64decode(wrapped["wrapped"], validate=True)
+            if base64.b64encode(sealed).decode() != wrapped["wrapped"] or len(wrapped) != 2:
+                raise ValueError  # base64 has unused bits: one key, one text
+        except (ValueError, KeyError, TypeError):
+            raise IntegrityError("the wrapped data key is damaged: put its backup back") from None
+        key = self._keys.by_id.get(key_id)
+        if key is None:
+            raise IntegrityError(
+                f"the artifact needs key {key_id!r}, this keyring has"
+                f" {sorted(self._keys.by_id)}: use the keyring it was saved with"
+            )
+        return unwrap_key(key, sealed, context)
+
+    def derive(self, purpose: bytes) -> tuple[str, bytes]:
+        return self.primary, derive_key(self._keys.by_id[self.primary], purpose)

@@ -1,0 +1,62 @@
+"""Where a keyring is: what `keyring=` of `ServiceClient` and TG_TINKER_KEYRING may name.
+
+    /secure/keyring     a file of mode 0600
+    env:TENANT_KEYS     the same text in an environment variable of the registry's process
+
+It reads no keyring; `actors.keys` does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tg_tinker.errors import InvalidRequestError
+
+SETTING = "TG_TINKER_KEYRING"
+_ENVIRONMENT = "env:"
+
+
+@dataclass(frozen=True)
+class Variable:
+    """An environment variable that holds the text of a keyring."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"{_ENVIRONMENT}{self.name}"
+
+
+def place_of(keyring: str | os.PathLike[str]) -> Path | Variable:
+    """A path, or a variable for ``env:NAME``.
+
+    Raises:
+        InvalidRequestError: another form. The text is not repeated: it may be the keys themselves.
+    """
+    text = os.fspath(keyring)
+    variable = text.removeprefix(_ENVIRONMENT)
+    if variable != text and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
+        return Variable(variable)
+    if variable != text or "://" in text or "\0" in text or is_keyring(text):
+        raise InvalidRequestError(
+            "a keyring is the path of a file, or env:NAME for an environment variable that holds"
+            " its text; it is never the text itself, and key services are not supported yet"
+        )
+    return Path(text)
+
+
+def default_place(home: Path) -> Path | Variable:
+    """What `TG_TINKER_KEYRING` names, or the file `keyring` in the home directory."""
+    return place_of(os.environ.get(SETTING) or home / "keyring")
+
+
+def audit_folder(place: Path | Variable, home: Path) -> Path:
+    """Where `audit.key` and `audit.pub` lie: beside a keyring file, else in the home directory."""
+    return home if isinstance(place, Variable) else place.parent
+
+
+def is_keyring(text: str) -> bool:
+    """Whether a text looks like a keyring, a damaged one included."""
+    return '"keys"' in text and '"primary"' in text
