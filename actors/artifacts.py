@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from actors.audit_heads import keep_in
-from actors.audit_log import SDK
+from actors.capabilities import Capability
 from actors.manifest import Manifest, SealedFile
 from actors.registry import DATA_KEY, Registry
 from actors.state import WEIGHTS, from_files
@@ -40,10 +40,12 @@ class Draft:
     Sealing happens while somebody reads the parts: the ciphertext is never whole in memory.
     """
 
-    def __init__(self, registry: Registry, tenant: str, files: Mapping[str, Buffer]) -> None:
-        self.tenant = tenant
+    def __init__(
+        self, registry: Registry, capability: Capability, files: Mapping[str, Buffer]
+    ) -> None:
+        self.tenant = capability.tenant
         self.artifact_id = f"art-{int(time.time() * 1e3):011x}{secrets.token_hex(8)}"
-        self._key, self.wrapped_key = registry.new_data_key(tenant, self.artifact_id)
+        self._key, self.wrapped_key = registry.new_data_key(capability, self.artifact_id)
         self._files = files
         self._sealed: dict[str, SealedFile] = {}
 
@@ -124,30 +126,30 @@ def publish(
 
 
 def fetch(
-    registry: Registry, store: ArtifactStore, tenant: str, artifact_id: str, who: str = SDK
+    registry: Registry, store: ArtifactStore, capability: Capability, artifact_id: str
 ) -> dict[str, bytes]:
     """The files of an artifact in clear, after every one of them was verified.
 
-    Args:
-        who: reads it, for the audit log.
-
     Raises:
-        NotFoundError: unknown, deleted, or its files are gone.
+        NotFoundError: unknown, deleted, of another tenant, or its files are gone.
+        ActorLostError: the capability is of an actor that was replaced.
         IntegrityError: not what was published, or not for this key.
     """
-    manifest, key = _opened(registry, store, tenant, artifact_id, who)
+    manifest, key = _opened(registry, store, capability, artifact_id)
     return {name.removesuffix(".enc"): _file(store, manifest, key, name) for name in manifest.files}
 
 
 def _opened(
-    registry: Registry, store: ArtifactStore, tenant: str, artifact_id: str, who: str
+    registry: Registry, store: ArtifactStore, capability: Capability, artifact_id: str
 ) -> tuple[Manifest, bytes]:
     """The verified manifest of an artifact, and its data key."""
+    tenant = capability.tenant
     registry.artifact(tenant, artifact_id)
     content = store.read(tenant, artifact_id, MANIFEST)
     registry.check_manifest(tenant, artifact_id, content)
     manifest = Manifest.parse(content, tenant, artifact_id)
-    key = registry.open_data_key(tenant, artifact_id, store.read_key(tenant, artifact_id), who)
+    wrapped = store.read_key(tenant, artifact_id)
+    key = registry.open_data_key(capability, artifact_id, wrapped)
     committed = bytes.fromhex(manifest.commitment)
     check_commitment(key, context_of(tenant, artifact_id, DATA_KEY), committed)
     manifest.check(key)
@@ -185,7 +187,7 @@ def export_adapter(
         InvalidRequestError: the artifact holds all weights, not an adapter.
         StorageError: the target's disk is full or refuses; no half-written adapter is left.
     """
-    files = fetch(registry, ArtifactStore(store), tenant, artifact_id)
+    files = fetch(registry, ArtifactStore(store), registry.reader(tenant), artifact_id)
     adapter_config = from_files(files).state.adapter_config
     if adapter_config is None:
         raise InvalidRequestError(

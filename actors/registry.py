@@ -12,7 +12,8 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,19 @@ import sqlalchemy as sa
 
 from actors import signing
 from actors.api_keys import ApiKeys
-from actors.audit_log import SDK, Details
+from actors.audit_log import ANYONE, SDK, Details
 from actors.budgets import Budgets
+from actors.capabilities import READER, RUN, Capability, Issuer
 from actors.database import METADATA, RUNS
 from actors.keys import open_keyring
 from tg_tinker.envelope import context_of, new_key
 from tg_tinker.errors import (
+    AccessDeniedError,
     ActorLostError,
     IntegrityError,
     InvalidRequestError,
     NotFoundError,
+    StorageError,
 )
 from tg_tinker.types import ArtifactInfo, TrainingClientInfo
 
@@ -66,6 +70,7 @@ class Registry(Budgets, ApiKeys):
         """
         self._keyring = open_keyring(keyring)
         self._signing_key = signing.load(audit_keys or Path(keyring).parent)
+        self._issuer = Issuer(self._signing_key)
         super().__init__(database)
 
     # --- runs --------------------------------------------------------------------------------
@@ -184,16 +189,7 @@ class Registry(Budgets, ApiKeys):
             self._refusals_noted(tenant, who, "artifact.save", artifact_id),
             self._change() as tx,
         ):
-            current = tx.execute(
-                sa.select(RUNS.c.epoch).where(RUNS.c.id == run_id, RUNS.c.tenant == tenant)
-            ).scalar()
-            if current is None:
-                raise NotFoundError(f"no training client {run_id!r} of this tenant")
-            if current != epoch:
-                raise ActorLostError(
-                    f"this actor (epoch {epoch}) was replaced by epoch {current}: it may not"
-                    " publish; use get_training_client to reach the new one"
-                )
+            _check_epoch(tx, tenant, run_id, epoch)
             digest = hashlib.sha256(manifest).hexdigest()
             tx.execute(
                 _artifacts.insert().values(
@@ -258,29 +254,99 @@ class Registry(Budgets, ApiKeys):
 
     # --- keys --------------------------------------------------------------------------------
 
-    def new_data_key(self, tenant: str, artifact_id: str) -> tuple[bytes, bytes]:
-        """A fresh data key, and its wrapped form as stored beside the artifact."""
-        key = new_key()
-        wrapped = self._keyring.wrap(key, context_of(tenant, artifact_id, DATA_KEY))
-        return key, json.dumps(wrapped).encode()
-
-    def open_data_key(self, tenant: str, artifact_id: str, wrapped: bytes, who: str = SDK) -> bytes:
-        """The data key of an artifact that exists.
-
-        Args:
-            who: reads the artifact, for the audit log.
+    def capability(self, tenant: str, run_id: str, epoch: int) -> Capability:
+        """For the training actor that is started under an epoch just claimed.
 
         Raises:
-            NotFoundError: the artifact is unknown or deleted.
+            NotFoundError: this tenant has no such run.
+            ActorLostError: it was claimed again since.
+        """
+        with self._reading() as connection:
+            _check_epoch(connection, tenant, run_id, epoch)
+        return self._issuer.issue(RUN, tenant, f"{run_id}@{epoch}")
+
+    def reader(self, tenant: str, who: str = SDK) -> Capability:
+        """For whoever only reads; `who` is how the audit log names it.
+
+        Raises:
+            InvalidRequestError: `who` has the form of an actor's name.
+        """
+        if "@" in who:
+            raise InvalidRequestError("a reader does not call itself RUN@EPOCH: an actor does")
+        return self._issuer.issue(READER, tenant, who)
+
+    def new_data_key(self, shown: Capability, artifact_id: str) -> tuple[bytes, bytes]:
+        """A fresh data key, and its wrapped form as stored beside an artifact to be.
+
+        Raises:
+            AccessDeniedError: not the capability of a run, or the artifact is there already.
+            ActorLostError: the run has a newer actor.
+        """
+        with self._admitted(shown, "artifact.save", artifact_id):
+            if shown.kind != RUN:
+                raise AccessDeniedError("a reader makes no artifacts: the actor of a run does")
+            if self._tenant_of_artifact(artifact_id) is not None:
+                raise AccessDeniedError("there is an artifact of this id: a new one needs its own")
+            key = new_key()
+            wrapped = self._keyring.wrap(key, context_of(shown.tenant, artifact_id, DATA_KEY))
+            return key, json.dumps(wrapped).encode()
+
+    def open_data_key(self, shown: Capability, artifact_id: str, wrapped: bytes) -> bytes:
+        """The data key of an artifact that exists.
+
+        Raises:
+            NotFoundError: the artifact is unknown, deleted, or of another tenant.
+            AccessDeniedError: the capability is forged.
+            ActorLostError: it is of a run that has a newer actor.
             IntegrityError: the wrapped key is of another artifact or keyring.
         """
-        self._artifact(tenant, artifact_id)
-        with self._refusals_noted(tenant, who, "artifact.load", artifact_id):
+        tenant = shown.tenant
+        with self._admitted(shown, "artifact.load", artifact_id):
+            owner = self._tenant_of_artifact(artifact_id)
+            if owner not in (None, tenant):  # its owner learns of it, the other learns nothing
+                self._note_stranger(owner, "artifact.load", artifact_id)
+            self._artifact(tenant, artifact_id)
             context = context_of(tenant, artifact_id, DATA_KEY)
             key = self._keyring.unwrap(_stored(wrapped), context)
             with self._change() as tx:  # before the key is out
-                self._note(tx, tenant, who, "artifact.load", artifact_id)
+                self._note(tx, tenant, shown.who, "artifact.load", artifact_id)
             return key
+
+    @contextmanager
+    def _admitted(self, shown: Capability, event: str, artifact_id: str) -> Iterator[None]:
+        """Around what needs a genuine capability of today; a refusal inside is noted, too."""
+        owner = self._tenant_of_artifact(artifact_id)
+        if not self._issuer.genuine(shown):
+            if (concerned := owner or self._known_tenant(shown.tenant)) is not None:
+                self._note_stranger(concerned, event, artifact_id if owner else "")
+            raise AccessDeniedError(
+                "this capability was not issued here: data keys are given to the actor of a run"
+                " and to readers that this registry knows"
+            )
+        # What a reader calls an artifact may be any text.
+        subject = artifact_id if owner or shown.kind == RUN else ""
+        with self._refusals_noted(shown.tenant, shown.who, event, subject):
+            if shown.kind == RUN:
+                run_id, _, epoch = shown.who.rpartition("@")
+                with self._reading() as connection:
+                    _check_epoch(connection, shown.tenant, run_id, int(epoch))
+            yield
+
+    def _note_stranger(self, tenant: str | None, event: str, subject: str) -> None:
+        with suppress(StorageError):  # the refusal itself is what the caller must learn
+            self._note_refusal(str(tenant), ANYONE, event, subject, AccessDeniedError.code)
+
+    def _tenant_of_artifact(self, artifact_id: str) -> str | None:
+        """Of one that is deleted, too."""
+        query = sa.select(_artifacts.c.tenant).where(_artifacts.c.id == artifact_id)
+        with self._reading() as connection:
+            return connection.execute(query).scalar()
+
+    def _known_tenant(self, tenant: str) -> str | None:
+        """The tenant itself, if it has a run."""
+        query = sa.select(RUNS.c.tenant).where(RUNS.c.tenant == tenant).limit(1)
+        with self._reading() as connection:
+            return connection.execute(query).scalar()
 
     def rotate_key(self, tenant: str) -> str:
         """A fresh primary key of the keyring, for all that is wrapped from now on, the keys of
@@ -327,6 +393,20 @@ class Registry(Budgets, ApiKeys):
     def key_info(self) -> tuple[str, str]:
         """Id of the wrapping key, and its provider."""
         return self._keyring.primary, self._keyring.provider
+
+
+def _check_epoch(tx: sa.Connection, tenant: str, run_id: str, epoch: int) -> None:
+    """Refuses an actor that is not its run's newest one."""
+    current = tx.execute(
+        sa.select(RUNS.c.epoch).where(RUNS.c.id == run_id, RUNS.c.tenant == tenant)
+    ).scalar()
+    if current is None:
+        raise NotFoundError(f"no training client {run_id!r} of this tenant")
+    if current != epoch:
+        raise ActorLostError(
+            f"this actor (epoch {epoch}) was replaced by epoch {current}: it may not publish or"
+            " load; use get_training_client to reach the new one"
+        )
 
 
 def _stored(wrapped: bytes) -> dict[str, str]:

@@ -42,7 +42,7 @@ class TrainingActor:
 
     def __init__(
         self, namespace: str, tenant: str, run_id: str, epoch: int, config: str, store: str,
-        home: str, registry: Any,
+        home: str, registry: Any, capability: bytes,
     ) -> None:  # fmt: skip
         harden()
         forget_keyrings()
@@ -50,6 +50,7 @@ class TrainingActor:
         self._key = self._registry.key
         self._run_id, self._epoch = run_id, epoch
         self._arguments = (namespace, tenant, config, store, home)
+        self._capability = open_payload(self._key, capability)
         self._calls = Calls(epoch)
         self._worker: Worker | None = None
         self._progress = "starting"
@@ -162,7 +163,7 @@ class TrainingActor:
 
         namespace, tenant, config, store, home = self._arguments
         cache = Path(home) / MODELS
-        place = Place(tenant, self._run_id, self._epoch, store, cache)
+        place = Place(tenant, self._run_id, self._epoch, store, cache, self._capability)
         parsed = TrainingConfig.model_validate_json(config)
         carry = writer(namespace, store)
         self._worker = Worker(place, parsed, self._registry.typed, self._set_progress, carry)
@@ -192,13 +193,17 @@ class TrainingActor:
 
 def start(
     namespace: str, tenant: str, run_id: str, epoch: int, config: str, store: str, home: str,
-    registry: Any, num_cpus: float, num_gpus: float,
+    registry: Any, capability: bytes, num_cpus: float, num_gpus: float,
 ) -> Any:  # fmt: skip
-    """A new training actor under the run's name and epoch."""
+    """A new training actor under the run's name and epoch.
+
+    Args:
+        capability: sealed: Ray keeps arguments in clear.
+    """
     return TrainingActor.options(  # type: ignore[attr-defined]
         name=f"{run_id}@{epoch}",
         namespace=namespace,
         lifetime="detached",
         num_cpus=num_cpus,
         num_gpus=num_gpus,
-    ).remote(namespace, tenant, run_id, epoch, config, store, home, registry)
+    ).remote(namespace, tenant, run_id, epoch, config, store, home, registry, capability)

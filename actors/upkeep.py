@@ -16,10 +16,10 @@ def verify(registry: Registry, root: str, tenant: str) -> Iterator[tuple[str, st
 
     One that is damaged does not keep the others from being checked.
     """
-    store = ArtifactStore(root)
+    store, reader = ArtifactStore(root), registry.reader(tenant)
     for info in registry.artifacts(tenant):
         try:
-            from_files(fetch(registry, store, tenant, info.artifact_id))
+            from_files(fetch(registry, store, reader, info.artifact_id))
         except TGTinkerError as error:
             yield info.artifact_id, error.message
         else:

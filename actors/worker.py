@@ -16,6 +16,7 @@ from typing import Any
 
 from actors.artifacts import Draft, Write, fetch, publish, write
 from actors.budget import Budget
+from actors.capabilities import Capability
 from actors.engine import Session
 from actors.model import Base, Progress, compute_dtype, use_threads
 from actors.private import PrivateSession
@@ -55,13 +56,14 @@ KEPT_SAVES = 64
 
 @dataclass(frozen=True)
 class Place:
-    """Which run this is, and where its things lie."""
+    """Which run this is, where its things lie, and what lets it have data keys."""
 
     tenant: str
     run_id: str
     epoch: int
     store: str
     model_cache: Path
+    capability: Capability
 
 
 class Worker:
@@ -212,7 +214,7 @@ class Worker:
         try:
             state = self.session.live_state(include_optimizer)
             checkpoint = Checkpoint(state, metadata, datetime.now(UTC))
-            draft = Draft(self._registry, self._place.tenant, to_files(checkpoint))
+            draft = Draft(self._registry, self._place.capability, to_files(checkpoint))
         except BaseException:
             self._copies.release()
             raise
@@ -251,8 +253,7 @@ class Worker:
     def load_state(self, check_cancelled: Check, artifact_id: str) -> LoadStateResult:
         """Reads and verifies everything, then changes the session in one go."""
         check_cancelled()
-        who = f"{self._place.run_id}@{self._place.epoch}"
-        files = fetch(self._registry, self._store, self._place.tenant, artifact_id, who)
+        files = fetch(self._registry, self._store, self._place.capability, artifact_id)
         checkpoint = from_files(files)
         with self._changing:
             self._generation += 1

@@ -132,7 +132,8 @@ class Sources:
 
         def get() -> Snapshot:
             store = ArtifactStore(self._store)
-            files = fetch(self._registry, store, tenant, artifact_id, who)
+            reader = self._registry.reader(tenant, who)
+            files = fetch(self._registry, store, reader, artifact_id)
             return of_state(artifact_id, from_files(files).state, lora)
 
         return Source(artifact_id, artifact_id, shares_base(lora), get)

@@ -18,6 +18,7 @@ import torch
 
 from actors import artifacts
 from actors.artifacts import Draft
+from actors.capabilities import Capability
 from actors.home import DATABASE, KEYRING, create
 from actors.lineage import Lineage
 from actors.registry import Registry
@@ -61,6 +62,7 @@ class Service:
     store: ArtifactStore
     run: str
     epoch: int
+    capability: Capability
 
     @property
     def root(self) -> Path:
@@ -72,12 +74,14 @@ class Service:
             "run_id": self.run, "epoch": self.epoch, "step": saved.state.step,
             "include_optimizer": saved.state.optimizer is not None,
         } | changes  # fmt: skip
-        draft = Draft(self.registry, TENANT, to_files(saved))
+        draft = Draft(self.registry, self.capability, to_files(saved))
         artifacts.publish(self.registry, self.store, draft, **values)
         return draft.artifact_id
 
     def fetch(self, artifact: str, tenant: str = TENANT) -> Checkpoint:
-        return from_files(artifacts.fetch(self.registry, self.store, tenant, artifact))
+        return from_files(
+            artifacts.fetch(self.registry, self.store, self.registry.reader(tenant), artifact)
+        )
 
     def files(self) -> list[Path]:
         return sorted(path for path in self.root.rglob("*") if path.is_file())
@@ -92,7 +96,9 @@ def service(tmp_path: Path) -> Service:
     create(home)
     registry = Registry(f"sqlite:///{home / DATABASE}", home / KEYRING)
     run = registry.create_run(TENANT, TrainingConfig(model_ref="some/model").model_dump_json())
-    return Service(home, registry, ArtifactStore(str(home / "store")), run, registry.claim(run))
+    epoch = registry.claim(run)
+    capability = registry.capability(TENANT, run, epoch)
+    return Service(home, registry, ArtifactStore(str(home / "store")), run, epoch, capability)
 
 
 def assert_same(one: Checkpoint, other: Checkpoint) -> None:
@@ -130,11 +136,13 @@ def test_it_comes_back_through_another_registry_and_store(service: Service) -> N
     artifact = service.publish()
     again = Registry(f"sqlite:///{service.home / DATABASE}", service.home / KEYRING)
     store = ArtifactStore(str(service.root))
-    assert_same(from_files(artifacts.fetch(again, store, TENANT, artifact)), checkpoint())
+    assert_same(
+        from_files(artifacts.fetch(again, store, again.reader(TENANT), artifact)), checkpoint()
+    )
 
 
 def test_the_answer_says_what_is_on_disk_and_how_it_is_sealed(service: Service) -> None:
-    draft = Draft(service.registry, TENANT, to_files(checkpoint()))
+    draft = Draft(service.registry, service.capability, to_files(checkpoint()))
     size, seal = artifacts.publish(
         service.registry, service.store, draft, run_id=service.run, epoch=service.epoch, step=3,
         include_optimizer=True,
@@ -268,7 +276,7 @@ def test_another_keyring_opens_nothing(service: Service) -> None:
     create(service.home / "other")
     other = Registry(f"sqlite:///{service.home / DATABASE}", service.home / "other" / KEYRING)
     with pytest.raises(IntegrityError, match="keyring"):
-        artifacts.fetch(other, service.store, TENANT, artifact)
+        artifacts.fetch(other, service.store, other.reader(TENANT), artifact)
 
 
 def test_another_tenant_fetches_exports_and_deletes_nothing(

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +239,7 @@ def moved(service: Service, monkeypatch: pytest.MonkeyPatch, text: str) -> Servi
     monkeypatch.setenv(VARIABLE, text)
     (service.home / KEYRING).unlink(missing_ok=True)
     registry = Registry(f"sqlite:///{service.home / DATABASE}", WHERE, service.home)
-    return Service(service.home, registry, service.store, service.run, service.epoch)
+    return replace(service, registry=registry)
 
 
 def test_a_keyring_moves_into_the_environment_and_rotates_there(

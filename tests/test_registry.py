@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from actors.capabilities import Capability
 from actors.home import DATABASE, KEYRING, create
 from actors.registry import Registry
 from tg_tinker import TrainingConfig
@@ -48,6 +49,11 @@ def registry(place: Path) -> Registry:
 @pytest.fixture
 def run(registry: Registry) -> str:
     return registry.create_run(US, CONFIG)
+
+
+def writer(registry: Registry, run: str) -> Capability:
+    """Of the run's next actor."""
+    return registry.capability(US, run, registry.claim(run))
 
 
 def publish(registry: Registry, run: str, artifact: str = "art-1", **changes: object) -> str:
@@ -213,7 +219,7 @@ def uses(registry: Registry, wrapped: bytes) -> list[Callable[[str], object]]:
     return [
         lambda tenant: registry.artifact(tenant, "art-1"),
         lambda tenant: registry.check_manifest(tenant, "art-1", MANIFEST),
-        lambda tenant: registry.open_data_key(tenant, "art-1", wrapped),
+        lambda tenant: registry.open_data_key(registry.reader(tenant), "art-1", wrapped),
         lambda tenant: registry.delete_artifact(tenant, "art-1"),
     ]
 
@@ -221,9 +227,9 @@ def uses(registry: Registry, wrapped: bytes) -> list[Callable[[str], object]]:
 def test_a_deleted_artifact_stays_deleted_and_its_key_does_not_open(
     registry: Registry, place: Path, run: str
 ) -> None:
-    key, wrapped = registry.new_data_key(US, "art-1")
+    key, wrapped = registry.new_data_key(writer(registry, run), "art-1")
     publish(registry, run)
-    assert registry.open_data_key(US, "art-1", wrapped) == key
+    assert registry.open_data_key(registry.reader(US), "art-1", wrapped) == key
     registry.delete_artifact(US, "art-1")
     for again in (registry, open_registry(place)):
         assert again.artifacts(US) == []
@@ -236,7 +242,7 @@ def test_a_deleted_artifact_stays_deleted_and_its_key_does_not_open(
 
 
 def test_another_tenant_sees_no_run_no_artifact_and_no_key(registry: Registry, run: str) -> None:
-    _, wrapped = registry.new_data_key(US, "art-1")
+    _, wrapped = registry.new_data_key(writer(registry, run), "art-1")
     publish(registry, run)
     assert registry.runs(THEM) == registry.artifacts(THEM) == []
     for use in (lambda tenant: registry.run(tenant, run), *uses(registry, wrapped)):
@@ -266,25 +272,25 @@ def test_another_tenant_cannot_publish_into_a_run(registry: Registry, run: str) 
 
 
 def test_a_data_key_belongs_to_one_tenant_and_one_artifact(registry: Registry, run: str) -> None:
-    _, wrapped = registry.new_data_key(US, "art-1")
+    _, wrapped = registry.new_data_key(writer(registry, run), "art-1")
     theirs = registry.create_run(THEM, CONFIG)
     publish(registry, run, "art-2")
     publish(registry, theirs, "art-3", tenant=THEM)
     for tenant, artifact in ((US, "art-2"), (THEM, "art-3")):
         with pytest.raises(IntegrityError):
-            registry.open_data_key(tenant, artifact, wrapped)
+            registry.open_data_key(registry.reader(tenant), artifact, wrapped)
 
 
 def test_a_data_key_opens_only_once_its_artifact_is_published(registry: Registry, run: str) -> None:
-    key, wrapped = registry.new_data_key(US, "art-1")
+    key, wrapped = registry.new_data_key(writer(registry, run), "art-1")
     with pytest.raises(NotFoundError):
-        registry.open_data_key(US, "art-1", wrapped)
+        registry.open_data_key(registry.reader(US), "art-1", wrapped)
     publish(registry, run)
-    assert registry.open_data_key(US, "art-1", wrapped) == key
+    assert registry.open_data_key(registry.reader(US), "art-1", wrapped) == key
 
 
-def test_every_data_key_is_fresh_and_wrapped(registry: Registry) -> None:
-    made = [registry.new_data_key(US, "art-1") for _ in range(5)]
+def test_every_data_key_is_fresh_and_wrapped(registry: Registry, run: str) -> None:
+    made = [registry.new_data_key(writer(registry, run), "art-1") for _ in range(5)]
     assert len({key for key, _ in made}) == 5
     for key, wrapped in made:
         assert key not in wrapped
@@ -299,23 +305,23 @@ def test_a_damaged_key_file_is_an_integrity_error(
 ) -> None:
     publish(registry, run)
     with pytest.raises(IntegrityError):
-        registry.open_data_key(US, "art-1", damage)
+        registry.open_data_key(registry.reader(US), "art-1", damage)
 
 
 # --- the database ----------------------------------------------------------------------------
 
 
 def test_the_state_survives_a_second_registry(registry: Registry, place: Path, run: str) -> None:
-    key, wrapped = registry.new_data_key(US, "art-1")
+    key, wrapped = registry.new_data_key(writer(registry, run), "art-1")
     publish(registry, run)
-    registry.record(run, 1, 3, "active")
+    registry.record(run, 2, 3, "active")
     again = open_registry(place)
     assert again.runs(US) == registry.runs(US)
     assert again.artifacts(US) == registry.artifacts(US)
-    assert again.open_data_key(US, "art-1", wrapped) == key
+    assert again.open_data_key(again.reader(US), "art-1", wrapped) == key
     again.check_manifest(US, "art-1", MANIFEST)
-    assert again.claim(run) == 2
-    assert registry.run(US, run)[0].epoch == 2, "the first registry kept something in memory"
+    assert again.claim(run) == 3
+    assert registry.run(US, run)[0].epoch == 3, "the first registry kept something in memory"
 
 
 def test_a_change_is_on_disk_when_the_call_returns(place: Path, run: str) -> None:

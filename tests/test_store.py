@@ -295,13 +295,17 @@ class TestArtifactsInEveryStore:
         )
         run = registry.create_run(TENANT, TrainingConfig(model_ref="m").model_dump_json())
         files = {"weights": bytes(range(256)) * 9000, "state": b"{}"}
-        draft = artifacts.Draft(registry, TENANT, files)
+        epoch = registry.claim(run)
+        draft = artifacts.Draft(registry, registry.capability(TENANT, run, epoch), files)
         size, _ = artifacts.publish(
-            registry, ArtifactStore(root), draft, run_id=run, epoch=registry.claim(run), step=1,
+            registry, ArtifactStore(root), draft, run_id=run, epoch=epoch, step=1,
             include_optimizer=False,
         )  # fmt: skip
         artifact = draft.artifact_id
-        assert artifacts.fetch(registry, ArtifactStore(root), TENANT, artifact) == files
+        assert (
+            artifacts.fetch(registry, ArtifactStore(root), registry.reader(TENANT), artifact)
+            == files
+        )
         stored = ArtifactStore(root).objects.list_below(f"t/{TENANT}/a")
         assert sum(info.size for info in stored) == size
         artifacts.delete(registry, root, TENANT, artifact)

@@ -260,7 +260,9 @@ def test_training_is_held_up_by_the_copy_alone(
         answer.wait(60)
         write(store, draft)
 
-    place = Place(TENANT, service.run, service.epoch, str(service.root), tmp_path)
+    place = Place(
+        TENANT, service.run, service.epoch, str(service.root), tmp_path, service.capability
+    )
     worker = Worker(place, config(tiny_model), service.registry, lambda _: None, stuck)
     expected = weights(worker.session)
     saving = worker.save_state(lambda: None, True, {})
@@ -284,7 +286,9 @@ def test_copies_in_memory_are_bounded(service: Service, tiny_model: Path, tmp_pa
         answer.wait(60)
         raise StorageError("full")
 
-    place = Place(TENANT, service.run, service.epoch, str(service.root), tmp_path)
+    place = Place(
+        TENANT, service.run, service.epoch, str(service.root), tmp_path, service.capability
+    )
     worker = Worker(place, config(tiny_model), service.registry, lambda _: None, stuck)
     saves: list[Saving] = []
 

@@ -11,7 +11,7 @@ import os
 import queue
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -209,7 +209,7 @@ class RemoteRegistry:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             try:
-                sealed = ask(self.actor.call, self._sealed(name, arguments))
+                sealed = ask(self.actor.call, self.sealed((name, arguments)))
             except ActorLostError:
                 raise ClusterUnavailableError(
                     "the registry's actor is gone: close this ServiceClient and open a new one;"
@@ -222,10 +222,11 @@ class RemoteRegistry:
     def notify(self, name: str, *arguments: Any) -> Any:
         """Calls without waiting for, or learning of, the outcome; a ref to wait by."""
         with _translated():
-            return self.actor.call.remote(self._sealed(name, arguments))
+            return self.actor.call.remote(self.sealed((name, arguments)))
 
-    def _sealed(self, name: str, arguments: Sequence[Any]) -> bytes:
-        return seal_payload(self.key, (name, arguments))
+    def sealed(self, value: Any) -> bytes:
+        """For whoever has the transport key."""
+        return seal_payload(self.key, value)
 
 
 class TrainingLink:

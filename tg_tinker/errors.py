@@ -6,7 +6,7 @@
     │   ├── VersionGoneError               a run is at another step than the one asked for
     │   ├── ArtifactMismatchError          an artifact of another model, rank or layer set
     │   └── LineageError                   a private run may not start from these weights
-    ├── AccessDeniedError                  an API key that is missing or opens nothing
+    ├── AccessDeniedError                  an API key or a capability that opens nothing
     ├── NonFiniteError                     loss or gradient is NaN or infinite; weights as before
     ├── WindowSpoiledError                 an earlier call of this step failed; it is dropped
     ├── DPBudgetExceededError              the privacy budget cannot pay for the step

@@ -491,6 +491,9 @@ class ServiceClient:
             store=self._store,
             home=str(self._home),
             registry=self._registry.actor,
+            capability=self._registry.sealed(
+                self._registry.capability(self._tenant, run_id, epoch)
+            ),
         )
         link = TrainingLink(actor, self._registry.key)
         try:
