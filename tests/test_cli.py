@@ -60,7 +60,7 @@ def all_commands() -> list[tuple[str, ...]]:
 
 def test_the_commands_are_these() -> None:
     assert {" ".join(words) for words in all_commands() if words} == {
-        "demo", "init", "runs", "version",
+        "demo", "init", "runs", "version", "doctor",
         "artifacts", "artifacts list", "artifacts export", "artifacts delete", "artifacts verify",
         "keys", "keys list", "keys rotate", "keys retire", "keys new",
         "privacy", "privacy report", "privacy certificate", "privacy ledger", "privacy verify",

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from tg_tinker import cli_audit_log, cli_keys, cli_sampling
+from tg_tinker import cli_audit_log, cli_doctor, cli_keys, cli_sampling
 from tg_tinker.errors import TGTinkerError
 
 if TYPE_CHECKING:
@@ -71,6 +71,10 @@ main = typer.Typer(
 
       [cyan]tg-tinker serve[/]
 
+    or see whether this machine keeps what it promises:
+
+      [cyan]tg-tinker doctor[/]
+
     All that lasts is in ~/.tg-tinker, or where TG_TINKER_HOME points; the keys
     may be elsewhere, see [cyan]tg-tinker keys[/].""",
 )
@@ -101,6 +105,7 @@ main.add_typer(privacy, name="privacy")
 main.add_typer(cli_audit_log.commands, name="audit-log")
 main.add_typer(cli_sampling.commands)
 main.add_typer(cli_keys.keys, name="keys")
+main.command()(cli_doctor.doctor)
 
 _Dataset = Annotated[str, typer.Argument(help="As in TrainingConfig.dataset_id.")]
 

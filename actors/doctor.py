@@ -1,0 +1,215 @@
+"""What to look at before data is trusted to this machine. It starts nothing and changes nothing but
+a probe in the store, which it removes.
+
+Each check answers with at most one finding; a new check is one more line of `examine`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from actors import signing
+from actors.filesystems import RetryPolicy
+from actors.keys import open_keyring
+from actors.location import parse
+from actors.store import open_objects
+from tg_tinker.cluster import running_cluster
+from tg_tinker.errors import TGTinkerError
+from tg_tinker.keyrings import SETTING, Variable, audit_folder, place_of
+
+OK, WARNING, PROBLEM = "ok", "warning", "problem"
+SCARCE, TOO_LITTLE = 10 * 2**30, 2**30
+"""Free bytes: a few saves of a large model, and none."""
+
+_PROBE = b"written by tg-tinker doctor, to be removed at once"
+
+
+class Finding(NamedTuple):
+    check: str
+    status: str  # OK, WARNING or PROBLEM
+    message: str  # what was found, and what to do about it
+
+
+def examine(home: Path, keyring: str, store: str, proc: Path = Path("/proc")) -> Iterator[Finding]:
+    """All checks, in the order in which their problems should be mended.
+
+    Args:
+        keyring, store: as `ServiceClient` takes them.
+        proc: where the kernel tells about itself.
+    """
+    place = place_of(keyring)
+    yield _home(home)
+    yield _keyring(place)
+    yield _audit_key(audit_folder(place, home))
+    yield _apart(place, store)
+    yield _store(store)
+    yield _space(home, store)
+    yield _statistics()
+    yield _swap(proc)
+    yield _core_dumps(proc)
+
+
+def _home(home: Path) -> Finding:
+    if not home.is_dir():
+        return Finding("home", PROBLEM, f"there is none at {home}: run `tg-tinker init`")
+    mode = stat.S_IMODE(home.stat().st_mode)
+    if mode & 0o077:
+        message = f"{home} has mode {mode:04o}, others may look into it: chmod 700 it"
+        return Finding("home", PROBLEM, message)
+    return Finding("home", OK, f"{home}, closed to others")
+
+
+def _keyring(place: Path | Variable) -> Finding:
+    if isinstance(place, Variable) and not os.environ.get(place.name):
+        message = (
+            f"{place} is not set in this shell, so it was not read: the cluster needs it where"
+            " it starts"
+        )
+        return Finding("keyring", WARNING, message)
+    try:
+        ring = open_keyring(str(place))
+    except TGTinkerError as error:
+        return Finding("keyring", PROBLEM, error.message)
+    found = f"{place}, keys {', '.join(ring.key_ids)}, primary {ring.primary}"
+    if isinstance(place, Variable):
+        message = (
+            f"{found}; every process of the cluster shows it to root and to its own user in"
+            " /proc: on a machine that you share, use a file of mode 0600"
+        )
+        return Finding("keyring", WARNING, message)
+    return Finding("keyring", OK, f"{found}, closed to others")
+
+
+def _audit_key(folder: Path) -> Finding:
+    try:
+        signing.load(folder)
+    except TGTinkerError as error:
+        return Finding("audit key", PROBLEM, error.message)
+    return Finding("audit key", OK, f"in {folder}, closed to others, the one that was pinned")
+
+
+def _apart(place: Path | Variable, store: str) -> Finding:
+    """Whether one stolen disk holds ciphertexts and the key to them."""
+    name = "keyring and store"
+    with suppress(TGTinkerError, OSError):
+        folder = parse(store)
+        if isinstance(place, Path) and isinstance(folder, Path):
+            keys, data = _existing(place), _existing(folder)
+            if keys.stat().st_dev == data.stat().st_dev:
+                message = (
+                    "on one device, so a stolen disk or a copy of it opens itself: with the cluster"
+                    " stopped, move keyring, audit.key and audit.pub to another device and set"
+                    f" {SETTING} to the keyring's new path"
+                )
+                return Finding(name, WARNING, message)
+    return Finding(name, OK, "not on one device")
+
+
+def _store(store: str) -> Finding:
+    try:
+        folder = parse(store)
+        if isinstance(folder, Path) and not folder.exists():
+            return _store_to_be(folder)
+        objects = open_objects(store, RetryPolicy(attempts=1))
+        name = f"doctor-{secrets.token_hex(8)}"
+        try:
+            objects.put(name, _PROBE)
+            same = objects.read(name) == _PROBE
+        finally:
+            objects.delete(name)
+    except TGTinkerError as error:
+        return Finding("store", PROBLEM, error.message)
+    if not same:
+        message = "gave back other bytes than it took: save nothing there before it is mended"
+        return Finding("store", PROBLEM, message)
+    return Finding("store", OK, f"{store}: wrote, read and removed a probe")
+
+
+def _store_to_be(folder: Path) -> Finding:
+    above = _existing(folder)
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        message = f"{folder} does not exist and cannot be made in {above}: mend its permissions"
+        return Finding("store", PROBLEM, message)
+    return Finding("store", OK, f"{folder} does not exist yet, the first save makes it")
+
+
+def _space(home: Path, store: str) -> Finding:
+    places = [home]
+    with suppress(TGTinkerError):
+        folder = parse(store)
+        places += [folder] if isinstance(folder, Path) else []
+    free, place = min((shutil.disk_usage(_existing(place)).free, str(place)) for place in places)
+    message = f"{free / 2**30:.1f} GiB at {place}"
+    if free < SCARCE:
+        message += ": a save that finds no room fails; make room, or put the store elsewhere"
+    status = OK if free >= SCARCE else WARNING if free >= TOO_LITTLE else PROBLEM
+    return Finding("free space", status, message)
+
+
+def _statistics() -> Finding:
+    """Ray's own. Embedded clusters send none; `ray start` decides for itself."""
+    name = "usage statistics"
+    if os.environ.get("RAY_USAGE_STATS_ENABLED") == "1":
+        return Finding(name, WARNING, "Ray sends them: set RAY_USAGE_STATS_ENABLED=0")
+    if running_cluster() is not None and not _disabled_in_file():
+        message = (
+            "the cluster that runs here may send Ray's, unless it was started with"
+            " RAY_USAGE_STATS_ENABLED=0: `ray disable-usage-stats` once, then start it again"
+        )
+        return Finding(name, WARNING, message)
+    return Finding(name, OK, "Ray sends none from here")
+
+
+def _disabled_in_file() -> bool:
+    """What `ray disable-usage-stats` writes."""
+    try:
+        known = json.loads((Path.home() / ".ray" / "config.json").read_bytes())
+        return known["usage_stats"] is False
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _swap(proc: Path) -> Finding:
+    try:
+        areas = [line.split()[0] for line in (proc / "swaps").read_text().splitlines()[1:]]
+    except OSError:
+        return Finding("swap", WARNING, "this system does not tell: see that swap is encrypted")
+    on_disk = [area for area in areas if "zram" not in area]  # which is memory
+    if not on_disk:
+        return Finding("swap", OK, "none on a disk")
+    message = (
+        f"{', '.join(on_disk)}: keys, weights and batches in memory may be written there. Encrypt"
+        " it, if it is not, or switch it off (`swapoff -a`)"
+    )
+    return Finding("swap", WARNING, message)
+
+
+def _core_dumps(proc: Path) -> Finding:
+    """Our actors write none; a program that the kernel pipes them to is not bound by that."""
+    name, pattern = "core dumps", ""
+    with suppress(OSError):
+        pattern = (proc / "sys/kernel/core_pattern").read_text().strip()
+    if pattern.startswith("|"):
+        message = (
+            f"go to {pattern[1:].split(' ')[0]}, which may keep them whatever the limit of a"
+            " process is: see that it keeps none of Python's and Ray's"
+        )
+        return Finding(name, WARNING, message)
+    if resource.getrlimit(resource.RLIMIT_CORE)[0] != 0:
+        message = "your own programs, which hold batches, may write one: `ulimit -c 0` before them"
+        return Finding(name, WARNING, message)
+    return Finding(name, OK, "none are written")
+
+
+def _existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that is there."""
+    return next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())

@@ -1,0 +1,361 @@
+"""`tg-tinker doctor`: each check finds what it is for, and changes nothing."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from actors import doctor
+from actors.doctor import OK, PROBLEM, SCARCE, TOO_LITTLE, WARNING, Finding, examine
+from actors.home import DATABASE, KEYRING, create
+from actors.keys import new_text
+from actors.objects import LocalFolder
+from actors.signing import PUBLIC_KEY, SIGNING_KEY
+from tests.storage_servers import s3_store
+from tg_tinker.cli import main
+from tg_tinker.errors import StorageError
+from tg_tinker.keyrings import SETTING
+
+VARIABLE = "CLINIC_KEYS"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    create(tmp_path / "home")
+    monkeypatch.setenv("TG_TINKER_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv(SETTING, raising=False)
+    # Of this machine the tests want to know nothing.
+    monkeypatch.setattr(doctor, "running_cluster", lambda: None)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=SCARCE))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def proc(tmp_path: Path) -> Path:
+    """A kernel with nothing to warn of."""
+    (tmp_path / "proc/sys/kernel").mkdir(parents=True)
+    (tmp_path / "proc/swaps").write_text("Filename Type Size Used Priority\n")
+    (tmp_path / "proc/sys/kernel/core_pattern").write_text("core\n")
+    return tmp_path / "proc"
+
+
+def found(
+    home: Path, keyring: str | None = None, store: str | None = None, proc: Path = Path("/proc")
+) -> dict[str, Finding]:
+    findings = [*examine(home, keyring or str(home / KEYRING), store or str(home / "store"), proc)]
+    assert len({finding.check for finding in findings}) == len(findings) == 9
+    assert {finding.status for finding in findings} <= {OK, WARNING, PROBLEM}
+    assert all(finding.message for finding in findings)
+    return {finding.check: finding for finding in findings}
+
+
+def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path): (path.stat().st_mode, path.read_bytes() if path.is_file() else b"")
+        for path in folder.rglob("*")
+    }
+
+
+# --- home, keyring, audit key --------------------------------------------------------------------
+
+
+def test_a_new_home_has_one_weakness_only(home: Path, proc: Path, tmp_path: Path) -> None:
+    before = tree(tmp_path)
+    checks = found(home, proc=proc)
+    assert checks["keyring and store"].status == WARNING
+    assert "stolen disk" in checks["keyring and store"].message
+    for name in ("home", "keyring", "audit key", "store", "usage statistics", "swap"):
+        assert checks[name].status == OK, checks[name]
+    assert tree(tmp_path) == before
+
+
+def test_a_home_that_is_not_there_is_a_problem_and_is_not_made(tmp_path: Path) -> None:
+    checks = found(tmp_path / "none")
+    assert [checks[name].status for name in ("home", "keyring", "audit key")] == [PROBLEM] * 3
+    assert "tg-tinker init" in checks["home"].message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "check"), [(".", "home"), (KEYRING, "keyring"), (SIGNING_KEY, "audit key")]
+)
+def test_what_others_may_read_is_a_problem(home: Path, name: str, check: str) -> None:
+    (home / name).chmod(0o750)
+    checks = found(home)
+    assert checks[check].status == PROBLEM
+    assert "0750" in checks[check].message
+    assert "chmod" in checks[check].message
+    assert [c for c, finding in checks.items() if finding.status == PROBLEM] == [check]
+
+
+@pytest.mark.parametrize(
+    ("name", "check"), [(KEYRING, "keyring"), (SIGNING_KEY, "audit key"), (PUBLIC_KEY, "audit key")]
+)
+def test_what_is_damaged_is_a_problem(home: Path, name: str, check: str) -> None:
+    (home / name).write_text("{")
+    assert found(home)[check].status == PROBLEM
+
+
+def test_a_keyring_in_the_environment_is_a_warning_and_is_not_shown(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = f"env:{VARIABLE}"
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert found(home, where)["keyring"].status == WARNING
+    assert "not set in this shell" in found(home, where)["keyring"].message
+    text = new_text()
+    monkeypatch.setenv(VARIABLE, text)
+    checks = found(home, where)
+    assert checks["keyring"].status == WARNING
+    assert "/proc" in checks["keyring"].message
+    assert checks["keyring and store"].status == OK
+    monkeypatch.setenv(VARIABLE, text[:-1])
+    assert found(home, where)["keyring"].status == PROBLEM
+    key = json.loads(text)["keys"]["k1"]
+    said = str([*checks.values(), *found(home, where).values()])
+    assert key not in said
+    assert repr(base64.b64decode(key)) not in said
+
+
+# --- keyring and store apart ---------------------------------------------------------------------
+
+
+def test_a_store_on_another_device_is_fine(home: Path, tmp_path: Path) -> None:
+    memory = Path("/dev/shm")  # noqa: S108 - nothing is written there
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("shared memory is no device of its own here")
+    for store in (str(memory), str(memory / "tg-tinker-not-there" / "store")):
+        assert doctor._apart(home / KEYRING, store).status == OK
+    assert doctor._apart(home / KEYRING, str(tmp_path / "new" / "store")).status == WARNING
+
+
+@pytest.mark.parametrize("store", ["s3://bucket/prefix", "gs://bucket/prefix"])
+def test_a_bucket_is_not_on_this_device(home: Path, store: str) -> None:
+    assert doctor._apart(home / KEYRING, store).status == OK
+
+
+def test_a_store_by_file_uri_is_seen_to_be_on_this_device(home: Path, tmp_path: Path) -> None:
+    assert doctor._apart(home / KEYRING, f"file://{tmp_path}/store").status == WARNING
+
+
+# --- the store -----------------------------------------------------------------------------------
+
+
+class Broken(LocalFolder):
+    """Fails in one operation, or gives back something else."""
+
+    def __init__(self, root: Path, operation: str) -> None:
+        super().__init__(root)
+        self._fails = operation
+
+    def put(self, name: str, content: Any) -> int:
+        size = super().put(name, content)
+        self._refuse("put")
+        return size
+
+    def read(self, name: str) -> bytes:
+        self._refuse("read")
+        return b"other" if self._fails == "differ" else super().read(name)
+
+    def delete(self, name: str) -> None:
+        self._refuse("delete")
+        super().delete(name)
+
+    def _refuse(self, operation: str) -> None:
+        if operation == self._fails:
+            raise StorageError(f"the store refused to {operation}: mend it")
+
+
+@pytest.mark.parametrize("operation", ["put", "read", "delete", "differ"])
+def test_a_store_that_fails_in_any_way_is_a_problem_and_keeps_no_probe(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    (tmp_path / "store").mkdir()
+    monkeypatch.setattr(doctor, "open_objects", lambda *_: Broken(tmp_path / "store", operation))
+    assert found(home, store=str(tmp_path / "store"))["store"].status == PROBLEM
+    if operation != "delete":
+        assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_a_folder_that_is_there_is_written_read_and_left_as_it_was(home: Path) -> None:
+    (home / "store").mkdir()
+    finding = found(home)["store"]
+    assert finding.status == OK
+    assert "removed a probe" in finding.message
+    assert list((home / "store").iterdir()) == []
+
+
+def test_a_store_below_a_file_is_a_problem(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert found(home, store=str(tmp_path / "file" / "store"))["store"].status == PROBLEM
+    assert found(home, store=str(tmp_path / "file"))["store"].status == PROBLEM
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_store_that_cannot_be_made_is_a_problem(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    assert found(home, store=str(tmp_path / "closed" / "store"))["store"].status == PROBLEM
+
+
+def test_a_malformed_store_is_a_problem_and_is_not_repeated(home: Path) -> None:
+    finding = found(home, store="s3://me:hunter2@bucket/prefix")["store"]
+    assert finding.status == PROBLEM
+    assert "hunter2" not in finding.message
+
+
+def test_a_bucket_is_written_read_and_left_as_it_was(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "server").mkdir()
+    with s3_store(tmp_path / "server") as server:
+        for variable, value in server.environment.items():
+            monkeypatch.setenv(variable, value)
+        assert found(home, store=f"{server.uri}/doctor")["store"].status == OK
+        left = doctor.open_objects(f"{server.uri}/doctor", doctor.RetryPolicy()).list_below()
+        assert left == []
+        missing = found(home, store="s3://no-such-bucket/doctor")["store"]
+        assert missing.status == PROBLEM
+        assert "no such bucket" in missing.message
+    unreachable = found(home, store=f"{server.uri}/doctor")["store"]
+    assert unreachable.status == PROBLEM
+
+
+# --- the machine ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("free", "status"),
+    [(SCARCE, OK), (SCARCE - 1, WARNING), (TOO_LITTLE, WARNING), (TOO_LITTLE - 1, PROBLEM)],
+)
+def test_little_room_is_told(
+    home: Path, monkeypatch: pytest.MonkeyPatch, free: int, status: str
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    assert found(home)["free space"].status == status
+
+
+def test_the_fuller_of_home_and_store_counts(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "store").mkdir()
+    usage = lambda path: SimpleNamespace(free=5 if path == tmp_path / "store" else 2**50)  # noqa: E731
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    finding = found(home, store=str(tmp_path / "store"))["free space"]
+    assert finding.status == PROBLEM
+    assert str(tmp_path / "store") in finding.message
+
+
+@pytest.mark.parametrize(
+    ("areas", "status"),
+    [("", OK), ("/dev/zram0 partition 1 0 100\n", OK), ("/dev/sda2 partition 1 0 -2\n", WARNING)],
+)
+def test_swap_on_a_disk_is_a_warning(home: Path, proc: Path, areas: str, status: str) -> None:
+    (proc / "swaps").write_text(f"Filename Type Size Used Priority\n{areas}")
+    finding = found(home, proc=proc)["swap"]
+    assert finding.status == status
+    assert ("/dev/sda2" in finding.message) == (status == WARNING)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "limit", "status"),
+    [("core", 0, OK), ("core", 4096, WARNING), ("|/usr/lib/apport %p", 0, WARNING)],
+)
+def test_core_dumps_are_a_warning(
+    home: Path, proc: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, limit: int, status: str
+) -> None:
+    (proc / "sys/kernel/core_pattern").write_text(f"{pattern}\n")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    finding = found(home, proc=proc)["core dumps"]
+    assert finding.status == status
+    assert ("/usr/lib/apport" in finding.message) == pattern.startswith("|")
+
+
+def test_a_system_without_these_files_is_examined_all_the_same(home: Path, tmp_path: Path) -> None:
+    assert found(home, proc=tmp_path / "none")["swap"].status == WARNING
+
+
+@pytest.mark.parametrize(
+    ("variable", "running", "file", "status"),
+    [
+        ("0", None, None, OK), ("1", None, '{"usage_stats": false}', WARNING),
+        ("0", "host:1", None, WARNING), ("0", "host:1", '{"usage_stats": false}', OK),
+        ("0", "host:1", '{"usage_stats": true}', WARNING), ("0", "host:1", "{", WARNING),
+        ("0", "host:1", "[]", WARNING),
+    ],
+)  # fmt: skip
+def test_usage_statistics_that_may_leave_are_a_warning(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    variable: str, running: str | None, file: str | None, status: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", variable)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(doctor, "running_cluster", lambda: running)
+    if file is not None:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray/config.json").write_text(file)
+    assert found(home)["usage statistics"].status == status
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def call(*words: str) -> Any:
+    return CliRunner().invoke(main, ["doctor", *words])
+
+
+def test_warnings_end_with_0_and_a_problem_with_1(home: Path) -> None:
+    found = call()
+    assert found.exit_code == 0
+    assert "warning  keyring and store: on one device" in found.output
+    (home / KEYRING).chmod(0o644)
+    found = call()
+    assert found.exit_code == 1
+    assert "problem  keyring: " in found.output
+
+
+def test_json_holds_the_same(home: Path) -> None:
+    listed = json.loads(call("--json").stdout)
+    assert [set(one) for one in listed] == [{"check", "status", "message"}] * 9
+    (home / DATABASE).chmod(0o644)
+    (home / SIGNING_KEY).unlink()
+    found = call("--json")
+    assert found.exit_code == 1
+    assert {one["check"]: one["status"] for one in json.loads(found.stdout)}["audit key"] == PROBLEM
+
+
+def test_it_looks_where_it_is_told(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "store").mkdir()
+    monkeypatch.setenv(VARIABLE, new_text())
+    words = ("--store", str(tmp_path / "store"), "--keyring", f"env:{VARIABLE}")
+    assert f"{tmp_path / 'store'}: wrote" in call(*words).output
+    monkeypatch.setenv(SETTING, f"env:{VARIABLE}")
+    assert f"keyring: env:{VARIABLE}, keys k1" in call().output
+
+
+def test_a_keyring_that_names_nothing_is_one_line_on_stderr(home: Path) -> None:
+    found = call("--keyring", new_text())
+    assert found.exit_code == 1
+    assert "never the text itself" in found.output.replace("\n", " ")
+    assert '"primary"' not in found.output
+
+
+def test_it_starts_no_cluster(home: Path) -> None:
+    code = (
+        "import sys; from actors import doctor; from pathlib import Path;"
+        f"list(doctor.examine(Path({str(home)!r}), {str(home / KEYRING)!r}, {str(home)!r}));"
+        "print({'ray', 'torch'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

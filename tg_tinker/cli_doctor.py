@@ -1,0 +1,42 @@
+"""The command `doctor`: what to mend before data is trusted to this machine."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def doctor(
+    store: Annotated[
+        str | None, typer.Option(help="Folder or URI, as in ServiceClient; the home's if left out.")
+    ] = None,
+    keyring: Annotated[
+        str | None,
+        typer.Option(help="Path or env:NAME; TG_TINKER_KEYRING or the home's if left out."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
+) -> None:
+    """Check keys, store and machine, and say what to do; starts no cluster.
+
+    A small probe is written into the store and removed again. Exit status 1 is
+    a problem; warnings alone are 0.
+
+      [cyan]tg-tinker doctor[/]
+      [cyan]tg-tinker doctor --store s3://bucket/prefix --keyring env:TENANT_KEYS[/]
+      [cyan]tg-tinker doctor --json[/]
+    """
+    from tg_tinker.cluster import provided
+    from tg_tinker.keyrings import default_place
+    from tg_tinker.service import home_directory
+
+    home = home_directory()
+    where = keyring or str(default_place(home))
+    findings = list(provided("doctor")(home, where, store or str(home / "store")))
+    if as_json:
+        typer.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            typer.echo(f"{finding.status:8} {finding.check}: {finding.message}")
+    raise typer.Exit(any(finding.status == "problem" for finding in findings))
