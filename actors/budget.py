@@ -19,6 +19,8 @@ class Budget:
 
     Attributes:
         key: of the units' hashes; secret, the same for all runs of the data set.
+        known: where the client last saw the ledger end, ``SEQ-HASH``; empty if it never did.
+        last: the same of the last charge.
     """
 
     registry: Registry
@@ -28,6 +30,8 @@ class Budget:
     epoch: int
     plan: tuple[Entry, Entry | None] | None = None  # to open with: the run, a new data set
     key: bytes = b""
+    known: str = ""
+    last: str = ""
 
     @classmethod
     def planned(
@@ -86,11 +90,17 @@ class Budget:
     def charge(
         self, units: Iterable[bytes], calls: Sequence[tuple[str, str]] = (), *, noised: bool
     ) -> Charge:
-        """A receipt for one draw of noise, durable. One charge id, used in this call only."""
-        return self.registry.charge(
+        """A receipt for one draw of noise, durable. One charge id, used in this call only.
+
+        Raises:
+            LedgerMismatchError: the ledger does not go through what this run or its client saw.
+        """
+        charge = self.registry.charge(
             self.tenant, self.dataset, self.run_id, self.epoch, secrets.token_hex(16),
-            sorted(units), noised, calls,
+            sorted(units), noised, calls, [place for place in (self.known, self.last) if place],
         )  # fmt: skip
+        self.last = charge.place
+        return charge
 
     def link(self, datasets: Iterable[str]) -> None:
         """Notes in the ledger what else the weights were trained on, before they are used."""

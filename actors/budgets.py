@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 
@@ -67,7 +67,7 @@ _charges = sa.Table(
 _EVENTS = {
     "register": "dataset.register", "open": "budget.reserve", "charge": "budget.charge",
     "unnoised": "budget.charge", "fall_back": "budget.fall_back", "release": "budget.release",
-    "link": "budget.link",
+    "link": "budget.link", "book": "budget.book",
 }  # fmt: skip
 """Type of a ledger's entry -> what the audit log calls it: every entry has its row."""
 
@@ -103,10 +103,7 @@ class Budgets(AuditLog):
                 _refuse_another(ledger, epsilon, delta, unit)
                 return
             _refuse_after_open_training(tx, tenant, dataset)
-            key = self._keyring.wrap(new_key(), context_of(tenant, dataset, "unit key"))
-            tx.execute(
-                _datasets.insert().values(tenant=tenant, id=dataset, wrapped_key=json.dumps(key))
-            )
+            self._new_dataset(tx, tenant, dataset)
             born = datetime.now(UTC).isoformat()
             body = registration(dataset, epsilon, delta, unit, born)
             self._append(tx, tenant, dataset, ledger, body, who)
@@ -157,6 +154,7 @@ class Budgets(AuditLog):
     def charge(
         self, tenant: str, dataset: str, run_id: str, epoch: int, charge_id: str,
         units: Sequence[bytes], noised: bool, calls: Sequence[tuple[str, str]],
+        known: Sequence[str] = (),
     ) -> Charge:  # fmt: skip
         """Checks and charges one step; durable when it returns. A repeat gets the same receipt.
 
@@ -165,12 +163,15 @@ class Budgets(AuditLog):
             units: all units of the step, once each.
             noised: False is refused unless the data set is unlimited.
             calls: (batch hash, gradient hash) of the step's calls; stored as HMAC only.
+            known: where whoever charges saw the ledger end, ``SEQ-HASH`` each.
 
         Raises:
             DPBudgetExceededError: nothing was charged.
+            LedgerMismatchError: the ledger does not go through `known`; nothing was charged.
             ActorLostError: a newer actor owns the run; nothing was charged.
         """
         with self._refusals_noted(tenant, f"{run_id}@{epoch}", "budget.charge", dataset):
+            self._check_places(tenant, {dataset: known})
             self._fall_back_if_implausible(tenant, dataset, run_id, epoch, len(units))
             return self._charge(tenant, dataset, run_id, epoch, charge_id, units, noised, calls)
 
@@ -194,12 +195,26 @@ class Budgets(AuditLog):
 
     # --- inside ------------------------------------------------------------------------------
 
+    def _check_places(self, tenant: str, known: Mapping[str, Iterable[str]]) -> None:
+        """Refuses places, by data set, that its ledger does not go through."""
+        with self._reading() as connection:
+            for dataset, places in known.items():
+                ledger = self._ledger(connection, tenant, dataset)
+                for place in places:
+                    ledger.check_place(place, dataset)
+
+    def _new_dataset(self, tx: sa.Connection, tenant: str, dataset: str) -> None:
+        """A key for the hashes of its units."""
+        key = self._keyring.wrap(new_key(), context_of(tenant, dataset, "unit key"))
+        values = {"tenant": tenant, "id": dataset, "wrapped_key": json.dumps(key)}
+        tx.execute(_datasets.insert().values(values))
+
     def _at_limit(
         self, tenant: str, dataset: str, run_id: str, units: Sequence[bytes]
     ) -> set[bytes]:
         with self._reading() as connection:
             ledger = self._known(connection, tenant, dataset)
-            account = ledger.accounts[run_id]
+            account = ledger.usable(run_id)
             if account.contract != "participation":
                 _refuse_exhausted(ledger, run_id)
                 return set()
@@ -238,6 +253,7 @@ class Budgets(AuditLog):
                 charge_id=charge_id,
                 dataset=dataset,
                 head=entry["hash"],
+                entry=entry["seq"],
                 sigma=ledger.accounts[run_id].sigma,
                 noised=noised,
                 epsilon_spent=ledger.epsilon - before,
@@ -333,10 +349,13 @@ class Budgets(AuditLog):
             self._ledgers[tenant, dataset] = cached
         return cached
 
-    def _stored(self, connection: sa.Connection, tenant: str, dataset: str) -> list[Entry]:
+    def _stored(
+        self, connection: sa.Connection, tenant: str, dataset: str, after: int = -1
+    ) -> list[Entry]:
         query = (
             sa.select(_entries.c.entry)
             .where(_entries.c.tenant == tenant, _entries.c.dataset == dataset)
+            .where(_entries.c.seq > after)
             .order_by(_entries.c.seq)
         )
         return [json.loads(text) for text in connection.execute(query).scalars()]

@@ -21,7 +21,8 @@ class Lineage:
     Attributes:
         base: digest of the base model.
         guarantee: ``base`` (nothing but the base model), ``private``, or ``none``.
-        ledgers: the ledger head at the last charge, by data set, of all private steps so far.
+        ledgers: where the ledger ended at the last charge, ``SEQ-HASH``, by data set, of all
+            private steps so far.
     """
 
     base: str
@@ -32,10 +33,10 @@ class Lineage:
         """After a step without noise."""
         return replace(self, guarantee="none")
 
-    def charged(self, dataset: str, head: str) -> Lineage:
+    def charged(self, dataset: str, place: str) -> Lineage:
         """After a private step; a guarantee that was lost stays lost."""
         kept: Literal["private", "none"] = "none" if self.guarantee == "none" else "private"
-        return replace(self, guarantee=kept, ledgers={**self.ledgers, dataset: head})
+        return replace(self, guarantee=kept, ledgers={**self.ledgers, dataset: place})
 
     def refuse_unguarded(self, allowed: bool) -> None:
         """Raises unless a private run may start from these weights.

@@ -165,7 +165,7 @@ class PrivateSession(Session):
             window.total, sigma=charge.spend(), divisor=self._divisor, noise=self._noise
         )
         norm, rate = self._move(gradient)
-        self.lineage = self.lineage.charged(charge.dataset, charge.head)
+        self.lineage = self.lineage.charged(charge.dataset, charge.place)
         if not charge.noised:
             self.lineage = self.lineage.unguarded()
         self.broken = False

@@ -23,9 +23,9 @@ import sqlalchemy as sa
 from actors import signing
 from actors.api_keys import ApiKeys
 from actors.audit_log import ANYONE, SDK, Details
-from actors.budgets import Budgets
 from actors.capabilities import READER, RUN, Capability, Issuer
 from actors.database import METADATA, RUNS
+from actors.head_checks import HeadChecks
 from actors.keys import open_keyring
 from tg_tinker.envelope import context_of, new_key
 from tg_tinker.errors import (
@@ -56,7 +56,7 @@ DATA_KEY = "data key"
 _BECAME = {"active": "run.resume", "completed": "run.complete", "failed": "run.fail"}
 
 
-class Registry(Budgets, ApiKeys):
+class Registry(HeadChecks, ApiKeys):
     """Runs, their artifacts, the keys that open them, and by inheritance budgets, API keys and
     the audit log."""
 

@@ -3,6 +3,7 @@
     <root>/t/<tenant>/a/<artifact_id>/<file>      an artifact; its manifest.json is written last
     <root>/t/<tenant>/keys/<artifact_id>.json     its wrapped data key, the only mutable file
     <root>/t/<tenant>/audit/<row>.json            a signed head of the audit log
+    <root>/t/<tenant>/ledgers/<pseudonym>/<place>.json    a signed head of a data set's ledger
 
 An artifact exists when its manifest does.
 """
@@ -98,9 +99,20 @@ class ArtifactStore:
 
     def audit_heads(self, tenant: str) -> list[bytes]:
         """All that are kept."""
-        names = [info.name for info in self.objects.list_below(_audit(tenant))]
-        kept = [name for name in names if not name.rpartition("/")[2].startswith(".")]
-        return [self.objects.read(name) for name in kept]
+        return [self.objects.read(name) for name in self._whole_below(_audit(tenant))]
+
+    def write_ledger_head(self, tenant: str, ledger: str, place: str, line: str) -> None:
+        """Keeps a signed head of a ledger. Its place names it, so one never replaces another."""
+        self.objects.put(f"{_ledger(tenant, ledger)}/{place}.json", f"{line}\n".encode())
+
+    def ledger_places(self, tenant: str, ledger: str) -> list[str]:
+        """Places, ``SEQ-HASH``, of all heads that are kept."""
+        names = self._whole_below(_ledger(tenant, ledger))
+        return [name.rpartition("/")[2].removesuffix(".json") for name in names]
+
+    def read_ledger_head(self, tenant: str, ledger: str, place: str) -> str:
+        content = self.objects.read(f"{_ledger(tenant, ledger)}/{place}.json")
+        return content.decode("ascii", "replace").removesuffix("\n")
 
     def delete(self, tenant: str, artifact_id: str) -> None:
         """Manifest first, so that it stops existing; then the key, then the data."""
@@ -115,6 +127,10 @@ class ArtifactStore:
                 " the store by hand",
                 details=error.details,
             ) from None
+
+    def _whole_below(self, folder: str) -> list[str]:
+        names = [info.name for info in self.objects.list_below(folder)]
+        return [name for name in names if not name.rpartition("/")[2].startswith(".")]
 
     def _put_all(self, contents: Mapping[str, Content]) -> None:
         """Returns or raises when no upload is under way any more."""
@@ -152,6 +168,10 @@ def _folder(tenant: str, artifact_id: str) -> str:
 
 def _audit(tenant: str) -> str:
     return f"t/{check_component(tenant)}/audit"
+
+
+def _ledger(tenant: str, ledger: str) -> str:
+    return f"t/{check_component(tenant)}/ledgers/{check_component(ledger)}"
 
 
 def _key_name(tenant: str, artifact_id: str) -> str:

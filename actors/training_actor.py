@@ -8,6 +8,8 @@ waits until no step is changing them.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +30,8 @@ PIECE = 8 * 2**20
 """Bytes of an object of a sealed file: to hand over smaller ones costs more than to seal them."""
 
 SETTLE_S = 30.0
-"""How long a client that closes waits for the registry to hear of its last step."""
+"""How long a client that closes waits for the registry to hear of its last step, and for the store
+to take the ledger's head."""
 
 _control = ray.method(concurrency_group="control")
 _sealing = ray.method(concurrency_group="sealing")
@@ -72,7 +75,7 @@ class TrainingActor:
             self._record()
         if self._worker is not None and self._worker.broken:
             ray.actor.exit_actor()  # type: ignore[no-untyped-call]
-        return seal_payload(self._key, reply)
+        return seal_payload(self._key, self._with_head(reply))
 
     # --- control, beside training ------------------------------------------------------------
 
@@ -136,9 +139,13 @@ class TrainingActor:
 
     @_control
     def settle(self) -> None:
-        """Returns once the registry has heard of the last completed step."""
+        """Returns once the registry has heard of the last completed step, and the store has the
+        ledger's head."""
         if self._recorded is not None:
             ray.wait([self._recorded], timeout=SETTLE_S)
+        if self._worker is not None and self._worker.heads is not None:
+            with suppress(ServiceError, TimeoutError):  # the run ends well without
+                self._worker.heads.keep(SETTLE_S)
 
     @_control
     def cancel(self, request_id: str) -> bool:
@@ -180,6 +187,12 @@ class TrainingActor:
         if self._worker is None:
             raise ServiceError("the model is not loaded: the client's creation failed or goes on")
         return self._worker
+
+    def _with_head(self, reply: Reply) -> Reply:
+        """The reply, with the head of the ledger for the client to keep."""
+        if self._worker is None or self._worker.heads is None:
+            return reply
+        return replace(reply, ledger_head=self._worker.heads.newest)
 
     def _record(self) -> None:
         """Tells the registry the step without waiting: the run's answer does not depend on it."""

@@ -19,7 +19,8 @@ def verify(registry: Registry, root: str, tenant: str) -> Iterator[tuple[str, st
     store, reader = ArtifactStore(root), registry.reader(tenant)
     for info in registry.artifacts(tenant):
         try:
-            from_files(fetch(registry, store, reader, info.artifact_id))
+            state = from_files(fetch(registry, store, reader, info.artifact_id)).state
+            registry.check_lineage(tenant, state.lineage.ledgers, info.artifact_id)
         except TGTinkerError as error:
             yield info.artifact_id, error.message
         else:

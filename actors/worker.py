@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from actors.artifacts import Draft, Write, fetch, publish, write
 from actors.budget import Budget
 from actors.capabilities import Capability
 from actors.engine import Session
+from actors.ledger_heads import HeadKeeper
 from actors.model import Base, Progress, compute_dtype, use_threads
 from actors.private import PrivateSession
 from actors.registry import Registry
@@ -33,6 +34,7 @@ from tg_tinker.errors import (
     TGTinkerError,
     WindowSpoiledError,
 )
+from tg_tinker.privacy import dataset_of
 from tg_tinker.types import (
     ForwardBackwardResult,
     LoadStateResult,
@@ -77,12 +79,16 @@ class Worker:
         self._registry = registry
         self._store = ArtifactStore(place.store)
         self._threads = use_threads(config.resources.num_threads)
-        budget = None
+        self._budget: Budget | None = None
+        self.heads: HeadKeeper | None = None
         if config.private:  # before the model: a plan that cannot be paid is refused at once
             progress("planning the privacy budget")
             dtype = compute_dtype(config.dtype)
+            self.heads = HeadKeeper(
+                registry, place.store, place.tenant, dataset_of(config), self._who
+            )
             where = registry, place.tenant, place.run_id, place.epoch
-            budget = Budget.planned(*where, config, dtype)
+            self._budget = Budget.planned(*where, config, dtype)
         base = Base.load(
             config.model_ref, cache=place.model_cache, dtype=config.dtype, progress=progress
         )
@@ -99,13 +105,17 @@ class Worker:
         self._stepped: list[tuple[str, str]] | None = None  # those of a step not recorded yet
         progress("preparing the trainable weights")
         self.session = (
-            Session(base, config) if budget is None else PrivateSession(base, config, budget)
+            Session(base, config)
+            if self._budget is None
+            else PrivateSession(base, config, self._budget)
         )
 
     def run(self, request: Request, check_cancelled: Check) -> Any:
         """One operation by name, with its arguments."""
         if request.operation not in TRAINING_OPERATIONS:
             raise AttributeError(request.operation)
+        if self._budget is not None:
+            self._budget.known = request.ledger
         return getattr(self, request.operation)(check_cancelled, **request.arguments)
 
     def model_info(self) -> ModelInfo:
@@ -154,7 +164,7 @@ class Worker:
                 self._generation += 1
                 result = self.session.optim_step(apply_dp_noise)
                 self._stepped = calls
-                return result
+                return self._told(result)
         except (WindowSpoiledError, NonFiniteError) as failure:
             self._failure = failure
             raise
@@ -163,7 +173,9 @@ class Worker:
         return self._private_session().register_units(examples)
 
     def draw_units(self, check_cancelled: Check) -> list[int]:
-        return self._private_session().draw_units()
+        drawn = self._private_session().draw_units()
+        self._note_charge()
+        return drawn
 
     def snapshot(self, check_cancelled: Check) -> SnapshotRef:
         """The weights as they are, kept for whoever samples from them.
@@ -240,6 +252,8 @@ class Worker:
         """Seals, stores and enters it, beside training."""
         place, state = self._place, checkpoint.state
         try:
+            if self.heads is not None:  # first: what an artifact was saved under is on record
+                self.heads.keep()
             size, encryption = publish(
                 self._registry, self._store, draft, run_id=place.run_id, epoch=place.epoch,
                 step=state.step, include_optimizer=state.optimizer is not None, write=self._write,
@@ -255,6 +269,9 @@ class Worker:
         check_cancelled()
         files = fetch(self._registry, self._store, self._place.capability, artifact_id)
         checkpoint = from_files(files)
+        self._registry.check_lineage(
+            self._place.tenant, checkpoint.state.lineage.ledgers, artifact_id, self._who
+        )
         with self._changing:
             self._generation += 1
             warnings = self.session.load(checkpoint.state)
@@ -265,6 +282,21 @@ class Worker:
         )
 
     # --- inside ------------------------------------------------------------------------------
+
+    @property
+    def _who(self) -> str:
+        return f"{self._place.run_id}@{self._place.epoch}"
+
+    def _told(self, result: OptimStepResult) -> OptimStepResult:
+        """A step's result, with what stands in the way of the ledger's head."""
+        self._note_charge()
+        if self.heads is None or not self.heads.problem:
+            return result
+        return replace(result, warnings=(*result.warnings, self.heads.problem))
+
+    def _note_charge(self) -> None:
+        if self.heads is not None:
+            self.heads.charged()
 
     def _private_session(self) -> PrivateSession:
         if not isinstance(self.session, PrivateSession):

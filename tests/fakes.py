@@ -301,6 +301,7 @@ class FakeService(ServiceClient):
         clients: all that were created or taken up, in order.
         audited: the rows of the audit log; `signing_key` signs its heads.
         ledgers: the ledger and its entries, by data set.
+        missing: how many charges an older database lost, by data set.
         draw: (step, number of units) -> the indices of a Poisson sample.
         before_call: called with (operation, step) before each queued call runs; `evaluate` is a
             `forward_backward` in eval mode.
@@ -316,6 +317,7 @@ class FakeService(ServiceClient):
         self.signing_key = new_signing_key()
         self.metadata: dict[str, dict[str, Any]] = {}
         self.ledgers: dict[str, tuple[Ledger, list[Entry]]] = {}
+        self.missing: dict[str, int] = {}
         self.draw: Callable[[int, int], list[int]] = lambda step, units: [
             unit for unit in range(units) if (unit + step) % 3 == 0
         ]
@@ -393,6 +395,9 @@ class FakeService(ServiceClient):
         if dataset_id not in self.ledgers:
             raise NotFoundError(f"data set {dataset_id!r} has no ledger")
         return PrivacyReport(self.ledgers[dataset_id][1])
+
+    def book_missing_charges(self, dataset_id: str = DEFAULT_DATASET) -> int:
+        return self.missing.pop(dataset_id, 0)
 
     def list_training_clients(self) -> list[TrainingClientInfo]:
         return [client.info() for client in self.clients]

@@ -48,7 +48,7 @@ def checkpoint(size: int = 4, **changes: Any) -> Checkpoint:
         geometry={"rank": 2, "base": "sha256:00"},
         plan={"threads": 2},
         adapter_config=ADAPTER,
-        lineage=Lineage("sha256:00", "private", {"clinic": "ab" * 32}),
+        lineage=Lineage("sha256:00", "private"),
     )
     return Checkpoint(replace(state, **changes), {"note": NOTE, "deep": [1, {"a": None}]}, WHEN)
 

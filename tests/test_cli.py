@@ -64,7 +64,7 @@ def test_the_commands_are_these() -> None:
         "artifacts", "artifacts list", "artifacts export", "artifacts delete", "artifacts verify",
         "keys", "keys list", "keys rotate", "keys retire", "keys new",
         "privacy", "privacy report", "privacy certificate", "privacy ledger", "privacy verify",
-        "privacy audit", "serve", "sample", "chat",
+        "privacy audit", "privacy book-missing", "serve", "sample", "chat",
         "audit-log", "audit-log show", "audit-log verify", "audit-log export",
         "api-keys", "api-keys create", "api-keys list", "api-keys revoke",
     }  # fmt: skip
@@ -288,6 +288,14 @@ def test_a_data_set_without_a_ledger_names_none(private_service: FakeService) ->
     found = call("privacy", "report", "clinc", service=private_service)
     assert found.exit_code == 1
     assert "has no ledger" in found.output
+
+
+def test_missing_charges_are_booked_and_counted(private_service: FakeService) -> None:
+    assert "nothing is missing" in call("privacy", "book-missing", service=private_service).output
+    private_service.missing["clinic"] = 3
+    found = call("privacy", "book-missing", "clinic", service=private_service)
+    assert found.exit_code == 0, found.output
+    assert "3 charges were missing and are booked" in found.output
 
 
 def test_the_audit_writes_its_picture_and_figures(tmp_path: Path) -> None:

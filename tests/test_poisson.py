@@ -21,7 +21,7 @@ KEY = b"k" * 32
 
 
 def paid(units: list[bytes]) -> Charge:
-    return Charge("c", "d", "h", 1.0, True, 0.1, 0.1, 1e-5, 1)
+    return Charge("c", "d", "h", 1, 1.0, True, 0.1, 0.1, 1e-5, 1)
 
 
 def drawn_session(model: Path, **dp: object) -> PrivateSession:

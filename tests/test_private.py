@@ -721,7 +721,7 @@ def test_a_private_checkpoint_carries_its_ledgers_and_links_data_sets(tiny_model
     state = first.state()
     assert state.lineage.guarantee == "private"
     clinic = Ledger.replay(known.ledger_entries("default", "clinic"))
-    assert state.lineage.ledgers == {"clinic": clinic.head}
+    assert state.lineage.ledgers == {"clinic": clinic.at}
     second = private_session(tiny_model, known=known, dataset_id="bank")
     second.load(state)
     second.forward_backward(rows())

@@ -97,16 +97,25 @@ def read_public_key(path: Path) -> bytes:
 
 
 def keep_head(path: Path, head: AuditHead) -> None:
-    """Remembers a head, durably: the old one stays until the new one is whole."""
+    """Remembers a head, durably."""
+    keep_line(path, head.line())
+
+
+def keep_line(path: Path, line: str) -> None:
+    """A file of one line, durable: the old one stays until the new one is whole.
+
+    Raises:
+        StorageError: the disk is full or refuses.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("w", encoding="ascii") as file:
-            file.write(head.line() + "\n")
+            file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        raise StorageError(f"cannot keep the audit head in {path}: {error.strerror}") from None
+        raise StorageError(f"cannot keep a head in {path}: {error.strerror}") from None
 
 
 def _lines(path: Path) -> Iterator[str]:

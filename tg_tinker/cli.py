@@ -298,6 +298,22 @@ def ledger(ctx: typer.Context, dataset_id: _Dataset = "default") -> None:
         typer.echo(json.dumps(entry, sort_keys=True))
 
 
+@privacy.command("book-missing")
+def book_missing(ctx: typer.Context, dataset_id: _Dataset = "default") -> None:
+    """Put back charges that an older copy of the registry's database has lost.
+
+    For when private runs are refused because the ledger is behind, and no
+    newer copy of the database is left. The charges come from the heads in the
+    artifact store and in this home, so no less is booked than was spent. Runs
+    that made them may make no more; their artifacts load in new clients.
+
+      [cyan]tg-tinker privacy book-missing support-2026[/]
+    """
+    with connector(ctx)() as service:
+        booked = service.book_missing_charges(dataset_id)
+    typer.echo(f"{booked} charges were missing and are booked" if booked else "nothing is missing")
+
+
 @privacy.command()
 def verify(
     file: Annotated[Path, typer.Argument(help="Written by `tg-tinker privacy ledger`.")],

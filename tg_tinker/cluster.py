@@ -26,6 +26,7 @@ from tg_tinker.errors import (
     PlacementError,
 )
 from tg_tinker.interrupts import ctrl_c_held_back
+from tg_tinker.ledger_files import KeptHead
 from tg_tinker.wire import Reply, Request, SampleRequest, SnapshotRef
 
 if TYPE_CHECKING:
@@ -232,9 +233,15 @@ class RemoteRegistry:
 class TrainingLink:
     """One training actor as a client reaches it: sealed calls out, replies back."""
 
-    def __init__(self, actor: Any, key: bytes) -> None:
+    def __init__(self, actor: Any, key: bytes, kept: KeptHead | None = None) -> None:
         self.actor = actor
         self._key = key
+        self._kept = kept
+
+    @property
+    def ledger_place(self) -> str:
+        """Where the ledger of a private run was last seen to end."""
+        return self._kept.place if self._kept else ""
 
     def load(self, progress: Callable[[str], None]) -> Any:
         """Loads the model, telling `progress` what takes time; a `ModelInfo`."""
@@ -273,6 +280,8 @@ class TrainingLink:
             if sealed is None:
                 raise
         reply: Reply = open_payload(self._key, sealed)
+        if reply.ledger_head and self._kept:
+            self._kept.saw(reply.ledger_head)
         return reply
 
     def description(self) -> Any:

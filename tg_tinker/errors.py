@@ -13,6 +13,7 @@
     ├── FutureTimeoutError (TimeoutError)  no answer within the timeout; the call goes on
     ├── FutureCancelledError               the call was cancelled before it changed anything
     ├── IntegrityError                     stored bytes were changed, or the key is another
+    │   └── LedgerMismatchError            a ledger is behind what is known of it, or another one
     └── ServiceError                       the service, not the request
         ├── ActorLostError                 the training actor is gone
         ├── ClusterUnavailableError        no Ray cluster answers
@@ -108,6 +109,10 @@ class FutureCancelledError(TGTinkerError):
 
 class IntegrityError(TGTinkerError):
     code = "integrity"
+
+
+class LedgerMismatchError(IntegrityError):
+    code = "ledger_mismatch"
 
 
 class ServiceError(TGTinkerError):

@@ -17,6 +17,8 @@ below; `hash` is SHA-256 over its canonical JSON (keys sorted, no spaces) withou
     unnoised   run, epoch, charge, count: a step without noise; epsilon is infinite from here on
     release    run: the rest of its reservation is free again
     link       run, datasets: it took over weights that were trained on these as well
+    book       runs: their entries before this one were put back from heads; how often they used
+               which unit is lost with the database, so they charge nothing any more
 
 `count` is what a contract counts: uses of the most used unit (participation) or steps (all
 others). Composition: Gaussian contracts add up mu^2 = count / sigma^2 over all runs, an upper
@@ -31,6 +33,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -45,13 +48,14 @@ from tg_tinker.accounting import (
     subsampled_gaussian_epsilon,
     subsampled_gaussian_rdp,
 )
-from tg_tinker.errors import DPBudgetExceededError, IntegrityError
+from tg_tinker.errors import DPBudgetExceededError, IntegrityError, LedgerMismatchError
 
 Entry = dict[str, Any]
 
 VERSION = 1
 GENESIS = "0" * 64
 CHAIN = ("seq", "prev", "hash")
+_AT = re.compile(r"(0|[1-9]\d{0,11})-([0-9a-f]{64})", re.ASCII)
 
 _REFUSALS = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
@@ -77,6 +81,7 @@ class Account:
         steps: charges made.
         facts: what the certificate states beside (C, batch size, dtype, ...).
         refuted: it asserted Poisson samples that did not look drawn.
+        closed: it charges nothing any more.
     """
 
     contract: str
@@ -90,6 +95,7 @@ class Account:
     steps: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
     refuted: bool = False
+    closed: bool = False
 
     @property
     def poisson(self) -> bool:
@@ -110,6 +116,7 @@ class Ledger:
         self.accounts: dict[str, Account] = {}
         self.unnoised = False
         self.linked: set[str] = set()
+        self.hashes: list[str] = []  # of all entries
         self._paid: set[str] = set()  # charge ids: each pays for one draw
 
     @classmethod
@@ -143,6 +150,59 @@ class Ledger:
         return float(self.registered["delta"])
 
     @property
+    def at(self) -> str:
+        """Where it ends, ``SEQ-HASH`` of the last entry."""
+        return place_of(self.length - 1, self.head)
+
+    def goes_through(self, place: str) -> bool:
+        """Whether an entry is at this place, ``SEQ-HASH``."""
+        seq, found = parse_place(place)
+        return seq < self.length and self.hashes[seq] == found
+
+    def check_place(self, place: str, dataset: str) -> None:
+        """Refuses a place that somebody knows of this ledger and that it does not go through.
+
+        Args:
+            dataset: its name, which an empty ledger does not have.
+
+        Raises:
+            LedgerMismatchError: it is behind that place, or another chain.
+        """
+        if self.goes_through(place):
+            return
+        seq, _ = parse_place(place)
+        behind = seq >= self.length
+        reason = (
+            f"has {self.length} entries, and its entry {seq} is known: an older copy of the"
+            " registry's database was put in its place"
+            if behind
+            else f"forked: its entry {seq} is not the one that is known. Two databases went on from"
+            " one, or this is another one"
+        )
+        raise LedgerMismatchError(
+            f"the ledger of data set {dataset!r} {reason}. Nothing was charged or changed: put the"
+            f" newest copy of the database back, or, if it is lost, run `tg-tinker privacy"
+            f" book-missing {dataset}`",
+            details={"dataset": dataset, "entries": self.length, "known": seq, "behind": behind},
+        )
+
+    def usable(self, run: str) -> Account:
+        """The account of a run that may still charge.
+
+        Raises:
+            DPBudgetExceededError: it was closed.
+        """
+        account = self.accounts[run]
+        if account.closed:
+            raise DPBudgetExceededError(
+                "charges of this run were booked again after the database was lost, and how often"
+                " it used which unit is not known any more: it may not go on. Its artifacts load"
+                " in a new client, which starts to count anew",
+                details={"limit": account.count, "epsilon": self.epsilon},
+            )
+        return account
+
+    @property
     def epsilon(self) -> float:
         """Spent by everything released so far."""
         return self._compose({run: account.count for run, account in self.accounts.items()})
@@ -173,6 +233,7 @@ class Ledger:
             "unnoised": self._unnoised,
             "release": self._release,
             "link": self._link,
+            "book": self._book,
         }
         rule = rules[body["type"]]
         if (body["type"] == "register") != (self.length == 0):
@@ -185,6 +246,7 @@ class Ledger:
         rule(**{key: entry[key] for key in body if key != "type"})
         self.head = entry["hash"]
         self.birth = self.birth or self.head
+        self.hashes.append(self.head)
         self.length += 1
         return entry
 
@@ -225,7 +287,7 @@ class Ledger:
         self.accounts[run] = account
 
     def _charge(self, run: str, epoch: int, charge: str, count: int) -> None:
-        account = self.accounts[run]
+        account = self.usable(run)
         self._check_count(account, count)
         self._check_unpaid(charge)
         if account.limit is not None and count > account.limit:
@@ -240,7 +302,7 @@ class Ledger:
         self._paid.add(charge)
 
     def _fall_back(self, run: str, count: int, limit: int | None) -> None:
-        account = self.accounts[run]
+        account = self.usable(run)
         if account.contract != "client_poisson" or not _whole(count) <= account.steps:
             raise ValueError("only an asserted Poisson sample falls back")
         account.contract, account.rate, account.table = "participation", 1.0, ()
@@ -253,7 +315,7 @@ class Ledger:
             raise DPBudgetExceededError(
                 "a step without noise needs a data set registered with unlimited epsilon"
             )
-        account = self.accounts[run]
+        account = self.usable(run)
         self._check_count(account, count)
         self._check_unpaid(charge)
         account.count, account.steps = count, account.steps + 1
@@ -267,6 +329,13 @@ class Ledger:
         if run not in self.accounts or not all(_text(name) for name in datasets):
             raise ValueError("not a run of this data set, or no names")
         self.linked |= set(datasets)
+
+    def _book(self, runs: Iterable[str]) -> None:
+        accounts = [self.accounts[run] for run in runs]
+        if not accounts:
+            raise ValueError("nothing is booked")
+        for account in accounts:
+            account.closed, account.reserved = True, 0
 
     # --- inside ------------------------------------------------------------------------------
 
@@ -321,6 +390,23 @@ def registration(dataset: str, epsilon: float | None, delta: float, unit: str, b
         "delta": delta, "unit": unit, "born": born,
         "order": filter_order(math.inf if epsilon is None else epsilon, delta),
     }  # fmt: skip
+
+
+def place_of(seq: int, found: str) -> str:
+    """An entry's place in a chain as text, ``SEQ-HASH``."""
+    return f"{seq}-{found}"
+
+
+def parse_place(place: str) -> tuple[int, str]:
+    """The inverse of `place_of`.
+
+    Raises:
+        IntegrityError: this is no such text.
+    """
+    match = _AT.fullmatch(place) if isinstance(place, str) else None
+    if match is None:
+        raise IntegrityError("this is not a place in a ledger, SEQ-HASH: it was changed")
+    return int(match[1]), match[2]
 
 
 def entry_hash(entry: Mapping[str, Any]) -> str:

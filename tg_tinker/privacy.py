@@ -18,7 +18,7 @@ from typing import Any
 
 from tg_tinker.config import TrainingConfig
 from tg_tinker.errors import IntegrityError, NotFoundError, ServiceError
-from tg_tinker.ledger import Account, Entry, Ledger
+from tg_tinker.ledger import Account, Entry, Ledger, place_of
 
 DEFAULT_DATASET = "default"
 """The data set of a private run that names none."""
@@ -61,7 +61,7 @@ class Charge:
     """The registry's receipt for one step: durable, and good for one draw of noise.
 
     Attributes:
-        dataset, head: the ledger, and its head after this charge.
+        dataset, head, entry: the ledger, and hash and number of the entry of this charge.
         epsilon_spent: total after minus total before.
         total_epsilon: of the data set, all its runs together.
         count: what the contract counts, after this charge.
@@ -70,6 +70,7 @@ class Charge:
     charge_id: str
     dataset: str
     head: str
+    entry: int
     sigma: float
     noised: bool
     epsilon_spent: float
@@ -77,6 +78,11 @@ class Charge:
     delta: float
     count: int
     spent: bool = False
+
+    @property
+    def place(self) -> str:
+        """Where the ledger ended after this charge, ``SEQ-HASH``."""
+        return place_of(self.entry, self.head)
 
     def spend(self) -> float:
         """The noise multiplier of the one draw that this charge pays for; 0 without noise.

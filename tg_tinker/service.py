@@ -31,6 +31,7 @@ from tg_tinker.errors import (
 )
 from tg_tinker.keyrings import audit_folder, default_place, place_of
 from tg_tinker.ledger import Ledger
+from tg_tinker.ledger_files import KeptHead
 from tg_tinker.privacy import DEFAULT_DATASET, PrivacyReport, dataset_of
 from tg_tinker.training import TrainingClient
 from tg_tinker.types import ApiKeyInfo, ArtifactInfo, LoadStateResult, ModelInfo, TrainingClientInfo
@@ -180,7 +181,9 @@ class ServiceClient:
             NotFoundError: no such model.
             PlacementError: no room on the cluster.
             DPBudgetExceededError: the privacy budget cannot pay for what is planned.
+            LedgerMismatchError: the ledger is older than what is known of it, or another one.
         """
+        kept = self._met(config)
         if config.private:
             self._release_reservations_of_the_dead(dataset_of(config))
         elif config.dataset_id and self._registry.ledger_entries(self._tenant, config.dataset_id):
@@ -192,7 +195,7 @@ class ServiceClient:
         run_id = self._registry.create_run(self._tenant, config.model_dump_json())
         epoch = self._registry.claim(run_id)
         try:
-            client = self._open(run_id, epoch, config, progress)[0]
+            client = self._open(run_id, epoch, config, progress, kept)[0]
         except BaseException:
             self._registry.finish(run_id, epoch, "failed")
             self._release_reservation(run_id, config)
@@ -212,12 +215,14 @@ class ServiceClient:
         Raises:
             NotFoundError: no such run.
             ActorLostError: its actor is gone and it never saved an artifact.
+            LedgerMismatchError: see `create_training_client`.
         """
         info, stored = self._registry.run(self._tenant, training_client_id)
         config = TrainingConfig.model_validate_json(stored)
+        kept = self._met(config)
         actor = self._cluster.find_training(info.training_client_id, info.epoch)
         if actor is not None:
-            link = TrainingLink(actor, self._registry.key)
+            link = TrainingLink(actor, self._registry.key, kept)
             model = link.description()
             if model is None:
                 raise ActorLostError(
@@ -229,7 +234,7 @@ class ServiceClient:
                 f"the actor of {training_client_id} is gone and it saved no artifact: its"
                 f" {info.step} steps are lost; create a new client"
             )
-        return self._bring_back(info, config, progress)
+        return self._bring_back(info, config, progress, kept)
 
     def list_training_clients(self) -> list[TrainingClientInfo]:
         """All runs of this tenant, oldest first."""
@@ -252,11 +257,13 @@ class ServiceClient:
 
         Raises:
             InvalidRequestError: a value out of range, or it is registered with another budget.
+            LedgerMismatchError: the registry has lost what is known of its ledger.
         """
         if not isinstance(dataset_id, str):
             raise InvalidRequestError("dataset_id must be a string: the name of the data set")
         dp = DPConfig(target_epsilon=epsilon, target_delta=delta, unit=unit)
         checked = TrainingConfig(model_ref="any", dataset_id=dataset_id)
+        self._meet(dataset_id)
         self._registry.register_dataset(
             self._tenant, checked.dataset_id, dp.target_epsilon, dp.target_delta, dp.unit
         )
@@ -273,6 +280,25 @@ class ServiceClient:
             known = ", ".join(self._registry.dataset_ids(self._tenant)) or "none yet"
             raise NotFoundError(f"data set {dataset_id!r} has no ledger; there are: {known}")
         return PrivacyReport(entries)
+
+    def book_missing_charges(self, dataset_id: str = DEFAULT_DATASET) -> int:
+        """Puts back what an older copy of the registry's database has lost of a ledger.
+
+        From the heads in the artifact store and in this home. Runs that made these charges may
+        make no more: how often they used which unit is lost. Their artifacts load in new clients.
+
+        Returns:
+            How many charges were put back; 0 where none was missing.
+
+        Raises:
+            LedgerMismatchError: an entry is in none of the heads, or the ledger went on from an
+                earlier one; nothing was changed.
+        """
+        kept = KeptHead(self._home, self._tenant, dataset_id)
+        booked: int = provided("book_missing")(
+            self._registry, self._store, self._tenant, dataset_id, kept.lines
+        )
+        return booked
 
     # --- HTTP --------------------------------------------------------------------------------
 
@@ -476,8 +502,22 @@ class ServiceClient:
 
     # --- inside ------------------------------------------------------------------------------
 
+    def _met(self, config: TrainingConfig) -> KeptHead | None:
+        """What this home knows of a private run's ledger, after it was held against all heads."""
+        return self._meet(dataset_of(config)) if config.private else None
+
+    def _meet(self, dataset: str) -> KeptHead:
+        kept = KeptHead(self._home, self._tenant, dataset)
+        provided("meet_ledger")(self._registry, self._store, self._tenant, dataset, kept.lines)
+        return kept
+
     def _open(
-        self, run_id: str, epoch: int, config: TrainingConfig, progress: Progress | None
+        self,
+        run_id: str,
+        epoch: int,
+        config: TrainingConfig,
+        progress: Progress | None,
+        kept: KeptHead | None,
     ) -> tuple[TrainingClient, TrainingLink]:
         """Starts an actor under an epoch just claimed and loads its model."""
         resources = self._resources(config.resources)
@@ -495,7 +535,7 @@ class ServiceClient:
                 self._registry.capability(self._tenant, run_id, epoch)
             ),
         )
-        link = TrainingLink(actor, self._registry.key)
+        link = TrainingLink(actor, self._registry.key, kept)
         try:
             model = link.load(progress or (lambda message: None))
             return self._client(run_id, config, link, model, epoch), link
@@ -504,11 +544,15 @@ class ServiceClient:
             raise
 
     def _bring_back(
-        self, info: TrainingClientInfo, config: TrainingConfig, progress: Progress | None
+        self,
+        info: TrainingClientInfo,
+        config: TrainingConfig,
+        progress: Progress | None,
+        kept: KeptHead | None,
     ) -> TrainingClient:
         """A new actor in the state of the last artifact."""
         epoch = self._registry.claim(info.training_client_id)
-        client, link = self._open(info.training_client_id, epoch, config, progress)
+        client, link = self._open(info.training_client_id, epoch, config, progress, kept)
         try:
             loaded: LoadStateResult = client.load_state(str(info.last_artifact_id))
         except BaseException:

@@ -398,6 +398,7 @@ class TrainingClient:
             handle=self._handle,
             sequence=number,
             arguments=arguments,
+            ledger=self._link.ledger_place,
         )
 
     def _still_pending(self) -> list[Any]:

@@ -29,6 +29,7 @@ class Request:
         handle: the id of the `TrainingClient` object; order is kept per handle.
         sequence: 0, 1, 2, ... within the handle.
         arguments: keyword arguments of the operation.
+        ledger: where the client last saw the ledger of its data set end, ``SEQ-HASH``.
     """
 
     request_id: str
@@ -37,6 +38,7 @@ class Request:
     handle: str
     sequence: int
     arguments: dict[str, Any] = field(default_factory=dict)
+    ledger: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,15 @@ class SampleRequest:
 
 @dataclass(frozen=True, repr=False)
 class Reply:
-    """The answer: a value, or an error as plain values (never an exception with a traceback)."""
+    """The answer: a value, or an error as plain values (never an exception with a traceback).
+
+    Attributes:
+        ledger_head: a private run's `LedgerHead` after its last charge, a line; else empty.
+    """
 
     value: Any = None
     error: Wire | None = None
+    ledger_head: str = ""
 
     def unwrap(self) -> Any:
         """The value; raises the error as a clean local copy."""

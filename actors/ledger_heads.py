@@ -1,0 +1,121 @@
+"""Signed heads of ledgers in the artifact store, out of reach of who puts a database back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+
+from actors.audit_log import SDK
+from actors.registry import Registry
+from actors.store import ArtifactStore
+from tg_tinker.errors import StorageError, TGTinkerError
+from tg_tinker.ledger import parse_place
+from tg_tinker.ledger_heads import LedgerHead
+
+EVERY = 8
+"""Charges of a run from one head in the store to the next."""
+
+_log = logging.getLogger("tg_tinker")
+
+
+def meet(
+    registry: Registry, root: str, tenant: str, dataset: str, kept: Sequence[str] = (),
+    who: str = SDK,
+) -> int:  # fmt: skip
+    """Holds a ledger against every head of it in the store, and against others that are kept.
+
+    Of the heads in the store only those are read that the ledger does not go through.
+
+    Args:
+        kept: heads that the caller has, a line each.
+        who: asks, for the audit log.
+
+    Returns:
+        The number of the newest entry that the store knows; -1 if it has no head.
+
+    Raises:
+        LedgerMismatchError: the ledger is behind a head, or another chain.
+        StorageError: the store does not answer: what it knows must not be passed over.
+    """
+    store, name = ArtifactStore(root), registry.ledger_name(tenant, dataset)
+    places = store.ledger_places(tenant, name)
+    unknown = registry.unknown_places(tenant, dataset, places)
+    found = [store.read_ledger_head(tenant, name, place) for place in unknown]
+    registry.check_heads(tenant, dataset, [*found, *kept], who)
+    return max((parse_place(place)[0] for place in places), default=-1)
+
+
+def book_missing(
+    registry: Registry, root: str, tenant: str, dataset: str, kept: Sequence[str] = ()
+) -> int:
+    """See `HeadChecks.book_missing`, from all heads in the store and others that are kept."""
+    store, name = ArtifactStore(root), registry.ledger_name(tenant, dataset)
+    places = store.ledger_places(tenant, name)
+    found = [store.read_ledger_head(tenant, name, place) for place in places]
+    return registry.book_missing(tenant, dataset, [*found, *kept])
+
+
+class HeadKeeper:
+    """Puts the heads of one run's ledger into the store, beside training.
+
+    A store that does not answer holds up no step. What it misses goes with the next head.
+
+    Attributes:
+        newest: the head after the last charge, a line; empty before the first.
+        problem: why the store has no newer head; empty where all is well.
+    """
+
+    def __init__(
+        self, registry: Registry, root: str, tenant: str, dataset: str, who: str
+    ) -> None:  # fmt: skip
+        self._registry, self._store = registry, ArtifactStore(root)
+        self._ledger = (tenant, dataset)
+        self._name = registry.ledger_name(tenant, dataset)
+        self._stored = meet(registry, root, tenant, dataset, who=who)
+        self._charges = 0
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="ledger-heads")
+        self._writing: Future[None] | None = None
+        self.newest, self.problem = "", ""
+
+    def charged(self) -> None:
+        """After each charge. Never raises: the step is made."""
+        with suppress(TGTinkerError):
+            self.newest = self._registry.ledger_head(*self._ledger, self._stored)
+        due = self._charges % EVERY == 0
+        if due and (self._writing is None or self._writing.done()):
+            self._writing = self._writer.submit(self._write_or_tell)
+        self._charges += 1
+
+    def keep(self, timeout_s: float | None = None) -> None:
+        """Returns when the store has the present head.
+
+        Raises:
+            StorageError: it refuses.
+            TimeoutError: it has not answered within `timeout_s`.
+        """
+        try:
+            self._writer.submit(self._write).result(timeout_s)
+        except StorageError as error:
+            raise StorageError(
+                f"the head of the ledger was not stored, training is not affected: {error.message}",
+                details=error.details,
+            ) from None
+
+    def _write_or_tell(self) -> None:
+        try:
+            self._write()
+        except TGTinkerError as error:
+            self.problem = (
+                "the artifact store has no new head of the ledger, so an older database would not"
+                f" be noticed by it: {error.message}"
+            )
+            _log.warning("%s", self.problem)
+
+    def _write(self) -> None:
+        head = LedgerHead.parse(self._registry.ledger_head(*self._ledger, self._stored))
+        if head.seq > self._stored:
+            self._store.write_ledger_head(head.tenant, self._name, head.place, head.line())
+            self._stored = head.seq
+        self.problem = ""

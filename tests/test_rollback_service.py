@@ -1,0 +1,140 @@
+"""An old database put back under a real service: refused, then booked, then training goes on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from privacy_helpers import ROWS
+from typer.testing import CliRunner
+
+from tg_tinker import (
+    DPBudgetExceededError,
+    DPConfig,
+    LedgerMismatchError,
+    LoRAConfig,
+    NotFoundError,
+    ServiceClient,
+    TrainingClient,
+    TrainingConfig,
+)
+from tg_tinker.cli import main
+from tg_tinker.ledger import Entry
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:a step has")]
+DATA = "clinic-2026"
+
+
+def config(model: Path) -> TrainingConfig:
+    dp = DPConfig(noise_multiplier=4.0, target_epsilon=8.0, max_participations=4)
+    return TrainingConfig(
+        model_ref=str(model), lora_config=LoRAConfig(rank=2), batch_size=2, dataset_id=DATA,
+        dp_config=dp,
+    )  # fmt: skip
+
+
+def step(tc: TrainingClient) -> Any:
+    tc.forward_backward({"input_ids": ROWS[:2]})
+    return tc.optim_step().result()
+
+
+def set_aside(home: Path, where: Path) -> None:
+    """The database while nobody has it open."""
+    where.mkdir()
+    for file in home.glob("registry.db*"):
+        shutil.copy2(file, where / file.name)
+
+
+def put_back(home: Path, where: Path) -> None:
+    for file in home.glob("registry.db*"):
+        file.unlink()
+    for file in where.iterdir():
+        shutil.copy2(file, home / file.name)
+
+
+def entries(service: ServiceClient) -> list[Entry]:
+    return list(service.privacy_report(DATA).entries)
+
+
+def test_an_old_database_under_newer_heads_trains_nothing(
+    home: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    old, heads = tmp_path / "old", home / "ledger-heads"
+    with ServiceClient(address="local") as service:
+        tc = service.create_training_client(config(tiny_model))  # never closed, like a crash
+        step(tc)
+        saved = tc.save_state().artifact_id
+        before = entries(service)
+    set_aside(home, old)
+    with ServiceClient(address="local") as service:
+        tc = service.get_training_client(tc.id)
+        step(tc)
+        newer = tc.save_state().artifact_id
+        spent = step(tc).dp_metrics.total_epsilon
+        lost = entries(service)[len(before) :]
+    assert len(lost) == 2
+    put_back(home, old)
+
+    refusing: dict[str, Callable[[ServiceClient], object]] = {
+        "create": lambda service: service.create_training_client(config(tiny_model)),
+        "get": lambda service: service.get_training_client(tc.id),
+        "register": lambda service: service.register_dataset(DATA, 8.0),
+    }
+    with ServiceClient(address="local") as service:
+        for who, part in (("both", None), ("the store", heads), ("home", home / "store/t")):
+            if part is not None:  # only the other one still knows
+                part.rename(tmp_path / "hidden")
+            for what, act in refusing.items():
+                with pytest.raises(LedgerMismatchError, match="newest copy") as caught:
+                    act(service)
+                assert caught.value.details["behind"], (who, what)
+                assert f"tg-tinker privacy book-missing {DATA}" in caught.value.message
+            if part is not None:
+                (tmp_path / "hidden").rename(part)
+        assert entries(service) == before  # nor was the dead run's reservation given back
+        with pytest.raises(NotFoundError):
+            service.get_artifact(newer)  # it replays into a registry that never published it
+        assert "ledger_mismatch" in {row.outcome for row in service.audit_log()}
+
+    booked = CliRunner().invoke(main, ["privacy", "book-missing", DATA])
+    assert booked.exit_code == 0, booked.output
+    assert "2 charges were missing and are booked" in booked.output
+    with ServiceClient(address="local") as service:
+        assert entries(service)[:-1] == before + lost
+        assert service.privacy_report(DATA).total_epsilon == spent
+        with (
+            service.get_training_client(tc.id) as ended,
+            pytest.raises(DPBudgetExceededError, match="new client"),
+        ):
+            ended.forward_backward({"input_ids": ROWS[:2]}).result()
+        with service.create_training_client(config(tiny_model)) as fresh:
+            assert fresh.load_state(saved).step == 1
+            assert step(fresh).dp_metrics.total_epsilon > spent
+
+
+def test_a_client_sends_what_it_saw_and_leaves_the_last_head_in_the_store(
+    home: Path, tiny_model: Path
+) -> None:
+    with ServiceClient(address="local") as service:
+        with service.create_training_client(config(tiny_model)) as tc:
+            step(tc)
+            kept = tc._link._kept
+            assert kept is not None
+            assert kept.newest is not None
+            seen = kept.newest
+            assert seen.hash == entries(service)[-1]["hash"]
+            before = entries(service)
+            kept.newest = replace(seen, seq=seen.seq + 5)  # as if the registry had gone back
+            tc.forward_backward({"input_ids": ROWS[:2]})
+            with pytest.raises(LedgerMismatchError):
+                tc.optim_step().result()
+            assert (entries(service), tc.step) == (before, 1)
+            kept.newest = seen
+            step(tc)
+            last = entries(service)[-1]["hash"]
+        stored = (home / "store/t/default/ledgers").rglob("*.json")
+        assert any(last in path.name for path in stored)
