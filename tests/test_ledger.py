@@ -366,6 +366,28 @@ def test_after_a_step_without_noise_epsilon_is_infinite_for_ever() -> None:
     assert ledger.accounts["a"].steps == 3
 
 
+@pytest.mark.parametrize("runs", [[], ["b"], ["a", "b"], None])
+def test_what_books_no_known_run_changes_nothing(runs: Any) -> None:
+    ledger = registered()
+    ledger.append(opening("a"))
+    before = state(ledger)
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        ledger.append({"type": "book", "runs": runs})
+    assert state(ledger) == before
+
+
+def test_a_booked_run_charges_no_more_and_reserves_nothing() -> None:
+    ledger = registered()
+    ledger.append(opening("a", "client_poisson", planned=5))
+    ledger.append(charge("a", 1))
+    ledger.append({"type": "book", "runs": ["a"]})
+    fall_back = {"type": "fall_back", "run": "a", "count": 1, "limit": None}
+    for body in (charge("a", 2), fall_back):
+        with pytest.raises(DPBudgetExceededError, match="new client"):
+            ledger.append(body)
+    assert (ledger.accounts["a"].count, ledger.accounts["a"].reserved) == (1, 0)
+
+
 def test_links_add_up() -> None:
     ledger = registered()
     ledger.append(opening("a"))
