@@ -335,7 +335,8 @@ def worker(home: Home, model: Path, known: Registry | None = None, **values: Any
     known = known or home.registry
     config = private_config(model, dp={"noise_multiplier": 4.0}, dataset_id=DATA, **values)
     run = known.create_run(US, config.model_dump_json())
-    place = Place(US, run, known.claim(run), home.root, home.path)
+    epoch = known.claim(run)
+    place = Place(US, run, epoch, home.root, home.path, known.capability(US, run, epoch))
     return Worker(place, config, known, lambda _: None)
 
 
