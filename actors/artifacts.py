@@ -30,21 +30,36 @@ from tg_tinker.envelope import (
     sealed_parts,
     unseal,
 )
-from tg_tinker.errors import IntegrityError, InvalidRequestError, StorageError
+from tg_tinker.errors import (
+    IntegrityError,
+    InvalidRequestError,
+    NotFoundError,
+    StorageError,
+)
 from tg_tinker.types import EncryptionInfo
+
+ARTIFACT_PREFIX = "art-"
+"""Of every id of an artifact, and of nothing else."""
 
 
 class Draft:
     """An artifact on its way into the store: plain files in this process, and their key.
 
     Sealing happens while somebody reads the parts: the ciphertext is never whole in memory.
+
+    Args:
+        artifact_id: of an artifact that is sealed anew; a new id when None.
+        stored_as: its name in the store; the id when None.
     """
 
     def __init__(
-        self, registry: Registry, capability: Capability, files: Mapping[str, Buffer]
-    ) -> None:
+        self, registry: Registry, capability: Capability, files: Mapping[str, Buffer],
+        artifact_id: str | None = None, stored_as: str | None = None,
+    ) -> None:  # fmt: skip
         self.tenant = capability.tenant
-        self.artifact_id = f"art-{int(time.time() * 1e3):011x}{secrets.token_hex(8)}"
+        new_id = f"{ARTIFACT_PREFIX}{int(time.time() * 1e3):011x}{secrets.token_hex(8)}"
+        self.artifact_id = artifact_id or new_id
+        self.stored_as = stored_as or self.artifact_id
         self._key, self.wrapped_key = registry.new_data_key(capability, self.artifact_id)
         self._files = files
         self._sealed: dict[str, SealedFile] = {}
@@ -94,7 +109,7 @@ Write = Callable[[ArtifactStore, Draft], None]
 def write(store: ArtifactStore, draft: Draft) -> None:
     """Into the store from this process."""
     files = {name: Sealed(draft, name) for name in draft.names}
-    store.write_artifact(draft.tenant, draft.artifact_id, files, draft.wrapped_key, draft.manifest)
+    store.write_artifact(draft.tenant, draft.stored_as, files, draft.wrapped_key, draft.manifest)
 
 
 def publish(
@@ -131,51 +146,78 @@ def fetch(
     """The files of an artifact in clear, after every one of them was verified.
 
     Raises:
-        NotFoundError: unknown, deleted, of another tenant, or its files are gone.
+        NotFoundError: unknown, deleted, expired, of another tenant, or its files are gone.
         ActorLostError: the capability is of an actor that was replaced.
         IntegrityError: not what was published, or not for this key.
     """
-    manifest, key = _opened(registry, store, capability, artifact_id)
-    return {name.removesuffix(".enc"): _file(store, manifest, key, name) for name in manifest.files}
+    tenant = capability.tenant
+    stored_as = registry.stored_as(tenant, artifact_id)
+    try:
+        manifest, key = _opened(registry, store, capability, artifact_id, stored_as)
+        return {
+            name.removesuffix(".enc"): _file(store, stored_as, manifest, key, name)
+            for name in manifest.files
+        }
+    except (NotFoundError, IntegrityError):
+        if registry.stored_as(tenant, artifact_id) == stored_as:
+            raise
+    return fetch(registry, store, capability, artifact_id)  # it was resealed while it was read
+
+
+def check_written(store: ArtifactStore, draft: Draft) -> None:
+    """Reads a written draft back. Raises IntegrityError unless it opens as what it was made of."""
+    content = store.read(draft.tenant, draft.stored_as, MANIFEST)
+    manifest = Manifest.parse(content, draft.tenant, draft.artifact_id)
+    manifest.check(draft._key)
+    same = store.read_key(draft.tenant, draft.stored_as) == draft.wrapped_key and all(
+        _file(store, draft.stored_as, manifest, draft._key, f"{name}.enc") == content
+        for name, content in draft._files.items()
+    )
+    if not same:
+        raise IntegrityError(f"the store does not give back what was written as {draft.stored_as}")
 
 
 def _opened(
-    registry: Registry, store: ArtifactStore, capability: Capability, artifact_id: str
-) -> tuple[Manifest, bytes]:
+    registry: Registry, store: ArtifactStore, capability: Capability, artifact_id: str,
+    stored_as: str,
+) -> tuple[Manifest, bytes]:  # fmt: skip
     """The verified manifest of an artifact, and its data key."""
     tenant = capability.tenant
-    registry.artifact(tenant, artifact_id)
-    content = store.read(tenant, artifact_id, MANIFEST)
+    content = store.read(tenant, stored_as, MANIFEST)
     registry.check_manifest(tenant, artifact_id, content)
     manifest = Manifest.parse(content, tenant, artifact_id)
-    wrapped = store.read_key(tenant, artifact_id)
-    key = registry.open_data_key(capability, artifact_id, wrapped)
+    key = registry.open_data_key(capability, artifact_id, store.read_key(tenant, stored_as))
     committed = bytes.fromhex(manifest.commitment)
     check_commitment(key, context_of(tenant, artifact_id, DATA_KEY), committed)
     manifest.check(key)
     return manifest, key
 
 
-def _file(store: ArtifactStore, manifest: Manifest, key: bytes, name: str) -> bytes:
+def _file(store: ArtifactStore, stored_as: str, manifest: Manifest, key: bytes, name: str) -> bytes:
     tenant, artifact_id, entry = manifest.tenant, manifest.artifact_id, manifest.files[name]
-    sealed = store.read(tenant, artifact_id, name)
+    sealed = store.read(tenant, stored_as, name)
     if len(sealed) != entry.size or hashlib.sha256(sealed).hexdigest() != entry.sha256:
         raise IntegrityError(f"{name} of artifact {artifact_id} is not what was published")
     return unseal(key, sealed, context_of(tenant, artifact_id, name.removesuffix(".enc")))
 
 
-def delete(registry: Registry, store: str, tenant: str, artifact_id: str) -> None:
+def delete(
+    registry: Registry, store: str, tenant: str, artifact_id: str, event: str = "artifact.delete"
+) -> None:
     """Entry first, so that no copy of the files counts any more; then manifest, key, files.
+
+    Args:
+        event: what the audit log calls it.
 
     Raises:
         NotFoundError: unknown, deleted already, or in another store; nothing was deleted.
         StorageError: the store refused: the artifact is gone, some of its files are not.
     """
     folder = ArtifactStore(store)
-    registry.artifact(tenant, artifact_id)
-    folder.read(tenant, artifact_id, MANIFEST)  # in another store its files would stay
-    registry.delete_artifact(tenant, artifact_id)
-    folder.delete(tenant, artifact_id)
+    stored_as = registry.stored_as(tenant, artifact_id)
+    folder.read(tenant, stored_as, MANIFEST)  # in another store its files would stay
+    # By the name that the entry has now: somebody may have resealed it since.
+    folder.delete(tenant, registry.delete_artifact(tenant, artifact_id, event))
 
 
 def export_adapter(

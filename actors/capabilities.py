@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from tg_tinker.envelope import derive_key
 
-RUN, READER = "run", "reader"
+RUN, READER, KEEPER = "run", "reader", "keeper"
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Capability:
     """What one client may do.
 
     Attributes:
-        kind: `RUN` makes artifacts of its run and reads those of its tenant; `READER` reads.
+        kind: `RUN` makes artifacts of its run and reads those of its tenant; `READER` reads;
+            `KEEPER` reads, copies and seals anew.
         tenant: whose artifacts.
         who: ``RUN@EPOCH``, or a reader as the audit log names it.
         tag: HMAC-SHA256 of the rest. A secret: who knows it can act as this client.

@@ -1,13 +1,12 @@
 """The registry: runs, artifacts and budgets in a database that outlives every Ray cluster.
 
 The only owner of the tenant's keys. A plain class; its Ray shell is `registry_actor`. Every
-change is one immediate transaction, and nothing lasting is kept in memory. Ledgers are in
-`budgets`, the door to the database in `database`.
+change is one immediate transaction, and nothing lasting is kept in memory. Artifacts are in
+`artifact_index`, ledgers in `budgets`, the door to the database in `database`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -22,9 +21,10 @@ import sqlalchemy as sa
 
 from actors import signing
 from actors.api_keys import ApiKeys
-from actors.audit_log import ANYONE, SDK, Details
-from actors.capabilities import READER, RUN, Capability, Issuer
-from actors.database import METADATA, RUNS
+from actors.artifact_index import ArtifactIndex, check_epoch, last_artifact
+from actors.audit_log import ANYONE, SDK
+from actors.capabilities import KEEPER, READER, RUN, Capability, Issuer
+from actors.database import RUNS
 from actors.head_checks import HeadChecks
 from actors.keys import open_keyring
 from tg_tinker.envelope import context_of, new_key
@@ -36,29 +36,16 @@ from tg_tinker.errors import (
     NotFoundError,
     StorageError,
 )
-from tg_tinker.types import ArtifactInfo, TrainingClientInfo
+from tg_tinker.types import TrainingClientInfo
 
-_artifacts = sa.Table(
-    "artifacts",
-    METADATA,
-    sa.Column("id", sa.String, primary_key=True),
-    sa.Column("tenant", sa.String, nullable=False),
-    sa.Column("run_id", sa.String, sa.ForeignKey("runs.id"), nullable=False),
-    sa.Column("step", sa.Integer, nullable=False),
-    sa.Column("size_bytes", sa.Integer, nullable=False),
-    sa.Column("include_optimizer", sa.Boolean, nullable=False),
-    sa.Column("manifest_sha256", sa.String, nullable=False),
-    sa.Column("created_at", sa.Float, nullable=False),
-    sa.Column("deleted_at", sa.Float),
-)
 DATA_KEY = "data key"
 """What the context of a wrapped data key has in place of a file's name."""
 _BECAME = {"active": "run.resume", "completed": "run.complete", "failed": "run.fail"}
 
 
-class Registry(HeadChecks, ApiKeys):
-    """Runs, their artifacts, the keys that open them, and by inheritance budgets, API keys and
-    the audit log."""
+class Registry(ArtifactIndex, HeadChecks, ApiKeys):
+    """Runs, the keys that open their artifacts, and by inheritance the index of artifacts,
+    budgets, API keys and the audit log."""
 
     def __init__(
         self, database: str, keyring: str | os.PathLike[str], audit_keys: Path | None = None
@@ -157,12 +144,6 @@ class Registry(HeadChecks, ApiKeys):
             return [self._run_info(connection, row) for row in connection.execute(query)]
 
     def _run_info(self, connection: sa.Connection, row: Any) -> TrainingClientInfo:
-        latest = (
-            sa.select(_artifacts.c.id)
-            .where(_artifacts.c.run_id == row.id, _artifacts.c.deleted_at.is_(None))
-            .order_by(_artifacts.c.created_at.desc())
-            .limit(1)
-        )
         return TrainingClientInfo(
             training_client_id=row.id,
             status=row.status,
@@ -170,87 +151,8 @@ class Registry(HeadChecks, ApiKeys):
             epoch=row.epoch,
             model_ref=json.loads(row.config)["model_ref"],
             created_at=datetime.fromtimestamp(row.created_at, UTC),
-            last_artifact_id=connection.execute(latest).scalar_one_or_none(),
+            last_artifact_id=last_artifact(connection, row.id),
         )
-
-    # --- artifacts ---------------------------------------------------------------------------
-
-    def publish(
-        self, tenant: str, run_id: str, epoch: int, artifact_id: str, step: int,
-        size_bytes: int, include_optimizer: bool, manifest: bytes,
-    ) -> None:  # fmt: skip
-        """Enters an artifact whose files are all in the store.
-
-        Raises:
-            ActorLostError: the run has a newer actor; this one may publish nothing.
-        """
-        who = f"{run_id}@{epoch}"
-        with (
-            self._refusals_noted(tenant, who, "artifact.save", artifact_id),
-            self._change() as tx,
-        ):
-            _check_epoch(tx, tenant, run_id, epoch)
-            digest = hashlib.sha256(manifest).hexdigest()
-            tx.execute(
-                _artifacts.insert().values(
-                    id=artifact_id, tenant=tenant, run_id=run_id, step=step,
-                    size_bytes=size_bytes, include_optimizer=include_optimizer,
-                    manifest_sha256=digest, created_at=time.time(),
-                )
-            )  # fmt: skip
-            details: Details = {"step": step, "size_bytes": size_bytes, "manifest": digest}
-            self._note(tx, tenant, who, "artifact.save", artifact_id, details)
-
-    def check_manifest(self, tenant: str, artifact_id: str, manifest: bytes) -> None:
-        """Refuses a manifest that is not the published one, or of a deleted artifact."""
-        row = self._artifact(tenant, artifact_id)
-        if hashlib.sha256(manifest).hexdigest() != row.manifest_sha256:
-            raise IntegrityError(
-                f"the manifest of artifact {artifact_id} is not the one that was published"
-            )
-
-    def artifact(self, tenant: str, artifact_id: str) -> ArtifactInfo:
-        return _artifact_info(self._artifact(tenant, artifact_id))
-
-    def artifacts(self, tenant: str) -> list[ArtifactInfo]:
-        """All artifacts of a tenant that are not deleted, oldest first."""
-        query = (
-            sa.select(_artifacts)
-            .where(_artifacts.c.tenant == tenant, _artifacts.c.deleted_at.is_(None))
-            .order_by(_artifacts.c.created_at)
-        )
-        with self._reading() as connection:
-            return [_artifact_info(row) for row in connection.execute(query)]
-
-    def all_artifacts(self) -> list[tuple[str, str]]:
-        """(tenant, id) of every artifact that is not deleted."""
-        query = sa.select(_artifacts.c.tenant, _artifacts.c.id)
-        with self._reading() as connection:
-            rows = connection.execute(query.where(_artifacts.c.deleted_at.is_(None)))
-            return [(row.tenant, row.id) for row in rows]
-
-    def delete_artifact(self, tenant: str, artifact_id: str) -> None:
-        """Marks it deleted, for good: an old copy of its files is refused from now on."""
-        self._artifact(tenant, artifact_id)
-        with self._change() as tx:
-            tx.execute(
-                _artifacts.update()
-                .where(_artifacts.c.id == artifact_id)
-                .values(deleted_at=time.time())
-            )
-            self._note(tx, tenant, SDK, "artifact.delete", artifact_id)
-
-    def _artifact(self, tenant: str, artifact_id: str) -> Any:
-        query = sa.select(_artifacts).where(
-            _artifacts.c.id == artifact_id,
-            _artifacts.c.tenant == tenant,
-            _artifacts.c.deleted_at.is_(None),
-        )
-        with self._reading() as connection:
-            row = connection.execute(query).one_or_none()
-        if row is None:
-            raise NotFoundError(f"no artifact {artifact_id!r}: service.list_artifacts() names them")
-        return row
 
     # --- keys --------------------------------------------------------------------------------
 
@@ -262,7 +164,7 @@ class Registry(HeadChecks, ApiKeys):
             ActorLostError: it was claimed again since.
         """
         with self._reading() as connection:
-            _check_epoch(connection, tenant, run_id, epoch)
+            check_epoch(connection, tenant, run_id, epoch)
         return self._issuer.issue(RUN, tenant, f"{run_id}@{epoch}")
 
     def reader(self, tenant: str, who: str = SDK) -> Capability:
@@ -275,18 +177,29 @@ class Registry(HeadChecks, ApiKeys):
             raise InvalidRequestError("a reader does not call itself RUN@EPOCH: an actor does")
         return self._issuer.issue(READER, tenant, who)
 
+    def keeper(self, tenant: str) -> Capability:
+        """For whoever copies artifacts and seals them anew; reads, too."""
+        return self._issuer.issue(KEEPER, tenant, SDK)
+
     def new_data_key(self, shown: Capability, artifact_id: str) -> tuple[bytes, bytes]:
         """A fresh data key, and its wrapped form as stored beside an artifact to be.
 
+        A keeper is also given one for an artifact that is there: it is to be sealed anew.
+
         Raises:
-            AccessDeniedError: not the capability of a run, or the artifact is there already.
+            AccessDeniedError: a reader's capability; or the artifact is there already.
             ActorLostError: the run has a newer actor.
+            NotFoundError: a keeper's artifact is deleted, expired, or of another tenant.
         """
         with self._admitted(shown, "artifact.save", artifact_id):
-            if shown.kind != RUN:
+            if shown.kind == READER:
                 raise AccessDeniedError("a reader makes no artifacts: the actor of a run does")
             if self._tenant_of_artifact(artifact_id) is not None:
-                raise AccessDeniedError("there is an artifact of this id: a new one needs its own")
+                if shown.kind != KEEPER:
+                    raise AccessDeniedError(
+                        "there is an artifact of this id: a new one needs its own"
+                    )
+                self._openable_artifact(shown.tenant, artifact_id)
             key = new_key()
             wrapped = self._keyring.wrap(key, context_of(shown.tenant, artifact_id, DATA_KEY))
             return key, json.dumps(wrapped).encode()
@@ -295,7 +208,7 @@ class Registry(HeadChecks, ApiKeys):
         """The data key of an artifact that exists.
 
         Raises:
-            NotFoundError: the artifact is unknown, deleted, or of another tenant.
+            NotFoundError: the artifact is unknown, deleted, expired, or of another tenant.
             AccessDeniedError: the capability is forged.
             ActorLostError: it is of a run that has a newer actor.
             IntegrityError: the wrapped key is of another artifact or keyring.
@@ -305,7 +218,7 @@ class Registry(HeadChecks, ApiKeys):
             owner = self._tenant_of_artifact(artifact_id)
             if owner not in (None, tenant):  # its owner learns of it, the other learns nothing
                 self._note_stranger(owner, "artifact.load", artifact_id)
-            self._artifact(tenant, artifact_id)
+            self._openable_artifact(tenant, artifact_id)
             context = context_of(tenant, artifact_id, DATA_KEY)
             key = self._keyring.unwrap(_stored(wrapped), context)
             with self._change() as tx:  # before the key is out
@@ -329,18 +242,12 @@ class Registry(HeadChecks, ApiKeys):
             if shown.kind == RUN:
                 run_id, _, epoch = shown.who.rpartition("@")
                 with self._reading() as connection:
-                    _check_epoch(connection, shown.tenant, run_id, int(epoch))
+                    check_epoch(connection, shown.tenant, run_id, int(epoch))
             yield
 
     def _note_stranger(self, tenant: str | None, event: str, subject: str) -> None:
         with suppress(StorageError):  # the refusal itself is what the caller must learn
             self._note_refusal(str(tenant), ANYONE, event, subject, AccessDeniedError.code)
-
-    def _tenant_of_artifact(self, artifact_id: str) -> str | None:
-        """Of one that is deleted, too."""
-        query = sa.select(_artifacts.c.tenant).where(_artifacts.c.id == artifact_id)
-        with self._reading() as connection:
-            return connection.execute(query).scalar()
 
     def _known_tenant(self, tenant: str) -> str | None:
         """The tenant itself, if it has a run."""
@@ -395,20 +302,6 @@ class Registry(HeadChecks, ApiKeys):
         return self._keyring.primary, self._keyring.provider
 
 
-def _check_epoch(tx: sa.Connection, tenant: str, run_id: str, epoch: int) -> None:
-    """Refuses an actor that is not its run's newest one."""
-    current = tx.execute(
-        sa.select(RUNS.c.epoch).where(RUNS.c.id == run_id, RUNS.c.tenant == tenant)
-    ).scalar()
-    if current is None:
-        raise NotFoundError(f"no training client {run_id!r} of this tenant")
-    if current != epoch:
-        raise ActorLostError(
-            f"this actor (epoch {epoch}) was replaced by epoch {current}: it may not publish or"
-            " load; use get_training_client to reach the new one"
-        )
-
-
 def _stored(wrapped: bytes) -> dict[str, str]:
     """A wrapped data key as the keyring takes it."""
     try:
@@ -418,14 +311,3 @@ def _stored(wrapped: bytes) -> dict[str, str]:
     if not isinstance(found, dict) or json.dumps(found).encode() != wrapped:
         raise IntegrityError("a stored data key is damaged: put its backup back")
     return found
-
-
-def _artifact_info(row: Any) -> ArtifactInfo:
-    return ArtifactInfo(
-        artifact_id=row.id,
-        training_client_id=row.run_id,
-        step=row.step,
-        size_bytes=row.size_bytes,
-        include_optimizer=row.include_optimizer,
-        created_at=datetime.fromtimestamp(row.created_at, UTC),
-    )

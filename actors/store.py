@@ -5,7 +5,8 @@
     <root>/t/<tenant>/audit/<row>.json            a signed head of the audit log
     <root>/t/<tenant>/ledgers/<pseudonym>/<place>.json    a signed head of a data set's ledger
 
-An artifact exists when its manifest does.
+An artifact exists when its manifest does. One that was resealed lies under another name than its
+id (`artifact_index`), and that name is what is meant here.
 """
 
 from __future__ import annotations
@@ -92,6 +93,10 @@ class ArtifactStore:
     def write_key(self, tenant: str, artifact_id: str, key: bytes) -> None:
         """Replaces a wrapped data key, in one step where the store can."""
         self.objects.put(_key_name(tenant, artifact_id), key)
+
+    def delete_key(self, tenant: str, artifact_id: str) -> None:
+        """Removes a wrapped data key: no copy of the files opens without a copy of it."""
+        self.objects.delete(_key_name(tenant, artifact_id))
 
     def write_audit_head(self, tenant: str, seq: int, head: bytes) -> None:
         """Keeps a signed head of the audit log; one of the same row is replaced."""

@@ -1,10 +1,11 @@
-"""What an operator does to all artifacts: check them, and give their keys another wrapping."""
+"""What an operator does to all artifacts: check them, remove those whose time is over, and give
+their keys another wrapping."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from actors.artifacts import fetch
+from actors.artifacts import delete, fetch
 from actors.registry import Registry
 from actors.state import from_files
 from actors.store import ArtifactStore
@@ -14,10 +15,13 @@ from tg_tinker.errors import TGTinkerError
 def verify(registry: Registry, root: str, tenant: str) -> Iterator[tuple[str, str]]:
     """Reads every artifact again, as `load_state` would; (id, what is wrong), empty where nothing.
 
-    One that is damaged does not keep the others from being checked.
+    One that is damaged does not keep the others from being checked. Expired ones are left out.
     """
     store, reader = ArtifactStore(root), registry.reader(tenant)
+    expired = registry.expired(tenant)
     for info in registry.artifacts(tenant):
+        if info.artifact_id in expired:
+            continue
         try:
             state = from_files(fetch(registry, store, reader, info.artifact_id)).state
             registry.check_lineage(tenant, state.lineage.ledgers, info.artifact_id)
@@ -25,6 +29,17 @@ def verify(registry: Registry, root: str, tenant: str) -> Iterator[tuple[str, st
             yield info.artifact_id, error.message
         else:
             yield info.artifact_id, ""
+
+
+def delete_expired(registry: Registry, root: str, tenant: str) -> Iterator[tuple[str, str]]:
+    """Deletes every artifact whose time is over; (id, what went wrong), empty where nothing."""
+    for artifact_id in registry.expired(tenant):
+        try:
+            delete(registry, root, tenant, artifact_id, "artifact.expire")
+        except TGTinkerError as error:
+            yield artifact_id, error.message
+        else:
+            yield artifact_id, ""
 
 
 def rewrap(registry: Registry, root: str) -> Iterator[tuple[str, str]]:
@@ -36,11 +51,13 @@ def rewrap(registry: Registry, root: str) -> Iterator[tuple[str, str]]:
     """
     registry.rewrap_unit_keys()
     store = ArtifactStore(root)
-    for tenant, artifact_id in registry.all_artifacts():
+    for tenant, artifact_id, stored_as in registry.all_artifacts():
         try:
-            wrapped = store.read_key(tenant, artifact_id)
+            wrapped = store.read_key(tenant, stored_as)
             if (again := registry.rewrapped(tenant, artifact_id, wrapped)) is not None:
-                store.write_key(tenant, artifact_id, again)
+                store.write_key(tenant, stored_as, again)
+                if stored_as not in registry.reachable(tenant):
+                    store.delete_key(tenant, stored_as)  # deleted meanwhile: it must not come back
         except TGTinkerError as error:
             yield artifact_id, error.message
         else:
@@ -50,8 +67,8 @@ def rewrap(registry: Registry, root: str) -> Iterator[tuple[str, str]]:
 def uses(registry: Registry, root: str) -> dict[str, int]:
     """How many artifacts each key opens."""
     store, counts = ArtifactStore(root), dict.fromkeys(registry.key_ids(), 0)
-    for tenant, artifact_id in registry.all_artifacts():
-        key_id = registry.key_of(store.read_key(tenant, artifact_id))
+    for tenant, _, stored_as in registry.all_artifacts():
+        key_id = registry.key_of(store.read_key(tenant, stored_as))
         counts[key_id] = counts.get(key_id, 0) + 1
     return counts
 

@@ -402,7 +402,7 @@ class FakeService(ServiceClient):
     def list_training_clients(self) -> list[TrainingClientInfo]:
         return [client.info() for client in self.clients]
 
-    def list_artifacts(self) -> list[ArtifactInfo]:
+    def list_artifacts(self, **conditions: Any) -> list[ArtifactInfo]:
         return list(self.artifacts.values())
 
     def artifact(self, artifact_id: str) -> ArtifactInfo:

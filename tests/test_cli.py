@@ -62,6 +62,8 @@ def test_the_commands_are_these() -> None:
     assert {" ".join(words) for words in all_commands() if words} == {
         "demo", "init", "runs", "version", "doctor",
         "artifacts", "artifacts list", "artifacts export", "artifacts delete", "artifacts verify",
+        "artifacts show", "artifacts label", "artifacts expire", "artifacts copy",
+        "artifacts reseal", "artifacts shred",
         "keys", "keys list", "keys rotate", "keys retire", "keys new",
         "privacy", "privacy report", "privacy certificate", "privacy ledger", "privacy verify",
         "privacy audit", "privacy book-missing", "serve", "sample", "chat",
@@ -194,7 +196,7 @@ def test_runs_lists_what_there_is(service: FakeService) -> None:
 
 def test_artifacts_lists_what_there_is(service: FakeService) -> None:
     lines = call("artifacts", "list", service=service).stdout.splitlines()
-    assert " ".join(lines[1].split()) == "art-1 run-1 1 2.5 MB yes 2025-01-02 03:04"
+    assert " ".join(lines[1].split()) == "art-1 run-1 1 2.5 MB yes 2025-01-02 03:04 never -"
 
 
 @pytest.mark.parametrize("words", [["runs"], ["artifacts", "list"]])

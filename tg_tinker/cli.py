@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from tg_tinker import cli_audit_log, cli_doctor, cli_keys, cli_sampling
+from tg_tinker import cli_artifacts, cli_audit_log, cli_doctor, cli_keys, cli_sampling
 from tg_tinker.errors import TGTinkerError
 
 if TYPE_CHECKING:
@@ -78,17 +78,6 @@ main = typer.Typer(
     All that lasts is in ~/.tg-tinker, or where TG_TINKER_HOME points; the keys
     may be elsewhere, see [cyan]tg-tinker keys[/].""",
 )
-artifacts = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    help="""List, export and delete saved artifacts.
-
-    They are encrypted; only an export writes weights in clear.
-
-      [cyan]tg-tinker artifacts list[/]
-      [cyan]tg-tinker artifacts export ARTIFACT_ID my-adapter[/]""",
-)
-main.add_typer(artifacts, name="artifacts")
 privacy = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -102,6 +91,7 @@ privacy = typer.Typer(
       [cyan]tg-tinker privacy audit[/]""",
 )
 main.add_typer(privacy, name="privacy")
+main.add_typer(cli_artifacts.artifacts, name="artifacts")
 main.add_typer(cli_audit_log.commands, name="audit-log")
 main.add_typer(cli_sampling.commands)
 main.add_typer(cli_keys.keys, name="keys")
@@ -200,68 +190,6 @@ def runs(ctx: typer.Context) -> None:
         for run in known
     ]  # fmt: skip
     print_table(("run", "status", "step", "model", "created (UTC)", "last artifact"), rows)
-
-
-@artifacts.command("list")
-def list_artifacts(ctx: typer.Context) -> None:
-    """List saved artifacts, oldest first.
-
-    [cyan]tg-tinker artifacts list[/]
-    """
-    with connector(ctx)() as service:
-        known = service.list_artifacts()
-    rows = [
-        (item.artifact_id, item.training_client_id, str(item.step),
-         f"{item.size_bytes / 1e6:.1f} MB", "yes" if item.include_optimizer else "no",
-         f"{item.created_at:%Y-%m-%d %H:%M}")
-        for item in known
-    ]  # fmt: skip
-    print_table(("artifact", "run", "step", "size", "optimizer", "created (UTC)"), rows)
-
-
-@artifacts.command()
-def export(
-    ctx: typer.Context,
-    artifact_id: Annotated[str, typer.Argument(help="See `tg-tinker artifacts list`.")],
-    path: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
-) -> None:
-    """Write an adapter, decrypted, as a folder that PEFT can load.
-
-    [cyan]tg-tinker artifacts export ARTIFACT_ID my-adapter[/]
-    """
-    with connector(ctx)() as service:
-        service.export_adapter(artifact_id, path)
-    typer.echo(f"Wrote {path}: not encrypted, load it with peft.PeftModel.from_pretrained")
-
-
-@artifacts.command("verify")
-def verify_artifacts(ctx: typer.Context) -> None:
-    """Read and check every artifact again; ends with status 1 if one is damaged.
-
-    [cyan]tg-tinker artifacts verify[/]
-    """
-    with connector(ctx)() as service:
-        count = len(service.list_artifacts())
-        failed = cli_keys.report(service.verify_artifacts(), "checking artifacts")
-    typer.echo(f"{count - failed} of {count} artifacts are whole")
-    raise typer.Exit(bool(failed))
-
-
-@artifacts.command()
-def delete(
-    ctx: typer.Context,
-    artifact_id: Annotated[str, typer.Argument(help="See `tg-tinker artifacts list`.")],
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-) -> None:
-    """Delete an artifact and its key; nothing can bring it back.
-
-    [cyan]tg-tinker artifacts delete ARTIFACT_ID --yes[/]
-    """
-    if not yes:
-        typer.confirm(f"Delete {artifact_id} for good?", abort=True)
-    with connector(ctx)() as service:
-        service.delete_artifact(artifact_id)
-    typer.echo(f"Deleted {artifact_id}")
 
 
 @privacy.command()
@@ -401,7 +329,7 @@ def print_table(
     columns: Sequence[str], rows: Sequence[tuple[str, ...]], maker: str = "`tg-tinker demo`"
 ) -> None:
     """A table on a terminal; elsewhere the same, never cut to a width."""
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console = Console() if sys.stdout.isatty() else Console(width=4000)
     table = Table(*columns, box=None, header_style="bold", pad_edge=False)
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))

@@ -33,8 +33,9 @@ from tg_tinker.keyrings import audit_folder, default_place, place_of
 from tg_tinker.ledger import Ledger
 from tg_tinker.ledger_files import KeptHead
 from tg_tinker.privacy import DEFAULT_DATASET, PrivacyReport, dataset_of
+from tg_tinker.service_artifacts import ArtifactCalls
 from tg_tinker.training import TrainingClient
-from tg_tinker.types import ApiKeyInfo, ArtifactInfo, LoadStateResult, ModelInfo, TrainingClientInfo
+from tg_tinker.types import ApiKeyInfo, LoadStateResult, ModelInfo, TrainingClientInfo
 
 Progress = Callable[[str], None]
 MOST_AUDIT_ROWS = 10_000
@@ -114,7 +115,7 @@ def check_port(host: str, port: int) -> None:
         ) from None
 
 
-class ServiceClient:
+class ServiceClient(ArtifactCalls):
     """A connection to TG-Tinker on a Ray cluster, or on one started inside this process.
 
     Args:
@@ -379,38 +380,6 @@ class ServiceClient:
     def revoke_api_key(self, key_id: str) -> None:
         """Ends a key; servers notice within seconds. `NotFoundError` if there is none."""
         self._registry.revoke_api_key(self._tenant, key_id)
-
-    # --- artifacts ---------------------------------------------------------------------------
-
-    def list_artifacts(self) -> list[ArtifactInfo]:
-        """All saved artifacts of this tenant, oldest first."""
-        artifacts: list[ArtifactInfo] = self._registry.artifacts(self._tenant)
-        return artifacts
-
-    def get_artifact(self, artifact_id: str) -> ArtifactInfo:
-        """One artifact; `NotFoundError` if there is none of this id."""
-        artifact: ArtifactInfo = self._registry.artifact(self._tenant, artifact_id)
-        return artifact
-
-    def delete_artifact(self, artifact_id: str) -> None:
-        """Deletes an artifact for good: its entry, its key, its files."""
-        provided("delete_artifact")(self._registry, self._store, self._tenant, artifact_id)
-
-    def export_adapter(self, artifact_id: str, path: str | os.PathLike[str]) -> Path:
-        """Writes a LoRA artifact, decrypted, as a PEFT directory that must not exist yet."""
-        target = Path(path)
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise InvalidRequestError(f"{target} exists: export into a new or empty directory")
-        provided("export_adapter")(self._registry, self._store, self._tenant, artifact_id, target)
-        return target
-
-    def verify_artifacts(self) -> Iterator[tuple[str, str]]:
-        """Reads every artifact of this tenant again and checks it as `load_state` would.
-
-        Yields:
-            Its id, and what is wrong with it: empty where nothing is.
-        """
-        yield from provided("verify_artifacts")(self._registry, self._store, self._tenant)
 
     # --- keys --------------------------------------------------------------------------------
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 
@@ -153,7 +154,12 @@ class LoadStateResult:
 
 @dataclass(frozen=True)
 class ArtifactInfo:
-    """One row of `ServiceClient.list_artifacts`. `size_bytes` counts ciphertext."""
+    """One row of `ServiceClient.list_artifacts`. `size_bytes` counts ciphertext.
+
+    Attributes:
+        labels: as `set_labels` gave them.
+        expires_at: UTC; from then on nothing opens it. None is never.
+    """
 
     artifact_id: str
     training_client_id: str
@@ -161,6 +167,13 @@ class ArtifactInfo:
     size_bytes: int
     include_optimizer: bool
     created_at: datetime
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    expires_at: datetime | None = None
+
+    @property
+    def expired(self) -> bool:
+        """By this machine's clock; it is the registry's that counts."""
+        return self.expires_at is not None and self.expires_at <= datetime.now(UTC)
 
 
 @dataclass(frozen=True)

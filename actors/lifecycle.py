@@ -1,0 +1,135 @@
+"""Artifacts after they were saved: copied, sealed anew under a fresh key, shredded.
+
+What is new is complete in the store before one transaction of the registry makes it count, and
+only then does what is old go. So a crash at any place leaves the old or the new, whole, and files
+that nothing reaches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
+
+from actors.artifacts import Draft, check_written, delete, fetch, write
+from actors.audit_heads import keep_in
+from actors.registry import Registry
+from actors.store import ArtifactStore
+from tg_tinker.errors import IntegrityError, InvalidRequestError, StorageError
+from tg_tinker.types import ArtifactInfo
+
+_T = TypeVar("_T")
+
+NOT_REACHED = (
+    "Backups of the store, and earlier versions that a bucket keeps: with one of them the keyring"
+    " opens the artifact. End them too, or retire the key that wrapped it (tg-tinker keys rotate,"
+    " then keys retire).",
+    "Copies of it, and exports in clear: they are artifacts and files of their own.",
+    "Training clients that have loaded it, and snapshots and later artifacts of their runs: close"
+    " the clients, shred the artifacts.",
+    "Samplers that hold it forget it within seconds, once its running requests end; their memory"
+    " is freed and not overwritten. A sampler without a connection to the registry keeps it until"
+    " it ends.",
+    "Blocks of a disk that the file system has freed but not overwritten.",
+)
+"""What shredding does not reach, for whoever has to rely on it."""
+
+
+def copy(registry: Registry, root: str, tenant: str, artifact_id: str) -> ArtifactInfo:
+    """Another artifact of the same content, lineage, run and step, under a data key of its own.
+
+    Raises:
+        NotFoundError: unknown, deleted or expired, also meanwhile; no copy is left.
+        IntegrityError: the source is not what was published; there is no copy.
+    """
+    store, keeper = ArtifactStore(root), registry.keeper(tenant)
+    draft = Draft(registry, keeper, fetch(registry, store, keeper, artifact_id))
+    manifest, size = _written(store, draft)
+    info = _entered(
+        store, draft,
+        lambda: registry.publish_copy(tenant, artifact_id, draft.artifact_id, size, manifest),
+    )  # fmt: skip
+    _keep_head(registry, store, tenant)
+    return info
+
+
+def reseal(registry: Registry, root: str, tenant: str, artifact_id: str) -> ArtifactInfo:
+    """The same artifact under a fresh data key; what the old one opened goes from the store.
+
+    Raises:
+        NotFoundError: unknown, deleted or expired, also meanwhile.
+        IntegrityError: it is not what was published, or the store does not give back what was
+            written; it is as it was.
+        InvalidRequestError: somebody else resealed it or rotated the tenant key meanwhile.
+        StorageError: the store refused: either it is as it was, or, as the message then says, it
+            is resealed and old files are left.
+    """
+    store, keeper = ArtifactStore(root), registry.keeper(tenant)
+    before = registry.stored_as(tenant, artifact_id)
+    files = fetch(registry, store, keeper, artifact_id)
+    stored_as = registry.begin_reseal(tenant, artifact_id)
+    draft = Draft(registry, keeper, files, artifact_id, stored_as)
+    manifest, size = _written(store, draft)
+
+    def switch() -> ArtifactInfo:
+        check_written(store, draft)  # it will be the only copy
+        return registry.finish_reseal(
+            tenant, artifact_id, before, stored_as, size, manifest,
+            registry.key_of(draft.wrapped_key),
+        )  # fmt: skip
+
+    info = _entered(store, draft, switch)
+    _keep_head(registry, store, tenant)
+    _remove_old(store, tenant, before)
+    return info
+
+
+def shred(registry: Registry, root: str, tenant: str, artifact_id: str) -> list[str]:
+    """Deletes an artifact, its one wrapped key first; says what that does not reach.
+
+    Broken off, nothing opens it any more, and the next call goes on.
+
+    Raises:
+        NotFoundError, StorageError: see `delete`.
+    """
+    store = ArtifactStore(root)
+    store.delete_key(tenant, registry.stored_as(tenant, artifact_id))
+    delete(registry, root, tenant, artifact_id, "artifact.shred")
+    _keep_head(registry, store, tenant)
+    return [*NOT_REACHED]
+
+
+def _written(store: ArtifactStore, draft: Draft) -> tuple[bytes, int]:
+    """Puts a draft into the store: its manifest, and its size in ciphertext bytes."""
+    write(store, draft)
+    manifest = draft.manifest()
+    return manifest, draft.size + len(manifest)
+
+
+def _entered(store: ArtifactStore, draft: Draft, enter: Callable[[], _T]) -> _T:
+    """What was written is entered; a refusal takes it away again.
+
+    Any other error may have come after the entry was made: then the files must stay. If they are
+    nobody's, the sweep finds them.
+    """
+    try:
+        return enter()
+    except (InvalidRequestError, IntegrityError):
+        store.delete(draft.tenant, draft.stored_as)
+        raise
+
+
+def _remove_old(store: ArtifactStore, tenant: str, stored_as: str) -> None:
+    try:
+        store.delete(tenant, stored_as)
+    except StorageError as error:
+        raise StorageError(
+            "the artifact is under a fresh key, but what the old one opens is left:"
+            f" {error.message}",
+            details=error.details,
+        ) from None
+
+
+def _keep_head(registry: Registry, store: ArtifactStore, tenant: str) -> None:
+    with suppress(StorageError):  # it is done; the next head covers its row
+        keep_in(store, registry.audit_head(tenant))

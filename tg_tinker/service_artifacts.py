@@ -1,0 +1,169 @@
+"""The part of `ServiceClient` that is about saved artifacts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tg_tinker.cluster import provided
+from tg_tinker.errors import InvalidRequestError
+from tg_tinker.labels import parse_label
+from tg_tinker.types import ArtifactInfo
+from tg_tinker.wire import ArtifactQuery
+
+MOST_LISTED = 10_000
+"""Artifacts of one page, where a page is asked for."""
+
+
+class ArtifactCalls:
+    """Lists, opens, changes and removes artifacts of one tenant, in one store."""
+
+    _registry: Any
+    _store: str
+    _tenant: str
+
+    def list_artifacts(
+        self,
+        *,
+        run: str | None = None,
+        label: str | None = None,
+        newer_than: datetime | None = None,
+        older_than: datetime | None = None,
+        after: str | None = None,
+        limit: int | None = None,
+    ) -> list[ArtifactInfo]:
+        """Saved artifacts of this tenant that fit all that is asked, oldest first.
+
+        Args:
+            run: the id of the training client that saved them.
+            label: ``name=value``.
+            newer_than, older_than: by `created_at`, with a time zone.
+            after: the last id of the page before; it may have been deleted since.
+            limit: at most so many, 1 to 10,000; all when None.
+
+        Raises:
+            InvalidRequestError: a value out of range or of another form.
+            NotFoundError: there never was an artifact `after`.
+        """
+        for when in (newer_than, older_than):
+            _check_time(when)
+        if limit is not None and not 1 <= limit <= MOST_LISTED:
+            raise InvalidRequestError(f"limit={limit} is out of range: [1, {MOST_LISTED}]")
+        wanted = None if label is None else parse_label(label)
+        query = ArtifactQuery(run, wanted, newer_than, older_than, after, limit)
+        artifacts: list[ArtifactInfo] = self._registry.artifacts(self._tenant, query)
+        return artifacts
+
+    def get_artifact(self, artifact_id: str) -> ArtifactInfo:
+        """One artifact; `NotFoundError` if there is none of this id."""
+        artifact: ArtifactInfo = self._registry.artifact(self._tenant, artifact_id)
+        return artifact
+
+    def set_labels(self, artifact_id: str, labels: Mapping[str, str]) -> ArtifactInfo:
+        """Gives an artifact these labels in place of those that it has.
+
+        They are for finding it again (`list_artifacts(label="stage=prod")`) and lie in the registry
+        in clear: what is secret belongs into `save_state(metadata=...)`.
+
+        Raises:
+            InvalidRequestError: more than 16, or a name or value of another form.
+        """
+        labelled: ArtifactInfo = self._registry.set_labels(
+            self._tenant, artifact_id, dict(labels)
+        )  # fmt: skip
+        return labelled
+
+    def set_expiry(self, artifact_id: str, when: datetime | None) -> ArtifactInfo:
+        """Until when an artifact may be opened, by the registry's clock; None is for ever.
+
+        From then on loading, sampling, copying and exporting it raise `NotFoundError` with the
+        code `artifact_expired`, and a run does not come back from it. It is listed, and its files
+        stay, until `delete_expired`; until then another expiry makes it open again.
+
+        Raises:
+            InvalidRequestError: a time that is past, or without a time zone.
+        """
+        _check_time(when)
+        changed: ArtifactInfo = self._registry.set_expiry(self._tenant, artifact_id, when)
+        return changed
+
+    def delete_expired(self) -> Iterator[tuple[str, str]]:
+        """Deletes all artifacts of this tenant whose time is over.
+
+        Yields:
+            An artifact's id, and what went wrong: empty where nothing did.
+        """
+        yield from provided("delete_expired")(self._registry, self._store, self._tenant)
+
+    def copy_artifact(self, artifact_id: str) -> ArtifactInfo:
+        """Another artifact of the same content, run and step, under a key of its own.
+
+        It has neither labels nor an expiry. A run still comes back from what it saved last.
+
+        Raises:
+            NotFoundError: there is none of this id, or it has expired.
+            IntegrityError: it is not what was saved; there is no copy.
+        """
+        copied: ArtifactInfo = provided("copy_artifact")(
+            self._registry, self._store, self._tenant, artifact_id
+        )
+        return copied
+
+    def reseal_artifact(self, artifact_id: str) -> ArtifactInfo:
+        """Encrypts an artifact anew under a fresh key; its id stays, the old files and key go.
+
+        For when a data key may have become known. Broken off anywhere, the artifact is whole. Who
+        kept a copy of the old files and the keyring can still read the copy.
+
+        Raises:
+            NotFoundError: there is none of this id, or it has expired.
+            IntegrityError: it is not what was saved; nothing was changed.
+            InvalidRequestError: somebody else resealed it or rotated the tenant key meanwhile.
+        """
+        resealed: ArtifactInfo = provided("reseal_artifact")(
+            self._registry, self._store, self._tenant, artifact_id
+        )
+        return resealed
+
+    def delete_artifact(self, artifact_id: str) -> None:
+        """Deletes an artifact for good: its entry, its key, its files."""
+        provided("delete_artifact")(self._registry, self._store, self._tenant, artifact_id)
+
+    def shred_artifact(self, artifact_id: str) -> list[str]:
+        """Deletes an artifact, its key first; returns what that does not reach, as sentences.
+
+        The same is gone as after `delete_artifact`. The difference is in the order, broken off
+        anywhere nothing opens it any more, in the audit log's `artifact.shred`, and in the answer.
+        """
+        not_reached: list[str] = provided("shred_artifact")(
+            self._registry, self._store, self._tenant, artifact_id
+        )
+        return not_reached
+
+    def export_adapter(self, artifact_id: str, path: str | os.PathLike[str]) -> Path:
+        """Writes a LoRA artifact, decrypted, as a PEFT directory that must not exist yet."""
+        target = Path(path)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise InvalidRequestError(f"{target} exists: export into a new or empty directory")
+        provided("export_adapter")(self._registry, self._store, self._tenant, artifact_id, target)
+        return target
+
+    def verify_artifacts(self) -> Iterator[tuple[str, str]]:
+        """Reads every artifact of this tenant again and checks it as `load_state` would.
+
+        Expired ones are left out.
+
+        Yields:
+            Its id, and what is wrong with it: empty where nothing is.
+        """
+        yield from provided("verify_artifacts")(self._registry, self._store, self._tenant)
+
+
+def _check_time(when: datetime | None) -> None:
+    if when is not None and when.utcoffset() is None:
+        raise InvalidRequestError(
+            f"{when.isoformat()} has no time zone: say datetime(..., tzinfo=timezone.utc)"
+        )
