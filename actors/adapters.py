@@ -94,6 +94,11 @@ class AdapterBank:
         return name in self._resident
 
     @property
+    def names(self) -> list[str]:
+        """Of those that are resident."""
+        return [*self._resident]
+
+    @property
     def size(self) -> int:
         """Bytes of all resident adapters, before they are padded to one rank."""
         return self.resident[1]
@@ -147,6 +152,11 @@ class AdapterBank:
         resident = self._resident.pop(name)
         for layer in self._layers.values():
             layer.clear(resident.index)
+
+    def forget(self, name: str) -> None:
+        """Drops an adapter if it is here and nobody uses it."""
+        if name in self and not self._resident[name].users:
+            self.drop(name)
 
     @contextmanager
     def routed(self, rows: Sequence[int], pieces: Sequence[tuple[int, int]]) -> Iterator[None]:

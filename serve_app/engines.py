@@ -199,6 +199,19 @@ class Engines:
             self._whole.move_to_end(name)
             return self._whole[name]
 
+    def names(self) -> list[str]:
+        """Of all weights that are here, but for the base model's own."""
+        resident = self._shared.do(lambda engine: engine.adapters.names).result()
+        with self._changing:
+            return [*resident, *self._whole]
+
+    def forget(self, name: str) -> None:
+        """Drops weights that nobody may use any more; while a request uses them they stay."""
+        self._shared.do(lambda engine: engine.adapters.forget(name)).result()
+        with self._changing:
+            if name in self._whole and self._whole[name].idle:
+                self._whole.pop(name).close()
+
     def _all(self) -> list[EngineThread]:
         with self._changing:
             return [self._shared, *self._whole.values()]

@@ -37,6 +37,9 @@ _T = TypeVar("_T")
 REPORT_S = 1.0
 """Between two looks at how full the engines are, for the metrics."""
 
+FORGET_S = 2.0
+"""Between two looks whether artifacts that are held still exist."""
+
 _ATTEMPTS = 3
 """Of fetching weights that leave again before their request is queued."""
 
@@ -79,6 +82,7 @@ class Replica:
         self._coming: dict[str | None, asyncio.Future[Future[None]]] = {}
         self._newest: dict[str, int] = {}  # step of each run that was sampled from
         self._reporting = asyncio.ensure_future(self._report())
+        self._forgetting = asyncio.ensure_future(self._forget())
 
     # --- calls through a handle, sealed --------------------------------------------------------
 
@@ -106,6 +110,11 @@ class Replica:
     async def load(self) -> Load:
         """How full the engines are."""
         return await asyncio.to_thread(self.engines.load)
+
+    def forget_gone(self) -> None:
+        """Drops the weights of artifacts that were deleted, shredded or have expired."""
+        for name in self.sources.gone(self.engines.names()):
+            self.engines.forget(name)
 
     def check_health(self) -> None:
         if not self.engines.alive:
@@ -256,6 +265,13 @@ class Replica:
             with contextlib.suppress(TGTinkerError):  # an engine left while it was asked
                 meters().load(await self.load())
             await asyncio.sleep(REPORT_S)
+
+    async def _forget(self) -> None:
+        """Asks again and again: so every replica learns of it, whoever could not reach it then."""
+        while self.engines.alive:
+            with contextlib.suppress(TGTinkerError):  # no registry, or an engine left
+                await asyncio.to_thread(self.forget_gone)
+            await asyncio.sleep(FORGET_S)
 
 
 def failure(error: Exception) -> Reply:

@@ -10,10 +10,10 @@ ARTIFACT        a saved artifact
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from actors.artifacts import fetch
+from actors.artifacts import ARTIFACT_PREFIX, fetch
 from actors.registry import Registry
 from actors.snapshots import Snapshot, of_state, opened, shares_base
 from actors.state import from_files
@@ -93,8 +93,13 @@ class Sources:
                 if run.model_ref == self._model_ref}  # fmt: skip
         found = [name for name, run in runs.items() if f"{name}@{run.epoch}" in living]
         found += [artifact.artifact_id for artifact in self._registry.artifacts(tenant)
-                  if artifact.training_client_id in runs]  # fmt: skip
+                  if artifact.training_client_id in runs and not artifact.expired]  # fmt: skip
         return [BASE, *(name for name in found if not allowed or name in allowed)]
+
+    def gone(self, names: Iterable[str]) -> list[str]:
+        """Those of these names of weights that are of artifacts which nothing may open any more."""
+        saved = [name for name in names if name.startswith(ARTIFACT_PREFIX)]
+        return self._registry.gone(saved) if saved else []
 
     # --- inside ------------------------------------------------------------------------------
 
@@ -126,7 +131,7 @@ class Sources:
         return self.of_snapshot(latest_snapshot(self._namespace, _actor(info), self._key))
 
     def _saved(self, tenant: str, artifact_id: str, who: str) -> Source:
-        info = self._registry.artifact(tenant, artifact_id)
+        info = self._registry.openable(tenant, artifact_id)
         _, stored = self._run(tenant, info.training_client_id)
         lora = TrainingConfig.model_validate_json(stored).lora_config
 

@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import openai
 import pytest
 import ray
+from ray import serve
 from typer.testing import CliRunner
 
 from serve_app import application
@@ -198,6 +200,40 @@ def test_an_artifact_a_step_and_the_latest_answer_as_asked(
     assert drawn(server.artifact)[0] == first
     server.tc.load_state(server.artifact)
     assert drawn(server.tc.id)[0] == first
+
+
+def test_a_shredded_or_expired_artifact_is_refused_and_its_weights_leave_the_replica(
+    server: Server, client: openai.OpenAI
+) -> None:
+    handle = serve.get_app_handle(next(iter(serve.status().applications)))
+
+    def resident() -> int:
+        return int(handle.load.remote().result().adapters)
+
+    def ask(model: str) -> None:
+        client.completions.create(model=model, prompt="abc", max_tokens=1)
+
+    shredded, expiring = (server.service.copy_artifact(server.artifact) for _ in range(2))
+    ask(server.artifact)
+    before = resident()
+    for copy in (shredded, expiring):
+        ask(copy.artifact_id)
+    assert resident() == before + 2
+    server.service.shred_artifact(shredded.artifact_id)
+    server.service.set_expiry(expiring.artifact_id, datetime.now(UTC) + timedelta(seconds=0.5))
+    time.sleep(0.6)
+    for copy in (shredded, expiring):
+        with pytest.raises(openai.NotFoundError):
+            ask(copy.artifact_id)
+    known = {model.id for model in client.models.list()}
+    assert not {shredded.artifact_id, expiring.artifact_id} & known
+    deadline = time.monotonic() + 30
+    while resident() > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    ask(server.artifact)
+    assert resident() == before
+    assert [*server.service.delete_expired()] == [(expiring.artifact_id, "")]
 
 
 def test_our_own_route_scores_prompts(server: Server) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from actors.model import Base
 from actors.snapshots import opened, take
 from serve_app import engines as serve_engines
 from serve_app.engines import Engines, EngineThread
+from serve_app.replica import Replica
 from tg_tinker import (
     InternalError,
     InvalidRequestError,
@@ -190,6 +192,48 @@ def test_whoever_waits_is_told_when_the_device_is_dead(base: Base) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     thread.close()
+
+
+class Gone:
+    """`Sources`, of which these artifacts were deleted."""
+
+    def __init__(self, *names: str) -> None:
+        self._names = names
+
+    def gone(self, names: list[str]) -> list[str]:
+        return [name for name in names if name in self._names]
+
+
+@pytest.mark.parametrize("lora", [LoRAConfig(rank=3), None], ids=["shared", "whole"])
+def test_what_was_deleted_leaves_once_nobody_uses_it_and_nothing_else_does(
+    tiny_model: Path, lora: LoRAConfig | None
+) -> None:
+    s = trained(tiny_model, lora_config=lora)
+    engines = Engines(lambda: Base.load(str(tiny_model), cache=tiny_model))
+    shared = lora is not None
+    for name in ("art-1", "r@1.1.1"):
+        engines.add(opened(take(s, SnapshotRef(name, name, "r@1", shared)))).result(10)
+    assert engines.names() == ["art-1", "r@1.1.1"]
+    engine = engines.of("art-1", shared)
+    engine._engine._base.context_length = 10**7
+    engine._engine._base.eos_ids = frozenset()
+    busy = Reader([65, 66], SamplingParams(max_tokens=10**6, temperature=0))
+    busy.request.adapter = "art-1" if shared else None
+    engine.do(lambda e: e.submit(busy.request)).result(10)
+    replica: Any = SimpleNamespace(engines=engines, sources=Gone("art-1", "art-2"))
+    Replica.forget_gone(replica)
+    assert engines.has("art-1", shared)  # an answer that is being drawn is not cut
+    engine.cancel(busy.request)
+    engine.do(lambda e: None).result(10)
+    while not engine.idle:  # the step that was under way
+        time.sleep(0.01)
+    Replica.forget_gone(replica)
+    assert engines.names() == ["r@1.1.1"]
+    if shared:
+        for layer in engines._shared._engine.adapters._layers.values():
+            assert not layer._down[1].any()
+            assert not layer._up[1].any()
+        assert layer._down[2].any()
 
 
 def test_one_name_is_loaded_once_however_many_ask(tiny_model: Path) -> None:
