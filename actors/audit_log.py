@@ -96,6 +96,11 @@ class AuditLog(Database):
         with self._change() as tx:
             self._note(tx, tenant, SDK, "artifact.export", artifact_id)
 
+    def record_import(self, tenant: str, who: str, run_id: str) -> None:
+        """Notes that a run took over weights from elsewhere."""
+        with self._change() as tx:
+            self._note(tx, tenant, who, "artifact.import", run_id)
+
     # --- inside ------------------------------------------------------------------------------
 
     def _note(

@@ -265,9 +265,12 @@ class Session:
 
     def _geometry(self) -> dict[str, Any]:
         lora = self.config.lora_config
+        described = None if lora is None else lora.model_dump(mode="json", exclude={"dropout"})
+        if described and isinstance(described["target_modules"], list):
+            described["target_modules"].sort()  # a set of names: PEFT keeps no order
         return {
             "base": self.base.digest,
-            "lora": None if lora is None else lora.model_dump(mode="json", exclude={"dropout"}),
+            "lora": described,
             "shapes": {name: list(p.shape) for name, p in sorted(self._parameters.items())},
             "optimizer": self.config.optimizer.name,
         }

@@ -18,12 +18,13 @@ from actors.artifacts import Draft, Write, fetch, publish, write
 from actors.budget import Budget
 from actors.capabilities import Capability
 from actors.engine import Session
+from actors.imports import imported
 from actors.ledger_heads import HeadKeeper
 from actors.model import Base, Progress, compute_dtype, use_threads
 from actors.private import PrivateSession
 from actors.registry import Registry
 from actors.snapshots import shares_base, take
-from actors.state import Checkpoint, from_files, to_files
+from actors.state import Checkpoint, SessionState, from_files, to_files
 from actors.store import ArtifactStore
 from tg_tinker.batch import Example
 from tg_tinker.config import TrainingConfig
@@ -272,14 +273,17 @@ class Worker:
         self._registry.check_lineage(
             self._place.tenant, checkpoint.state.lineage.ledgers, artifact_id, self._who
         )
-        with self._changing:
-            self._generation += 1
-            warnings = self.session.load(checkpoint.state)
-        self._calls = []
-        self._failure = None
+        warnings = self._take_over(checkpoint.state)
         return LoadStateResult(
             artifact_id, self.session.step, checkpoint.metadata, checkpoint.timestamp, warnings
         )
+
+    def load_adapter(self, check_cancelled: Check, config: dict[str, Any], weights: bytes) -> None:
+        """Takes over an adapter from elsewhere, as PEFT's files; see `imported` for refusals."""
+        check_cancelled()
+        state = imported(config, weights, self.session.live_state(include_optimizer=False))
+        self._registry.record_import(self._place.tenant, self._who, self._place.run_id)
+        self._take_over(state)
 
     # --- inside ------------------------------------------------------------------------------
 
@@ -297,6 +301,15 @@ class Worker:
     def _note_charge(self) -> None:
         if self.heads is not None:
             self.heads.charged()
+
+    def _take_over(self, state: SessionState) -> tuple[str, ...]:
+        """All of a state or nothing; returns warnings."""
+        with self._changing:
+            self._generation += 1
+            warnings = self.session.load(state)
+        self._calls = []
+        self._failure = None
+        return warnings
 
     def _private_session(self) -> PrivateSession:
         if not isinstance(self.session, PrivateSession):

@@ -358,6 +358,14 @@ def test_load_on_other_threads_warns_that_it_is_not_bit_exact(tiny_model: Path) 
         torch.set_num_threads(threads)
 
 
+def test_target_modules_in_another_order_are_the_same_geometry(tiny_model: Path) -> None:
+    one, other = (
+        session(tiny_model, lora_config=LoRAConfig(rank=4, target_modules=names))
+        for names in (("q_proj", "v_proj"), ("v_proj", "q_proj"))
+    )
+    one.load(other.state())
+
+
 @pytest.mark.parametrize(
     ("other", "part"),
     [

@@ -55,13 +55,12 @@ def list_artifacts(
     """
     from tg_tinker.cli import connector, print_table
 
-    conditions = {
-        "run": run, "label": label, "newer_than": _utc(newer_than), "older_than": _utc(older_than),
-        "after": after, "limit": limit,
-    }  # fmt: skip
     with connector(ctx)() as service:
-        known = service.list_artifacts(**conditions)
-    if not known and any(conditions.values()):
+        known = service.list_artifacts(
+            run=run, label=label, newer_than=_utc(newer_than), older_than=_utc(older_than),
+            after=after, limit=limit,
+        )  # fmt: skip
+    if not known and any((run, label, newer_than, older_than, after)):
         typer.echo("no artifact fits: leave out a condition")
         return
     rows = [
@@ -192,6 +191,29 @@ def export(
     with connector(ctx)() as service:
         service.export_adapter(artifact_id, path)
     typer.echo(f"Wrote {path}: not encrypted, load it with peft.PeftModel.from_pretrained")
+
+
+@artifacts.command("import")
+def import_adapter(
+    ctx: typer.Context,
+    path: Annotated[Path, typer.Argument(help="A folder that PEFT's save_pretrained wrote.")],
+    model: Annotated[
+        str, typer.Option(help="The base model: hub id, Hugging Face directory or GGUF file.")
+    ],
+) -> None:
+    """Take over a LoRA adapter from a PEFT folder; prints the id of its artifact.
+
+    Names, shapes and settings must be those of a run on this base model.
+    Nothing is known of its training data: a private run that starts from it
+    has no guarantee, and must say allow_nonprivate_init.
+
+      [cyan]tg-tinker artifacts import my-adapter --model path/or/hub-id[/]
+    """
+    from tg_tinker.cli import connector
+
+    with connector(ctx)() as service, _working("starting") as status:
+        item = service.import_adapter(path, model, progress=status.update)
+    typer.echo(item.artifact_id)
 
 
 @artifacts.command("verify")

@@ -32,10 +32,11 @@ from tg_tinker.errors import (
 from tg_tinker.keyrings import audit_folder, default_place, place_of
 from tg_tinker.ledger import Ledger
 from tg_tinker.ledger_files import KeptHead
+from tg_tinker.peft_files import PeftFiles
 from tg_tinker.privacy import DEFAULT_DATASET, PrivacyReport, dataset_of
 from tg_tinker.service_artifacts import ArtifactCalls
 from tg_tinker.training import TrainingClient
-from tg_tinker.types import ApiKeyInfo, LoadStateResult, ModelInfo, TrainingClientInfo
+from tg_tinker.types import ApiKeyInfo, ArtifactInfo, LoadStateResult, ModelInfo, TrainingClientInfo
 
 Progress = Callable[[str], None]
 MOST_AUDIT_ROWS = 10_000
@@ -241,6 +242,34 @@ class ServiceClient(ArtifactCalls):
         """All runs of this tenant, oldest first."""
         runs: list[TrainingClientInfo] = self._registry.runs(self._tenant)
         return runs
+
+    def import_adapter(
+        self,
+        path: str | os.PathLike[str],
+        model_ref: str,
+        *,
+        dtype: str = "auto",
+        progress: Progress | None = None,
+    ) -> ArtifactInfo:
+        """Takes over a LoRA adapter from a PEFT directory as the artifact of a closed run.
+
+        Nobody knows what it was trained on: its lineage is without a guarantee.
+
+        Args:
+            path: holds `adapter_config.json` and `adapter_model.safetensors`.
+            model_ref, dtype: the base model, as in `TrainingConfig`.
+            progress: as in `create_training_client`.
+
+        Raises:
+            InvalidRequestError: a pickle, damaged, not finite, or no plain LoRA.
+            ArtifactMismatchError: a setting, name or shape that a run on this model would not have.
+            NotFoundError: no such directory, file or model.
+        """
+        files = PeftFiles.read(Path(path))
+        config = TrainingConfig(model_ref=model_ref, dtype=dtype, lora_config=files.lora)
+        with self.create_training_client(config, progress) as client:
+            artifact_id = client._import(files)
+        return self.get_artifact(artifact_id)
 
     # --- privacy -----------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from tg_tinker.errors import (
 )
 from tg_tinker.future import FutureHandle
 from tg_tinker.hashing import resolve_batch_hash
+from tg_tinker.peft_files import PeftFiles
 from tg_tinker.privacy import PrivacyInfo
 from tg_tinker.sampling import NOT_SAMPLED, SamplingParams, as_stops, check_prompts
 from tg_tinker.text import load_tokenizer
@@ -276,6 +277,11 @@ class TrainingClient:
         """
         result: LoadStateResult = self._submit("load_state", artifact_id=artifact_id).result()
         return result
+
+    def _import(self, files: PeftFiles) -> str:
+        """Takes over an adapter from elsewhere and saves it; the artifact's id."""
+        self._submit("load_adapter", config=files.config, weights=files.weights).result()
+        return self.save_state(include_optimizer=False).artifact_id
 
     # --- privacy -----------------------------------------------------------------------------
 

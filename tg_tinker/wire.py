@@ -14,8 +14,8 @@ from tg_tinker.errors import Wire, from_wire
 from tg_tinker.sampling import SamplingParams
 
 TRAINING_OPERATIONS = (
-    "forward_backward", "optim_step", "snapshot", "save_state", "load_state", "register_units",
-    "draw_units",
+    "forward_backward", "optim_step", "snapshot", "save_state", "load_state", "load_adapter",
+    "register_units", "draw_units",
 )  # fmt: skip
 
 
