@@ -181,10 +181,9 @@ class ArtifactIndex(AuditLog):
         return str(self._artifact(tenant, artifact_id).stored_as)
 
     def reachable(self, tenant: str) -> set[str]:
-        """The names in the store that some artifact of this tenant uses."""
-        query = sa.select(_artifacts.c.stored_as).where(_artifacts.c.tenant == tenant, *_LIVING)
+        """Names of folders in the store, and of wrapped keys, that artifacts need."""
         with self._reading() as connection:
-            return set(connection.execute(query).scalars())
+            return self._reachable(connection, tenant)
 
     # --- looking -----------------------------------------------------------------------------
 
@@ -284,6 +283,10 @@ class ArtifactIndex(AuditLog):
             return list(connection.execute(query.order_by(*_ORDER)).scalars())
 
     # --- inside ------------------------------------------------------------------------------
+
+    def _reachable(self, connection: sa.Connection, tenant: str) -> set[str]:
+        query = sa.select(_artifacts.c.stored_as).where(_artifacts.c.tenant == tenant, *_LIVING)
+        return set(connection.execute(query).scalars())
 
     def _artifact(self, tenant: str, artifact_id: str) -> Any:
         with self._reading() as connection:

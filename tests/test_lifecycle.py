@@ -49,6 +49,10 @@ def shredded(service: Service, artifact: str, tenant: str = TENANT) -> list[str]
     return lifecycle.shred(service.registry, str(service.root), tenant, artifact)
 
 
+def deleted(service: Service, artifact: str) -> None:
+    delete(service.registry, str(service.root), TENANT, artifact)
+
+
 def events(service: Service) -> list[tuple[str, str, str]]:
     rows = map(json.loads, service.registry.audit_rows(TENANT, 0, 1000))
     return [(row["event"], row["subject"], row["outcome"]) for row in rows]
@@ -267,7 +271,8 @@ def test_a_shredding_that_dies_anywhere_is_finished_by_the_next(
     artifact, kept = service.publish(), service.publish()
     with dying_at(monkeypatch, place, Crash()), suppress(Crash):
         shredded(service, artifact)
-    if place:  # from the first change on nothing opens it
+    if place:  # from the first change on nothing opens it, nor a copy of its files
+        assert not (service.root / f"t/{TENANT}/keys/{artifact}.json").exists()
         with pytest.raises(NotFoundError):
             service.fetch(artifact)
     try:
@@ -346,9 +351,7 @@ def test_of_two_that_reseal_at_once_one_wins_and_no_file_is_mixed(
     assert_same(service.fetch(artifact), checkpoint())
 
 
-@pytest.mark.parametrize(
-    "remove", [shredded, lambda s, a: delete(s.registry, str(s.root), TENANT, a)]
-)
+@pytest.mark.parametrize("remove", [shredded, deleted])
 def test_what_is_deleted_while_it_is_resealed_stays_deleted(
     service: Service, monkeypatch: pytest.MonkeyPatch, remove: Callable[[Service, str], object]
 ) -> None:
@@ -357,6 +360,26 @@ def test_what_is_deleted_while_it_is_resealed_stays_deleted(
     with pytest.raises(NotFoundError):
         resealed(service, artifact)
     assert service.files_of(artifact) == []
+
+
+@pytest.mark.parametrize("remove", [shredded, deleted])
+def test_what_was_resealed_while_it_is_deleted_leaves_nothing(
+    service: Service, monkeypatch: pytest.MonkeyPatch, remove: Callable[[Service, str], object]
+) -> None:
+    """Under the name that the deletion found, the files are gone already."""
+    artifact, inner = service.publish(), Registry.delete_artifact
+
+    def late(self: Registry, *arguments: Any) -> str:
+        resealed(service, artifact)
+        return inner(self, *arguments)
+
+    if remove is shredded:  # then its key is gone, and nobody can reseal it
+        monkeypatch.setattr(ArtifactStore, "delete_key", lambda *_: resealed(service, artifact))
+    else:
+        monkeypatch.setattr(Registry, "delete_artifact", late)
+    remove(service, artifact)
+    assert service.files_of(artifact) == []
+    assert service.registry.reachable(TENANT) == set()
 
 
 def test_a_key_that_was_rotated_while_resealing_is_not_relied_on(
@@ -627,3 +650,15 @@ def test_what_is_refused_is_one_of_ours(service: Service) -> None:
             with pytest.raises(TGTinkerError):
                 attempt(service, artifact)
     assert (service.home / KEYRING).exists()
+
+
+def test_the_reader_of_the_documentation_opens_what_was_resealed(service: Service) -> None:
+    """`docs/security.md` has a reader that needs nothing of ours."""
+    page = (Path(__file__).parents[1] / "docs" / "security.md").read_text()
+    names: dict[str, Any] = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], names)  # noqa: S102 - our own page
+    artifact = service.publish()
+    arguments = service.root, service.home / KEYRING, TENANT
+    before = names["read_artifact"](*arguments, artifact)
+    resealed(service, artifact)
+    assert names["read_artifact"](*arguments, f"{artifact}.2") == before
