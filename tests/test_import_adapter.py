@@ -253,7 +253,8 @@ def test_a_refused_adapter_leaves_the_run_as_it_was(
 ) -> None:
     files = PeftFiles.read(copied)
     config = TrainingConfig(model_ref=str(tiny_model), lora_config=files.lora)
-    place = Place(TENANT, service.run, service.epoch, str(service.root), tmp_path)
+    capability = service.registry.capability(TENANT, service.run, service.epoch)
+    place = Place(TENANT, service.run, service.epoch, str(service.root), tmp_path, capability)
     worker = Worker(place, config, service.registry, lambda _: None)
     before = worker.session.state()
     bad = save(damaged(load_file(copied / WEIGHTS), "nan"))

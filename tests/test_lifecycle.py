@@ -17,10 +17,12 @@ from test_artifacts import service as service  # a fixture
 from actors import artifact_index, lifecycle, upkeep
 from actors.artifact_index import EXPIRED
 from actors.artifacts import delete, export_adapter
+from actors.capabilities import KEEPER
 from actors.home import DATABASE, KEYRING
 from actors.registry import Registry
 from actors.store import ArtifactStore
 from tg_tinker import (
+    AccessDeniedError,
     ActorLostError,
     ArtifactInfo,
     IntegrityError,
@@ -185,6 +187,25 @@ def test_resealing_again_and_after_a_rotation_works_and_everything_else_still_fi
     export_adapter(service.registry, root, TENANT, artifact, tmp_path / "out")
     delete(service.registry, root, TENANT, artifact)
     assert service.files_of(artifact) == []
+
+
+def test_only_a_keeper_of_its_tenant_is_given_a_fresh_key_of_what_is_there(
+    service: Service,
+) -> None:
+    registry = service.registry
+    artifact, gone = service.publish(), service.publish()
+    deleted(service, gone)
+    key, wrapped = registry.new_data_key(registry.keeper(TENANT), artifact)
+    assert registry.open_data_key(registry.keeper(TENANT), artifact, wrapped) == key
+    for capability in (registry.reader(TENANT), service.capability):
+        with pytest.raises(AccessDeniedError):
+            registry.new_data_key(capability, artifact)
+    for keeper, name in ((registry.keeper(OTHER), artifact), (registry.keeper(TENANT), gone)):
+        with pytest.raises(NotFoundError):
+            registry.new_data_key(keeper, name)
+    forged = replace(registry.reader(TENANT), kind=KEEPER)
+    with pytest.raises(AccessDeniedError):
+        registry.new_data_key(forged, artifact)
 
 
 class Crash(BaseException):
