@@ -26,9 +26,9 @@ from actors.filesystems import (
     files_below,
     open_filesystem,
 )
-from actors.location import Location, check_name
 from actors.objects import SMALL, Content, ObjectInfo, pieces_of
 from tg_tinker.errors import NotFoundError, StorageError
+from tg_tinker.location import Location, check_name
 
 T = TypeVar("T")
 

@@ -20,11 +20,11 @@ from typing import NamedTuple
 from actors import signing
 from actors.filesystems import RetryPolicy
 from actors.keys import open_keyring
-from actors.location import parse
 from actors.store import open_objects
 from tg_tinker.cluster import running_cluster
 from tg_tinker.errors import TGTinkerError
 from tg_tinker.keyrings import SETTING, Variable, audit_folder, place_of
+from tg_tinker.location import parse
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 SCARCE, TOO_LITTLE = 10 * 2**30, 2**30

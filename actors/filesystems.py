@@ -22,8 +22,8 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from actors.location import Location
 from tg_tinker.errors import InvalidRequestError
+from tg_tinker.location import Location
 
 REQUESTS = 3
 """How often the library sends a request of s3: a part of a large object fails alone. More would

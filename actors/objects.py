@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from actors.location import check_name
 from tg_tinker.errors import NotFoundError, StorageError
+from tg_tinker.location import check_name
 
 Piece = bytes | bytearray | memoryview
 Content = bytes | Iterable[Piece]

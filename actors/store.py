@@ -17,9 +17,9 @@ from pathlib import Path
 
 from actors.cloud import Bucket
 from actors.filesystems import RetryPolicy
-from actors.location import check_component, parse
 from actors.objects import Content, LocalFolder, Objects
 from tg_tinker.errors import InvalidRequestError, NotFoundError, StorageError
+from tg_tinker.location import check_component, parse
 
 MANIFEST = "manifest.json"
 

@@ -23,7 +23,6 @@ from pyarrow import ArrowException
 from actors import artifacts
 from actors.filesystems import RetryPolicy, cause_of
 from actors.home import DATABASE, KEYRING, create
-from actors.location import Location, parse
 from actors.objects import LocalFolder, Objects
 from actors.registry import Registry
 from actors.store import MANIFEST, ArtifactStore, open_objects
@@ -37,8 +36,9 @@ from tests.storage_servers import (
     no_such_bucket,
     s3_store,
 )
-from tg_tinker import TrainingConfig
+from tg_tinker import TrainingConfig, service
 from tg_tinker.errors import InvalidRequestError, NotFoundError, StorageError
+from tg_tinker.location import Location, parse
 
 MIB = 2**20
 SHORT = RetryPolicy(connect_s=1, request_s=1, attempts=2, deadline_s=20)
@@ -1043,3 +1043,17 @@ def test_files_are_written_together_and_a_failure_waits_for_all(tmp_path: Path) 
         store.write_artifact(TENANT, ARTIFACT, files, KEY, lambda: CONTENT_OF_MANIFEST)
     go_on.set()
     assert store.objects.list_below() == []
+
+
+def test_the_sdk_refuses_such_a_uri_before_it_starts_anything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def started(*arguments: Any) -> None:
+        raise AssertionError("a cluster was asked for")
+
+    monkeypatch.setattr(service, "Cluster", started)
+    with pytest.raises(InvalidRequestError, match="credentials come from") as info:
+        service.ServiceClient(store=f"s3://key:{SECRET}@bucket/prefix")
+    assert SECRET not in str(info.value)
+    with pytest.raises(AssertionError, match="was asked for"):
+        service.ServiceClient(store="s3://bucket/prefix")

@@ -32,6 +32,7 @@ from tg_tinker.errors import (
 from tg_tinker.keyrings import audit_folder, default_place, place_of
 from tg_tinker.ledger import Ledger
 from tg_tinker.ledger_files import KeptHead
+from tg_tinker.location import parse
 from tg_tinker.peft_files import PeftFiles
 from tg_tinker.privacy import DEFAULT_DATASET, PrivacyReport, dataset_of
 from tg_tinker.service_artifacts import ArtifactCalls
@@ -131,6 +132,10 @@ class ServiceClient(ArtifactCalls):
             the environment of the cluster. None: TG_TINKER_KEYRING, else in the home directory.
 
     All lasting state is in the home directory (or where these point), none in the cluster.
+
+    Raises:
+        InvalidRequestError: a tenant's name that is none, or a store that is neither a folder nor a
+            URI without credentials; nothing was started.
     """
 
     def __init__(
@@ -147,6 +152,7 @@ class ServiceClient(ArtifactCalls):
         self._home = home_directory()
         self._tenant = tenant
         self._store = str(store or self._home / "store")
+        parse(self._store)  # here, for what Ray is given it may keep and show
         place = place_of(keyring) if keyring else default_place(self._home)
         self._audit_keys = audit_folder(place, self._home)
         self._cluster = Cluster(address, namespace)
