@@ -24,6 +24,7 @@ from actors.generation import SLOTS
 from actors.process import SPIN
 from serve_app.access import HttpOptions
 from serve_app.http import HttpReplica
+from serve_app.sealed_http import APPLICATIONS, check_proxy
 from tg_tinker.errors import (
     ActorLostError,
     ClusterUnavailableError,
@@ -70,7 +71,7 @@ class Place:
     @property
     def name(self) -> str:
         model = hashlib.sha256(f"{self.model_ref} {self.dtype}".encode()).hexdigest()[:12]
-        return f"tg-tinker-{self.namespace}-{model}"
+        return f"{APPLICATIONS}{self.namespace}-{model}"
 
 
 class Sampler:
@@ -131,8 +132,8 @@ def serve_http(host: str, port: int, replicas: int, where: dict[str, Any], **opt
 
     Raises:
         InvalidRequestError: open to everyone on an address that others reach.
-        ClusterUnavailableError: the port is taken, Serve runs here at another address, or it does
-            not start.
+        ClusterUnavailableError: the port is taken, Serve runs here at another address, its proxy
+            does not seal what it hands on, or it does not start.
         PlacementError: the cluster has no room for it.
     """
     allowed = HttpOptions(**options)
@@ -154,7 +155,13 @@ def serve_http(host: str, port: int, replicas: int, where: dict[str, Any], **opt
             f"Ray Serve runs on this cluster already, not at {host}:{port} (a sampler of the SDK"
             " starts it without HTTP): serve first, or `serve shutdown` and serve again"
         )
-    _run(Place(**where), allowed, route="/", replicas=replicas)
+    place = Place(**where)
+    _run(place, allowed, route="/", replicas=replicas)
+    try:
+        check_proxy(host, port)
+    except ClusterUnavailableError:
+        serve.delete(place.name)
+        raise
 
 
 def bound(place: Place, options: HttpOptions, replicas: int = 1) -> serve.Application:

@@ -81,13 +81,14 @@ def config(model_ref: str, dtype: str, host: str, port: int, replicas: int, name
     """A file for `serve deploy`, under the name by which `TrainingClient.sample` finds it."""
     place = Place(namespace, model_ref, dtype, home="", store="", num_cpus=1, num_gpus=0, threads=1)
     return f"""\
-# On the head node, after `tg-tinker init` and `tg-tinker api-keys create`:
+# On the head node, after `tg-tinker init` and `tg-tinker api-keys create`; Ray was started with
+# RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.sealed_http:middlewares (docs/sampling.md):
 #     serve deploy FILE
 proxy_location: HeadOnly
 http_options: {{host: {json.dumps(host)}, port: {port}}}
 logging_config: {{enable_access_log: false, log_level: WARNING}}
 applications:
-  - name: {place.name}  # programs that train on this model look for it
+  - name: {place.name}  # programs that train on this model look for it, and so does the proxy
     route_prefix: /
     import_path: serve_app.deploy:app
     args:

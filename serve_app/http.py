@@ -33,6 +33,7 @@ from serve_app.protocol import (
 )
 from serve_app.refusals import install, parsed
 from serve_app.replica import Replica, Running
+from serve_app.sealed_http import ReplicaEnd
 from serve_app.sources import BASE, BASE_SOURCE, Source
 from tg_tinker.chat import render_messages
 from tg_tinker.errors import (
@@ -55,6 +56,7 @@ _Body = TypeVar("_Body", CompletionBody, ChatBody, SampleBody)
 
 api = FastAPI(title="TG-Tinker", docs_url=None, redoc_url=None, openapi_url=None)
 install(api, MOST_BODY_BYTES)
+api.add_middleware(ReplicaEnd)  # the last one is the outermost
 
 
 @serve.ingress(api)

@@ -1,15 +1,12 @@
-"""What outlives a process, what must not, and what may never be readable on disk."""
+"""What outlives a process, and what must not."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -74,97 +71,6 @@ def test_two_processes_reach_the_bits_of_one(tiny_model: Path, tmp_path: Path) -
     weights = {folder: (tmp_path / folder / name).read_bytes() for folder in folders}
     assert weights["resumed"] == weights["returned"] == weights["straight"]
     assert weights["first"] != weights["straight"]
-
-
-# --- nothing readable at rest -----------------------------------------------------------------
-
-CANARY = "The patient Zebulon Quillfeather was admitted on a foggy Thursday."
-
-LEAKY = """
-import sys
-from tg_tinker import *
-model, canary = sys.argv[1:3]
-with ServiceClient(address="local") as service:
-    tc = service.create_training_client(
-        TrainingConfig(model_ref=model, lora_config=LoRAConfig(rank=4))
-    )
-    row = tc.tokenizer(canary)["input_ids"]
-    batch = {"input_ids": [row] * 400}  # some 400 kB: it goes through the object store
-    for _ in range(2):
-        tc.forward_backward(batch)
-        tc.optim_step().result()
-    tc.forward_backward({"input_ids": [row]}, batch_hash=canary).result()
-    tc.sample([canary] * 40, max_tokens=4, temperature=0, stop_sequences=[canary])
-    list(tc.sample_stream(canary, max_tokens=4))
-    too_long = {"input_ids": [row * 9]}
-    for wrong in (lambda: tc.sample(canary * 3), lambda: tc.forward_backward(too_long)):
-        try:
-            wrong()
-        except InvalidRequestError as error:
-            assert canary[:12] not in str(error)
-    tc._submit("save_state", metadata=canary).exception()  # a defect inside the actor
-    try:
-        tc._sampler.sample(canary)  # and inside the sampler
-    except TGTinkerError as error:
-        assert canary[:12] not in str(error)
-    tc.save_state(metadata={"note": canary})
-    import ray
-    print(ray._private.worker._global_node.get_session_dir_path(), flush=True)
-    sys.stdin.readline()
-"""
-
-
-def forms(text: str) -> list[bytes]:
-    """How the sentence could lie in a file: text, escaped, or its ids packed or printed."""
-    from tokenizers import pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    ids = [alphabet.index(c) for c in byte_level.pre_tokenize_str(text)[0][0]][4:20]
-    core = text[4:24]
-    packed = [struct.pack(f"{order}{len(ids)}{kind}", *ids) for order in "<>" for kind in "qih"]
-    printed = [sep.join(map(str, ids)).encode() for sep in (", ", ",", " ")]
-    return [
-        core.encode(),
-        core.encode("utf-16-le"),
-        core.encode().hex().encode(),
-        *packed,
-        *printed,
-    ]
-
-
-def leaks(folders: list[Path]) -> Iterator[str]:
-    wanted = forms(CANARY)
-    for folder in folders:
-        for file in folder.rglob("*"):
-            if file.is_file() and not file.is_symlink():
-                content = file.read_bytes()
-                yield from (f"{file}: form {i}" for i, form in enumerate(wanted) if form in content)
-
-
-def test_a_training_sentence_is_readable_in_no_file(tiny_model: Path, tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", LEAKY, str(tiny_model), CANARY],
-        env=os.environ | {"TG_TINKER_HOME": str(home)},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path,
-    )  # fmt: skip
-    try:
-        assert process.stdout
-        session = Path(process.stdout.readline().strip())
-        places = [home, session, tmp_path]
-        assert session.name.startswith("session_")
-        assert len(list(home.rglob("*.enc"))) == 3
-        assert list(leaks(places)) == []
-    finally:
-        process.communicate("\n", timeout=120)
-    assert process.returncode == 0
-    assert list(leaks(places)) == []
-    for index, form in enumerate(forms(CANARY)):  # the scanner would have found each
-        control = session / "logs" / "control.log"
-        control.write_bytes(b"some log line " + form + b" and more")
-        assert f"{control}: form {index}" in list(leaks([session]))
-        control.unlink()
 
 
 # --- nothing left running ---------------------------------------------------------------------
@@ -268,50 +174,3 @@ print(json.dumps({"errors": errors, "calls": len(calls)}))
 def test_a_dead_cluster_is_a_typed_error(tiny_model: Path, tmp_path: Path) -> None:
     found = run(KILLED, tiny_model, home=tmp_path / "home")
     assert found["errors"] == [True] * found["calls"]
-
-
-# --- what Ray spills --------------------------------------------------------------------------
-
-SPILLING = """
-import sys
-from tg_tinker import *
-from tg_tinker import cluster
-cluster._OBJECT_STORE_BYTES = 80 * 2**20  # Ray's smallest: what waits must go to disk
-model, canary = sys.argv[1:3]
-with ServiceClient(address="local") as service:
-    tc = service.create_training_client(
-        TrainingConfig(model_ref=model, lora_config=LoRAConfig(rank=4))
-    )
-    row = tc.tokenizer(canary)["input_ids"]
-    tc.eval()
-    waiting = [tc.forward_backward({"input_ids": [row] * 15_000}) for _ in range(12)]
-    import ray
-    print(ray._private.worker._global_node.get_session_dir_path(), flush=True)
-    sys.stdin.readline()
-    for handle in reversed(waiting):
-        handle.cancel()
-"""
-
-
-def test_what_ray_spills_to_disk_is_sealed(tiny_model: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", SPILLING, str(tiny_model), CANARY],
-        env=os.environ | {"TG_TINKER_HOME": str(tmp_path / "home")},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path,
-    )  # fmt: skip
-    try:
-        assert process.stdout
-        session = Path(process.stdout.readline().strip())
-        deadline = time.monotonic() + 60
-        while not spilled_bytes(session) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert spilled_bytes(session) > 5e6  # one batch: the test would prove nothing otherwise
-        assert list(leaks([session])) == []
-    finally:
-        process.communicate("\n", timeout=120)
-
-
-def spilled_bytes(session: Path) -> int:
-    return sum(
-        file.stat().st_size for file in session.glob("ray_spilled_objects*/*") if file.is_file()
-    )

@@ -469,6 +469,7 @@ def _connect(address: str | None) -> bool:
     target = address or os.environ.get("RAY_ADDRESS") or running_cluster()
     quiet = {"configure_logging": False, "log_to_driver": False, "logging_level": logging.ERROR}
     if target is None or target == "local":
+        provided("seal_http")()
         with _quiet_stderr(), _starting():
             _ray().init(
                 address="local", include_dashboard=False,
