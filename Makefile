@@ -27,13 +27,14 @@ lint: .venv/dev  ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/dev ## a step beside the plain padded PEFT loop; a private one beside Opacus; sampling; audit rows
+bench: .venv/dev ## a step beside the plain padded PEFT loop; a private one beside Opacus; sampling; audit rows; saving
 	GOMP_SPINCOUNT=1000 $(BIN)/python tests/bench.py
 	GOMP_SPINCOUNT=1000 $(BIN)/python tests/bench_privacy.py $(ARGS)
 	GOMP_SPINCOUNT=1000 $(BIN)/python tests/bench_sampling.py $(ARGS)
 	GOMP_SPINCOUNT=1000 $(BIN)/python tests/bench_serving.py
 	$(BIN)/python tests/bench_audit.py
 	$(BIN)/python tests/bench_sealing.py
+	$(BIN)/python tests/bench_storage.py
 
 bench-utility: .venv/dev ## the demo with and without privacy: how much is still learned (20 minutes)
 	$(BIN)/python tests/bench_utility.py $(ARGS)
