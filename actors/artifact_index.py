@@ -18,8 +18,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from actors.audit_log import SDK, AuditLog, Details
+from actors.audit_log import SDK, Details
 from actors.database import METADATA, RUNS
+from actors.orphans import Orphans
 from tg_tinker.errors import ActorLostError, IntegrityError, InvalidRequestError, NotFoundError
 from tg_tinker.labels import check_labels
 from tg_tinker.types import ArtifactInfo
@@ -55,7 +56,7 @@ _labels = sa.Table(
 _ORDER = (_artifacts.c.created_at, _artifacts.c.id)
 
 
-class ArtifactIndex(AuditLog):
+class ArtifactIndex(Orphans):
     """The part of the registry that knows artifacts."""
 
     # --- entries -----------------------------------------------------------------------------
@@ -68,6 +69,7 @@ class ArtifactIndex(AuditLog):
 
         Raises:
             ActorLostError: the run has a newer actor; this one may publish nothing.
+            StorageError: a sweep removes its files.
         """
         who = f"{run_id}@{epoch}"
         with (
@@ -75,6 +77,7 @@ class ArtifactIndex(AuditLog):
             self._change() as tx,
         ):
             check_epoch(tx, tenant, run_id, epoch)
+            self._refuse_buried(tx, tenant, artifact_id)
             now, digest = time.time(), _digest(manifest)
             tx.execute(
                 _artifacts.insert().values(
@@ -94,8 +97,10 @@ class ArtifactIndex(AuditLog):
 
         Raises:
             NotFoundError: the source was deleted meanwhile, or has expired.
+            StorageError: a sweep removes the copy's files.
         """
         with self._change() as tx:
+            self._refuse_buried(tx, tenant, artifact_id)
             source, digest = _openable(tx, tenant, source_id), _digest(manifest)
             kept = ("run_id", "step", "include_optimizer", "saved_at")
             tx.execute(
@@ -150,6 +155,7 @@ class ArtifactIndex(AuditLog):
             NotFoundError: it was deleted meanwhile, or has expired.
             InvalidRequestError: somebody else has resealed it, or rotated the tenant key: under an
                 older one it would be lost when that is retired.
+            StorageError: a sweep removes the new files.
         """
         with (
             self._refusals_noted(tenant, SDK, "artifact.reseal", artifact_id),
@@ -165,6 +171,7 @@ class ArtifactIndex(AuditLog):
                     f"the tenant key was rotated while artifact {artifact_id} was resealed: it is"
                     " as it was; repeat the call"
                 )
+            self._refuse_buried(tx, tenant, stored_as)
             values = {
                 "stored_as": stored_as, "size_bytes": size_bytes,
                 "manifest_sha256": _digest(manifest),

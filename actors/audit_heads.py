@@ -26,7 +26,11 @@ def kept(store: str, tenant: str) -> list[AuditHead]:
     Raises:
         IntegrityError: one is damaged.
     """
-    found = ArtifactStore(store).audit_heads(tenant)
+    return kept_in(ArtifactStore(store), tenant)
+
+
+def kept_in(store: ArtifactStore, tenant: str) -> list[AuditHead]:
+    found = store.audit_heads(tenant)
     try:
         return [AuditHead.parse(content.decode("ascii").removesuffix("\n")) for content in found]
     except UnicodeDecodeError:

@@ -7,6 +7,7 @@ What the bytes mean, and that they are sealed, is not known here.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -69,11 +70,11 @@ class Objects(Protocol):
         """All objects below a folder at any depth, by name; none if there is no such folder.
 
         On a local folder also what a killed `put` left, or one under way: the last component of
-        such a name begins with a dot, and no other method takes it but `delete_all` of a folder.
+        such a name begins with a dot, and no other method takes it but `delete` and `delete_all`.
         """
 
     def delete(self, name: str) -> None:
-        """Removes an object; none there is fine."""
+        """Removes an object, or what a killed `put` left; none there is fine."""
 
     def delete_all(self, folder: str) -> None:
         """Removes all objects below a folder; none there is fine."""
@@ -122,7 +123,8 @@ class LocalFolder:
             return sorted(self._infos(self._path(folder) if folder else self._root))
 
     def delete(self, name: str) -> None:
-        path = self._path(name)
+        check_name(intended(name))
+        path = self._root / name
         with _typed("delete", name), suppress(FileNotFoundError, NotADirectoryError):
             path.unlink()
             sync_folder(path.parent)
@@ -175,6 +177,15 @@ def _begin_write_back(descriptor: int, start: int, length: int) -> None:
     """
     with suppress(OSError, AttributeError):  # a hint; macOS has none
         os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
+
+
+def intended(name: str) -> str:
+    """The object that a `put` was about to write, of what it left when it was killed (`.NAME.x` on
+    a local folder, `NAME.x` on Azure, x being 8 hex digits). Any other name is itself.
+    """
+    folder, slash, last = name.rpartition("/")
+    partial = re.fullmatch(r"\.?(.+)\.[0-9a-f]{8}", last)
+    return f"{folder}{slash}{partial[1]}" if partial else name
 
 
 def pieces_of(content: Content) -> Iterable[Piece]:

@@ -4,6 +4,7 @@
     <root>/t/<tenant>/keys/<artifact_id>.json     its wrapped data key, the only mutable file
     <root>/t/<tenant>/audit/<row>.json            a signed head of the audit log
     <root>/t/<tenant>/ledgers/<pseudonym>/<place>.json    a signed head of a data set's ledger
+    <root>/t/<tenant>/clock                       empty; its time is the store's, for a sweep
 
 An artifact exists when its manifest does. One that was resealed lies under another name than its
 id (`artifact_index`), and that name is what is meant here.

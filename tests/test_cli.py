@@ -63,7 +63,7 @@ def test_the_commands_are_these() -> None:
         "demo", "init", "runs", "version", "doctor",
         "artifacts", "artifacts list", "artifacts export", "artifacts delete", "artifacts verify",
         "artifacts show", "artifacts label", "artifacts expire", "artifacts copy",
-        "artifacts reseal", "artifacts shred", "artifacts import",
+        "artifacts reseal", "artifacts shred", "artifacts import", "artifacts sweep",
         "keys", "keys list", "keys rotate", "keys retire", "keys new",
         "privacy", "privacy report", "privacy certificate", "privacy ledger", "privacy verify",
         "privacy audit", "privacy book-missing", "serve", "sample", "chat",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tg_tinker.cli_sweep import sweep
 from tg_tinker.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -304,3 +305,6 @@ def _expiry(item: ArtifactInfo) -> str:
 
 def _labels(item: ArtifactInfo) -> str:
     return " ".join(f"{name}={value}" for name, value in item.labels.items()) or "-"
+
+
+artifacts.command()(sweep)

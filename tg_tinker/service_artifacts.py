@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from datetime import datetime
@@ -11,7 +12,7 @@ from typing import Any
 from tg_tinker.cluster import provided
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.labels import parse_label
-from tg_tinker.types import ArtifactInfo
+from tg_tinker.types import ArtifactInfo, Orphan
 from tg_tinker.wire import ArtifactQuery
 
 MOST_LISTED = 10_000
@@ -160,6 +161,30 @@ class ArtifactCalls:
             Its id, and what is wrong with it: empty where nothing is.
         """
         yield from provided("verify_artifacts")(self._registry, self._store, self._tenant)
+
+    def sweep_store(self, min_age_s: float = 3600.0, dry_run: bool = False) -> Iterator[Orphan]:
+        """Removes files of this tenant that belong to no artifact, as they are gone through.
+
+        What a sweep finds is noted, and removed by a later one that finds it unchanged. An artifact
+        is never touched; a save that is still under way then fails typed, and leaves nothing.
+
+        Args:
+            min_age_s: seconds between the two sweeps, by the store's clock; longer than any file
+                of a save takes to upload.
+            dry_run: only tell what would be done.
+
+        Yields:
+            What was found, once it is dealt with.
+
+        Raises:
+            IntegrityError: the registry is an older copy, or another one uses the store.
+        """
+        if not 0 <= min_age_s < math.inf:
+            raise InvalidRequestError(f"min_age_s={min_age_s}: it must be 0 or more seconds")
+        found: Iterator[Orphan] = provided("sweep_store")(
+            self._registry, self._store, self._tenant, min_age_s, dry_run
+        )
+        return found
 
 
 def _check_time(when: datetime | None) -> None:

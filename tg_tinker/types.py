@@ -177,6 +177,25 @@ class ArtifactInfo:
 
 
 @dataclass(frozen=True)
+class Orphan:
+    """Files in the store that belong to no artifact, and what a sweep did about them.
+
+    Attributes:
+        name: id of the artifact that they would be of, or a file's own name below the tenant.
+        state: `waiting` for a later sweep to find them the same; `due`, in a dry run; `removed`;
+            `refused` by the store, and tried again by the next sweep; `unknown`: a file that
+            TG-Tinker does not name so, and leaves alone.
+        problem: what the store said; empty unless refused.
+    """
+
+    name: str
+    files: int
+    size_bytes: int
+    state: str
+    problem: str = ""
+
+
+@dataclass(frozen=True)
 class ApiKeyInfo:
     """A key of an HTTP client, without its secret.
 
