@@ -12,7 +12,7 @@ else
 TORCH_SPEC  ?= torch
 endif
 
-.PHONY: help demo test lint bench bench-utility clean
+.PHONY: help demo test soak lint bench bench-utility clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -21,6 +21,9 @@ demo: .venv/demo ## privately fine-tune SmolLM2-135M on docstrings, sample, save
 
 test: .venv/dev  ## all tests, the real model included (under 20 minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+soak: .venv/dev  ## artifacts for longer: every interleaving that is found, 10,000 edits (10 minutes)
+	TG_TINKER_SOAK=1 $(BIN)/python -m pytest --timeout 3600 tests/test_artifact_machine.py tests/test_artifact_edits.py $(ARGS)
 
 lint: .venv/dev  ## ruff and mypy --strict
 	$(BIN)/ruff check .
