@@ -21,7 +21,13 @@ import sqlalchemy as sa
 from actors.audit_log import SDK, Details
 from actors.database import METADATA, RUNS
 from actors.orphans import Orphans
-from tg_tinker.errors import ActorLostError, IntegrityError, InvalidRequestError, NotFoundError
+from tg_tinker.errors import (
+    ActorLostError,
+    IntegrityError,
+    InvalidRequestError,
+    NotFoundError,
+    StorageError,
+)
 from tg_tinker.labels import check_labels
 from tg_tinker.types import ArtifactInfo
 from tg_tinker.wire import ArtifactQuery
@@ -63,13 +69,16 @@ class ArtifactIndex(Orphans):
 
     def publish(
         self, tenant: str, run_id: str, epoch: int, artifact_id: str, step: int,
-        size_bytes: int, include_optimizer: bool, manifest: bytes,
+        size_bytes: int, include_optimizer: bool, manifest: bytes, key_id: str,
     ) -> None:  # fmt: skip
         """Enters an artifact whose files are all in the store.
 
+        Args:
+            key_id: of the tenant key that its data key is wrapped under.
+
         Raises:
             ActorLostError: the run has a newer actor; this one may publish nothing.
-            StorageError: a sweep removes its files.
+            StorageError: a sweep removes its files, or its tenant key was retired meanwhile.
         """
         who = f"{run_id}@{epoch}"
         with (
@@ -78,6 +87,7 @@ class ArtifactIndex(Orphans):
         ):
             check_epoch(tx, tenant, run_id, epoch)
             self._refuse_buried(tx, tenant, artifact_id)
+            self._refuse_retired(key_id)
             now, digest = time.time(), _digest(manifest)
             tx.execute(
                 _artifacts.insert().values(
@@ -91,16 +101,18 @@ class ArtifactIndex(Orphans):
             self._note(tx, tenant, who, "artifact.save", artifact_id, details)
 
     def publish_copy(
-        self, tenant: str, source_id: str, artifact_id: str, size_bytes: int, manifest: bytes
-    ) -> ArtifactInfo:
+        self, tenant: str, source_id: str, artifact_id: str, size_bytes: int, manifest: bytes,
+        key_id: str,
+    ) -> ArtifactInfo:  # fmt: skip
         """Enters a copy whose files are all in the store: of the same run, step and time of saving.
 
         Raises:
             NotFoundError: the source was deleted meanwhile, or has expired.
-            StorageError: a sweep removes the copy's files.
+            StorageError: see `publish`.
         """
         with self._change() as tx:
             self._refuse_buried(tx, tenant, artifact_id)
+            self._refuse_retired(key_id)
             source, digest = _openable(tx, tenant, source_id), _digest(manifest)
             kept = ("run_id", "step", "include_optimizer", "saved_at")
             tx.execute(
@@ -116,6 +128,14 @@ class ArtifactIndex(Orphans):
             }  # fmt: skip
             self._note(tx, tenant, SDK, "artifact.copy", artifact_id, details)
         return self.artifact(tenant, artifact_id)
+
+    def _refuse_retired(self, key_id: str) -> None:
+        """A key that was retired counted the artifacts under it before this one was entered."""
+        if key_id not in self._keyring.key_ids:
+            raise StorageError(
+                f"tenant key {key_id!r} was retired while the artifact was saved, and nothing opens"
+                " it any more: save again"
+            )
 
     def delete_artifact(self, tenant: str, artifact_id: str, event: str = "artifact.delete") -> str:
         """Marks it deleted, for good: an old copy of its files is refused from now on.

@@ -35,6 +35,7 @@ from tg_tinker.errors import (
     InvalidRequestError,
     NotFoundError,
     StorageError,
+    TGTinkerError,
 )
 from tg_tinker.types import EncryptionInfo
 
@@ -122,22 +123,36 @@ def publish(
     Raises:
         StorageError: the store refused; nothing is left of the artifact.
         ActorLostError: a newer actor owns the run; nothing is left of the artifact.
+        ClusterUnavailableError: the registry does not answer; it may be an artifact or not.
     """
     tenant, artifact_id = draft.tenant, draft.artifact_id
-    key_id, provider = registry.key_info()
+    key_id = registry.key_of(draft.wrapped_key)
     write(store, draft)
     manifest = draft.manifest()
     size = draft.size + len(manifest)
     try:
         registry.publish(
-            tenant, run_id, epoch, artifact_id, step, size, include_optimizer, manifest
+            tenant, run_id, epoch, artifact_id, step, size, include_optimizer, manifest, key_id
         )
     except BaseException:
-        store.delete(tenant, artifact_id)
+        if _not_entered(registry, tenant, artifact_id):
+            store.delete(tenant, artifact_id)
         raise
     with suppress(StorageError):  # the artifact is there; the next head covers this one
         keep_in(store, registry.audit_head(tenant))
-    return size, EncryptionInfo(ALGORITHM, key_id, provider, FORMAT_VERSION)
+    return size, EncryptionInfo(ALGORITHM, key_id, registry.key_info()[1], FORMAT_VERSION)
+
+
+def _not_entered(registry: Registry, tenant: str, artifact_id: str) -> bool:
+    """False also where nobody answers: perhaps only the answer was lost, and then the files are
+    an artifact's. If they are nobody's, a sweep finds them."""
+    try:
+        registry.artifact(tenant, artifact_id)
+    except NotFoundError:
+        return True
+    except TGTinkerError:
+        return False
+    return False
 
 
 def fetch(

@@ -47,7 +47,10 @@ def copy(registry: Registry, root: str, tenant: str, artifact_id: str) -> Artifa
     manifest, size = _written(store, draft)
     info = _entered(
         store, draft,
-        lambda: registry.publish_copy(tenant, artifact_id, draft.artifact_id, size, manifest),
+        lambda: registry.publish_copy(
+            tenant, artifact_id, draft.artifact_id, size, manifest,
+            registry.key_of(draft.wrapped_key),
+        ),
     )  # fmt: skip
     _keep_head(registry, store, tenant)
     return info

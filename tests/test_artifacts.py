@@ -27,6 +27,7 @@ from actors.store import ArtifactStore
 from tg_tinker import TrainingConfig
 from tg_tinker.errors import (
     ActorLostError,
+    ClusterUnavailableError,
     IntegrityError,
     InvalidRequestError,
     NotFoundError,
@@ -415,6 +416,45 @@ def test_a_replaced_actor_publishes_nothing_and_harms_nothing(service: Service) 
         service.publish()
     assert service.files() == before
     assert_same(service.fetch(kept), checkpoint())
+
+
+def test_a_save_whose_tenant_key_was_retired_meanwhile_is_refused(service: Service) -> None:
+    """Rotated, rewrapped and retired while it uploads: nothing counts it, nothing would open it."""
+    registry = service.registry
+
+    def slow(store: ArtifactStore, draft: Draft) -> None:
+        artifacts.write(store, draft)
+        registry.rotate_key(TENANT)
+        registry.retire_key(TENANT, "k1", 0)
+
+    draft = Draft(registry, service.capability, to_files(checkpoint()))
+    with pytest.raises(StorageError, match="'k1' was retired"):
+        artifacts.publish(
+            registry, service.store, draft, run_id=service.run, epoch=service.epoch, step=3,
+            include_optimizer=True, write=slow,
+        )  # fmt: skip
+    assert service.files_of(draft.artifact_id) == []
+
+
+@pytest.mark.parametrize("entered", [True, False])
+def test_a_save_whose_answer_is_lost_keeps_the_files_of_an_artifact(
+    service: Service, monkeypatch: pytest.MonkeyPatch, entered: bool
+) -> None:
+    enter = service.registry.publish
+
+    def lost(*arguments: Any) -> None:
+        if entered:
+            enter(*arguments)
+        raise ClusterUnavailableError("no answer")
+
+    monkeypatch.setattr(service.registry, "publish", lost)
+    with pytest.raises(ClusterUnavailableError):
+        service.publish()
+    saved = service.registry.artifacts(TENANT)
+    assert len(saved) == entered
+    for info in saved:
+        assert_same(service.fetch(info.artifact_id), checkpoint())
+    assert entered or [path for path in service.files() if "/a/" in str(path)] == []
 
 
 def test_files_without_a_manifest_are_no_artifact(service: Service) -> None:

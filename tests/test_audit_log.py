@@ -353,7 +353,7 @@ def test_an_actor_that_was_replaced_leaves_refusals_only(registry: Registry, run
     registry.record(run, old, 1, "active", [("batch", "gradient")])
     registry.record(run, old, 1, "active")
     with pytest.raises(ActorLostError):
-        registry.publish(US, run, old, "art-1", 1, 10, True, b"{}")
+        registry.publish(US, run, old, "art-1", 1, 10, True, b"{}", "k1")
     assert seen(registry)[3:] == [
         (f"{run}@{old}", "step", run, "actor_lost"),
         (f"{run}@{old}", "artifact.save", "art-1", "actor_lost"),
@@ -364,7 +364,7 @@ def test_the_life_of_an_artifact_leaves_its_rows(registry: Registry, run: str) -
     epoch = registry.claim(run)
     actor = registry.capability(US, run, epoch)
     _, wrapped = registry.new_data_key(actor, "art-1")
-    registry.publish(US, run, epoch, "art-1", 3, 10, True, b"{}")
+    registry.publish(US, run, epoch, "art-1", 3, 10, True, b"{}", "k1")
     registry.open_data_key(actor, "art-1", wrapped)
     with pytest.raises(IntegrityError):
         registry.open_data_key(registry.reader(US), "art-1", b"damaged")
@@ -513,7 +513,7 @@ def test_pages_follow_each_other(registry: Registry) -> None:
 
 def test_a_change_that_fails_leaves_no_row(registry: Registry, run: str) -> None:
     epoch = registry.claim(run)
-    publish = lambda: registry.publish(US, run, epoch, "art-1", 1, 10, True, b"{}")  # noqa: E731
+    publish = lambda: registry.publish(US, run, epoch, "art-1", 1, 10, True, b"{}", "k1")  # noqa: E731
     publish()
     before = seen(registry)
     with pytest.raises(sa.exc.IntegrityError):  # the id is taken
@@ -534,7 +534,7 @@ def changes(registry: Registry, run: str, wrapped: bytes) -> dict[str, Callable[
         "claim": lambda: registry.claim(run),
         "record": lambda: registry.record(run, 1, 9, "active", []),
         "finish": lambda: registry.finish(run, 1, "failed"),
-        "publish": lambda: registry.publish(US, run, 1, "art-2", 1, 10, True, b"{}"),
+        "publish": lambda: registry.publish(US, run, 1, "art-2", 1, 10, True, b"{}", "k1"),
         "delete_artifact": lambda: registry.delete_artifact(US, "art-1"),
         "open_data_key": lambda: registry.open_data_key(registry.reader(US), "art-1", wrapped),
         "create_api_key": lambda: registry.create_api_key(US, "", [], 1),
@@ -553,7 +553,7 @@ def test_a_change_that_cannot_be_noted_does_not_happen(place: Path, name: str) -
     run = registry.create_run(US, CONFIG)
     epoch = registry.claim(run)
     _, wrapped = registry.new_data_key(registry.capability(US, run, epoch), "art-1")
-    registry.publish(US, run, epoch, "art-1", 1, 10, True, b"{}")
+    registry.publish(US, run, epoch, "art-1", 1, 10, True, b"{}", "k1")
     before = everything(place)
     with pytest.raises(StorageError, match="disk is full"):
         changes(open_registry(place, FullDisk), run, wrapped)[name]()

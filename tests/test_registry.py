@@ -60,7 +60,7 @@ def publish(registry: Registry, run: str, artifact: str = "art-1", **changes: ob
     """Publishes for the run's next actor, unless told otherwise; returns the artifact's id."""
     values = {
         "tenant": US, "run_id": run, "artifact_id": artifact, "step": 3, "size_bytes": 100,
-        "include_optimizer": True, "manifest": MANIFEST,
+        "include_optimizer": True, "manifest": MANIFEST, "key_id": "k1",
     } | changes  # fmt: skip
     if "epoch" not in values:
         values["epoch"] = registry.claim(run)
