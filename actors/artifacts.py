@@ -135,7 +135,7 @@ def publish(
             tenant, run_id, epoch, artifact_id, step, size, include_optimizer, manifest, key_id
         )
     except BaseException:
-        if _not_entered(registry, tenant, artifact_id):
+        if not entered(registry, draft):
             store.delete(tenant, artifact_id)
         raise
     with suppress(StorageError):  # the artifact is there; the next head covers this one
@@ -143,16 +143,16 @@ def publish(
     return size, EncryptionInfo(ALGORITHM, key_id, registry.key_info()[1], FORMAT_VERSION)
 
 
-def _not_entered(registry: Registry, tenant: str, artifact_id: str) -> bool:
-    """False also where nobody answers: perhaps only the answer was lost, and then the files are
-    an artifact's. If they are nobody's, a sweep finds them."""
+def entered(registry: Registry, draft: Draft) -> bool:
+    """Whether an artifact needs the files of a draft whose entering failed.
+
+    True also where nobody answers: perhaps only the answer was lost. If they are nobody's, a sweep
+    finds them.
+    """
     try:
-        registry.artifact(tenant, artifact_id)
-    except NotFoundError:
-        return True
+        return draft.stored_as in registry.reachable(draft.tenant)
     except TGTinkerError:
-        return False
-    return False
+        return True
 
 
 def fetch(
@@ -229,10 +229,29 @@ def delete(
         StorageError: the store refused: the artifact is gone, some of its files are not.
     """
     folder = ArtifactStore(store)
-    stored_as = registry.stored_as(tenant, artifact_id)
-    folder.read(tenant, stored_as, MANIFEST)  # in another store its files would stay
+    refuse_elsewhere(registry, folder, tenant, artifact_id)
     # By the name that the entry has now: somebody may have resealed it since.
-    folder.delete(tenant, registry.delete_artifact(tenant, artifact_id, event))
+    stored_as = registry.delete_artifact(tenant, artifact_id, event)
+    with suppress(StorageError):  # it is gone; the next head covers its row
+        keep_in(folder, registry.audit_head(tenant))
+    folder.delete(tenant, stored_as)
+
+
+def refuse_elsewhere(
+    registry: Registry, store: ArtifactStore, tenant: str, artifact_id: str
+) -> None:
+    """Before a deletion: in another store the files would stay. An artifact that lost some of them
+    is here all the same.
+
+    Raises:
+        NotFoundError: unknown, deleted, or in another store.
+    """
+    stored_as = registry.stored_as(tenant, artifact_id)
+    here = store.holds(tenant, stored_as)
+    if not here and registry.stored_as(tenant, artifact_id) == stored_as:  # not just resealed
+        raise NotFoundError(
+            f"artifact {artifact_id} has no file in this store: open the one that it was saved to"
+        )
 
 
 def export_adapter(
@@ -268,4 +287,5 @@ def export_adapter(
         raise StorageError(
             f"cannot export to {target} ({error.strerror}): choose another directory"
         ) from None
-    keep_in(ArtifactStore(store), registry.audit_head(tenant))
+    with suppress(StorageError):  # it is exported and on record
+        keep_in(ArtifactStore(store), registry.audit_head(tenant))

@@ -39,6 +39,7 @@ class Database:
         if self._engine.dialect.name == "sqlite":
             _make_sqlite_durable(self._engine, database)
         with _typed_refusal():
+            _refuse_older(self._engine)
             METADATA.create_all(self._engine)
 
     @contextmanager
@@ -65,6 +66,19 @@ def _typed_refusal() -> Iterator[None]:
             f"the registry's database refused ({type(error.orig).__name__}): check its disk, that"
             " no other program holds it, and that its file is whole"
         ) from None
+
+
+def _refuse_older(engine: sa.Engine) -> None:
+    """Before 1.0 no database is converted; one with other columns would fail call by call."""
+    there = sa.inspect(engine)
+    for name in METADATA.tables.keys() & {*there.get_table_names()}:
+        found = {column["name"] for column in there.get_columns(name)}
+        if missing := {*METADATA.tables[name].columns.keys()} - found:
+            raise StorageError(
+                f"the registry was made by an older version of TG-Tinker (table {name} has no"
+                f" {', '.join(sorted(missing))}): it is as it was. Use that version with it, or"
+                " begin a new home with TG_TINKER_HOME"
+            )
 
 
 def _make_sqlite_durable(engine: sa.Engine, database: str) -> None:

@@ -20,8 +20,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Their values are kept exactly: trained adapters are float32."""
 
 _NO_EFFECT = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights",
-    "peft_version", "revision", "task_type",
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision",
+    "task_type",
 }  # fmt: skip
 """Keys of `adapter_config.json` that change neither tensors nor what is computed with them."""
 
@@ -48,13 +48,23 @@ def imported(config: Mapping[str, Any], weights: bytes, like: SessionState) -> S
     return replace(like, weights=taken, optimizer=None, step=0, lineage=lineage)
 
 
+_INIT = "init_lora_weights"
+"""How the tensors began: without effect once they are trained. But PEFT's other kinds (pissa, olora
+and more) change the base weights too: such an adapter fits no plain base model."""
+
+
 def _check_config(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    for key in sorted(theirs.keys() - _NO_EFFECT):
+    if theirs.get(_INIT, True) not in (True, False, "gaussian"):
+        raise ArtifactMismatchError(
+            f"adapter_config.json says {_INIT}={theirs[_INIT]!r:.100}: such an adapter belongs to"
+            " base weights that were changed. Convert it to plain LoRA with PEFT"
+            " (path_initial_model_for_weight_conversion of save_pretrained), and import that"
+        )
+    for key in sorted(theirs.keys() - _NO_EFFECT - {_INIT}):
         if _comparable(theirs[key]) != _comparable(ours.get(key)):
             raise ArtifactMismatchError(
-                f"adapter_config.json says {key}={theirs[key]!r:.100}, a run here has"
-                f" {ours.get(key)!r:.100}: such adapters are not imported. If the key has no"
-                " effect, remove it"
+                f"adapter_config.json says {key!r:.100}: {theirs[key]!r:.100}, a run here has"
+                f" {ours.get(key)!r:.100}: such adapters are not imported"
             )
 
 

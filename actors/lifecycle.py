@@ -11,11 +11,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
 
-from actors.artifacts import Draft, check_written, delete, fetch, write
+from actors.artifacts import Draft, check_written, delete, entered, fetch, refuse_elsewhere, write
 from actors.audit_heads import keep_in
 from actors.registry import Registry
 from actors.store import ArtifactStore
-from tg_tinker.errors import IntegrityError, InvalidRequestError, StorageError
+from tg_tinker.errors import StorageError
 from tg_tinker.types import ArtifactInfo
 
 _T = TypeVar("_T")
@@ -46,7 +46,7 @@ def copy(registry: Registry, root: str, tenant: str, artifact_id: str) -> Artifa
     draft = Draft(registry, keeper, fetch(registry, store, keeper, artifact_id))
     manifest, size = _written(store, draft)
     info = _entered(
-        store, draft,
+        registry, store, draft,
         lambda: registry.publish_copy(
             tenant, artifact_id, draft.artifact_id, size, manifest,
             registry.key_of(draft.wrapped_key),
@@ -81,7 +81,7 @@ def reseal(registry: Registry, root: str, tenant: str, artifact_id: str) -> Arti
             registry.key_of(draft.wrapped_key),
         )  # fmt: skip
 
-    info = _entered(store, draft, switch)
+    info = _entered(registry, store, draft, switch)
     _keep_head(registry, store, tenant)
     _remove_old(store, tenant, before)
     return info
@@ -90,15 +90,16 @@ def reseal(registry: Registry, root: str, tenant: str, artifact_id: str) -> Arti
 def shred(registry: Registry, root: str, tenant: str, artifact_id: str) -> list[str]:
     """Deletes an artifact, its one wrapped key first; says what that does not reach.
 
-    Broken off, nothing opens it any more, and the next call goes on.
+    Broken off anywhere, nothing opens it any more. The next call goes on; once the entry is gone it
+    raises NotFoundError, and what is left is ciphertext without a key, for a sweep.
 
     Raises:
         NotFoundError, StorageError: see `delete`.
     """
     store = ArtifactStore(root)
+    refuse_elsewhere(registry, store, tenant, artifact_id)
     store.delete_key(tenant, registry.stored_as(tenant, artifact_id))
     delete(registry, root, tenant, artifact_id, "artifact.shred")
-    _keep_head(registry, store, tenant)
     return [*NOT_REACHED]
 
 
@@ -109,16 +110,13 @@ def _written(store: ArtifactStore, draft: Draft) -> tuple[bytes, int]:
     return manifest, draft.size + len(manifest)
 
 
-def _entered(store: ArtifactStore, draft: Draft, enter: Callable[[], _T]) -> _T:
-    """What was written is entered; a refusal takes it away again.
-
-    Any other error may have come after the entry was made: then the files must stay. If they are
-    nobody's, the sweep finds them.
-    """
+def _entered(registry: Registry, store: ArtifactStore, draft: Draft, enter: Callable[[], _T]) -> _T:
+    """What was written is entered, or taken away again."""
     try:
         return enter()
-    except (InvalidRequestError, IntegrityError):
-        store.delete(draft.tenant, draft.stored_as)
+    except BaseException:
+        if not entered(registry, draft):
+            store.delete(draft.tenant, draft.stored_as)
         raise
 
 

@@ -124,7 +124,7 @@ class LocalFolder:
 
     def delete(self, name: str) -> None:
         check_name(intended(name))
-        path = self._root / name
+        path = self._below(name)
         with _typed("delete", name), suppress(FileNotFoundError, NotADirectoryError):
             path.unlink()
             sync_folder(path.parent)
@@ -132,20 +132,32 @@ class LocalFolder:
     def delete_all(self, folder: str) -> None:
         path = self._path(folder)
         with _typed("delete", folder), suppress(FileNotFoundError):
-            for parent, _, names in os.walk(path, topdown=False, onerror=_unless_gone):
-                for name in names:
+            for parent, folders, names in os.walk(path, topdown=False, onerror=_unless_gone):
+                for name in [*names, *(n for n in folders if (Path(parent) / n).is_symlink())]:
                     (Path(parent) / name).unlink(missing_ok=True)
                 Path(parent).rmdir()
             sync_folder(path.parent)
 
     def _path(self, name: str) -> Path:
-        return self._root / check_name(name)
+        return self._below(check_name(name))
+
+    def _below(self, name: str) -> Path:
+        """A link could lead out of the store: what is deleted or written would be another's."""
+        path = self._root
+        for part in name.split("/"):
+            path = path / part
+            if path.is_symlink():
+                raise StorageError(
+                    f"{path.relative_to(self._root)} in the store is a symbolic link, which nobody"
+                    " here made: it is not followed. Look where it leads, and remove it"
+                )
+        return path
 
     def _infos(self, folder: Path) -> Iterator[ObjectInfo]:
         for parent, _, names in os.walk(folder, onerror=_unless_gone):
             for path in (Path(parent) / name for name in names):
                 with suppress(FileNotFoundError):  # deleted or renamed meanwhile
-                    state = path.stat()
+                    state = path.lstat()
                     name = path.relative_to(self._root).as_posix()
                     modified = datetime.fromtimestamp(state.st_mtime, UTC)
                     yield ObjectInfo(name, state.st_size, modified)

@@ -91,6 +91,12 @@ class ArtifactStore:
     def read_key(self, tenant: str, artifact_id: str) -> bytes:
         return self._read(_key_name(tenant, artifact_id), artifact_id)
 
+    def holds(self, tenant: str, artifact_id: str) -> bool:
+        """Whether there is any file of an artifact, or its wrapped key."""
+        key = _key_name(tenant, artifact_id).rpartition("/")
+        names = {info.name for info in self.objects.list_below(key[0])}
+        return "".join(key) in names or bool(self.objects.list_below(_folder(tenant, artifact_id)))
+
     def write_key(self, tenant: str, artifact_id: str, key: bytes) -> None:
         """Replaces a wrapped data key, in one step where the store can."""
         self.objects.put(_key_name(tenant, artifact_id), key)

@@ -93,7 +93,10 @@ class ProxyEnd:
 
         scope = {"type": "http", "method": "GET", "path": "/-/routes", "headers": []}
         await self._app(scope, nothing, collect)
-        routes: dict[str, str] = json.loads(answer)
+        try:
+            routes: dict[str, str] = json.loads(answer)
+        except ValueError:
+            return False  # it has none yet; should one of ours get this, it refuses to answer
         within = [r for r in routes if f"{path}/".startswith(f"{r.rstrip('/')}/")]
         return bool(within) and routes[max(within, key=len)].startswith(APPLICATIONS)
 
@@ -134,6 +137,11 @@ def check_proxy(host: str, port: int) -> None:
         time.sleep(0.1)  # a new route takes a moment to reach the proxy
     if status == 503:
         raise ClusterUnavailableError(_IN_CLEAR)
+    if status != 200:
+        raise ClusterUnavailableError(
+            f"the sampling application at {host}:{port} answers {status} instead of its health:"
+            " `serve status` on the head node says why"
+        )
 
 
 def _health(host: str, port: int) -> int:

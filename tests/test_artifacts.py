@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import torch
 
 from actors import artifacts
 from actors.artifacts import Draft
+from actors.audit_heads import kept_in
 from actors.capabilities import Capability
 from actors.home import DATABASE, KEYRING, create
 from actors.lineage import Lineage
@@ -337,6 +339,49 @@ def test_a_deleted_artifact_leaves_no_file_and_nothing_opens_it(service: Service
     with pytest.raises(NotFoundError):
         service.fetch(artifact)
     assert_same(service.fetch(kept), checkpoint())
+
+
+def test_an_artifact_that_lost_its_manifest_can_be_deleted(service: Service) -> None:
+    artifact = service.publish()
+    (service.root / f"t/{TENANT}/a/{artifact}/manifest.json").unlink()
+    artifacts.delete(service.registry, str(service.root), TENANT, artifact)
+    assert service.files_of(artifact) == []
+    assert service.registry.artifacts(TENANT) == []
+
+
+def test_a_deletion_is_in_the_head_that_the_store_keeps(service: Service) -> None:
+    """So that a database from before it is noticed."""
+    artifact = service.publish()
+    artifacts.delete(service.registry, str(service.root), TENANT, artifact)
+    rows = service.registry.audit_rows(TENANT, 0, 100)
+    newest = max(kept_in(service.store, TENANT), key=lambda head: head.seq)
+    assert (newest.seq, json.loads(rows[-1])["event"]) == (len(rows), "artifact.delete")
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_link_in_the_store_is_never_followed(
+    service: Service, tmp_path: Path, inside: bool
+) -> None:
+    """As the folder of an artifact, or in it: whoever may write in the store chose where to."""
+    mine = tmp_path / "mine"
+    (mine / "deep").mkdir(parents=True)
+    (mine / "manifest.json").write_text("{}")
+    (mine / "deep" / "letter").write_text("dear")
+    artifact = service.publish()
+    folder = service.root / f"t/{TENANT}/a/{artifact}"
+    if inside:
+        (folder / "evil").symlink_to(mine)
+        artifacts.delete(service.registry, str(service.root), TENANT, artifact)
+        assert service.files_of(artifact) == []
+    else:
+        shutil.rmtree(folder)
+        folder.symlink_to(mine)
+        with pytest.raises(StorageError, match="symbolic link"):
+            service.fetch(artifact)
+        with pytest.raises(StorageError, match="symbolic link"):
+            artifacts.delete(service.registry, str(service.root), TENANT, artifact)
+    assert (mine / "deep" / "letter").read_text() == "dear"
+    assert (mine / "manifest.json").exists()
 
 
 def test_deleting_twice_is_not_found(service: Service) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -203,6 +204,8 @@ def test_settings_out_of_range_are_refused(copied: Path, values: dict[str, Any])
         {"alpha_pattern": {"q_proj": 2}}, {"modules_to_save": ["lm_head"]},
         {"layers_to_transform": [0]}, {"some_future_feature": True}, {"fan_in_fan_out": True},
         {"layer_replication": [[0, 1]]}, {"lora_bias": True},
+        {"init_lora_weights": "pissa_niter_4"}, {"init_lora_weights": "olora"},
+        {"init_lora_weights": None},
     ],
     ids=str,
 )  # fmt: skip
@@ -212,6 +215,18 @@ def test_a_feature_that_a_run_does_not_have_is_refused(
     configure(copied, **values)
     with pytest.raises(ArtifactMismatchError, match=next(iter(values))):
         taken(tiny_model, copied)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS])
+def test_what_never_ends_is_not_read(copied: Path, name: str) -> None:
+    (copied / name).unlink()
+    os.mkfifo(copied / name)
+    with pytest.raises(InvalidRequestError, match="no plain file"):
+        PeftFiles.read(copied)
+    (copied / name).unlink()
+    (copied / name).symlink_to("/dev/zero")
+    with pytest.raises(InvalidRequestError, match="no plain file"):
+        PeftFiles.read(copied)
 
 
 def damaged(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:

@@ -367,6 +367,15 @@ def test_a_database_of_other_bytes_is_a_typed_error(place: Path) -> None:
         open_registry(place)
 
 
+def test_a_database_of_an_older_version_is_told_and_left_alone(place: Path) -> None:
+    with sqlite3.connect(place / DATABASE) as database:
+        database.execute("CREATE TABLE artifacts (id TEXT PRIMARY KEY)")
+    with pytest.raises(StorageError, match=r"older version.*table artifacts has no .*stored_as"):
+        open_registry(place)
+    with sqlite3.connect(place / DATABASE) as database:
+        assert database.execute("SELECT count(*) FROM sqlite_master").fetchone() == (2,)
+
+
 def test_a_registry_without_its_keyring_is_refused(place: Path) -> None:
     (place / KEYRING).unlink()
     with pytest.raises(StorageError, match="keyring"):

@@ -377,7 +377,8 @@ def test_an_artifact_newer_than_the_ledger_or_of_another_is_refused(
     manifest = ArtifactStore(home.root).read(US, newer, "manifest.json")
     run = one._place.run_id
     known = other.registry
-    known.publish(US, run, one._place.epoch, newer, 2, 1, True, manifest)  # as if it were known
+    # As if it were known:
+    known.publish(US, run, one._place.epoch, newer, 2, 1, True, manifest, "k1")
     for behind in (True, False):
         two = worker(other, tiny_model, known)
         before, step = weights(two.session), two.session.step

@@ -7,6 +7,7 @@ checks (`actors.imports`).
 from __future__ import annotations
 
 import json
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,10 @@ class PeftFiles:
 
 def _content(path: Path, most: int) -> bytes:
     try:
-        size = path.stat().st_size
-        if size > most:
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):
+            raise InvalidRequestError(f"{path.name} is no plain file: nothing of it was read")
+        if (size := state.st_size) > most:
             raise InvalidRequestError(
                 f"{path.name} has {size} bytes, at most {most} are imported: is it an adapter?"
             )
