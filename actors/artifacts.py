@@ -281,7 +281,8 @@ def export_adapter(
         registry.record_export(tenant, artifact_id)
     except BaseException as error:  # what is not in the audit log is not exported
         for name in outputs:
-            (target / name).unlink(missing_ok=True)
+            with suppress(OSError):
+                (target / name).unlink()
         if not isinstance(error, OSError):
             raise
         raise StorageError(

@@ -266,11 +266,10 @@ class Registry(ArtifactIndex, HeadChecks, ApiKeys):
 
     def rewrapped(self, tenant: str, artifact_id: str, wrapped: bytes) -> bytes | None:
         """The same data key under the primary key; None where it is already."""
-        stored = _stored(wrapped)
+        context = context_of(tenant, artifact_id, DATA_KEY)
+        key = self._keyring.unwrap(_stored(wrapped), context)  # its name alone proves nothing
         if self.key_of(wrapped) == self._keyring.primary:
             return None
-        context = context_of(tenant, artifact_id, DATA_KEY)
-        key = self._keyring.unwrap(stored, context)
         return json.dumps(self._keyring.wrap(key, context)).encode()
 
     def retire_key(self, tenant: str, key_id: str, artifacts: int) -> None:

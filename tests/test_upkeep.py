@@ -111,6 +111,17 @@ def test_an_artifact_that_cannot_be_rewrapped_is_named_and_holds_up_no_other(
     assert wrapped_under(service, known[2]) == "k2"
 
 
+def test_a_wrapped_key_that_calls_itself_rewrapped_is_told(service: Service) -> None:
+    """The name in it proves nothing: it is opened."""
+    artifact = service.publish()
+    path = service.root / f"t/{TENANT}/keys/{artifact}.json"
+    old = path.read_text()
+    service.registry.rotate_key(TENANT)
+    path.write_text(old.replace('"k1"', '"k2"'))
+    ((found, problem),) = rewrapped(service)
+    assert (found, "does not open" in problem) == (artifact, True)
+
+
 def test_a_key_that_is_primary_or_unknown_is_not_retired(service: Service) -> None:
     service.registry.rotate_key(TENANT)
     for key_id in ("k2", "k9", ""):

@@ -125,7 +125,7 @@ def label(
 def expire(
     ctx: typer.Context,
     artifact_id: _Id,
-    days: Annotated[float | None, typer.Option(min=0, help="From now.")] = None,
+    days: Annotated[float | None, typer.Option(min=0, max=36_500, help="From now.")] = None,
     never: Annotated[bool, typer.Option("--never", help="Keep it for ever.")] = False,
 ) -> None:
     """Say until when an artifact may be opened; after that nothing loads it or samples from it.

@@ -310,11 +310,15 @@ class ServiceClient(ArtifactCalls):
         Raises:
             NotFoundError: no private run ever named this data set.
             IntegrityError: the stored ledger was changed.
+            LedgerMismatchError: it is older than what the store or this home knows of it: what was
+                spent since would be left out.
+            StorageError: the store does not answer, so nobody knows.
         """
         entries = self._registry.ledger_entries(self._tenant, dataset_id)
         if not entries:
             known = ", ".join(self._registry.dataset_ids(self._tenant)) or "none yet"
             raise NotFoundError(f"data set {dataset_id!r} has no ledger; there are: {known}")
+        self._meet(dataset_id)
         return PrivacyReport(entries)
 
     def book_missing_charges(self, dataset_id: str = DEFAULT_DATASET) -> int:
@@ -334,6 +338,8 @@ class ServiceClient(ArtifactCalls):
         booked: int = provided("book_missing")(
             self._registry, self._store, self._tenant, dataset_id, kept.lines
         )
+        if not booked:
+            self.privacy_report(dataset_id)  # whose ledger is there, and whole
         return booked
 
     # --- HTTP --------------------------------------------------------------------------------

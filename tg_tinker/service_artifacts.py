@@ -188,6 +188,10 @@ class ArtifactCalls:
 
 
 def _check_time(when: datetime | None) -> None:
+    if when is not None and not isinstance(when, datetime):
+        raise InvalidRequestError(
+            f"{when!r:.80} is no datetime: say datetime(..., tzinfo=timezone.utc)"
+        )
     if when is not None and when.utcoffset() is None:
         raise InvalidRequestError(
             f"{when.isoformat()} has no time zone: say datetime(..., tzinfo=timezone.utc)"
