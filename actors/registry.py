@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -272,21 +272,32 @@ class Registry(ArtifactIndex, HeadChecks, ApiKeys):
             return None
         return json.dumps(self._keyring.wrap(key, context)).encode()
 
-    def retire_key(self, tenant: str, key_id: str, artifacts: int) -> None:
-        """Forgets a key that nothing needs; `artifacts` is how many are wrapped under it.
+    def retire_key(self, tenant: str, key_id: str, wrapped_under: Mapping[str, str]) -> None:
+        """Forgets a key that nothing needs.
+
+        Args:
+            wrapped_under: id of the tenant key that opens it, by the name in the store of every
+                artifact of all tenants, as whoever calls has just read them there.
 
         Raises:
-            InvalidRequestError: it is in use, the primary one, or unknown.
+            InvalidRequestError: it is in use, the primary one, or unknown; or an artifact was
+                saved since the keys were read.
         """
-        if artifacts and key_id != self._keyring.primary:
+        in_use = [*wrapped_under.values()].count(key_id)
+        if in_use and key_id != self._keyring.primary:
             raise InvalidRequestError(
-                f"key {key_id!r} still opens {artifacts} artifacts: `tg-tinker keys rotate"
+                f"key {key_id!r} still opens {in_use} artifacts: `tg-tinker keys rotate"
                 " --resume` wraps them under the primary key"
             )
         self.rewrap_unit_keys()
-        self._keyring.retire(key_id)
-        with self._change() as tx:
+        with self._change() as tx:  # a save is entered before it, or finds the key gone
+            if not wrapped_under.keys() >= {name for _, _, name in self.all_artifacts()}:
+                raise InvalidRequestError(
+                    f"an artifact was saved meanwhile, maybe under key {key_id!r}: nothing was"
+                    " changed; repeat the call"
+                )
             self._note(tx, tenant, SDK, "key.retire", key_id)
+            self._keyring.retire(key_id)  # last: where it fails there is no row
 
     def key_ids(self) -> list[str]:
         """Of the keyring, oldest first; the last is the primary one."""

@@ -3,6 +3,7 @@ their keys another wrapping."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from actors.artifacts import delete, fetch
@@ -66,17 +67,23 @@ def rewrap(registry: Registry, root: str) -> Iterator[tuple[str, str]]:
 
 def uses(registry: Registry, root: str) -> dict[str, int]:
     """How many artifacts each key opens."""
-    store, counts = ArtifactStore(root), dict.fromkeys(registry.key_ids(), 0)
-    for tenant, _, stored_as in registry.all_artifacts():
-        key_id = registry.key_of(store.read_key(tenant, stored_as))
-        counts[key_id] = counts.get(key_id, 0) + 1
-    return counts
+    return dict.fromkeys(registry.key_ids(), 0) | Counter(_wrapped_under(registry, root).values())
+
+
+def _wrapped_under(registry: Registry, root: str) -> dict[str, str]:
+    """Ids of tenant keys, by the name in the store of what each opens."""
+    store = ArtifactStore(root)
+    return {
+        stored_as: registry.key_of(store.read_key(tenant, stored_as))
+        for tenant, _, stored_as in registry.all_artifacts()
+    }
 
 
 def retire(registry: Registry, root: str, tenant: str, key_id: str) -> None:
     """Destroys a key that opens nothing any more.
 
     Raises:
-        InvalidRequestError: it is the primary one, or opens an artifact still.
+        InvalidRequestError: it is the primary one, or opens an artifact still; or one was saved
+            meanwhile.
     """
-    registry.retire_key(tenant, key_id, uses(registry, root).get(key_id, 0))
+    registry.retire_key(tenant, key_id, _wrapped_under(registry, root))

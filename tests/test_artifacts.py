@@ -470,7 +470,7 @@ def test_a_save_whose_tenant_key_was_retired_meanwhile_is_refused(service: Servi
     def slow(store: ArtifactStore, draft: Draft) -> None:
         artifacts.write(store, draft)
         registry.rotate_key(TENANT)
-        registry.retire_key(TENANT, "k1", 0)
+        registry.retire_key(TENANT, "k1", {})
 
     draft = Draft(registry, service.capability, to_files(checkpoint()))
     with pytest.raises(StorageError, match="'k1' was retired"):

@@ -17,10 +17,11 @@ from test_artifacts import service as service  # a fixture
 from typer.testing import CliRunner
 
 from actors import upkeep
-from actors.artifacts import Draft, write
+from actors.artifacts import Draft, publish, write
 from actors.home import DATABASE, KEYRING
 from actors.keys import FileKeyring
 from actors.registry import Registry
+from actors.state import to_files
 from actors.store import ArtifactStore
 from actors.worker import MOST_COPIES, Place, Worker
 from tg_tinker import (
@@ -60,7 +61,7 @@ def test_a_rotation_touches_no_data_and_everything_opens_before_and_after(
     assert rewrapped(service) == [(artifact, "") for artifact in (*old, new)]
     assert {wrapped_under(service, a) for a in (*old, new)} == {"k2"}
     assert all(path.read_bytes() == content for path, content in data.items())
-    service.registry.retire_key(TENANT, "k1", 0)
+    upkeep.retire(service.registry, str(service.root), TENANT, "k1")
     rows = [json.loads(row) for row in service.registry.audit_rows(TENANT, 0, 1000)]
     assert [(r["event"], r["subject"]) for r in rows if r["event"].startswith("key.")] == [
         ("key.rotate", "k2"), ("key.retire", "k1"),
@@ -126,7 +127,7 @@ def test_a_key_that_is_primary_or_unknown_is_not_retired(service: Service) -> No
     service.registry.rotate_key(TENANT)
     for key_id in ("k2", "k9", ""):
         with pytest.raises(InvalidRequestError, match="cannot be retired"):
-            service.registry.retire_key(TENANT, key_id, 0)
+            service.registry.retire_key(TENANT, key_id, {})
 
 
 def test_what_only_a_retired_key_opens_is_lost(service: Service) -> None:
@@ -139,6 +140,40 @@ def test_what_only_a_retired_key_opens_is_lost(service: Service) -> None:
     service.store.write_key(TENANT, artifact, copy)
     with pytest.raises(IntegrityError, match="needs key 'k1'"):
         service.fetch(artifact)
+
+
+def test_a_key_is_not_retired_over_an_artifact_that_nobody_counted(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafted under the older key, entered after the keys were counted."""
+    registry, root = service.registry, str(service.root)
+    draft = Draft(registry, service.capability, to_files(checkpoint()))
+    registry.rotate_key(TENANT)
+    retire_key = registry.retire_key
+
+    def late(*arguments: Any) -> None:
+        values = {"run_id": service.run, "epoch": service.epoch, "step": 3}
+        publish(registry, service.store, draft, include_optimizer=True, **values)
+        retire_key(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "retire_key", late)
+        with pytest.raises(InvalidRequestError, match=r"saved meanwhile.*repeat"):
+            upkeep.retire(registry, root, TENANT, "k1")
+    assert registry.key_ids() == ["k1", "k2"]
+    assert "key.retire" not in "".join(registry.audit_rows(TENANT, 0, 1000))
+    assert_same(service.fetch(draft.artifact_id), checkpoint())
+    with pytest.raises(InvalidRequestError, match="opens 1 artifacts"):
+        upkeep.retire(registry, root, TENANT, "k1")
+    rewrapped(service)
+    upkeep.retire(registry, root, TENANT, "k1")
+    assert_same(service.fetch(draft.artifact_id), checkpoint())
+
+
+def test_a_key_that_cannot_be_retired_leaves_no_row(service: Service) -> None:
+    with pytest.raises(InvalidRequestError):
+        service.registry.retire_key(TENANT, "k1", {})
+    assert "key.retire" not in "".join(service.registry.audit_rows(TENANT, 0, 1000))
 
 
 def test_the_keyring_stays_private_and_whole(
