@@ -58,10 +58,12 @@ class Keys:
 
 
 class Keyring:
-    """The part of a `KeyProvider` that is the same wherever the keys lie: they are in memory."""
+    """The part of a `KeyProvider` that is the same wherever the keys lie."""
 
-    def __init__(self, keys: Keys) -> None:
-        self._keys = keys
+    @property
+    def _keys(self) -> Keys:
+        """As they are now. Once a call: the next reading may find others."""
+        raise NotImplementedError
 
     @property
     def primary(self) -> str:
@@ -72,8 +74,9 @@ class Keyring:
         return [*self._keys.by_id]
 
     def wrap(self, data_key: bytes, context: bytes) -> dict[str, str]:
-        wrapped = wrap_key(self._keys.by_id[self.primary], data_key, context)
-        return {"key_id": self.primary, "wrapped": base64.b64encode(wrapped).decode()}
+        keys = self._keys
+        wrapped = wrap_key(keys.by_id[keys.primary], data_key, context)
+        return {"key_id": keys.primary, "wrapped": base64.b64encode(wrapped).decode()}
 
     def unwrap(self, wrapped: dict[str, str], context: bytes) -> bytes:
         try:
@@ -83,13 +86,15 @@ class Keyring:
                 raise ValueError  # base64 has unused bits: one key, one text
         except (ValueError, KeyError, TypeError):
             raise IntegrityError("the wrapped data key is damaged: put its backup back") from None
-        key = self._keys.by_id.get(key_id)
+        by_id = self._keys.by_id
+        key = by_id.get(key_id)
         if key is None:
             raise IntegrityError(
-                f"the artifact needs key {key_id!r}, this keyring has"
-                f" {sorted(self._keys.by_id)}: use the keyring it was saved with"
+                f"the artifact needs key {key_id!r}, this keyring has {sorted(by_id)}: use the"
+                " keyring it was saved with"
             )
         return unwrap_key(key, sealed, context)
 
     def derive(self, purpose: bytes) -> tuple[str, bytes]:
-        return self.primary, derive_key(self._keys.by_id[self.primary], purpose)
+        keys = self._keys
+        return keys.primary, derive_key(keys.by_id[keys.primary], purpose)

@@ -5,9 +5,12 @@ The tenant key stays in the process of the registry; a training actor gets data 
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
+import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -106,13 +109,28 @@ def new_text(after: str | None = None) -> str:
 
 
 class FileKeyring(Keyring):
-    """Keys in a JSON file of mode 0600; refused when anyone else may read it."""
+    """Keys in a JSON file of mode 0600; refused when anyone else may read it.
+
+    Several processes may use one file: each call reads it, and a change is made to what is there
+    under a lock on its folder, which must grant one (`flock`). So nobody wraps under a key that
+    another process has retired, or writes an older ring over a newer one.
+
+    Raises:
+        StorageError: from any call: the file is gone, or others may read it.
+        IntegrityError: from any call: it is damaged.
+    """
 
     provider = "file"
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        super().__init__(_read(path))
+        _read(path)  # what is wrong with it shows here first
+
+    @property
+    def _keys(self) -> Keys:
+        # Read each time: after two changes a file may have its old size, inode and, within a tick
+        # of the clock, time again.
+        return _read(self._path)
 
     @classmethod
     def create(cls, path: Path) -> FileKeyring:
@@ -122,29 +140,25 @@ class FileKeyring(Keyring):
         return cls(path)
 
     def rotate(self) -> str:
-        self._replace(self._keys.rotated())
-        return self.primary
+        return self._change(Keys.rotated).primary
 
     def retire(self, key_id: str) -> None:
-        older = [name for name in self.key_ids if name != self.primary]
-        if key_id not in older:
-            raise InvalidRequestError(
-                f"key {key_id!r} cannot be retired: choose among {older}, which a rotation"
-                " has replaced"
-            )
-        self._replace(self._keys.without(key_id))
+        self._change(lambda keys: _retired(keys, key_id))
 
-    def _replace(self, keys: Keys) -> None:
-        """The file in one step; this object only once it is durable."""
+    def _change(self, change: Callable[[Keys], Keys]) -> Keys:
+        """The file in one step, from what it holds at this moment."""
         try:
-            with _written(self._path, keys) as partial:
-                partial.replace(self._path)
-                sync_folder(self._path.parent)
+            with _locked(self._path.parent):
+                keys = change(self._keys)
+                _remove_partials(self._path)
+                with _written(self._path, keys) as partial:
+                    partial.replace(self._path)
+                    sync_folder(self._path.parent)
         except OSError as error:
             raise StorageError(
                 f"cannot write the keyring {self._path} ({error.strerror}): nothing was changed"
             ) from None
-        self._keys = keys
+        return keys
 
 
 class EnvironmentKeyring(Keyring):
@@ -155,7 +169,11 @@ class EnvironmentKeyring(Keyring):
 
     def __init__(self, variable: Variable) -> None:
         self._variable = variable
-        super().__init__(_read(variable))
+        self._found = _read(variable)
+
+    @property
+    def _keys(self) -> Keys:
+        return self._found
 
     def rotate(self) -> NoReturn:
         raise InvalidRequestError(
@@ -170,6 +188,15 @@ class EnvironmentKeyring(Keyring):
             " artifact for a key, take it out of the text in your secret manager and restart the"
             " cluster"
         )
+
+
+def _retired(keys: Keys, key_id: str) -> Keys:
+    older = [name for name in keys.by_id if name != keys.primary]
+    if key_id not in older:
+        raise InvalidRequestError(
+            f"key {key_id!r} cannot be retired: choose among {older}, which a rotation has replaced"
+        )
+    return keys.without(key_id)
 
 
 def _read(place: Path | Variable) -> Keys:
@@ -211,9 +238,29 @@ def _content_of(path: Path) -> bytes:
 
 
 @contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One at a time, of all threads and processes; the lock of a killed process is free."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_partials(path: Path) -> None:
+    """What killed processes left of `_written`, which holds keys in clear. Only under the lock:
+    there nobody else is writing one."""
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}")
+    for found in path.parent.iterdir():
+        if ours.fullmatch(found.name):
+            found.unlink()
+
+
+@contextmanager
 def _written(path: Path, keys: Keys) -> Iterator[Path]:
     """A durable keyring file of mode 0600 beside `path`; gone afterwards unless renamed."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "w") as file:

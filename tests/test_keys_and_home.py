@@ -5,9 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import os
+import signal
 import stat
 import string
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ from actors.home import DATABASE, KEYRING, create
 from actors.keys import FileKeyring
 from actors.signing import PUBLIC_KEY, SIGNING_KEY
 from tg_tinker.envelope import new_key
-from tg_tinker.errors import IntegrityError, StorageError
+from tg_tinker.errors import IntegrityError, InvalidRequestError, StorageError
 
 CONTEXT = b"artifact 7"
 
@@ -188,6 +192,116 @@ def test_a_keyring_never_prints_its_keys(keyring: Path) -> None:
     for shown in (repr(ring), str(ring), f"{ring.wrap(new_key(), CONTEXT)}"):
         assert base64.b64encode(key).decode() not in shown
         assert repr(key) not in shown
+
+
+# --- several processes on one file -----------------------------------------------------------
+
+
+def test_every_ring_of_a_file_has_the_keys_that_it_holds_now(keyring: Path) -> None:
+    one, other = FileKeyring(keyring), FileKeyring(keyring)
+    data_key, derived = new_key(), one.derive(b"purpose")
+    wrapped = one.wrap(data_key, CONTEXT)
+    assert [other.rotate(), one.rotate()] == ["k2", "k3"]
+    other.retire("k1")
+    assert one.key_ids == other.key_ids == ["k2", "k3"]
+    assert one.primary == one.wrap(data_key, CONTEXT)["key_id"] == "k3"
+    assert one.derive(b"purpose") == other.derive(b"purpose") != derived
+    assert other.unwrap(one.wrap(data_key, CONTEXT), CONTEXT) == data_key
+    with pytest.raises(IntegrityError, match="needs key 'k1'"):
+        one.unwrap(wrapped, CONTEXT)
+    with pytest.raises(InvalidRequestError, match=r"'k1' cannot be retired.*\['k2'\]"):
+        one.retire("k1")
+
+
+def test_rotations_at_the_same_time_lose_no_key(keyring: Path) -> None:
+    def rotate(_: int) -> str:
+        return FileKeyring(keyring).rotate()
+
+    with ThreadPoolExecutor(8) as pool:
+        names = [*pool.map(rotate, range(24))]
+    assert sorted(names) == sorted(f"k{n}" for n in range(2, 26))
+    assert FileKeyring(keyring).key_ids == [f"k{n}" for n in range(1, 26)]
+
+
+def test_a_change_waits_for_that_of_another_process(keyring: Path) -> None:
+    """The lock goes with the process that held it, however it ended."""
+    code = "import fcntl, os, sys, time; d = os.open(sys.argv[1], os.O_RDONLY);"
+    code += "fcntl.flock(d, fcntl.LOCK_EX); print(flush=True); time.sleep(60)"
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(keyring.parent)], stdout=subprocess.PIPE
+        ) as holder,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        rotation = pool.submit(FileKeyring(keyring).rotate)
+        with pytest.raises(TimeoutError):
+            rotation.result(0.5)
+        assert FileKeyring(keyring).key_ids == ["k1"]  # reading does not wait
+        holder.kill()
+        assert rotation.result(30) == "k2"
+
+
+def test_a_keyring_that_is_damaged_lost_or_opened_later_is_refused_by_every_call(
+    keyring: Path,
+) -> None:
+    ring, content = FileKeyring(keyring), keyring.read_bytes()
+    wrapped = ring.wrap(new_key(), CONTEXT)
+    calls: list[Callable[[], object]] = [
+        lambda: ring.primary, lambda: ring.key_ids, lambda: ring.wrap(new_key(), CONTEXT),
+        lambda: ring.unwrap(wrapped, CONTEXT), lambda: ring.derive(b"purpose"), ring.rotate,
+        lambda: ring.retire("k1"),
+    ]  # fmt: skip
+    for call in calls:
+        keyring.write_bytes(content[:-1])
+        with pytest.raises(IntegrityError, match="is damaged"):
+            call()
+        keyring.unlink()
+        with pytest.raises(StorageError, match="cannot read the keyring"):
+            call()
+        assert [*keyring.parent.iterdir()] == []
+        keyring.write_bytes(content)
+        keyring.chmod(0o644)
+        with pytest.raises(StorageError, match="mode 0644"):
+            call()
+        keyring.chmod(0o600)
+    assert keyring.read_bytes() == content
+
+
+@pytest.mark.parametrize("change", ["rotate", "retire"])
+def test_what_a_killed_change_left_is_removed_by_the_next_and_nothing_else(
+    keyring: Path, change: str
+) -> None:
+    """It holds all keys in clear, of which one may be retired by now."""
+    ring = FileKeyring(keyring)
+    ring.rotate()
+    left = killed_while_writing(keyring)
+    assert keys_in(left)[:2] == keys_in(keyring)
+    others = {".keyring.swp", ".keyring.1234", "keyring.bak", ".keyring2.0123456789abcdef"}
+    for name in others:
+        keyring.with_name(name).touch()
+    assert ring.rotate() == "k3" if change == "rotate" else ring.retire("k1") is None
+    assert {path.name for path in keyring.parent.iterdir()} == others | {"keyring"}
+
+
+def killed_while_writing(keyring: Path) -> Path:
+    """The partial file of a rotation that died before it took the keyring's place."""
+    before = {*keyring.parent.iterdir()}
+    code = (
+        "import os, pathlib, signal, sys; from actors.keys import FileKeyring;"
+        "pathlib.Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"
+        "FileKeyring(pathlib.Path(sys.argv[1])).rotate()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(keyring)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = {*keyring.parent.iterdir()} - before
+    return left
+
+
+def test_a_file_left_by_a_process_of_the_same_number_is_in_nobodys_way(keyring: Path) -> None:
+    keyring.with_name(f".keyring.{os.getpid()}").touch()
+    assert FileKeyring(keyring).rotate() == "k2"
 
 
 # --- the home directory ----------------------------------------------------------------------

@@ -170,6 +170,52 @@ def test_a_key_is_not_retired_over_an_artifact_that_nobody_counted(
     assert_same(service.fetch(draft.artifact_id), checkpoint())
 
 
+def test_a_save_by_another_registry_finds_the_key_that_is_being_retired_gone(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes after the last look at what there is, before the key goes."""
+    other = Registry(f"sqlite:///{service.home / DATABASE}", service.home / KEYRING)
+    draft, refused = Draft(other, service.capability, to_files(checkpoint())), list[str]()
+    service.registry.rotate_key(TENANT)
+    retire = FileKeyring.retire
+
+    def save() -> None:
+        values = {"run_id": service.run, "epoch": service.epoch, "step": 3}
+        try:
+            publish(other, service.store, draft, include_optimizer=True, **values)
+        except StorageError as error:
+            refused.append(error.message)
+
+    saver = threading.Thread(target=save, daemon=True)
+
+    def slow(ring: FileKeyring, key_id: str) -> None:
+        saver.start()
+        saver.join(1)  # it waits for the database until the key is gone
+        retire(ring, key_id)
+
+    monkeypatch.setattr(FileKeyring, "retire", slow)
+    upkeep.retire(service.registry, str(service.root), TENANT, "k1")
+    saver.join(30)
+    assert "'k1' was retired" in refused[0]
+    assert other.artifacts(TENANT) == []
+
+
+def test_two_registries_on_one_home_save_under_the_key_of_today(service: Service) -> None:
+    """A program trains while a shell rotates."""
+    shell = Registry(f"sqlite:///{service.home / DATABASE}", service.home / KEYRING)
+    before = service.publish()
+    shell.rotate_key(TENANT)
+    after = service.publish()
+    assert [wrapped_under(service, artifact) for artifact in (before, after)] == ["k1", "k2"]
+    assert [*upkeep.rewrap(shell, str(service.root))] == [(before, ""), (after, "")]
+    upkeep.retire(shell, str(service.root), TENANT, "k1")
+    last = service.publish()
+    assert service.registry.rotate_key(TENANT) == "k3"
+    assert service.registry.key_ids() == shell.key_ids() == ["k2", "k3"]
+    for artifact in (before, after, last):
+        assert_same(service.fetch(artifact), checkpoint())
+
+
 def test_a_key_that_cannot_be_retired_leaves_no_row(service: Service) -> None:
     with pytest.raises(InvalidRequestError):
         service.registry.retire_key(TENANT, "k1", {})
