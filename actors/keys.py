@@ -153,7 +153,7 @@ class FileKeyring(Keyring):
                 _remove_partials(self._path)
                 with _written(self._path, keys) as partial:
                     partial.replace(self._path)
-                    sync_folder(self._path.parent)
+                _make_durable(self._path)
         except OSError as error:
             raise StorageError(
                 f"cannot write the keyring {self._path} ({error.strerror}): nothing was changed"
@@ -246,6 +246,16 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _make_durable(path: Path) -> None:
+    try:
+        sync_folder(path.parent)
+    except OSError as error:
+        raise StorageError(
+            f"the keyring {path} was changed, but may be the old one again after a crash"
+            f" ({error.strerror}): mend its disk, then see `tg-tinker keys list` before you repeat"
+        ) from None
 
 
 def _remove_partials(path: Path) -> None:

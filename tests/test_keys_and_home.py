@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
 import signal
@@ -225,14 +226,15 @@ def test_rotations_at_the_same_time_lose_no_key(keyring: Path) -> None:
 
 def test_a_change_waits_for_that_of_another_process(keyring: Path) -> None:
     """The lock goes with the process that held it, however it ended."""
-    code = "import fcntl, os, sys, time; d = os.open(sys.argv[1], os.O_RDONLY);"
-    code += "fcntl.flock(d, fcntl.LOCK_EX); print(flush=True); time.sleep(60)"
+    code = "import fcntl, os, sys; d = os.open(sys.argv[1], os.O_RDONLY);"
+    code += "fcntl.flock(d, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
     with (
         subprocess.Popen(
-            [sys.executable, "-c", code, str(keyring.parent)], stdout=subprocess.PIPE
+            [sys.executable, "-c", code, str(keyring.parent)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         ) as holder,
         ThreadPoolExecutor(1) as pool,
-    ):
+    ):  # fmt: skip
         assert holder.stdout is not None
         holder.stdout.readline()
         rotation = pool.submit(FileKeyring(keyring).rotate)
@@ -297,6 +299,18 @@ def killed_while_writing(keyring: Path) -> Path:
     assert done.returncode == -signal.SIGKILL
     (left,) = {*keyring.parent.iterdir()} - before
     return left
+
+
+def test_a_change_that_may_not_be_durable_is_not_called_none(
+    keyring: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("actors.keys.sync_folder", refuse)
+    with pytest.raises(StorageError, match="was changed, but may be the old one"):
+        FileKeyring(keyring).rotate()
+    assert FileKeyring(keyring).key_ids == ["k1", "k2"]
 
 
 def test_a_file_left_by_a_process_of_the_same_number_is_in_nobodys_way(keyring: Path) -> None:
