@@ -1,10 +1,19 @@
-"""Signed heads of audit logs in the artifact store, out of reach of who rewrites the database."""
+"""Signed heads of audit logs in the artifact store, out of reach of who rewrites the database.
+
+Anybody who may write to the store can put an object among them. Who verifies the log is told of one
+that is no head. A sweep passes over what does not even look like one.
+"""
 
 from __future__ import annotations
 
-from actors.store import ArtifactStore
+import logging
+
+from actors.registry import Registry
+from actors.store import ArtifactStore, place_in
 from tg_tinker.audit_log import AuditHead
 from tg_tinker.errors import IntegrityError
+
+_log = logging.getLogger("tg_tinker")
 
 
 def keep(store: str, head: AuditHead) -> None:
@@ -17,21 +26,44 @@ def keep(store: str, head: AuditHead) -> None:
 
 
 def keep_in(store: ArtifactStore, head: AuditHead) -> None:
-    store.write_audit_head(head.tenant, head.seq, f"{head.line()}\n".encode())
+    store.write_audit_head(head.tenant, head.place, head.line())
 
 
-def kept(store: str, tenant: str) -> list[AuditHead]:
-    """All heads in the store; their signatures are for the caller to check.
+def kept(root: str, tenant: str, public_key: bytes) -> list[AuditHead]:
+    """All heads in the store.
 
     Raises:
-        IntegrityError: one is damaged.
+        IntegrityError: names an object among them that the holder of the key did not state.
     """
-    return kept_in(ArtifactStore(store), tenant)
+    store, heads = ArtifactStore(root), []
+    for name in store.audit_heads(tenant):
+        try:
+            head = AuditHead.parse(store.read_head(name))
+            head.check(public_key)
+            if head.tenant != tenant:
+                raise IntegrityError("it is of another tenant's log")
+        except IntegrityError as error:
+            raise IntegrityError(
+                f"{name} in the artifact store is not evidence of this audit log: {error.message}."
+                " If no other registry uses this store, remove that object and verify again"
+            ) from None
+        heads.append(head)
+    return heads
 
 
-def kept_in(store: ArtifactStore, tenant: str) -> list[AuditHead]:
-    found = store.audit_heads(tenant)
-    try:
-        return [AuditHead.parse(content.decode("ascii").removesuffix("\n")) for content in found]
-    except UnicodeDecodeError:
-        raise IntegrityError("a head of the audit log in the store is damaged") from None
+def unknown_in(store: ArtifactStore, registry: Registry, tenant: str) -> list[str]:
+    """Objects with a head that the log does not go through, whoever signed it.
+
+    Another registry signs with another key. Only what the names show to be unknown is read.
+    """
+    names = store.audit_heads(tenant)
+    unknown = set(registry.unknown_rows(tenant, [place_in(name) for name in names]))
+    stated: dict[str, str] = {}
+    for name in names:
+        if place_in(name) in unknown:
+            try:
+                stated[name] = AuditHead.parse(store.read_head(name)).place
+            except IntegrityError as error:
+                _log.warning("%s in the artifact store is passed over: %s", name, error.message)
+    unknown = set(registry.unknown_rows(tenant, [*stated.values()])) if stated else set()
+    return [name for name, place in stated.items() if place in unknown]

@@ -19,6 +19,7 @@ from actors.database import METADATA, RUNS, Database
 from actors.keys import KeyProvider
 from tg_tinker.audit_log import GENESIS, AuditHead, AuditRow, chained
 from tg_tinker.errors import NotFoundError, StorageError, TGTinkerError
+from tg_tinker.ledger import is_place, parse_place, place_of
 
 Details = dict[str, str | int]
 
@@ -44,6 +45,9 @@ _LAST = (
     .order_by(_rows.c.seq.desc())
     .limit(1)
 )
+_AT = sa.select(_rows.c.row).where(
+    _rows.c.tenant == sa.bindparam("tenant"), _rows.c.seq == sa.bindparam("seq")
+)
 
 
 class AuditLog(Database):
@@ -66,6 +70,11 @@ class AuditLog(Database):
         )
         with self._reading() as connection:
             return list(connection.execute(query).scalars())
+
+    def unknown_rows(self, tenant: str, places: Sequence[str]) -> list[str]:
+        """Those places, ``SEQ-HASH``, that the log does not go through, or that are none."""
+        with self._reading() as connection:
+            return [place for place in places if place != _place_at(connection, tenant, place)]
 
     def audit_head(self, tenant: str) -> AuditHead:
         """Where the log ends now, signed."""
@@ -156,6 +165,17 @@ def _hmac(key: bytes, name: str, value: str) -> str:
 def _last(connection: sa.Connection, tenant: str) -> AuditRow | None:
     row = connection.execute(_LAST, {"tenant": tenant}).scalar()
     return None if row is None else AuditRow.parse(row)
+
+
+def _place_at(connection: sa.Connection, tenant: str, place: str) -> str | None:
+    """Where the log goes through at the number of a place; None where it does not go so far."""
+    if not is_place(place):
+        return None
+    seq, _ = parse_place(place)
+    if seq == 0:
+        return place_of(0, GENESIS)
+    row = connection.execute(_AT, {"tenant": tenant, "seq": seq}).scalar()
+    return None if row is None else place_of(seq, AuditRow.parse(row).hash)
 
 
 def _tenant_of(connection: sa.Connection, run_id: str) -> str:

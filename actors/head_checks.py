@@ -16,7 +16,7 @@ from actors.audit_log import SDK
 from actors.budgets import Budgets
 from tg_tinker.envelope import context_of, derive_key, public_key_of, seal, unseal
 from tg_tinker.errors import IntegrityError
-from tg_tinker.ledger import CHAIN, Entry
+from tg_tinker.ledger import CHAIN, Entry, is_place
 from tg_tinker.ledger_heads import LedgerHead
 
 _NAME, _ENTRIES = "ledger pseudonym", "ledger entries"
@@ -45,10 +45,20 @@ class HeadChecks(Budgets):
         return head.signed(self._signing_key).line()
 
     def unknown_places(self, tenant: str, dataset: str, places: Sequence[str]) -> list[str]:
-        """Those places, ``SEQ-HASH``, that the ledger does not go through."""
+        """Those places, ``SEQ-HASH``, that the ledger does not go through, or that are none."""
         with self._reading() as connection:
             ledger = self._ledger(connection, tenant, dataset)
-            return [place for place in places if not ledger.goes_through(place)]
+        return [place for place in places if not (is_place(place) and ledger.goes_through(place))]
+
+    def no_heads(self, tenant: str, dataset: str, lines: Sequence[str]) -> dict[str, str]:
+        """Those lines that are not heads of this ledger, signed here, and why they are not."""
+        problems = {}
+        for line in lines:
+            try:
+                self._authentic(tenant, dataset, [line])
+            except IntegrityError as error:
+                problems[line] = error.message
+        return problems
 
     def check_heads(self, tenant: str, dataset: str, lines: Sequence[str], who: str = SDK) -> None:
         """Refuses a ledger that does not go through these heads of it.

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from actors.audit_log import SDK
 from actors.registry import Registry
-from actors.store import ArtifactStore
+from actors.store import ArtifactStore, place_in
 from tg_tinker.errors import StorageError, TGTinkerError
 from tg_tinker.ledger import parse_place
 from tg_tinker.ledger_heads import LedgerHead
@@ -26,7 +26,8 @@ def meet(
 ) -> int:  # fmt: skip
     """Holds a ledger against every head of it in the store, and against others that are kept.
 
-    Of the heads in the store only those are read that the ledger does not go through.
+    Of the heads in the store only those are read that the ledger does not go through. An object
+    among them that is no head is passed over and told: anybody who can write there may put one.
 
     Args:
         kept: heads that the caller has, a line each.
@@ -37,24 +38,40 @@ def meet(
 
     Raises:
         LedgerMismatchError: the ledger is behind a head, or another chain.
+        IntegrityError: a head that the caller has is damaged.
         StorageError: the store does not answer: what it knows must not be passed over.
     """
-    store, name = ArtifactStore(root), registry.ledger_name(tenant, dataset)
-    places = store.ledger_places(tenant, name)
-    unknown = registry.unknown_places(tenant, dataset, places)
-    found = [store.read_ledger_head(tenant, name, place) for place in unknown]
+    store = ArtifactStore(root)
+    names = store.ledger_heads(tenant, registry.ledger_name(tenant, dataset))
+    places = {place_in(name) for name in names}
+    unknown = set(registry.unknown_places(tenant, dataset, [*places]))
+    found = _read(registry, store, tenant, dataset, [n for n in names if place_in(n) in unknown])
     registry.check_heads(tenant, dataset, [*found, *kept], who)
-    return max((parse_place(place)[0] for place in places), default=-1)
+    return max((parse_place(place)[0] for place in places - unknown), default=-1)
 
 
 def book_missing(
     registry: Registry, root: str, tenant: str, dataset: str, kept: Sequence[str] = ()
 ) -> int:
     """See `HeadChecks.book_missing`, from all heads in the store and others that are kept."""
-    store, name = ArtifactStore(root), registry.ledger_name(tenant, dataset)
-    places = store.ledger_places(tenant, name)
-    found = [store.read_ledger_head(tenant, name, place) for place in places]
+    store = ArtifactStore(root)
+    names = store.ledger_heads(tenant, registry.ledger_name(tenant, dataset))
+    found = _read(registry, store, tenant, dataset, names)
     return registry.book_missing(tenant, dataset, [*found, *kept])
+
+
+def _read(
+    registry: Registry, store: ArtifactStore, tenant: str, dataset: str, names: Sequence[str]
+) -> list[str]:
+    """The heads among these objects; the others are told."""
+    lines = {name: store.read_head(name) for name in names}
+    problems = registry.no_heads(tenant, dataset, [*lines.values()]) if lines else {}
+    for name, line in lines.items():
+        if line in problems:
+            _log.warning(
+                "%s in the artifact store is passed over, remove it: %s", name, problems[line]
+            )
+    return [line for line in lines.values() if line not in problems]
 
 
 class HeadKeeper:

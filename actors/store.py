@@ -2,7 +2,7 @@
 
     <root>/t/<tenant>/a/<artifact_id>/<file>      an artifact; its manifest.json is written last
     <root>/t/<tenant>/keys/<artifact_id>.json     its wrapped data key, the only mutable file
-    <root>/t/<tenant>/audit/<row>.json            a signed head of the audit log
+    <root>/t/<tenant>/audit/<place>.json          a signed head of the audit log
     <root>/t/<tenant>/ledgers/<pseudonym>/<place>.json    a signed head of a data set's ledger
     <root>/t/<tenant>/clock                       empty; its time is the store's, for a sweep
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from actors.cloud import Bucket
 from actors.filesystems import RetryPolicy
-from actors.objects import Content, LocalFolder, Objects
+from actors.objects import Content, LocalFolder, Objects, intended
 from tg_tinker.errors import InvalidRequestError, NotFoundError, StorageError
 from tg_tinker.location import check_component, parse
 
@@ -105,25 +105,28 @@ class ArtifactStore:
         """Removes a wrapped data key: no copy of the files opens without a copy of it."""
         self.objects.delete(_key_name(tenant, artifact_id))
 
-    def write_audit_head(self, tenant: str, seq: int, head: bytes) -> None:
-        """Keeps a signed head of the audit log; one of the same row is replaced."""
-        self.objects.put(f"{_audit(tenant)}/{seq}.json", head)
+    def write_audit_head(self, tenant: str, place: str, line: str) -> None:
+        """Keeps a signed head of the audit log. Its place names it: another log's is another."""
+        self.objects.put(f"{_audit(tenant)}/{place}.json", f"{line}\n".encode())
 
-    def audit_heads(self, tenant: str) -> list[bytes]:
-        """All that are kept."""
-        return [self.objects.read(name) for name in self._whole_below(_audit(tenant))]
+    def audit_heads(self, tenant: str) -> list[str]:
+        """Objects that may be heads of the audit log."""
+        return self._whole_below(_audit(tenant))
 
     def write_ledger_head(self, tenant: str, ledger: str, place: str, line: str) -> None:
         """Keeps a signed head of a ledger. Its place names it, so one never replaces another."""
         self.objects.put(f"{_ledger(tenant, ledger)}/{place}.json", f"{line}\n".encode())
 
-    def ledger_places(self, tenant: str, ledger: str) -> list[str]:
-        """Places, ``SEQ-HASH``, of all heads that are kept."""
-        names = self._whole_below(_ledger(tenant, ledger))
-        return [name.rpartition("/")[2].removesuffix(".json") for name in names]
+    def ledger_heads(self, tenant: str, ledger: str) -> list[str]:
+        """Objects that may be heads of a ledger."""
+        return self._whole_below(_ledger(tenant, ledger))
 
-    def read_ledger_head(self, tenant: str, ledger: str, place: str) -> str:
-        content = self.objects.read(f"{_ledger(tenant, ledger)}/{place}.json")
+    def read_head(self, name: str) -> str:
+        """What may be a head, a line: anybody who can write to the store may have put it there."""
+        try:
+            content = self.objects.read(name)
+        except InvalidRequestError:
+            return ""  # no head: TG-Tinker gives no such name
         return content.decode("ascii", "replace").removesuffix("\n")
 
     def delete(self, tenant: str, artifact_id: str) -> None:
@@ -141,8 +144,10 @@ class ArtifactStore:
             ) from None
 
     def _whole_below(self, folder: str) -> list[str]:
+        """All but hidden files and what a killed write left."""
         names = [info.name for info in self.objects.list_below(folder)]
-        return [name for name in names if not name.rpartition("/")[2].startswith(".")]
+        hidden = {name for name in names if name.rpartition("/")[2].startswith(".")}
+        return [name for name in names if name not in hidden and intended(name) == name]
 
     def _put_all(self, contents: Mapping[str, Content]) -> None:
         """Returns or raises when no upload is under way any more."""
@@ -172,6 +177,11 @@ class ArtifactStore:
             raise NotFoundError(
                 f"artifact {artifact_id}: its file {file} is not in the store"
             ) from None
+
+
+def place_in(name: str) -> str:
+    """The place, ``SEQ-HASH``, that the name of a head's object states."""
+    return name.rpartition("/")[2].removesuffix(".json")
 
 
 def _folder(tenant: str, artifact_id: str) -> str:

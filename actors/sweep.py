@@ -15,12 +15,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from actors.audit_heads import keep_in, kept_in
+from actors.audit_heads import keep_in, unknown_in
 from actors.objects import ObjectInfo, Objects, intended
 from actors.orphans import Seen
 from actors.registry import Registry
 from actors.store import MANIFEST, ArtifactStore
-from tg_tinker.audit_log import AuditRow
 from tg_tinker.errors import IntegrityError, StorageError
 from tg_tinker.types import Orphan
 
@@ -102,14 +101,13 @@ def sweep(
 def _check_heads(registry: Registry, store: ArtifactStore, tenant: str) -> None:
     """To a registry that was restored from a backup, or to a second one on the same store, what
     it does not know of would be orphans. Heads of the audit log follow every save."""
-    for head in kept_in(store, tenant):
-        rows = registry.audit_rows(tenant, head.seq - 1, 1) if head.seq else []
-        if head.seq and (not rows or AuditRow.parse(rows[0]).hash != head.hash):
-            raise IntegrityError(
-                f"the store has a head of the audit log (row {head.seq}) that this registry does"
-                " not know: it is an older copy, or another one uses this store. Nothing was"
-                " removed; give each registry a store of its own, and restore no older copy"
-            )
+    if unknown := unknown_in(store, registry, tenant):
+        raise IntegrityError(
+            f"the store has a head of the audit log, {unknown[0]}, that this registry does not"
+            " know: it is an older copy, or another one uses this store. Nothing was removed; give"
+            " each registry a store of its own, and restore no older copy. If neither is so,"
+            " somebody put that object there: remove it"
+        )
 
 
 def _looked(objects: Objects, tenant: str) -> tuple[float, list[ObjectInfo]]:

@@ -607,7 +607,7 @@ def test_a_changed_artifact_is_not_exported_at_all(service: Service, tmp_path: P
 
 
 class NoRoomForHeads(ArtifactStore):
-    def write_audit_head(self, tenant: str, seq: int, head: bytes) -> None:
+    def write_audit_head(self, tenant: str, place: str, line: str) -> None:
         raise StorageError("the disk is full")
 
 

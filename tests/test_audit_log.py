@@ -652,7 +652,12 @@ def test_verification_says_since_which_head(service: LocalService, place: Path) 
     second = service.verify_audit_log()
     assert (second.seq, second.since) == (6, first)
     assert read_head(place / f"audit-head-{US}") == second
-    assert audit_heads.kept(service._store, US) in ([first, second], [second, first])
+    assert kept_by(service) in ([first, second], [second, first])
+
+
+def kept_by(service: LocalService) -> list[AuditHead]:
+    public_key = (service._home / "audit.pub").read_bytes()
+    return audit_heads.kept(service._store, US, public_key)
 
 
 def restored(service: LocalService, change: Callable[[], object]) -> None:
@@ -692,6 +697,19 @@ def test_an_old_home_behind_a_head_in_the_store_is_refused(service: LocalService
         service.verify_audit_log()
 
 
+def test_a_head_of_a_lost_branch_is_not_replaced_by_that_of_the_next(
+    service: LocalService,
+) -> None:
+    def go_on() -> None:
+        service._registry.create_run(US, CONFIG)
+        audit_heads.keep(service._store, service._registry.audit_head(US))
+
+    restored(service, go_on)
+    go_on()  # the store is given a head of the same number
+    with pytest.raises(IntegrityError, match="forked: row 6"):
+        service.verify_audit_log()
+
+
 def test_a_head_in_other_hands_is_enough(service: LocalService) -> None:
     kept: list[AuditHead] = []
 
@@ -724,16 +742,27 @@ def test_a_refused_log_does_not_replace_the_head_that_is_kept(service: LocalServ
     with pytest.raises(IntegrityError):
         service.verify_audit_log()
     assert read_head(service._home / f"audit-head-{US}") == head
-    assert audit_heads.kept(service._store, US) == [head]
+    assert kept_by(service) == [head]
 
 
-def test_a_head_in_the_store_that_the_pinned_key_did_not_sign_is_refused(
-    service: LocalService,
-) -> None:
+def test_what_is_no_head_in_the_store_is_named_until_it_is_removed(service: LocalService) -> None:
     head = service._registry.audit_head(US)
-    audit_heads.keep(service._store, head.signed(new_signing_key()))
-    with pytest.raises(IntegrityError, match=r"head 5 .*another key signed"):
-        service.verify_audit_log()
+    folder = Path(service._store) / f"t/{US}/audit"
+    theirs = service._registry.audit_head(THEM)
+    for name, line, why in (
+        (f"{head.place}.json", head.signed(new_signing_key()).line(), "another key signed"),
+        ("x.json", "{}", "not a signed head"),
+        ("x.json", head.line()[:-9], "not a signed head"),
+        ("f o.json", head.line(), "not a signed head"),
+        (f"{theirs.place}.json", theirs.line(), "another tenant"),
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{line}\n")
+        with pytest.raises(IntegrityError, match=rf"audit/{name} .*{why}.* remove that object"):
+            service.verify_audit_log()
+        (folder / name).unlink()
+    (folder / f"{head.place}.json.0badf00d").touch()  # what a killed write left on Azure
+    service.verify_audit_log()
 
 
 @pytest.mark.parametrize(("since", "limit"), [(-1, 10), (0, 0), (0, 10_001)])

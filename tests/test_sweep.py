@@ -9,7 +9,7 @@ import signal
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from actors.store import ArtifactStore
 from actors.sweep import sweep
 from tg_tinker import Orphan, ServiceClient, TrainingConfig
 from tg_tinker.cli import main
+from tg_tinker.envelope import new_signing_key
 from tg_tinker.errors import IntegrityError, InvalidRequestError, NotFoundError, StorageError
 
 HOUR = 3600.0
@@ -165,7 +166,9 @@ def test_a_sweep_tells_files_and_bytes_and_is_in_the_audit_log(at: Store) -> Non
     assert [*sweep(at.registry, at.store, TENANT, HOUR)] == [Orphan(killed, 4, size, "removed")]
     (row,) = at.events("artifact.sweep")
     assert (row["subject"], row["details"]) == (killed, {"files": 4, "size_bytes": size})
-    heads = [int(p.stem) for p in (at.service.root / "t" / TENANT / "audit").iterdir()]
+    heads = [
+        int(p.stem.partition("-")[0]) for p in (at.service.root / "t" / TENANT / "audit").iterdir()
+    ]
     assert max(heads) == row["seq"]
 
 
@@ -505,20 +508,83 @@ def test_a_store_that_refuses_holds_up_no_other_orphan(at: Store) -> None:
 # --- registries that do not know -----------------------------------------------------------------
 
 
+def backed_up(at: Store, tmp_path: Path) -> Registry:
+    """A registry that knows what is known now, under the same keys."""
+    with closing(sqlite3.connect(at.service.home / DATABASE)) as live:
+        live.execute("VACUUM INTO ?", [str(tmp_path / "backup")])
+    return Registry(f"sqlite:///{tmp_path / 'backup'}", at.service.home / KEYRING)
+
+
 def test_a_registry_that_was_restored_from_a_backup_sweeps_nothing(
     at: Store, tmp_path: Path
 ) -> None:
     at.publish()
-    with closing(sqlite3.connect(at.service.home / DATABASE)) as live:
-        live.execute("VACUUM INTO ?", [str(tmp_path / "backup")])
+    old = backed_up(at, tmp_path)
     at.publish()
     before = at.names()
-    old = Registry(f"sqlite:///{tmp_path / 'backup'}", at.service.home / KEYRING)
     for later_s in (0, HOUR):
         with pytest.raises(IntegrityError, match="older copy"):
             at.sweep(later_s, registry=old)
     assert at.names() == before
     assert at.sweep() == {}
+
+
+def test_a_restored_registry_that_saved_as_often_again_sweeps_nothing(
+    at: Store, tmp_path: Path
+) -> None:
+    restored = Store(replace(at.service, registry=backed_up(at, tmp_path)))
+    at.publish()
+    restored.publish()
+    heads = sorted((at.service.root / "t" / TENANT / "audit").iterdir())
+    assert len({path.name.partition("-")[0] for path in heads}) < len(heads)  # one number, twice
+    before = at.names()
+    for later_s in (0, HOUR):
+        with pytest.raises(IntegrityError, match="older copy"):
+            restored.sweep(later_s)
+    assert at.names() == before
+
+
+def test_what_is_no_head_holds_up_no_sweep_and_is_told(
+    at: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    killed, zeros = at.killed(), "0" * 64
+    at.publish()
+    junk = ["audit/x.json", f"audit/999-{zeros}.json", f"audit/a/{zeros}", "audit/f o.json"]
+    for name in junk:
+        at.put(name, b"\xff{}")
+    at.put(f"audit/3-{zeros}.json.0badf00d")  # what a killed write left on Azure
+    at.sweep()
+    assert all(f"{name} in the artifact store is passed over" in caplog.text for name in junk)
+    assert "0badf00d" not in caplog.text
+    assert at.sweep(HOUR) == {killed: "removed"}
+
+
+def test_a_head_that_no_known_key_signed_stops_a_sweep_and_is_named(at: Store) -> None:
+    """Another registry on this store has another key; its artifacts would look left over."""
+    at.publish()
+    head = replace(at.registry.audit_head(TENANT), seq=2).signed(new_signing_key())
+    name = f"audit/{head.place}.json"
+    at.put(name, head.line().encode())
+    with pytest.raises(IntegrityError, match=rf"{name}.*remove it"):
+        at.sweep()
+    (at.service.root / "t" / TENANT / name).unlink()
+    at.sweep()
+
+
+def test_a_sweep_reads_no_head_that_its_registry_knows(
+    at: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(4):
+        at.publish()
+    read, asked, known = [], [], at.registry.unknown_rows
+    monkeypatch.setattr(at.objects, "read", read.append)
+    monkeypatch.setattr(
+        at.registry, "unknown_rows", lambda *values: asked.append(values) or known(*values)
+    )
+    monkeypatch.setattr(at.registry, "audit_rows", asked.append)
+    at.sweep()
+    assert (read, len(asked)) == ([], 1)
+    assert len(asked[0][1]) == 4
 
 
 def test_another_registry_on_the_same_store_sweeps_nothing(at: Store, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 
 from tg_tinker.envelope import check_signature, sign
 from tg_tinker.errors import IntegrityError
+from tg_tinker.ledger import place_of
 
 GENESIS = "0" * 64
 """`previous` of the first row, which has `seq` 1."""
@@ -120,6 +121,11 @@ class AuditHead:
         if not (sound and _SIGNATURE.fullmatch(head.signature)) or head.line() != line:
             raise IntegrityError("this is not a signed head of an audit log in canonical JSON")
         return head
+
+    @property
+    def place(self) -> str:
+        """``SEQ-HASH`` of the last row."""
+        return place_of(self.seq, self.hash)
 
     def line(self) -> str:
         """Canonical JSON, without a line end."""

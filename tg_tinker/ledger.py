@@ -397,6 +397,11 @@ def place_of(seq: int, found: str) -> str:
     return f"{seq}-{found}"
 
 
+def is_place(text: str) -> bool:
+    """Whether `parse_place` takes it."""
+    return _AT.fullmatch(text) is not None
+
+
 def parse_place(place: str) -> tuple[int, str]:
     """The inverse of `place_of`.
 

@@ -482,16 +482,15 @@ class ServiceClient(ArtifactCalls):
 
         Raises:
             IntegrityError: names the first row, or the head, that does not fit; or a head was not
-                signed by the key that was pinned at init.
+                signed by the key that was pinned at init: then the object, if it is in the store.
         """
         kept = self._home / f"audit-head-{self._tenant}"
-        known: list[AuditHead] = provided("audit_heads")(self._store, self._tenant)
-        if kept.exists():
-            known.append(read_head(kept))
-        now: AuditHead = self._registry.audit_head(self._tenant)
         public_key = read_public_key(self._audit_keys / "audit.pub")
+        known: list[AuditHead] = [read_head(kept)] if kept.exists() else []
+        now: AuditHead = self._registry.audit_head(self._tenant)
         for one in (*known, now):
             one.check(public_key)
+        known += provided("audit_heads")(self._store, self._tenant, public_key)
         known += [] if head is None else [head]
         verify(paged(self.audit_log), since=empty(self._tenant), known=[*known, now])
         provided("keep_audit_head")(self._store, now)
