@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from actors.ledger_heads import HeadKeeper
 from actors.plan import plan_run
 from actors.registry import Registry
 from tg_tinker.config import DPConfig, TrainingConfig
@@ -21,6 +22,7 @@ class Budget:
         key: of the units' hashes; secret, the same for all runs of the data set.
         known: where the client last saw the ledger end, ``SEQ-HASH``; empty if it never did.
         last: the same of the last charge.
+        heads: may know from the store that another database is in use.
     """
 
     registry: Registry
@@ -32,6 +34,7 @@ class Budget:
     key: bytes = b""
     known: str = ""
     last: str = ""
+    heads: HeadKeeper | None = None
 
     @classmethod
     def planned(
@@ -93,8 +96,11 @@ class Budget:
         """A receipt for one draw of noise, durable. One charge id, used in this call only.
 
         Raises:
-            LedgerMismatchError: the ledger does not go through what this run or its client saw.
+            LedgerMismatchError: the ledger does not go through what this run or its client saw,
+                or through a head in the store.
         """
+        if self.heads is not None:
+            self.heads.check()
         charge = self.registry.charge(
             self.tenant, self.dataset, self.run_id, self.epoch, secrets.token_hex(16),
             sorted(units), noised, calls, [place for place in (self.known, self.last) if place],

@@ -10,7 +10,7 @@ from contextlib import suppress
 from actors.audit_log import SDK
 from actors.registry import Registry
 from actors.store import ArtifactStore, place_in
-from tg_tinker.errors import StorageError, TGTinkerError
+from tg_tinker.errors import LedgerMismatchError, StorageError, TGTinkerError
 from tg_tinker.ledger import parse_place
 from tg_tinker.ledger_heads import LedgerHead
 
@@ -77,7 +77,8 @@ def _read(
 class HeadKeeper:
     """Puts the heads of one run's ledger into the store, beside training.
 
-    A store that does not answer holds up no step. What it misses goes with the next head.
+    A store that does not answer holds up no step. What it misses goes with the next head. With
+    each head that it writes it looks for those of others: two databases may be in use at once.
 
     Attributes:
         newest: the head after the last charge, a line; empty before the first.
@@ -88,13 +89,19 @@ class HeadKeeper:
         self, registry: Registry, root: str, tenant: str, dataset: str, who: str
     ) -> None:  # fmt: skip
         self._registry, self._store = registry, ArtifactStore(root)
-        self._ledger = (tenant, dataset)
+        self._root, self._who, self._ledger = root, who, (tenant, dataset)
         self._name = registry.ledger_name(tenant, dataset)
         self._stored = meet(registry, root, tenant, dataset, who=who)
         self._charges = 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="ledger-heads")
         self._writing: Future[None] | None = None
+        self._mismatch: LedgerMismatchError | None = None
         self.newest, self.problem = "", ""
+
+    def check(self) -> None:
+        """Before each charge. Raises LedgerMismatchError once the store has another chain."""
+        if self._mismatch is not None:
+            raise self._mismatch.with_traceback(None)
 
     def charged(self) -> None:
         """After each charge. Never raises: the step is made."""
@@ -125,8 +132,8 @@ class HeadKeeper:
             self._write()
         except TGTinkerError as error:
             self.problem = (
-                "the artifact store has no new head of the ledger, so an older database would not"
-                f" be noticed by it: {error.message}"
+                "the artifact store did not take or show heads of the ledger, so an older database"
+                f" would not be noticed by it: {error.message}"
             )
             _log.warning("%s", self.problem)
 
@@ -135,4 +142,13 @@ class HeadKeeper:
         if head.seq > self._stored:
             self._store.write_ledger_head(head.tenant, self._name, head.place, head.line())
             self._stored = head.seq
+        self._look()
         self.problem = ""
+
+    def _look(self) -> None:
+        """Only after writing: of two that write and look at once, one sees the other's head."""
+        try:
+            meet(self._registry, self._root, *self._ledger, who=self._who)
+        except LedgerMismatchError as error:
+            self._mismatch = error  # what is paid for may still be saved
+            _log.warning("%s", error.message)

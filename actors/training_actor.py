@@ -20,7 +20,7 @@ from actors.process import forget_keyrings, harden, reply_of
 from tg_tinker.cluster import ActorInfo, RemoteRegistry
 from tg_tinker.config import TrainingConfig
 from tg_tinker.envelope import open_payload, seal_payload
-from tg_tinker.errors import ServiceError
+from tg_tinker.errors import ServiceError, TGTinkerError
 from tg_tinker.wire import Reply, Request, Saving
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class TrainingActor:
         if self._recorded is not None:
             ray.wait([self._recorded], timeout=SETTLE_S)
         if self._worker is not None and self._worker.heads is not None:
-            with suppress(ServiceError, TimeoutError):  # the run ends well without
+            with suppress(TGTinkerError, TimeoutError):  # the run ends well without
                 self._worker.heads.keep(SETTLE_S)
 
     @_control

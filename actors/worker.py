@@ -90,6 +90,7 @@ class Worker:
             )
             where = registry, place.tenant, place.run_id, place.epoch
             self._budget = Budget.planned(*where, config, dtype)
+            self._budget.heads = self.heads
         base = Base.load(
             config.model_ref, cache=place.model_cache, dtype=config.dtype, progress=progress
         )

@@ -307,6 +307,14 @@ def settled(of: HeadKeeper) -> None:
     of._writer.submit(lambda: None).result()
 
 
+def charged(budget: Budget, unit: int) -> None:
+    """A charge, and what comes of it in the background."""
+    assert budget.heads is not None
+    spend(budget, unit)
+    budget.heads.charged()
+    settled(budget.heads)
+
+
 def test_the_first_and_every_few_charges_leave_a_head(home: Home) -> None:
     assert home.registry.dataset_ids(US) == []
     empty = home.copied()
@@ -355,6 +363,32 @@ def test_a_store_that_does_not_answer_is_not_passed_over_at_the_start(home: Home
     Path(home.root).touch()
     with pytest.raises(StorageError):
         keeper(home)
+
+
+def test_two_databases_in_use_at_once_are_noticed_while_both_train(home: Home) -> None:
+    first, heads = home.budget(), keeper(home)
+    other = home.copied()
+    second = replace(first, registry=other.registry, heads=keeper(other))
+    first.heads = heads
+    for step in range(EVERY):  # alone at first: it cannot know
+        charged(first, step)
+    charged(second, 1)
+    refused(lambda: spend(second, 2), other, behind=False)
+    charged(first, EVERY)  # is due to write, and looks
+    refused(lambda: spend(first, 9), home, behind=False)
+    for of in (home, other):
+        assert ("ledger.check", DATA, "ledger_mismatch") in of.refusals()
+    heads.keep()  # what is paid for may be saved
+    assert heads.problem == ""
+
+
+def test_runs_of_one_database_do_not_refuse_each_other(home: Home) -> None:
+    budgets = [home.budget(), home.budget()]
+    for budget in budgets:
+        budget.heads = keeper(home)
+    for step in range(EVERY + 1):
+        for budget in budgets:
+            charged(budget, step)
 
 
 # --- through the worker ----------------------------------------------------------------------
@@ -455,6 +489,25 @@ def test_an_older_database_is_refused_before_the_model_is_loaded(
     save(one)
     with pytest.raises(LedgerMismatchError):
         worker(old, Path("no/such/model"))
+
+
+def test_a_database_that_trained_meanwhile_stops_the_next_step(
+    home: Home, tiny_model: Path
+) -> None:
+    one = worker(home, tiny_model)
+    other = home.copied()
+    train(one)
+    settled(one.heads)  # type: ignore[arg-type]
+    budget = other.budget()
+    spend(budget, 1)
+    other.keep()
+    saved = save(one)  # finds the other's head
+    before, entries = weights(one.session), home.entries()
+    with pytest.raises(LedgerMismatchError):
+        train(one)
+    assert_equal(weights(one.session), before)
+    assert (home.entries(), one.session.step, one.broken) == (entries, 1, False)
+    assert load(one, saved) == 1
 
 
 def test_a_step_with_a_head_that_the_ledger_lacks_moves_no_weight(
