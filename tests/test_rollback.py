@@ -5,7 +5,11 @@ from __future__ import annotations
 import secrets
 import shutil
 import sqlite3
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ from actors.ledger_heads import EVERY, HeadKeeper, book_missing, meet
 from actors.registry import Registry
 from actors.store import ArtifactStore
 from actors.worker import Place, Worker
+from tg_tinker.audit_files import keep_line
 from tg_tinker.audit_log import AuditRow
 from tg_tinker.envelope import new_signing_key
 from tg_tinker.errors import (
@@ -633,8 +638,74 @@ def test_a_home_keeps_the_newest_head_for_the_next_process(home: Home) -> None:
     assert KeptHead(home.path, "another", DATA).lines == []
 
 
+def test_two_clients_of_a_data_set_never_put_an_older_head_back(home: Home) -> None:
+    budget = home.budget()
+    one, two = KeptHead(home.path, US, DATA), KeptHead(home.path, US, DATA)
+    spend(budget, 1)
+    older = home.head()
+    spend(budget, 2)
+    one.saw(newer := home.head())
+    two.saw(older)
+    assert two.lines == KeptHead(home.path, US, DATA).lines == [newer]
+    spend(budget, 3)
+    two.saw(newest := home.head())
+    assert KeptHead(home.path, US, DATA).lines == [newest]
+
+
+def test_clients_that_keep_heads_at_once_end_with_the_newest(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = home.budget()
+    lines = []
+    for step in range(2):
+        spend(budget, step)
+        lines.append(home.head())
+    read = KeptHead._read
+    clients = [KeptHead(home.path, US, DATA) for _ in lines]
+    both = threading.Barrier(2)
+
+    def slow(of: KeptHead) -> LedgerHead | None:
+        found = read(of)
+        with suppress(threading.BrokenBarrierError):  # they only meet here without a lock
+            both.wait(0.5)
+        return found
+
+    def late(path: Path, line: str) -> None:
+        if line == lines[0]:
+            time.sleep(0.3)
+        keep_line(path, line)
+
+    monkeypatch.setattr(KeptHead, "_read", slow)
+    monkeypatch.setattr("tg_tinker.ledger_files.keep_line", late)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda client, line: client.saw(line), clients, lines))
+    monkeypatch.undo()
+    assert KeptHead(home.path, US, DATA).lines == [lines[1]]
+    folder = home.path / f"ledger-heads/{US}"
+    assert sorted(file.name for file in folder.iterdir()) == [f".{DATA}.json.lock", f"{DATA}.json"]
+
+
+def test_threads_that_keep_lines_in_one_file_share_no_partial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partials, replaced = [], Path.replace
+
+    def noted(partial: Path, target: Path) -> Path:
+        partials.append(partial)
+        return replaced(partial, target)
+
+    monkeypatch.setattr(Path, "replace", noted)
+    for line in ("a", "b"):
+        keep_line(tmp_path / "head", line)
+    assert len(set(partials)) == 2
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(StorageError):
+        keep_line(tmp_path / "folder", "c")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "head"]
+
+
 def test_a_kept_head_that_was_damaged_is_not_passed_over(home: Home) -> None:
-    home.budget()
+    budget = home.budget()
     kept = KeptHead(home.path, US, DATA)
     kept.saw(home.head())
     file = next((home.path / "ledger-heads").rglob("*.json"))
@@ -642,6 +713,10 @@ def test_a_kept_head_that_was_damaged_is_not_passed_over(home: Home) -> None:
         file.write_bytes(damaged)
         with pytest.raises(IntegrityError):
             KeptHead(home.path, US, DATA)
+    spend(budget, 1)
+    kept.saw(home.head())  # loses no result, and does not write over what it cannot read
+    assert file.read_bytes() == b"\xff"
+    assert kept.place == budget.last
 
 
 def test_a_home_that_cannot_be_written_loses_no_result(

@@ -6,7 +6,9 @@ Each line is canonical JSON, ASCII, ended by a line feed.
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -107,7 +109,7 @@ def keep_line(path: Path, line: str) -> None:
     Raises:
         StorageError: the disk is full or refuses.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with partial.open("w", encoding="ascii") as file:
             file.write(line + "\n")
@@ -115,6 +117,8 @@ def keep_line(path: Path, line: str) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
         raise StorageError(f"cannot keep a head in {path}: {error.strerror}") from None
 
 

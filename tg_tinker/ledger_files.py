@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tg_tinker.audit_files import keep_line
@@ -14,7 +17,7 @@ _log = logging.getLogger("tg_tinker")
 
 
 class KeptHead:
-    """One head in one file. Any thread may call.
+    """One head in one file. Any thread may call, and other processes may keep theirs there.
 
     Attributes:
         newest: None before the first.
@@ -36,18 +39,33 @@ class KeptHead:
         return [self.newest.line()] if self.newest else []
 
     def saw(self, line: str) -> None:
-        """Remembers a head that is newer than the one it has, durably."""
+        """Remembers a head that is newer than the one it has and than the file's, durably."""
         head = LedgerHead.parse(line)
         with self._lock:
             if self.newest is not None and head.seq <= self.newest.seq:
                 return
             self.newest = head
             try:
-                self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                keep_line(self._path, line)
-            except (OSError, StorageError) as error:
+                with self._alone():
+                    self._keep(head)
+            except (OSError, StorageError, IntegrityError) as error:
                 # The step is made and charged: its result must not be lost over this.
                 _log.warning("cannot keep the ledger's head in %s: %s", self._path, error)
+
+    def _keep(self, head: LedgerHead) -> None:
+        kept = self._read()  # another client of the data set may have seen more
+        if kept is None or kept.seq < head.seq:
+            keep_line(self._path, head.line())
+        else:
+            self.newest = kept
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While no other thread or process is in here for this file."""
+        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with self._path.with_name(f".{self._path.name}.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+            yield
 
     def _read(self) -> LedgerHead | None:
         try:
