@@ -17,6 +17,9 @@ from tg_tinker.ledger_heads import LedgerHead
 EVERY = 8
 """Charges of a run from one head in the store to the next."""
 
+MOST = 512
+"""Entries from before a charge that its result carries, at most, while the store fails."""
+
 _log = logging.getLogger("tg_tinker")
 
 
@@ -106,11 +109,16 @@ class HeadKeeper:
     def charged(self) -> None:
         """After each charge. Never raises: the step is made."""
         with suppress(TGTinkerError):
-            self.newest = self._registry.ledger_head(*self._ledger, self._stored)
+            self.newest = self._registry.ledger_head(*self._ledger, self._after())
         due = self._charges % EVERY == 0
         if due and (self._writing is None or self._writing.done()):
             self._writing = self._writer.submit(self._write_or_tell)
         self._charges += 1
+
+    def _after(self) -> int:
+        """The entry after which a result has them: all that the store lacks, up to a bound."""
+        last = LedgerHead.parse(self.newest).seq if self.newest else 0
+        return max(self._stored, last - MOST)
 
     def keep(self, timeout_s: float | None = None) -> None:
         """Returns when the store has the present head.

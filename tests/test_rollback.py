@@ -363,6 +363,26 @@ def test_a_store_that_fails_holds_up_no_charge_and_gets_all_later(home: Home) ->
     assert empty.book() == EVERY + 1  # the one head has all that the store missed
 
 
+def test_results_do_not_grow_without_bound_while_the_store_fails(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.ledger_heads.MOST", 3)
+    assert home.registry.dataset_ids(US) == []
+    empty = home.copied()
+    budget, heads = home.budget(), keeper(home)
+    blocked = Path(home.root) / f"t/{US}/ledgers"
+    blocked.parent.mkdir(parents=True)
+    blocked.touch()
+    budget.heads, carried = heads, []
+    for step in range(EVERY):
+        charged(budget, step)
+        carried.append(len(home.registry._entries(DATA, LedgerHead.parse(heads.newest))))
+    assert carried == [3, 4, 4, 4, 4, 4, 4, 4]  # the charge, and those before it
+    blocked.unlink()
+    heads.keep()
+    assert empty.book() == EVERY  # the store gets all
+
+
 def test_a_store_that_does_not_answer_is_not_passed_over_at_the_start(home: Home) -> None:
     home.budget()
     Path(home.root).touch()
