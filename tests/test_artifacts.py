@@ -19,11 +19,12 @@ import torch
 
 from actors import artifacts
 from actors.artifacts import Draft
-from actors.audit_heads import kept_in
+from actors.audit_heads import kept
 from actors.capabilities import Capability
 from actors.home import DATABASE, KEYRING, create
 from actors.lineage import Lineage
 from actors.registry import Registry
+from actors.signing import PUBLIC_KEY
 from actors.state import Checkpoint, SessionState, from_files, to_files
 from actors.store import ArtifactStore
 from tg_tinker import TrainingConfig
@@ -354,7 +355,8 @@ def test_a_deletion_is_in_the_head_that_the_store_keeps(service: Service) -> Non
     artifact = service.publish()
     artifacts.delete(service.registry, str(service.root), TENANT, artifact)
     rows = service.registry.audit_rows(TENANT, 0, 100)
-    newest = max(kept_in(service.store, TENANT), key=lambda head: head.seq)
+    public = (service.home / PUBLIC_KEY).read_bytes()
+    newest = max(kept(str(service.root), TENANT, public), key=lambda head: head.seq)
     assert (newest.seq, json.loads(rows[-1])["event"]) == (len(rows), "artifact.delete")
 
 

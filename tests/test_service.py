@@ -482,7 +482,7 @@ def test_deleting_through_another_store_deletes_nothing(
     saved = tc.save_state().artifact_id
     with (
         ServiceClient(address="local", store=tmp_path) as elsewhere,
-        pytest.raises(NotFoundError, match="not in the store"),
+        pytest.raises(NotFoundError, match="no file in this store"),
     ):
         elsewhere.delete_artifact(saved)
     assert service.get_artifact(saved).artifact_id == saved
