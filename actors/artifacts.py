@@ -126,7 +126,7 @@ def publish(
         ClusterUnavailableError: the registry does not answer; it may be an artifact or not.
     """
     tenant, artifact_id = draft.tenant, draft.artifact_id
-    key_id = registry.key_of(draft.wrapped_key)
+    key_id, provider = registry.key_of(draft.wrapped_key), registry.key_info()[1]
     write(store, draft)
     manifest = draft.manifest()
     size = draft.size + len(manifest)
@@ -140,7 +140,7 @@ def publish(
         raise
     with suppress(StorageError):  # the artifact is there; the next head covers this one
         keep_in(store, registry.audit_head(tenant))
-    return size, EncryptionInfo(ALGORITHM, key_id, registry.key_info()[1], FORMAT_VERSION)
+    return size, EncryptionInfo(ALGORITHM, key_id, provider, FORMAT_VERSION)
 
 
 def entered(registry: Registry, draft: Draft) -> bool:

@@ -172,7 +172,8 @@ def test_the_files_lie_where_the_documentation_says(service: Service) -> None:
     sealed = {f"{name}.enc" for name in to_files(checkpoint())}
     expected = {f"t/{TENANT}/a/{artifact}/{name}" for name in sealed | {"manifest.json"}}
     expected |= {f"t/{TENANT}/keys/{artifact}.json"}
-    expected |= {f"t/{TENANT}/audit/3.json"}  # after its run was created and claimed
+    # Row 3, after its run was created and claimed:
+    expected |= {f"t/{TENANT}/audit/{service.registry.audit_head(TENANT).place}.json"}
     assert {path.relative_to(service.root).as_posix() for path in service.files()} == expected
     manifest = json.loads((service.root / f"t/{TENANT}/a/{artifact}/manifest.json").read_text())
     assert set(manifest["files"]) == sealed
