@@ -88,7 +88,7 @@ class ArtifactIndex(Orphans):
             check_epoch(tx, tenant, run_id, epoch)
             self._refuse_buried(tx, tenant, artifact_id)
             self._refuse_retired(key_id)
-            now, digest = time.time(), _digest(manifest)
+            now, digest = _now(), _digest(manifest)
             tx.execute(
                 _artifacts.insert().values(
                     id=artifact_id, tenant=tenant, run_id=run_id, step=step,
@@ -118,7 +118,7 @@ class ArtifactIndex(Orphans):
             tx.execute(
                 _artifacts.insert().values(
                     id=artifact_id, tenant=tenant, size_bytes=size_bytes, manifest_sha256=digest,
-                    stored_as=artifact_id, names_given=1, created_at=time.time(),
+                    stored_as=artifact_id, names_given=1, created_at=_now(),
                     **{name: getattr(source, name) for name in kept},
                 )
             )  # fmt: skip
@@ -434,6 +434,11 @@ def _info(row: Any, labels: Mapping[str, dict[str, str]]) -> ArtifactInfo:
         labels=labels.get(row.id, {}),
         expires_at=None if row.expires_at is None else datetime.fromtimestamp(row.expires_at, UTC),
     )
+
+
+def _now() -> float:
+    """In whole microseconds, which a `datetime` holds: who lists up to one's time leaves it out."""
+    return round(time.time(), 6)
 
 
 def _digest(manifest: bytes) -> str:
