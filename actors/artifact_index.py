@@ -205,12 +205,19 @@ class ArtifactIndex(Orphans):
 
     def stored_as(self, tenant: str, artifact_id: str) -> str:
         """The name under which its files and its wrapped key lie in the store."""
-        return str(self._artifact(tenant, artifact_id).stored_as)
+        with self._reading() as connection:
+            return str(_row(connection, tenant, artifact_id).stored_as)
 
     def reachable(self, tenant: str) -> set[str]:
         """Names of folders in the store, and of wrapped keys, that artifacts need."""
+        query = sa.select(_artifacts.c.stored_as).where(_artifacts.c.tenant == tenant, *_LIVING)
         with self._reading() as connection:
-            return self._reachable(connection, tenant)
+            return set(connection.execute(query).scalars())
+
+    def reaches(self, tenant: str, name: str) -> bool:
+        """Whether `reachable` has this name."""
+        with self._reading() as connection:
+            return self._reaches(connection, tenant, name)
 
     # --- looking -----------------------------------------------------------------------------
 
@@ -311,23 +318,17 @@ class ArtifactIndex(Orphans):
 
     # --- inside ------------------------------------------------------------------------------
 
-    def _reachable(self, connection: sa.Connection, tenant: str) -> set[str]:
-        query = sa.select(_artifacts.c.stored_as).where(_artifacts.c.tenant == tenant, *_LIVING)
-        return set(connection.execute(query).scalars())
-
-    def _artifact(self, tenant: str, artifact_id: str) -> Any:
-        with self._reading() as connection:
-            return _row(connection, tenant, artifact_id)
+    def _reaches(self, connection: sa.Connection, tenant: str, name: str) -> bool:
+        query = sa.select(_artifacts.c.id).where(
+            _artifacts.c.tenant == tenant, _artifacts.c.stored_as == name, *_LIVING
+        )
+        return connection.execute(query).first() is not None
 
     def _tenant_of_artifact(self, artifact_id: str) -> str | None:
         """Of one that is deleted, too."""
         query = sa.select(_artifacts.c.tenant).where(_artifacts.c.id == artifact_id)
         with self._reading() as connection:
             return connection.execute(query).scalar()
-
-    def _openable_artifact(self, tenant: str, artifact_id: str) -> Any:
-        with self._reading() as connection:
-            return _openable(connection, tenant, artifact_id)
 
 
 _LIVING = (_artifacts.c.deleted_at.is_(None),)

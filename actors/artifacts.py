@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
-from actors.audit_heads import keep_in
+from actors.audit_heads import keep_newest
 from actors.capabilities import Capability
 from actors.manifest import Manifest, SealedFile
 from actors.registry import DATA_KEY, Registry
@@ -38,6 +39,8 @@ from tg_tinker.errors import (
     TGTinkerError,
 )
 from tg_tinker.types import EncryptionInfo
+
+_T = TypeVar("_T")
 
 ARTIFACT_PREFIX = "art-"
 """Of every id of an artifact, and of nothing else."""
@@ -125,32 +128,44 @@ def publish(
         ActorLostError: a newer actor owns the run; nothing is left of the artifact.
         ClusterUnavailableError: the registry does not answer; it may be an artifact or not.
     """
-    tenant, artifact_id = draft.tenant, draft.artifact_id
     key_id, provider = registry.key_of(draft.wrapped_key), registry.key_info()[1]
-    write(store, draft)
-    manifest = draft.manifest()
-    size = draft.size + len(manifest)
-    try:
-        registry.publish(
-            tenant, run_id, epoch, artifact_id, step, size, include_optimizer, manifest, key_id
-        )
-    except BaseException:
-        if not entered(registry, draft):
-            store.delete(tenant, artifact_id)
-        raise
-    with suppress(StorageError):  # the artifact is there; the next head covers this one
-        keep_in(store, registry.audit_head(tenant))
+    manifest, size = written(store, draft, write)
+    enter(
+        registry, store, draft,
+        lambda: registry.publish(
+            draft.tenant, run_id, epoch, draft.artifact_id, step, size, include_optimizer, manifest,
+            key_id,
+        ),
+    )  # fmt: skip
+    keep_newest(registry, store, draft.tenant)
     return size, EncryptionInfo(ALGORITHM, key_id, provider, FORMAT_VERSION)
 
 
-def entered(registry: Registry, draft: Draft) -> bool:
-    """Whether an artifact needs the files of a draft whose entering failed.
+def written(store: ArtifactStore, draft: Draft, write: Write = write) -> tuple[bytes, int]:
+    """Puts a draft into the store: its manifest, and its size in ciphertext bytes."""
+    write(store, draft)
+    manifest = draft.manifest()
+    return manifest, draft.size + len(manifest)
+
+
+def enter(registry: Registry, store: ArtifactStore, draft: Draft, entry: Callable[[], _T]) -> _T:
+    """What was written becomes an artifact's by `entry`, or is taken away again."""
+    try:
+        return entry()
+    except BaseException:
+        if not _needed(registry, draft):
+            store.delete(draft.tenant, draft.stored_as)
+        raise
+
+
+def _needed(registry: Registry, draft: Draft) -> bool:
+    """Whether an artifact needs the files of a draft whose entry failed.
 
     True also where nobody answers: perhaps only the answer was lost. If they are nobody's, a sweep
     finds them.
     """
     try:
-        return draft.stored_as in registry.reachable(draft.tenant)
+        return registry.reaches(draft.tenant, draft.stored_as)
     except TGTinkerError:
         return True
 
@@ -230,11 +245,17 @@ def delete(
     """
     folder = ArtifactStore(store)
     refuse_elsewhere(registry, folder, tenant, artifact_id)
+    remove(registry, folder, tenant, artifact_id, event)
+
+
+def remove(
+    registry: Registry, store: ArtifactStore, tenant: str, artifact_id: str, event: str
+) -> None:
+    """`delete` of one that is known to be in this store."""
     # By the name that the entry has now: somebody may have resealed it since.
     stored_as = registry.delete_artifact(tenant, artifact_id, event)
-    with suppress(StorageError):  # it is gone; the next head covers its row
-        keep_in(folder, registry.audit_head(tenant))
-    folder.delete(tenant, stored_as)
+    keep_newest(registry, store, tenant)
+    store.delete(tenant, stored_as)
 
 
 def refuse_elsewhere(
@@ -288,5 +309,4 @@ def export_adapter(
         raise StorageError(
             f"cannot export to {target} ({error.strerror}): choose another directory"
         ) from None
-    with suppress(StorageError):  # it is exported and on record
-        keep_in(ArtifactStore(store), registry.audit_head(tenant))
+    keep_newest(registry, ArtifactStore(store), tenant)

@@ -44,7 +44,14 @@ def meet(
         IntegrityError: a head that the caller has is damaged.
         StorageError: the store does not answer: what it knows must not be passed over.
     """
-    store = ArtifactStore(root)
+    return _met(registry, ArtifactStore(root), tenant, dataset, kept, who)
+
+
+def _met(
+    registry: Registry, store: ArtifactStore, tenant: str, dataset: str, kept: Sequence[str],
+    who: str,
+) -> int:  # fmt: skip
+    """`meet` of a store that is open."""
     names = store.ledger_heads(tenant, registry.ledger_name(tenant, dataset))
     places = {place_in(name) for name in names}
     unknown = set(registry.unknown_places(tenant, dataset, [*places]))
@@ -92,9 +99,9 @@ class HeadKeeper:
         self, registry: Registry, root: str, tenant: str, dataset: str, who: str
     ) -> None:  # fmt: skip
         self._registry, self._store = registry, ArtifactStore(root)
-        self._root, self._who, self._ledger = root, who, (tenant, dataset)
+        self._who, self._ledger = who, (tenant, dataset)
         self._name = registry.ledger_name(tenant, dataset)
-        self._stored = meet(registry, root, tenant, dataset, who=who)
+        self._stored = self._meet()
         self._charges = 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="ledger-heads")
         self._writing: Future[None] | None = None
@@ -156,7 +163,10 @@ class HeadKeeper:
     def _look(self) -> None:
         """Only after writing: of two that write and look at once, one sees the other's head."""
         try:
-            meet(self._registry, self._root, *self._ledger, who=self._who)
+            self._meet()
         except LedgerMismatchError as error:
             self._mismatch = error  # what is paid for may still be saved
             _log.warning("%s", error.message)
+
+    def _meet(self) -> int:
+        return _met(self._registry, self._store, *self._ledger, (), self._who)

@@ -7,18 +7,20 @@ that nothing reaches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
-from typing import TypeVar
-
-from actors.artifacts import Draft, check_written, delete, entered, fetch, refuse_elsewhere, write
-from actors.audit_heads import keep_in
+from actors.artifacts import (
+    Draft,
+    check_written,
+    enter,
+    fetch,
+    refuse_elsewhere,
+    remove,
+    written,
+)
+from actors.audit_heads import keep_newest
 from actors.registry import Registry
 from actors.store import ArtifactStore
 from tg_tinker.errors import StorageError
 from tg_tinker.types import ArtifactInfo
-
-_T = TypeVar("_T")
 
 NOT_REACHED = (
     "Backups of the store, and earlier versions that a bucket keeps: with one of them the keyring"
@@ -44,15 +46,15 @@ def copy(registry: Registry, root: str, tenant: str, artifact_id: str) -> Artifa
     """
     store, keeper = ArtifactStore(root), registry.keeper(tenant)
     draft = Draft(registry, keeper, fetch(registry, store, keeper, artifact_id))
-    manifest, size = _written(store, draft)
-    info = _entered(
+    manifest, size = written(store, draft)
+    info = enter(
         registry, store, draft,
         lambda: registry.publish_copy(
             tenant, artifact_id, draft.artifact_id, size, manifest,
             registry.key_of(draft.wrapped_key),
         ),
     )  # fmt: skip
-    _keep_head(registry, store, tenant)
+    keep_newest(registry, store, tenant)
     return info
 
 
@@ -72,7 +74,7 @@ def reseal(registry: Registry, root: str, tenant: str, artifact_id: str) -> Arti
     files = fetch(registry, store, keeper, artifact_id)
     stored_as = registry.begin_reseal(tenant, artifact_id)
     draft = Draft(registry, keeper, files, artifact_id, stored_as)
-    manifest, size = _written(store, draft)
+    manifest, size = written(store, draft)
 
     def switch() -> ArtifactInfo:
         check_written(store, draft)  # it will be the only copy
@@ -81,8 +83,8 @@ def reseal(registry: Registry, root: str, tenant: str, artifact_id: str) -> Arti
             registry.key_of(draft.wrapped_key),
         )  # fmt: skip
 
-    info = _entered(registry, store, draft, switch)
-    _keep_head(registry, store, tenant)
+    info = enter(registry, store, draft, switch)
+    keep_newest(registry, store, tenant)
     _remove_old(store, tenant, before)
     return info
 
@@ -99,25 +101,8 @@ def shred(registry: Registry, root: str, tenant: str, artifact_id: str) -> list[
     store = ArtifactStore(root)
     refuse_elsewhere(registry, store, tenant, artifact_id)
     store.delete_key(tenant, registry.stored_as(tenant, artifact_id))
-    delete(registry, root, tenant, artifact_id, "artifact.shred")
+    remove(registry, store, tenant, artifact_id, "artifact.shred")
     return [*NOT_REACHED]
-
-
-def _written(store: ArtifactStore, draft: Draft) -> tuple[bytes, int]:
-    """Puts a draft into the store: its manifest, and its size in ciphertext bytes."""
-    write(store, draft)
-    manifest = draft.manifest()
-    return manifest, draft.size + len(manifest)
-
-
-def _entered(registry: Registry, store: ArtifactStore, draft: Draft, enter: Callable[[], _T]) -> _T:
-    """What was written is entered, or taken away again."""
-    try:
-        return enter()
-    except BaseException:
-        if not entered(registry, draft):
-            store.delete(draft.tenant, draft.stored_as)
-        raise
 
 
 def _remove_old(store: ArtifactStore, tenant: str, stored_as: str) -> None:
@@ -129,8 +114,3 @@ def _remove_old(store: ArtifactStore, tenant: str, stored_as: str) -> None:
             f" {error.message}",
             details=error.details,
         ) from None
-
-
-def _keep_head(registry: Registry, store: ArtifactStore, tenant: str) -> None:
-    with suppress(StorageError):  # it is done; the next head covers its row
-        keep_in(store, registry.audit_head(tenant))

@@ -44,8 +44,8 @@ class Seen(NamedTuple):
 class Orphans(AuditLog):
     """The part of the registry that remembers what lies in a store and belongs to nothing."""
 
-    def _reachable(self, connection: sa.Connection, tenant: str) -> set[str]:
-        """Folders of this tenant's artifacts; `Registry` knows them."""
+    def _reaches(self, connection: sa.Connection, tenant: str, name: str) -> bool:
+        """Whether an artifact of this tenant needs a folder; `Registry` knows."""
         raise NotImplementedError
 
     def orphans(self, tenant: str) -> dict[str, Seen]:
@@ -79,7 +79,7 @@ class Orphans(AuditLog):
         this = (_orphans.c.tenant == tenant, _orphans.c.name == name)
         with self._change() as tx:
             buried = tx.execute(sa.select(_orphans.c.buried).where(*this)).scalar()
-            if buried is None or name in self._reachable(tx, tenant):
+            if buried is None or self._reaches(tx, tenant, name):
                 return False
             if not buried:
                 tx.execute(_orphans.update().where(*this).values(buried=True))

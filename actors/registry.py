@@ -191,15 +191,15 @@ class Registry(ArtifactIndex, HeadChecks, ApiKeys):
             ActorLostError: the run has a newer actor.
             NotFoundError: a keeper's artifact is deleted, expired, or of another tenant.
         """
-        with self._admitted(shown, "artifact.save", artifact_id):
+        with self._admitted(shown, "artifact.save", artifact_id) as owner:
             if shown.kind == READER:
                 raise AccessDeniedError("a reader makes no artifacts: the actor of a run does")
-            if self._tenant_of_artifact(artifact_id) is not None:
+            if owner is not None:
                 if shown.kind != KEEPER:
                     raise AccessDeniedError(
                         "there is an artifact of this id: a new one needs its own"
                     )
-                self._openable_artifact(shown.tenant, artifact_id)
+                self.openable(shown.tenant, artifact_id)
             key = new_key()
             wrapped = self._keyring.wrap(key, context_of(shown.tenant, artifact_id, DATA_KEY))
             return key, json.dumps(wrapped).encode()
@@ -214,11 +214,10 @@ class Registry(ArtifactIndex, HeadChecks, ApiKeys):
             IntegrityError: the wrapped key is of another artifact or keyring.
         """
         tenant = shown.tenant
-        with self._admitted(shown, "artifact.load", artifact_id):
-            owner = self._tenant_of_artifact(artifact_id)
+        with self._admitted(shown, "artifact.load", artifact_id) as owner:
             if owner not in (None, tenant):  # its owner learns of it, the other learns nothing
                 self._note_stranger(owner, "artifact.load", artifact_id)
-            self._openable_artifact(tenant, artifact_id)
+            self.openable(tenant, artifact_id)
             context = context_of(tenant, artifact_id, DATA_KEY)
             key = self._keyring.unwrap(_stored(wrapped), context)
             with self._change() as tx:  # before the key is out
@@ -226,8 +225,9 @@ class Registry(ArtifactIndex, HeadChecks, ApiKeys):
             return key
 
     @contextmanager
-    def _admitted(self, shown: Capability, event: str, artifact_id: str) -> Iterator[None]:
-        """Around what needs a genuine capability of today; a refusal inside is noted, too."""
+    def _admitted(self, shown: Capability, event: str, artifact_id: str) -> Iterator[str | None]:
+        """Around what needs a genuine capability of today; a refusal inside is noted, too. Whose
+        the artifact is, if it is or was one."""
         owner = self._tenant_of_artifact(artifact_id)
         if not self._issuer.genuine(shown):
             if (concerned := owner or self._known_tenant(shown.tenant)) is not None:
@@ -243,7 +243,7 @@ class Registry(ArtifactIndex, HeadChecks, ApiKeys):
                 run_id, _, epoch = shown.who.rpartition("@")
                 with self._reading() as connection:
                     check_epoch(connection, shown.tenant, run_id, int(epoch))
-            yield
+            yield owner
 
     def _note_stranger(self, tenant: str | None, event: str, subject: str) -> None:
         with suppress(StorageError):  # the refusal itself is what the caller must learn

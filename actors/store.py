@@ -93,9 +93,13 @@ class ArtifactStore:
 
     def holds(self, tenant: str, artifact_id: str) -> bool:
         """Whether there is any file of an artifact, or its wrapped key."""
-        key = _key_name(tenant, artifact_id).rpartition("/")
-        names = {info.name for info in self.objects.list_below(key[0])}
-        return "".join(key) in names or bool(self.objects.list_below(_folder(tenant, artifact_id)))
+        if self.objects.list_below(_folder(tenant, artifact_id)):
+            return True
+        try:
+            self.objects.size(_key_name(tenant, artifact_id))
+        except NotFoundError:
+            return False
+        return True
 
     def write_key(self, tenant: str, artifact_id: str, key: bytes) -> None:
         """Replaces a wrapped data key, in one step where the store can."""

@@ -57,7 +57,7 @@ def rewrap(registry: Registry, root: str) -> Iterator[tuple[str, str]]:
             wrapped = store.read_key(tenant, stored_as)
             if (again := registry.rewrapped(tenant, artifact_id, wrapped)) is not None:
                 store.write_key(tenant, stored_as, again)
-                if stored_as not in registry.reachable(tenant):
+                if not registry.reaches(tenant, stored_as):
                     store.delete_key(tenant, stored_as)  # deleted meanwhile: it must not come back
         except TGTinkerError as error:
             yield artifact_id, error.message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -455,6 +456,14 @@ def test_shredding_removes_everything_and_says_what_it_does_not_reach(service: S
     assert_same(service.fetch(kept), checkpoint())
     assert ("artifact.delete", artifact, "ok") not in events(service)
     assert ("artifact.shred", artifact, "ok") in events(service)
+
+
+def test_an_artifact_that_only_has_its_key_left_is_shredded(service: Service) -> None:
+    artifact = service.publish()
+    shutil.rmtree(service.root / f"t/{TENANT}/a/{artifact}")
+    shredded(service, artifact)
+    assert service.files_of(artifact) == []
+    assert service.registry.reachable(TENANT) == set()
 
 
 def test_an_artifact_of_another_store_is_not_shredded(service: Service, tmp_path: Path) -> None:

@@ -342,13 +342,19 @@ def test_the_first_and_every_few_charges_leave_a_head(home: Home) -> None:
     assert empty.book() == EVERY + 2  # no head was replaced by one with fewer entries
 
 
+def without_room_for_heads(home: Home) -> Path:
+    """A file where the folder of heads would be: the store takes them once it is removed."""
+    blocked = Path(home.root) / f"t/{US}/ledgers"
+    blocked.parent.mkdir(parents=True)
+    blocked.touch()
+    return blocked
+
+
 def test_a_store_that_fails_holds_up_no_charge_and_gets_all_later(home: Home) -> None:
     assert home.registry.dataset_ids(US) == []
     empty = home.copied()
     budget, heads = home.budget(), keeper(home)
-    blocked = Path(home.root) / f"t/{US}/ledgers"
-    blocked.parent.mkdir(parents=True)
-    blocked.touch()
+    blocked = without_room_for_heads(home)
     for step in range(EVERY + 1):
         spend(budget, step)
         heads.charged()
@@ -370,9 +376,7 @@ def test_results_do_not_grow_without_bound_while_the_store_fails(
     assert home.registry.dataset_ids(US) == []
     empty = home.copied()
     budget, heads = home.budget(), keeper(home)
-    blocked = Path(home.root) / f"t/{US}/ledgers"
-    blocked.parent.mkdir(parents=True)
-    blocked.touch()
+    blocked = without_room_for_heads(home)
     budget.heads, carried = heads, []
     for step in range(EVERY):
         charged(budget, step)
@@ -491,9 +495,7 @@ def test_nothing_is_saved_whose_ledger_head_is_not_in_the_store(
     home: Home, tiny_model: Path
 ) -> None:
     one = worker(home, tiny_model)
-    blocked = Path(home.root) / f"t/{US}/ledgers"
-    blocked.parent.mkdir(parents=True)
-    blocked.touch()
+    blocked = without_room_for_heads(home)
     train(one)
     settled(one.heads)  # type: ignore[arg-type]
     assert any("older database would not be noticed" in said for said in train(one).warnings)

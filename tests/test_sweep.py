@@ -227,14 +227,14 @@ def test_new_files_of_an_artifact_that_were_swept_are_not_entered(
 ) -> None:
     artifact = at.publish()
 
-    def slow(store: ArtifactStore, draft: Draft) -> None:
-        artifacts.write(store, draft)
+    def slow(store: ArtifactStore, draft: Draft) -> tuple[bytes, int]:
+        artifacts.written(store, draft)
         at.sweep()
         assert at.sweep(HOUR) == {draft.stored_as: "removed"}
-        artifacts.write(store, draft)
+        return artifacts.written(store, draft)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lifecycle, "write", slow)
+        patch.setattr(lifecycle, "written", slow)
         with pytest.raises(StorageError, match="larger min_age"):
             how(at.registry, str(at.service.root), TENANT, artifact)
     assert at.fetch(artifact) == FILES
