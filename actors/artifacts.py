@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from actors.audit_heads import keep_newest
+from actors.audit_heads import keep_newest, meet
 from actors.capabilities import Capability
 from actors.manifest import Manifest, SealedFile
 from actors.registry import DATA_KEY, Registry
@@ -54,17 +54,23 @@ class Draft:
     Args:
         artifact_id: of an artifact that is sealed anew; a new id when None.
         stored_as: its name in the store; the id when None.
+
+    Raises:
+        RollbackError, StorageError: see `audit_heads.meet`.
     """
 
     def __init__(
-        self, registry: Registry, capability: Capability, files: Mapping[str, Buffer],
-        artifact_id: str | None = None, stored_as: str | None = None,
+        self, registry: Registry, store: ArtifactStore, capability: Capability,
+        files: Mapping[str, Buffer], artifact_id: str | None = None, stored_as: str | None = None,
     ) -> None:  # fmt: skip
         self.tenant = capability.tenant
         new_id = f"{ARTIFACT_PREFIX}{int(time.time() * 1e3):011x}{secrets.token_hex(8)}"
         self.artifact_id = artifact_id or new_id
         self.stored_as = stored_as or self.artifact_id
-        self._key, self.wrapped_key = registry.new_data_key(capability, self.artifact_id)
+        meet(registry, store, self.tenant, capability.who)
+        self._key, self.wrapped_key = registry.new_data_key(
+            capability, self.artifact_id, store.root
+        )
         self._files = files
         self._sealed: dict[str, SealedFile] = {}
 
@@ -179,8 +185,10 @@ def fetch(
         NotFoundError: unknown, deleted, expired, of another tenant, or its files are gone.
         ActorLostError: the capability is of an actor that was replaced.
         IntegrityError: not what was published, or not for this key.
+        RollbackError, StorageError: see `audit_heads.meet`.
     """
     tenant = capability.tenant
+    meet(registry, store, tenant, capability.who)
     stored_as = registry.stored_as(tenant, artifact_id)
     try:
         manifest, key = _opened(registry, store, capability, artifact_id, stored_as)
@@ -216,7 +224,8 @@ def _opened(
     content = store.read(tenant, stored_as, MANIFEST)
     registry.check_manifest(tenant, artifact_id, content)
     manifest = Manifest.parse(content, tenant, artifact_id)
-    key = registry.open_data_key(capability, artifact_id, store.read_key(tenant, stored_as))
+    wrapped = store.read_key(tenant, stored_as)
+    key = registry.open_data_key(capability, artifact_id, wrapped, store.root)
     committed = bytes.fromhex(manifest.commitment)
     check_commitment(key, context_of(tenant, artifact_id, DATA_KEY), committed)
     manifest.check(key)
@@ -241,10 +250,11 @@ def delete(
 
     Raises:
         NotFoundError: unknown, deleted already, or in another store; nothing was deleted.
+        RollbackError: see `audit_heads.meet`.
         StorageError: the store refused: the artifact is gone, some of its files are not.
     """
     folder = ArtifactStore(store)
-    refuse_elsewhere(registry, folder, tenant, artifact_id)
+    check_deletable(registry, folder, tenant, artifact_id)
     remove(registry, folder, tenant, artifact_id, event)
 
 
@@ -258,15 +268,17 @@ def remove(
     store.delete(tenant, stored_as)
 
 
-def refuse_elsewhere(
+def check_deletable(
     registry: Registry, store: ArtifactStore, tenant: str, artifact_id: str
 ) -> None:
-    """Before a deletion: in another store the files would stay. An artifact that lost some of them
-    is here all the same.
+    """In another store the files would stay, and in an older database the deletion would be lost.
+    An artifact that lost some of its files is here all the same.
 
     Raises:
         NotFoundError: unknown, deleted, or in another store.
+        RollbackError, StorageError: see `audit_heads.meet`.
     """
+    meet(registry, store, tenant)
     stored_as = registry.stored_as(tenant, artifact_id)
     here = store.holds(tenant, stored_as)
     if not here and registry.stored_as(tenant, artifact_id) == stored_as:  # not just resealed

@@ -1,7 +1,8 @@
 """Signed heads of audit logs in the artifact store, out of reach of who rewrites the database.
 
 Anybody who may write to the store can put an object among them. Who verifies the log is told of one
-that is no head. A sweep passes over what does not even look like one.
+that is no head. Opening and saving passes over what was not signed here; a sweep over what does not
+even look like a head.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 
+from actors.audit_log import SDK
 from actors.registry import Registry
 from actors.store import ArtifactStore, place_in
 from tg_tinker.audit_log import AuditHead
@@ -59,19 +61,44 @@ def kept(root: str, tenant: str, public_key: bytes) -> list[AuditHead]:
     return heads
 
 
-def unknown_in(store: ArtifactStore, registry: Registry, tenant: str) -> list[str]:
-    """Objects with a head that the log does not go through, whoever signed it.
+def meet(registry: Registry, store: ArtifactStore, tenant: str, who: str = SDK) -> None:
+    """Once for each process of the registry, before anything of a tenant is opened, saved or
+    removed in a store: holds the database against the heads there.
 
-    Another registry signs with another key. Only what the names show to be unknown is read.
+    Raises:
+        RollbackError: it is older than one of them, or another one; nothing was changed.
+        StorageError: the store does not answer: what it knows must not be passed over.
     """
-    names = store.audit_heads(tenant)
-    unknown = set(registry.unknown_rows(tenant, [place_in(name) for name in names]))
-    stated: dict[str, str] = {}
-    for name in names:
-        if place_in(name) in unknown:
-            try:
-                stated[name] = AuditHead.parse(store.read_head(name)).place
-            except IntegrityError as error:
-                _log.warning("%s in the artifact store is passed over: %s", name, error.message)
+    if not registry.met(tenant, store.root):
+        compare(registry, store, tenant, who)
+
+
+def compare(registry: Registry, store: ArtifactStore, tenant: str, who: str = SDK) -> list[str]:
+    """`meet` in any case. Only objects whose names the log does not know are read.
+
+    Returns:
+        Objects that have the form of a head and that nobody signed here: another registry uses
+        the store, or somebody put them there.
+    """
+    lines = unknown_in(registry, store, tenant)
+    others = registry.meet_store(tenant, store.root, lines, who)
+    for name, why in others.items():
+        _log.warning("%s in the artifact store is passed over: %s", name, why)
+    stated = {name: place for name in others if (place := _stated(lines[name]))}
     unknown = set(registry.unknown_rows(tenant, [*stated.values()])) if stated else set()
     return [name for name, place in stated.items() if place in unknown]
+
+
+def unknown_in(registry: Registry, store: ArtifactStore, tenant: str) -> dict[str, str]:
+    """What objects hold that by their names are heads which the log does not know."""
+    names = store.audit_heads(tenant)
+    unknown = set(registry.unknown_rows(tenant, [place_in(name) for name in names]))
+    return {name: store.read_head(name) for name in names if place_in(name) in unknown}
+
+
+def _stated(line: str) -> str | None:
+    """The place that a head is of, whoever signed it."""
+    try:
+        return AuditHead.parse(line).place
+    except IntegrityError:
+        return None

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from actors.database import METADATA, RUNS, Database
 from actors.keys import KeyProvider
-from tg_tinker.audit_log import GENESIS, AuditHead, AuditRow, chained
+from tg_tinker.audit_log import ACCEPT, GENESIS, AuditHead, AuditRow, accepted_by, chained
 from tg_tinker.errors import NotFoundError, StorageError, TGTinkerError
 from tg_tinker.ledger import is_place, parse_place, place_of
 
@@ -44,6 +44,11 @@ _LAST = (
     .where(_rows.c.tenant == sa.bindparam("tenant"))
     .order_by(_rows.c.seq.desc())
     .limit(1)
+)
+_ACCEPTED = (
+    sa.select(_rows.c.row)
+    .where(_rows.c.tenant == sa.bindparam("tenant"), _rows.c.row.contains(f'"event":"{ACCEPT}"'))
+    .order_by(_rows.c.seq)
 )
 _AT = sa.select(_rows.c.row).where(
     _rows.c.tenant == sa.bindparam("tenant"), _rows.c.seq == sa.bindparam("seq")
@@ -72,9 +77,23 @@ class AuditLog(Database):
             return list(connection.execute(query).scalars())
 
     def unknown_rows(self, tenant: str, places: Sequence[str]) -> list[str]:
-        """Those places, ``SEQ-HASH``, that the log does not go through, or that are none."""
+        """Those places, ``SEQ-HASH``, that the log neither goes through nor accepts the loss of,
+        or that are none."""
         with self._reading() as connection:
-            return [place for place in places if place != _place_at(connection, tenant, place)]
+            missed = [place for place in places if place != _place_at(connection, tenant, place)]
+            rows = _accepting(connection, tenant) if missed else []
+        accepted = {place for row in rows for place in accepted_by(row)}
+        return [place for place in missed if place not in accepted]
+
+    def accepting_rows(self, tenant: str) -> list[int]:
+        """Numbers of the rows that accept an older copy of the database."""
+        with self._reading() as connection:
+            return [row.seq for row in _accepting(connection, tenant)]
+
+    def logged_tenants(self) -> list[str]:
+        """Those that have an audit log."""
+        with self._reading() as connection:
+            return list(connection.execute(sa.select(_rows.c.tenant).distinct()).scalars())
 
     def audit_head(self, tenant: str) -> AuditHead:
         """Where the log ends now, signed."""
@@ -165,6 +184,11 @@ def _hmac(key: bytes, name: str, value: str) -> str:
 def _last(connection: sa.Connection, tenant: str) -> AuditRow | None:
     row = connection.execute(_LAST, {"tenant": tenant}).scalar()
     return None if row is None else AuditRow.parse(row)
+
+
+def _accepting(connection: sa.Connection, tenant: str) -> list[AuditRow]:
+    rows = map(AuditRow.parse, connection.execute(_ACCEPTED, {"tenant": tenant}).scalars())
+    return [row for row in rows if accepted_by(row)]
 
 
 def _place_at(connection: sa.Connection, tenant: str, place: str) -> str | None:

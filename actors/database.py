@@ -42,6 +42,10 @@ class Database:
             _refuse_older(self._engine)
             METADATA.create_all(self._engine)
 
+    def close(self) -> None:
+        """Ends all connections."""
+        self._engine.dispose()
+
     @contextmanager
     def _change(self) -> Iterator[sa.Connection]:
         """One immediate transaction."""

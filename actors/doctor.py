@@ -13,14 +13,17 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from actors import signing
+from actors.audit_heads import unknown_in
 from actors.filesystems import RetryPolicy
+from actors.home import DATABASE
 from actors.keys import open_keyring
-from actors.store import open_objects
+from actors.registry import Registry
+from actors.store import ArtifactStore, open_objects
 from tg_tinker.cluster import running_cluster
 from tg_tinker.errors import TGTinkerError
 from tg_tinker.keyrings import SETTING, Variable, audit_folder, place_of
@@ -52,6 +55,7 @@ def examine(home: Path, keyring: str, store: str, proc: Path = Path("/proc")) ->
     yield _audit_key(audit_folder(place, home))
     yield _apart(place, store)
     yield _store(store)
+    yield _registry(home, place, store)
     yield _space(home, store)
     yield _statistics()
     yield _swap(proc)
@@ -140,6 +144,36 @@ def _store_to_be(folder: Path) -> Finding:
         message = f"{folder} does not exist and cannot be made in {above}: mend its permissions"
         return Finding("store", PROBLEM, message)
     return Finding("store", OK, f"{folder} does not exist yet, the first save makes it")
+
+
+def _registry(home: Path, place: Path | Variable, store: str) -> Finding:
+    """Whether the home's database is older than what the store knows of it."""
+    database, name = home / DATABASE, "registry"
+    if not database.is_file() or not database.stat().st_size:
+        return Finding(name, OK, "no database in this home yet, or one elsewhere: not compared")
+    keys = audit_folder(place, home)
+    try:
+        with closing(Registry(f"sqlite:///{database}", str(place), keys)) as registry:
+            behind = _behind(registry, ArtifactStore(store, RetryPolicy(attempts=1)))
+    except TGTinkerError as error:
+        return Finding(name, WARNING, f"not compared with the store: {error.message}")
+    if not behind:
+        return Finding(name, OK, f"{database} knows all that the store knows of it")
+    message = (
+        f"the store knows more of tenant {', '.join(behind)} than {database}: it is an older copy,"
+        " and nothing is opened, saved or removed. Put the newest one back, or see `tg-tinker"
+        " registry check`"
+    )
+    return Finding(name, PROBLEM, message)
+
+
+def _behind(registry: Registry, store: ArtifactStore) -> list[str]:
+    """Tenants of whose audit log the store has heads that the registry does not know."""
+    return [
+        tenant
+        for tenant in registry.logged_tenants()
+        if registry.judge_heads(tenant, unknown_in(registry, store, tenant))[0]
+    ]
 
 
 def _space(home: Path, store: str) -> Finding:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 
 from actors.audit_log import SDK
@@ -59,6 +60,16 @@ class HeadChecks(Budgets):
             except IntegrityError as error:
                 problems[line] = error.message
         return problems
+
+    def lost_ledgers(self, tenant: str, lines: Sequence[str]) -> list[str]:
+        """Pseudonyms of ledgers of a tenant that there are heads of, signed here, among these."""
+        found, public_key = set(), public_key_of(self._signing_key)
+        for line in lines:
+            with suppress(IntegrityError):
+                head = LedgerHead.parse(line)
+                head.check(public_key)
+                found |= {head.ledger} if head.tenant == tenant else set()
+        return sorted(found)
 
     def check_heads(self, tenant: str, dataset: str, lines: Sequence[str], who: str = SDK) -> None:
         """Refuses a ledger that does not go through these heads of it.

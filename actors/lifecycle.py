@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from actors.artifacts import (
     Draft,
+    check_deletable,
     check_written,
     enter,
     fetch,
-    refuse_elsewhere,
     remove,
     written,
 )
@@ -45,7 +45,7 @@ def copy(registry: Registry, root: str, tenant: str, artifact_id: str) -> Artifa
         IntegrityError: the source is not what was published; there is no copy.
     """
     store, keeper = ArtifactStore(root), registry.keeper(tenant)
-    draft = Draft(registry, keeper, fetch(registry, store, keeper, artifact_id))
+    draft = Draft(registry, store, keeper, fetch(registry, store, keeper, artifact_id))
     manifest, size = written(store, draft)
     info = enter(
         registry, store, draft,
@@ -73,7 +73,7 @@ def reseal(registry: Registry, root: str, tenant: str, artifact_id: str) -> Arti
     before = registry.stored_as(tenant, artifact_id)
     files = fetch(registry, store, keeper, artifact_id)
     stored_as = registry.begin_reseal(tenant, artifact_id)
-    draft = Draft(registry, keeper, files, artifact_id, stored_as)
+    draft = Draft(registry, store, keeper, files, artifact_id, stored_as)
     manifest, size = written(store, draft)
 
     def switch() -> ArtifactInfo:
@@ -96,10 +96,10 @@ def shred(registry: Registry, root: str, tenant: str, artifact_id: str) -> list[
     raises NotFoundError, and what is left is ciphertext without a key, for a sweep.
 
     Raises:
-        NotFoundError, StorageError: see `delete`.
+        NotFoundError, RollbackError, StorageError: see `delete`.
     """
     store = ArtifactStore(root)
-    refuse_elsewhere(registry, store, tenant, artifact_id)
+    check_deletable(registry, store, tenant, artifact_id)
     store.delete_key(tenant, registry.stored_as(tenant, artifact_id))
     remove(registry, store, tenant, artifact_id, "artifact.shred")
     return [*NOT_REACHED]

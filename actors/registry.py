@@ -27,6 +27,7 @@ from actors.capabilities import KEEPER, READER, RUN, Capability, Issuer
 from actors.database import RUNS
 from actors.head_checks import HeadChecks
 from actors.keys import open_keyring
+from actors.store_checks import StoreChecks
 from tg_tinker.envelope import context_of, new_key
 from tg_tinker.errors import (
     AccessDeniedError,
@@ -43,7 +44,7 @@ DATA_KEY = "data key"
 _BECAME = {"active": "run.resume", "completed": "run.complete", "failed": "run.fail"}
 
 
-class Registry(ArtifactIndex, HeadChecks, ApiKeys):
+class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys):
     """Runs, the keys that open their artifacts, and by inheritance the index of artifacts,
     budgets, API keys and the audit log."""
 
@@ -181,13 +182,17 @@ class Registry(ArtifactIndex, HeadChecks, ApiKeys):
         """For whoever copies artifacts and seals them anew; reads, too."""
         return self._issuer.issue(KEEPER, tenant, SDK)
 
-    def new_data_key(self, shown: Capability, artifact_id: str) -> tuple[bytes, bytes]:
+    def new_data_key(self, shown: Capability, artifact_id: str, store: str) -> tuple[bytes, bytes]:
         """A fresh data key, and its wrapped form as stored beside an artifact to be.
 
         A keeper is also given one for an artifact that is there: it is to be sealed anew.
 
+        Args:
+            store: root of the store that it is for, which `audit_heads.meet` was called with.
+
         Raises:
-            AccessDeniedError: a reader's capability; or the artifact is there already.
+            AccessDeniedError: a reader's capability; or the artifact is there already; or the
+                store was not met.
             ActorLostError: the run has a newer actor.
             NotFoundError: a keeper's artifact is deleted, expired, or of another tenant.
         """
@@ -200,16 +205,22 @@ class Registry(ArtifactIndex, HeadChecks, ApiKeys):
                         "there is an artifact of this id: a new one needs its own"
                     )
                 self.openable(shown.tenant, artifact_id)
+            self._refuse_unmet(shown.tenant, store)
             key = new_key()
             wrapped = self._keyring.wrap(key, context_of(shown.tenant, artifact_id, DATA_KEY))
             return key, json.dumps(wrapped).encode()
 
-    def open_data_key(self, shown: Capability, artifact_id: str, wrapped: bytes) -> bytes:
+    def open_data_key(
+        self, shown: Capability, artifact_id: str, wrapped: bytes, store: str
+    ) -> bytes:
         """The data key of an artifact that exists.
+
+        Args:
+            store: root of the store that it is in, which `audit_heads.meet` was called with.
 
         Raises:
             NotFoundError: the artifact is unknown, deleted, expired, or of another tenant.
-            AccessDeniedError: the capability is forged.
+            AccessDeniedError: the capability is forged, or the store was not met.
             ActorLostError: it is of a run that has a newer actor.
             IntegrityError: the wrapped key is of another artifact or keyring.
         """
@@ -218,6 +229,7 @@ class Registry(ArtifactIndex, HeadChecks, ApiKeys):
             if owner not in (None, tenant):  # its owner learns of it, the other learns nothing
                 self._note_stranger(owner, "artifact.load", artifact_id)
             self.openable(tenant, artifact_id)
+            self._refuse_unmet(tenant, store)
             context = context_of(tenant, artifact_id, DATA_KEY)
             key = self._keyring.unwrap(_stored(wrapped), context)
             with self._change() as tx:  # before the key is out

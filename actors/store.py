@@ -47,10 +47,12 @@ class ArtifactStore:
         policy: how long a store outside this machine may take.
 
     Attributes:
+        root: as it was given.
         objects: everything in the store, by name below the root.
     """
 
     def __init__(self, root: str, policy: RetryPolicy | None = None) -> None:
+        self.root = root
         self.objects = open_objects(root, policy or RetryPolicy())
 
     def write_artifact(
@@ -91,6 +93,11 @@ class ArtifactStore:
     def read_key(self, tenant: str, artifact_id: str) -> bytes:
         return self._read(_key_name(tenant, artifact_id), artifact_id)
 
+    def whole(self, tenant: str) -> set[str]:
+        """Names of all artifacts whose manifest is there."""
+        names = (info.name.split("/") for info in self.objects.list_below(_artifacts(tenant)))
+        return {parts[-2] for parts in names if parts[-1] == MANIFEST}
+
     def holds(self, tenant: str, artifact_id: str) -> bool:
         """Whether there is any file of an artifact, or its wrapped key."""
         if self.objects.list_below(_folder(tenant, artifact_id)):
@@ -124,6 +131,10 @@ class ArtifactStore:
     def ledger_heads(self, tenant: str, ledger: str) -> list[str]:
         """Objects that may be heads of a ledger."""
         return self._whole_below(_ledger(tenant, ledger))
+
+    def all_ledger_heads(self, tenant: str) -> list[str]:
+        """The same of all ledgers; their pseudonym is the fourth part of a name."""
+        return self._whole_below(_ledgers(tenant))
 
     def read_head(self, name: str) -> str:
         """What may be a head, a line: anybody who can write to the store may have put it there."""
@@ -188,16 +199,24 @@ def place_in(name: str) -> str:
     return name.rpartition("/")[2].removesuffix(".json")
 
 
+def _artifacts(tenant: str) -> str:
+    return f"t/{check_component(tenant)}/a"
+
+
 def _folder(tenant: str, artifact_id: str) -> str:
-    return f"t/{check_component(tenant)}/a/{check_component(artifact_id)}"
+    return f"{_artifacts(tenant)}/{check_component(artifact_id)}"
 
 
 def _audit(tenant: str) -> str:
     return f"t/{check_component(tenant)}/audit"
 
 
+def _ledgers(tenant: str) -> str:
+    return f"t/{check_component(tenant)}/ledgers"
+
+
 def _ledger(tenant: str, ledger: str) -> str:
-    return f"t/{check_component(tenant)}/ledgers/{check_component(ledger)}"
+    return f"{_ledgers(tenant)}/{check_component(ledger)}"
 
 
 def _key_name(tenant: str, artifact_id: str) -> str:

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from actors.audit_heads import keep_in, unknown_in
+from actors.audit_heads import compare, keep_in
 from actors.objects import ObjectInfo, Objects, intended
 from actors.orphans import Seen
 from actors.registry import Registry
@@ -75,7 +75,8 @@ def sweep(
         dry_run: removes and notes nothing; only writes the object that tells the time.
 
     Raises:
-        IntegrityError: the store knows more than the registry; nothing was removed.
+        RollbackError: the store knows more than the registry; nothing was removed.
+        IntegrityError: another registry uses the store, too.
         StorageError: the store refused to list, or the registry's database refused.
     """
     _check_heads(registry, store, tenant)
@@ -101,12 +102,11 @@ def sweep(
 def _check_heads(registry: Registry, store: ArtifactStore, tenant: str) -> None:
     """To a registry that was restored from a backup, or to a second one on the same store, what
     it does not know of would be orphans. Heads of the audit log follow every save."""
-    if unknown := unknown_in(store, registry, tenant):
+    if others := compare(registry, store, tenant):
         raise IntegrityError(
-            f"the store has a head of the audit log, {unknown[0]}, that this registry does not"
-            " know: it is an older copy, or another one uses this store. Nothing was removed; give"
-            " each registry a store of its own, and restore no older copy. If neither is so,"
-            " somebody put that object there: remove it"
+            f"the store has a head of an audit log, {others[0]}, that was not signed here: another"
+            " one uses this store. Nothing was removed; give each registry a store of its own. If"
+            " none does, somebody put that object there: remove it"
         )
 
 

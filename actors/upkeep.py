@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from actors.artifacts import delete, fetch
+from actors.audit_heads import meet
 from actors.registry import Registry
 from actors.state import from_files
 from actors.store import ArtifactStore
@@ -17,8 +18,12 @@ def verify(registry: Registry, root: str, tenant: str) -> Iterator[tuple[str, st
     """Reads every artifact again, as `load_state` would; (id, what is wrong), empty where nothing.
 
     One that is damaged does not keep the others from being checked. Expired ones are left out.
+
+    Raises:
+        RollbackError, StorageError: see `audit_heads.meet`; nothing was read.
     """
     store, reader = ArtifactStore(root), registry.reader(tenant)
+    meet(registry, store, tenant)
     expired = registry.expired(tenant)
     for info in registry.artifacts(tenant):
         if info.artifact_id in expired:
@@ -33,7 +38,12 @@ def verify(registry: Registry, root: str, tenant: str) -> Iterator[tuple[str, st
 
 
 def delete_expired(registry: Registry, root: str, tenant: str) -> Iterator[tuple[str, str]]:
-    """Deletes every artifact whose time is over; (id, what went wrong), empty where nothing."""
+    """Deletes every artifact whose time is over; (id, what went wrong), empty where nothing.
+
+    Raises:
+        RollbackError, StorageError: see `audit_heads.meet`: expiry may have been changed since.
+    """
+    meet(registry, ArtifactStore(root), tenant)
     for artifact_id in registry.expired(tenant):
         try:
             delete(registry, root, tenant, artifact_id, "artifact.expire")
@@ -85,5 +95,10 @@ def retire(registry: Registry, root: str, tenant: str, key_id: str) -> None:
     Raises:
         InvalidRequestError: it is the primary one, or opens an artifact still; or one was saved
             meanwhile.
+        RollbackError, StorageError: see `audit_heads.meet`: what an older database has lost may
+            need it.
     """
+    store = ArtifactStore(root)
+    for one in {tenant, *registry.logged_tenants()}:
+        meet(registry, store, one)
     registry.retire_key(tenant, key_id, _wrapped_under(registry, root))

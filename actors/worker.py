@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.artifacts import Draft, Write, fetch, publish, write
+from actors.audit_heads import meet
 from actors.budget import Budget
 from actors.capabilities import Capability
 from actors.engine import Session
@@ -79,6 +80,7 @@ class Worker:
         self._place = place
         self._registry = registry
         self._store = ArtifactStore(place.store)
+        meet(registry, self._store, place.tenant, self._who)  # else it would find out at a save
         self._threads = use_threads(config.resources.num_threads)
         self._budget: Budget | None = None
         self.heads: HeadKeeper | None = None
@@ -228,7 +230,8 @@ class Worker:
         try:
             state = self.session.live_state(include_optimizer)
             checkpoint = Checkpoint(state, metadata, datetime.now(UTC))
-            draft = Draft(self._registry, self._place.capability, to_files(checkpoint))
+            files, shown = to_files(checkpoint), self._place.capability
+            draft = Draft(self._registry, self._store, shown, files)
         except BaseException:
             self._copies.release()
             raise

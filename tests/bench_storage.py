@@ -74,7 +74,7 @@ class Saves:
 
     def save(self) -> None:
         capability = self.registry.capability(TENANT, self.run, self.epoch)
-        draft = Draft(self.registry, capability, {WEIGHTS: self.file, STATE: b"{}"})
+        draft = Draft(self.registry, self.store, capability, {WEIGHTS: self.file, STATE: b"{}"})
         publish(
             self.registry, self.store, draft, run_id=self.run, epoch=self.epoch, step=1,
             include_optimizer=False,
@@ -167,6 +167,7 @@ def peak(folder: Path) -> float:
     file = staged(tensors)
     draft = Draft(
         registry,
+        store,
         registry.capability(TENANT, run, epoch),
         {WEIGHTS: file, OPTIMIZER: b"", STATE: b"{}"},
     )

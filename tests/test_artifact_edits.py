@@ -55,7 +55,7 @@ class Attack:
     def __init__(self, service: Service, saved: Checkpoint) -> None:
         self.service, self.store = service, service.store
         older = self._of(TENANT, service.publish(saved))
-        draft = Draft(service.registry, service.capability, to_files(saved))
+        draft = Draft(service.registry, service.store, service.capability, to_files(saved))
         artifacts.write(self.store, draft)
         self.artifact = draft.artifact_id
         earlier = self._of(TENANT, self.artifact)
@@ -66,7 +66,7 @@ class Attack:
         run = service.registry.create_run(OTHER_TENANT, '{"model_ref": "m"}')
         epoch = service.registry.claim(run)
         shown = service.registry.capability(OTHER_TENANT, run, epoch)
-        theirs = Draft(service.registry, shown, to_files(saved))
+        theirs = Draft(service.registry, self.store, shown, to_files(saved))
         artifacts.publish(
             service.registry, self.store, theirs, run_id=run, epoch=epoch,
             step=saved.state.step, include_optimizer=True,

@@ -85,14 +85,20 @@ def names(service: Service) -> set[str]:
 def test_a_disk_that_fails_at_any_call_of_a_save_leaves_it_out_or_whole(
     service: Service, number: int, onwards: bool
 ) -> None:
-    save(service, service.registry, Draft(service.registry, service.capability, FILES))
+    save(
+        service, service.registry, Draft(service.registry, service.store, service.capability, FILES)
+    )
     total = spoiled(
-        lambda: save(service, service.registry, Draft(service.registry, service.capability, FILES)),
+        lambda: save(
+            service,
+            service.registry,
+            Draft(service.registry, service.store, service.capability, FILES),
+        ),
         lambda call: None,
     )
     outcomes = []
     for k in range(1, total + 1):
-        draft, error = Draft(service.registry, service.capability, FILES), None
+        draft, error = Draft(service.registry, service.store, service.capability, FILES), None
 
         def spoil(call: int, k: int = k) -> None:
             if call == k or (onwards and call > k):
@@ -115,7 +121,7 @@ def test_a_save_that_is_killed_at_any_call_is_out_or_whole_and_swept(service: Se
     outcomes, k = [], 0
     while True:
         k += 1
-        draft = Draft(service.registry, service.capability, FILES)
+        draft = Draft(service.registry, service.store, service.capability, FILES)
         died = killed(lambda draft=draft: save(service, reopened(service), draft), k)
         registry = reopened(service)
         outcomes.append(is_there(registry, service, draft.artifact_id))
@@ -131,7 +137,7 @@ def test_a_save_that_is_killed_at_any_call_is_out_or_whole_and_swept(service: Se
 
 
 def test_a_rotation_that_is_killed_at_any_call_is_finished_later(service: Service) -> None:
-    known = [Draft(service.registry, service.capability, FILES) for _ in range(2)]
+    known = [Draft(service.registry, service.store, service.capability, FILES) for _ in range(2)]
     for draft in known:
         save(service, service.registry, draft)
 

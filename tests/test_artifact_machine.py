@@ -184,7 +184,7 @@ class Artifacts(RuleBasedStateMachine):
     @rule(names=st.sampled_from([("a",), ("a", "b")]), until=st.sampled_from(SAVE_UNTIL))
     def save(self, names: tuple[str, ...], until: str) -> None:
         files = {name: os.urandom(20) for name in names}
-        draft = Draft(self.registry, self.capability, files)
+        draft = Draft(self.registry, ArtifactStore(self.root), self.capability, files)
         self.contents[draft.artifact_id] = files
 
         def work() -> None:

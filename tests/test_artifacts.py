@@ -78,7 +78,7 @@ class Service:
             "run_id": self.run, "epoch": self.epoch, "step": saved.state.step,
             "include_optimizer": saved.state.optimizer is not None,
         } | changes  # fmt: skip
-        draft = Draft(self.registry, self.capability, to_files(saved))
+        draft = Draft(self.registry, self.store, self.capability, to_files(saved))
         artifacts.publish(self.registry, self.store, draft, **values)
         return draft.artifact_id
 
@@ -146,7 +146,7 @@ def test_it_comes_back_through_another_registry_and_store(service: Service) -> N
 
 
 def test_the_answer_says_what_is_on_disk_and_how_it_is_sealed(service: Service) -> None:
-    draft = Draft(service.registry, service.capability, to_files(checkpoint()))
+    draft = Draft(service.registry, service.store, service.capability, to_files(checkpoint()))
     size, seal = artifacts.publish(
         service.registry, service.store, draft, run_id=service.run, epoch=service.epoch, step=3,
         include_optimizer=True,
@@ -475,7 +475,7 @@ def test_a_save_whose_tenant_key_was_retired_meanwhile_is_refused(service: Servi
         registry.rotate_key(TENANT)
         registry.retire_key(TENANT, "k1", {})
 
-    draft = Draft(registry, service.capability, to_files(checkpoint()))
+    draft = Draft(registry, service.store, service.capability, to_files(checkpoint()))
     with pytest.raises(StorageError, match="'k1' was retired"):
         artifacts.publish(
             registry, service.store, draft, run_id=service.run, epoch=service.epoch, step=3,

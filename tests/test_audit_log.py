@@ -270,7 +270,10 @@ def place(tmp_path: Path) -> Path:
 
 
 def open_registry(place: Path, kind: type[Registry] = Registry) -> Registry:
-    return kind(f"sqlite:///{place / DATABASE}", place / KEYRING)
+    """One that has met a store without heads."""
+    registry = kind(f"sqlite:///{place / DATABASE}", place / KEYRING)
+    registry.meet_store(US, STORE, {})
+    return registry
 
 
 @pytest.fixture
@@ -363,15 +366,15 @@ def test_an_actor_that_was_replaced_leaves_refusals_only(registry: Registry, run
 def test_the_life_of_an_artifact_leaves_its_rows(registry: Registry, run: str) -> None:
     epoch = registry.claim(run)
     actor = registry.capability(US, run, epoch)
-    _, wrapped = registry.new_data_key(actor, "art-1")
+    _, wrapped = registry.new_data_key(actor, "art-1", STORE)
     registry.publish(US, run, epoch, "art-1", 3, 10, True, b"{}", "k1")
-    registry.open_data_key(actor, "art-1", wrapped)
+    registry.open_data_key(actor, "art-1", wrapped, STORE)
     with pytest.raises(IntegrityError):
-        registry.open_data_key(registry.reader(US), "art-1", b"damaged")
+        registry.open_data_key(registry.reader(US), "art-1", b"damaged", STORE)
     registry.record_export(US, "art-1")
     registry.delete_artifact(US, "art-1")
     with pytest.raises(NotFoundError):
-        registry.open_data_key(registry.reader(US), "art-1", wrapped)
+        registry.open_data_key(registry.reader(US), "art-1", wrapped, STORE)
     mine = f"{run}@{epoch}"
     assert seen(registry)[2:] == [
         (mine, "artifact.save", "art-1", "ok"),
@@ -536,7 +539,9 @@ def changes(registry: Registry, run: str, wrapped: bytes) -> dict[str, Callable[
         "finish": lambda: registry.finish(run, 1, "failed"),
         "publish": lambda: registry.publish(US, run, 1, "art-2", 1, 10, True, b"{}", "k1"),
         "delete_artifact": lambda: registry.delete_artifact(US, "art-1"),
-        "open_data_key": lambda: registry.open_data_key(registry.reader(US), "art-1", wrapped),
+        "open_data_key": lambda: registry.open_data_key(
+            registry.reader(US), "art-1", wrapped, STORE
+        ),
         "create_api_key": lambda: registry.create_api_key(US, "", [], 1),
         "register_dataset": lambda: registry.register_dataset(US, "d", 8.0, 1e-5, "example"),
     }
@@ -552,7 +557,7 @@ def test_a_change_that_cannot_be_noted_does_not_happen(place: Path, name: str) -
     registry = open_registry(place)
     run = registry.create_run(US, CONFIG)
     epoch = registry.claim(run)
-    _, wrapped = registry.new_data_key(registry.capability(US, run, epoch), "art-1")
+    _, wrapped = registry.new_data_key(registry.capability(US, run, epoch), "art-1", STORE)
     registry.publish(US, run, epoch, "art-1", 1, 10, True, b"{}", "k1")
     before = everything(place)
     with pytest.raises(StorageError, match="disk is full"):

@@ -52,7 +52,7 @@ def seen(registry: Registry, tenant: str = TENANT) -> list[tuple[str, str, str, 
 
 def opened(service: Service, capability: Capability, artifact: str) -> bytes:
     wrapped = service.store.read_key(TENANT, artifact)
-    return service.registry.open_data_key(capability, artifact, wrapped)
+    return service.registry.open_data_key(capability, artifact, wrapped, service.store.root)
 
 
 # --- what a capability allows --------------------------------------------------------------------
@@ -65,7 +65,7 @@ def test_an_actor_makes_artifacts_and_reads_those_of_all_runs_of_its_tenant(
     files = artifacts.fetch(service.registry, service.store, other, artifact)
     assert_same(from_files(files), checkpoint())
     assert seen(service.registry)[-1] == (other.who, "artifact.load", artifact, "ok")
-    assert len(service.registry.new_data_key(other, "art-new")[0]) == 32
+    assert len(service.registry.new_data_key(other, "art-new", service.store.root)[0]) == 32
 
 
 def test_a_reader_reads_and_makes_nothing(service: Service) -> None:
@@ -73,7 +73,7 @@ def test_a_reader_reads_and_makes_nothing(service: Service) -> None:
     assert opened(service, reader, artifact) == opened(service, service.capability, artifact)
     before = seen(service.registry)
     with pytest.raises(AccessDeniedError, match="reader makes no artifacts"):
-        service.registry.new_data_key(reader, "the patient in bed 7")
+        service.registry.new_data_key(reader, "the patient in bed 7", service.store.root)
     refusal = (SDK, "artifact.save", "", "access_denied")
     assert seen(service.registry) == [*before, refusal], "or text was noted that anyone may choose"
 
@@ -104,7 +104,7 @@ def test_a_capability_outlives_a_restart_a_rotation_and_the_end_of_a_key(service
 
 def uses(service: Service, artifact: str) -> list[Callable[[Capability], object]]:
     return [
-        lambda shown: service.registry.new_data_key(shown, "art-new"),
+        lambda shown: service.registry.new_data_key(shown, "art-new", service.store.root),
         lambda shown: opened(service, shown, artifact),
     ]
 
@@ -128,7 +128,7 @@ def test_an_actor_that_was_replaced_or_ended_is_given_no_key(service: Service) -
 def test_a_replaced_actor_learns_it_before_it_copies_or_stores_anything(service: Service) -> None:
     service.registry.claim(service.run)
     with pytest.raises(ActorLostError):
-        Draft(service.registry, service.capability, to_files(checkpoint()))
+        Draft(service.registry, service.store, service.capability, to_files(checkpoint()))
     assert service.files() == []
 
 
@@ -151,7 +151,7 @@ def test_an_artifact_that_is_there_gets_no_second_key(service: Service) -> None:
     for shown in (service.capability, client(service.registry), client(service.registry, THEM)):
         for taken in (artifact, deleted):
             with pytest.raises(AccessDeniedError, match="an artifact of this id"):
-                service.registry.new_data_key(shown, taken)
+                service.registry.new_data_key(shown, taken, service.store.root)
             row = (shown.who, "artifact.save", taken, "access_denied")
             assert seen(service.registry, shown.tenant)[-1] == row
 
@@ -163,7 +163,7 @@ def test_another_tenant_learns_nothing_and_the_owner_learns_of_it(service: Servi
         with pytest.raises(NotFoundError) as foreign:
             opened(service, them, artifact)
         with pytest.raises(NotFoundError) as missing:
-            service.registry.open_data_key(them, "art-none", b"{}")
+            service.registry.open_data_key(them, "art-none", b"{}", service.store.root)
         assert str(foreign.value).replace(artifact, "art-none") == str(missing.value)
         assert seen(service.registry, THEM) == before
     assert seen(service.registry)[-1] == (ANYONE, "artifact.load", artifact, "access_denied")
@@ -205,7 +205,7 @@ def test_what_a_forger_writes_is_in_no_row_and_no_error(service: Service) -> Non
     forged = Capability(RUN, text, text, bytes(32))
     for shown in (forged, replace(forged, tenant=TENANT)):
         with pytest.raises(AccessDeniedError) as caught:
-            service.registry.new_data_key(shown, text)
+            service.registry.new_data_key(shown, text, service.store.root)
         assert text not in str(caught.value)
     assert text not in str(seen(service.registry))
     assert seen(service.registry, text) == []

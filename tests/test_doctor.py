@@ -53,7 +53,7 @@ def found(
     home: Path, keyring: str | None = None, store: str | None = None, proc: Path = Path("/proc")
 ) -> dict[str, Finding]:
     findings = [*examine(home, keyring or str(home / KEYRING), store or str(home / "store"), proc)]
-    assert len({finding.check for finding in findings}) == len(findings) == 9
+    assert len({finding.check for finding in findings}) == len(findings) == 10
     assert {finding.status for finding in findings} <= {OK, WARNING, PROBLEM}
     assert all(finding.message for finding in findings)
     return {finding.check: finding for finding in findings}
@@ -325,7 +325,7 @@ def test_warnings_end_with_0_and_a_problem_with_1(home: Path) -> None:
 
 def test_json_holds_the_same(home: Path) -> None:
     listed = json.loads(call("--json").stdout)
-    assert [set(one) for one in listed] == [{"check", "status", "message"}] * 9
+    assert [set(one) for one in listed] == [{"check", "status", "message"}] * 10
     (home / DATABASE).chmod(0o644)
     (home / SIGNING_KEY).unlink()
     found = call("--json")

@@ -196,17 +196,20 @@ def test_only_a_keeper_of_its_tenant_is_given_a_fresh_key_of_what_is_there(
     registry = service.registry
     artifact, gone = service.publish(), service.publish()
     deleted(service, gone)
-    key, wrapped = registry.new_data_key(registry.keeper(TENANT), artifact)
-    assert registry.open_data_key(registry.keeper(TENANT), artifact, wrapped) == key
+    key, wrapped = registry.new_data_key(registry.keeper(TENANT), artifact, service.store.root)
+    assert (
+        registry.open_data_key(registry.keeper(TENANT), artifact, wrapped, service.store.root)
+        == key
+    )
     for capability in (registry.reader(TENANT), service.capability):
         with pytest.raises(AccessDeniedError):
-            registry.new_data_key(capability, artifact)
+            registry.new_data_key(capability, artifact, service.store.root)
     for keeper, name in ((registry.keeper(OTHER), artifact), (registry.keeper(TENANT), gone)):
         with pytest.raises(NotFoundError):
-            registry.new_data_key(keeper, name)
+            registry.new_data_key(keeper, name, service.store.root)
     forged = replace(registry.reader(TENANT), kind=KEEPER)
     with pytest.raises(AccessDeniedError):
-        registry.new_data_key(forged, artifact)
+        registry.new_data_key(forged, artifact, service.store.root)
 
 
 class Crash(BaseException):
@@ -578,7 +581,9 @@ def test_from_its_expiry_on_an_artifact_opens_nowhere_and_before_it_everywhere(
         lambda: copied(service, artifact),
         lambda: resealed(service, artifact),
         lambda: export_adapter(registry, root, TENANT, artifact, tmp_path / "out"),
-        lambda: registry.open_data_key(registry.reader(TENANT), artifact, wrapped),
+        lambda: registry.open_data_key(
+            registry.reader(TENANT), artifact, wrapped, service.store.root
+        ),
         lambda: registry.check_manifest(TENANT, artifact, manifest),
         lambda: registry.openable(TENANT, artifact),
     ]

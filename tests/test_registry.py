@@ -14,7 +14,7 @@ import pytest
 import sqlalchemy as sa
 
 from actors.capabilities import Capability
-from actors.home import DATABASE, KEYRING, create
+from actors.home import DATABASE, KEYRING, STORE, create
 from actors.registry import Registry
 from tg_tinker import TrainingConfig
 from tg_tinker.errors import (
@@ -38,7 +38,11 @@ def place(tmp_path: Path) -> Path:
 
 
 def open_registry(place: Path) -> Registry:
-    return Registry(f"sqlite:///{place / DATABASE}", place / KEYRING)
+    """One that has met a store without heads."""
+    registry = Registry(f"sqlite:///{place / DATABASE}", place / KEYRING)
+    for tenant in (US, THEM):
+        registry.meet_store(tenant, STORE, {})
+    return registry
 
 
 @pytest.fixture
@@ -219,7 +223,7 @@ def uses(registry: Registry, wrapped: bytes) -> list[Callable[[str], object]]:
     return [
         lambda tenant: registry.artifact(tenant, "art-1"),
         lambda tenant: registry.check_manifest(tenant, "art-1", MANIFEST),
-        lambda tenant: registry.open_data_key(registry.reader(tenant), "art-1", wrapped),
+        lambda tenant: registry.open_data_key(registry.reader(tenant), "art-1", wrapped, STORE),
         lambda tenant: registry.delete_artifact(tenant, "art-1"),
     ]
 
@@ -227,9 +231,9 @@ def uses(registry: Registry, wrapped: bytes) -> list[Callable[[str], object]]:
 def test_a_deleted_artifact_stays_deleted_and_its_key_does_not_open(
     registry: Registry, place: Path, run: str
 ) -> None:
-    key, wrapped = registry.new_data_key(writer(registry, run), "art-1")
+    key, wrapped = registry.new_data_key(writer(registry, run), "art-1", STORE)
     publish(registry, run)
-    assert registry.open_data_key(registry.reader(US), "art-1", wrapped) == key
+    assert registry.open_data_key(registry.reader(US), "art-1", wrapped, STORE) == key
     registry.delete_artifact(US, "art-1")
     for again in (registry, open_registry(place)):
         assert again.artifacts(US) == []
@@ -242,7 +246,7 @@ def test_a_deleted_artifact_stays_deleted_and_its_key_does_not_open(
 
 
 def test_another_tenant_sees_no_run_no_artifact_and_no_key(registry: Registry, run: str) -> None:
-    _, wrapped = registry.new_data_key(writer(registry, run), "art-1")
+    _, wrapped = registry.new_data_key(writer(registry, run), "art-1", STORE)
     publish(registry, run)
     assert registry.runs(THEM) == registry.artifacts(THEM) == []
     for use in (lambda tenant: registry.run(tenant, run), *uses(registry, wrapped)):
@@ -272,25 +276,25 @@ def test_another_tenant_cannot_publish_into_a_run(registry: Registry, run: str) 
 
 
 def test_a_data_key_belongs_to_one_tenant_and_one_artifact(registry: Registry, run: str) -> None:
-    _, wrapped = registry.new_data_key(writer(registry, run), "art-1")
+    _, wrapped = registry.new_data_key(writer(registry, run), "art-1", STORE)
     theirs = registry.create_run(THEM, CONFIG)
     publish(registry, run, "art-2")
     publish(registry, theirs, "art-3", tenant=THEM)
     for tenant, artifact in ((US, "art-2"), (THEM, "art-3")):
         with pytest.raises(IntegrityError):
-            registry.open_data_key(registry.reader(tenant), artifact, wrapped)
+            registry.open_data_key(registry.reader(tenant), artifact, wrapped, STORE)
 
 
 def test_a_data_key_opens_only_once_its_artifact_is_published(registry: Registry, run: str) -> None:
-    key, wrapped = registry.new_data_key(writer(registry, run), "art-1")
+    key, wrapped = registry.new_data_key(writer(registry, run), "art-1", STORE)
     with pytest.raises(NotFoundError):
-        registry.open_data_key(registry.reader(US), "art-1", wrapped)
+        registry.open_data_key(registry.reader(US), "art-1", wrapped, STORE)
     publish(registry, run)
-    assert registry.open_data_key(registry.reader(US), "art-1", wrapped) == key
+    assert registry.open_data_key(registry.reader(US), "art-1", wrapped, STORE) == key
 
 
 def test_every_data_key_is_fresh_and_wrapped(registry: Registry, run: str) -> None:
-    made = [registry.new_data_key(writer(registry, run), "art-1") for _ in range(5)]
+    made = [registry.new_data_key(writer(registry, run), "art-1", STORE) for _ in range(5)]
     assert len({key for key, _ in made}) == 5
     for key, wrapped in made:
         assert key not in wrapped
@@ -305,20 +309,20 @@ def test_a_damaged_key_file_is_an_integrity_error(
 ) -> None:
     publish(registry, run)
     with pytest.raises(IntegrityError):
-        registry.open_data_key(registry.reader(US), "art-1", damage)
+        registry.open_data_key(registry.reader(US), "art-1", damage, STORE)
 
 
 # --- the database ----------------------------------------------------------------------------
 
 
 def test_the_state_survives_a_second_registry(registry: Registry, place: Path, run: str) -> None:
-    key, wrapped = registry.new_data_key(writer(registry, run), "art-1")
+    key, wrapped = registry.new_data_key(writer(registry, run), "art-1", STORE)
     publish(registry, run)
     registry.record(run, 2, 3, "active")
     again = open_registry(place)
     assert again.runs(US) == registry.runs(US)
     assert again.artifacts(US) == registry.artifacts(US)
-    assert again.open_data_key(again.reader(US), "art-1", wrapped) == key
+    assert again.open_data_key(again.reader(US), "art-1", wrapped, STORE) == key
     again.check_manifest(US, "art-1", MANIFEST)
     assert again.claim(run) == 3
     assert registry.run(US, run)[0].epoch == 3, "the first registry kept something in memory"

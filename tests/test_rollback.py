@@ -30,6 +30,7 @@ from tg_tinker.errors import (
     DPBudgetExceededError,
     IntegrityError,
     LedgerMismatchError,
+    RollbackError,
     StorageError,
 )
 from tg_tinker.ledger import Entry, Ledger, place_of
@@ -465,7 +466,8 @@ def test_an_artifact_newer_than_the_ledger_or_of_another_is_refused(
     for _ in range(3):
         train(one)
     newer = save(one)
-    shutil.rmtree(Path(home.root) / f"t/{US}/ledgers")  # of the heads only the artifact's is left
+    for heads in ("ledgers", "audit"):  # only the artifact's are left
+        shutil.rmtree(Path(home.root) / f"t/{US}/{heads}")
     manifest = ArtifactStore(home.root).read(US, newer, "manifest.json")
     run = one._place.run_id
     known = other.registry
@@ -514,6 +516,9 @@ def test_an_older_database_is_refused_before_the_model_is_loaded(
     old = home.copied()
     train(one)
     save(one)
+    with pytest.raises(RollbackError):
+        worker(old, Path("no/such/model"))
+    shutil.rmtree(Path(home.root) / f"t/{US}/audit")
     with pytest.raises(LedgerMismatchError):
         worker(old, Path("no/such/model"))
 

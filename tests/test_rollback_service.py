@@ -102,6 +102,10 @@ def test_an_old_database_under_newer_heads_trains_nothing(
             service.get_artifact(newer)  # it replays into a registry that never published it
         assert "ledger_mismatch" in {row.outcome for row in service.audit_log()}
 
+    accepted = CliRunner().invoke(main, ["registry", "accept", "--yes"])
+    assert accepted.exit_code == 0, accepted.output
+    with ServiceClient(address="local") as service, pytest.raises(LedgerMismatchError):
+        service.create_training_client(config(tiny_model))  # charges are not accepted by it
     unknown = CliRunner().invoke(main, ["privacy", "book-missing", "nope"])
     assert (unknown.exit_code, "'nope' has no ledger" in unknown.output) == (1, True)
     booked = CliRunner().invoke(main, ["privacy", "book-missing", DATA])

@@ -296,7 +296,8 @@ class TestArtifactsInEveryStore:
         run = registry.create_run(TENANT, TrainingConfig(model_ref="m").model_dump_json())
         files = {"weights": bytes(range(256)) * 9000, "state": b"{}"}
         epoch = registry.claim(run)
-        draft = artifacts.Draft(registry, registry.capability(TENANT, run, epoch), files)
+        capability = registry.capability(TENANT, run, epoch)
+        draft = artifacts.Draft(registry, ArtifactStore(root), capability, files)
         size, _ = artifacts.publish(
             registry, ArtifactStore(root), draft, run_id=run, epoch=epoch, step=1,
             include_optimizer=False,

@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 from actors import artifacts, lifecycle
 from actors.artifacts import Draft
+from actors.audit_heads import meet
 from actors.home import DATABASE, KEYRING, create
 from actors.objects import LocalFolder, ObjectInfo
 from actors.registry import Registry
@@ -83,7 +84,7 @@ class Store:
         return self.service.registry
 
     def draft(self) -> Draft:
-        return Draft(self.registry, self.service.capability, FILES)
+        return Draft(self.registry, self.store, self.service.capability, FILES)
 
     def publish(self, draft: Draft | None = None, write: Any = artifacts.write) -> str:
         draft = draft or self.draft()
@@ -533,6 +534,7 @@ def test_a_restored_registry_that_saved_as_often_again_sweeps_nothing(
     at: Store, tmp_path: Path
 ) -> None:
     restored = Store(replace(at.service, registry=backed_up(at, tmp_path)))
+    meet(restored.registry, restored.store, TENANT)  # both are in use at once
     at.publish()
     restored.publish()
     heads = sorted((at.service.root / "t" / TENANT / "audit").iterdir())
@@ -607,7 +609,9 @@ def test_every_store_tells_its_time_and_loses_its_orphans_alone(
     root: str, service: Service
 ) -> None:
     store = ArtifactStore(root)
-    orphan, kept = (Draft(service.registry, service.capability, FILES) for _ in range(2))
+    orphan, kept = (
+        Draft(service.registry, service.store, service.capability, FILES) for _ in range(2)
+    )
     artifacts.write(store, orphan)
     artifacts.publish(
         service.registry, store, kept, run_id=service.run, epoch=service.epoch, step=1,

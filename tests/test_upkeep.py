@@ -147,7 +147,7 @@ def test_a_key_is_not_retired_over_an_artifact_that_nobody_counted(
 ) -> None:
     """Drafted under the older key, entered after the keys were counted."""
     registry, root = service.registry, str(service.root)
-    draft = Draft(registry, service.capability, to_files(checkpoint()))
+    draft = Draft(registry, service.store, service.capability, to_files(checkpoint()))
     registry.rotate_key(TENANT)
     retire_key = registry.retire_key
 
@@ -175,7 +175,10 @@ def test_a_save_by_another_registry_finds_the_key_that_is_being_retired_gone(
 ) -> None:
     """It comes after the last look at what there is, before the key goes."""
     other = Registry(f"sqlite:///{service.home / DATABASE}", service.home / KEYRING)
-    draft, refused = Draft(other, service.capability, to_files(checkpoint())), list[str]()
+    draft, refused = (
+        Draft(other, service.store, service.capability, to_files(checkpoint())),
+        list[str](),
+    )
     service.registry.rotate_key(TENANT)
     retire = FileKeyring.retire
 

@@ -13,6 +13,10 @@ one text for one row. `details` is flat: it holds ids, numbers and HMACs, never 
 
 What a chain proves is relative to a head that somebody kept: rows up to it are those which the
 head was made of. Without one it proves only that the rows fit each other.
+
+An operator whose newest database is lost may go on from an older copy. A row `registry.accept`
+then names the heads of what was lost (`accepted_by`): who operates the service lets them be, who
+kept one in other hands is refused and told of the row.
 """
 
 from __future__ import annotations
@@ -30,6 +34,9 @@ from tg_tinker.ledger import place_of
 
 GENESIS = "0" * 64
 """`previous` of the first row, which has `seq` 1."""
+
+ACCEPT = "registry.accept"
+"""The event of a row that accepts an older copy of the database."""
 
 _DOMAIN = b"tg-tinker audit head v1\n"
 _ROW = ("seq", "time", "tenant", "who", "event", "subject", "outcome", "details", "previous")
@@ -100,6 +107,7 @@ class AuditHead:
         signature: Ed25519, hex; empty where nobody signed.
         since: the oldest head known before, through which the log still goes. None: no head was
             known, so the log is consistent in itself only.
+        accepted: numbers of the rows that accept an older copy of the database.
     """
 
     tenant: str
@@ -108,6 +116,7 @@ class AuditHead:
     time: str
     signature: str = ""
     since: AuditHead | None = field(default=None, compare=False)
+    accepted: tuple[int, ...] = field(default=(), compare=False)
 
     @classmethod
     def parse(cls, line: str) -> AuditHead:
@@ -149,6 +158,8 @@ class AuditHead:
             known = "consistent in itself; no earlier head was known"
         else:
             known = f"consistent since head {self.since.seq} of {self.since.time}"
+        for row in self.accepted:
+            known += f"; an older copy was accepted at row {row}, heads that it names are lost"
         return f"{self.seq} rows, head {self.hash}: {known}"
 
 
@@ -191,54 +202,75 @@ def parse_rows(lines: Iterable[str], after: int = 0) -> Iterator[AuditRow]:
         yield row
 
 
+def accepted_by(row: AuditRow) -> list[str]:
+    """Places of the heads whose loss was accepted with this row."""
+    if (row.event, row.outcome) != (ACCEPT, "ok"):
+        return []
+    return str(row.details.get("heads", "")).split()
+
+
 def verify(
-    rows: Iterable[AuditRow], since: AuditHead | None = None, known: Iterable[AuditHead] = ()
-) -> AuditHead:
+    rows: Iterable[AuditRow], since: AuditHead | None = None, known: Iterable[AuditHead] = (),
+    own: Iterable[AuditHead] = (),
+) -> AuditHead:  # fmt: skip
     """The head that the rows reach; its `since` is the oldest head that they were held against.
 
     Args:
         rows: in order; all from the first one, or all after `since`.
         since: where they begin. None: at the beginning of the log.
         known: heads that the chain must go through.
+        own: heads in the operator's hands: the chain goes through them, or accepts their loss.
 
     Raises:
         IntegrityError: names the first row that was changed, left out, added or moved, or the
             head that the chain does not go through.
     """
-    heads = _by_seq([*([] if since is None else [since]), *known])
-    tenant = next((head.tenant for head in heads.values()), "")
-    start = at = since or empty(tenant)
-    _meet(heads.get(at.seq), at)
+    strict = [*([] if since is None else [since]), *known]
+    heads = [*strict, *own]
+    start = at = since or empty(_tenant_of(heads))
+    wanted = {head.place for head in heads}
+    passed, accepted = {at.place}, dict[str, int]()
     for row in rows:
         at = _next(at, row)
-        _meet(heads.get(at.seq), at)
-    if at.seq < (newest := max(heads, default=0)):
-        raise IntegrityError(
-            f"the audit log ends at row {at.seq}, a head of row {newest} is known: its end was cut"
-            " off, or an old copy was put in its place"
-        )
-    held = [seq for seq in heads if seq >= max(start.seq, 1)]
-    return replace(at, since=heads[min(held)] if held else None)
+        passed |= {at.place} & wanted
+        accepted |= dict.fromkeys(accepted_by(row), row.seq)
+    for head in sorted(heads, key=lambda head: head.seq):
+        let_be = head.place in passed or (head not in strict and head.place in accepted)
+        if head.seq >= start.seq and not let_be:
+            raise _missed(head, at, accepted.get(head.place))
+    held = [head for head in heads if head.seq >= max(start.seq, 1) and head.place in passed]
+    oldest = min(held, key=lambda head: head.seq, default=None)
+    return replace(at, since=oldest, accepted=tuple(sorted({*accepted.values()})))
 
 
 # --- inside --------------------------------------------------------------------------------------
 
 
-def _by_seq(known: Iterable[AuditHead]) -> dict[int, AuditHead]:
-    heads: dict[int, AuditHead] = {}
-    for head in known:
-        _meet(heads.setdefault(head.seq, head), head)
-        if head.tenant != next(iter(heads.values())).tenant:
-            raise IntegrityError("the known heads are of different tenants' audit logs")
-    return heads
+def _tenant_of(heads: list[AuditHead]) -> str:
+    tenants = {head.tenant for head in heads}
+    if len(tenants) > 1:
+        raise IntegrityError("the known heads are of different tenants' audit logs")
+    return next(iter(tenants), "")
 
 
-def _meet(kept: AuditHead | None, found: AuditHead) -> None:
-    if kept is not None and kept.hash != found.hash:
-        raise IntegrityError(
-            f"the audit log forked: row {kept.seq} is not the one of the head that was known of it"
-            f" ({kept.time}). It, or a row before it, was rewritten"
+def _missed(head: AuditHead, end: AuditHead, accepted_at: int | None) -> IntegrityError:
+    """Why a log that ends there does not go through a head."""
+    if head.seq > end.seq:
+        message = (
+            f"the audit log ends at row {end.seq}, a head of row {head.seq} is known: its end was"
+            " cut off, or an old copy was put in its place"
         )
+    else:
+        message = (
+            f"the audit log forked: row {head.seq} is not the one of the head that was known of it"
+            f" ({head.time}). It, or a row before it, was rewritten"
+        )
+    if accepted_at is not None:
+        message += (
+            f". The operator accepted that at row {accepted_at}, as the loss of a newer database:"
+            " if you do too, keep a head of a later row from now on"
+        )
+    return IntegrityError(message)
 
 
 def _next(at: AuditHead, row: AuditRow) -> AuditHead:

@@ -19,7 +19,14 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from tg_tinker import cli_artifacts, cli_audit_log, cli_doctor, cli_keys, cli_sampling
+from tg_tinker import (
+    cli_artifacts,
+    cli_audit_log,
+    cli_doctor,
+    cli_keys,
+    cli_registry,
+    cli_sampling,
+)
 from tg_tinker.errors import TGTinkerError
 
 if TYPE_CHECKING:
@@ -95,6 +102,7 @@ main.add_typer(cli_artifacts.artifacts, name="artifacts")
 main.add_typer(cli_audit_log.commands, name="audit-log")
 main.add_typer(cli_sampling.commands)
 main.add_typer(cli_keys.keys, name="keys")
+main.add_typer(cli_registry.commands, name="registry")
 main.command()(cli_doctor.doctor)
 
 _Dataset = Annotated[str, typer.Argument(help="As in TrainingConfig.dataset_id.")]

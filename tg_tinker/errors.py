@@ -13,7 +13,8 @@
     ├── FutureTimeoutError (TimeoutError)  no answer within the timeout; the call goes on
     ├── FutureCancelledError               the call was cancelled before it changed anything
     ├── IntegrityError                     stored bytes were changed, or the key is another
-    │   └── LedgerMismatchError            a ledger is behind what is known of it, or another one
+    │   ├── LedgerMismatchError            a ledger is behind what is known of it, or another one
+    │   └── RollbackError                  the registry's database is behind what its store knows
     └── ServiceError                       the service, not the request
         ├── ActorLostError                 the training actor is gone
         ├── ClusterUnavailableError        no Ray cluster answers
@@ -113,6 +114,10 @@ class IntegrityError(TGTinkerError):
 
 class LedgerMismatchError(IntegrityError):
     code = "ledger_mismatch"
+
+
+class RollbackError(IntegrityError):
+    code = "rollback"
 
 
 class ServiceError(TGTinkerError):

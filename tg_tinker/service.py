@@ -36,6 +36,7 @@ from tg_tinker.location import parse
 from tg_tinker.peft_files import PeftFiles
 from tg_tinker.privacy import DEFAULT_DATASET, PrivacyReport, dataset_of
 from tg_tinker.service_artifacts import ArtifactCalls
+from tg_tinker.service_registry import RegistryCalls
 from tg_tinker.training import TrainingClient
 from tg_tinker.types import ApiKeyInfo, ArtifactInfo, LoadStateResult, ModelInfo, TrainingClientInfo
 
@@ -117,7 +118,7 @@ def check_port(host: str, port: int) -> None:
         ) from None
 
 
-class ServiceClient(ArtifactCalls):
+class ServiceClient(ArtifactCalls, RegistryCalls):
     """A connection to TG-Tinker on a Ray cluster, or on one started inside this process.
 
     Args:
@@ -475,10 +476,12 @@ class ServiceClient(ArtifactCalls):
         """Reads the whole log and checks that it goes through every head that is known.
 
         Known are the head that this home last saw, the signed heads in the artifact store, and
-        `head`, if you kept one. The verified head is then kept in both places.
+        `head`, if you kept one. The verified head is then kept in both places. Of the first two,
+        those may be missing whose loss was accepted (`accept_registry`).
 
         Returns:
-            Where the log ends, signed; its `since` is the oldest head it was held against.
+            Where the log ends, signed; its `since` is the oldest head it was held against, its
+            `accepted` the rows that accepted an older copy of the database.
 
         Raises:
             IntegrityError: names the first row, or the head, that does not fit; or a head was not
@@ -486,16 +489,18 @@ class ServiceClient(ArtifactCalls):
         """
         kept = self._home / f"audit-head-{self._tenant}"
         public_key = read_public_key(self._audit_keys / "audit.pub")
-        known: list[AuditHead] = [read_head(kept)] if kept.exists() else []
+        own: list[AuditHead] = [read_head(kept)] if kept.exists() else []
         now: AuditHead = self._registry.audit_head(self._tenant)
-        for one in (*known, now):
+        for one in (*own, now):
             one.check(public_key)
-        known += provided("audit_heads")(self._store, self._tenant, public_key)
-        known += [] if head is None else [head]
-        verify(paged(self.audit_log), since=empty(self._tenant), known=[*known, now])
+        own += provided("audit_heads")(self._store, self._tenant, public_key)
+        known = [now] if head is None else [head, now]
+        rows = paged(self.audit_log)
+        found = verify(rows, since=empty(self._tenant), known=known, own=own)
         provided("keep_audit_head")(self._store, now)
         keep_head(kept, now)
-        return replace(now, since=min(known, key=lambda one: one.seq, default=None))
+        since = None if found.since is now else found.since
+        return replace(now, since=since, accepted=found.accepted)
 
     # --- life --------------------------------------------------------------------------------
 

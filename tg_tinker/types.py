@@ -246,3 +246,48 @@ class ModelInfo:
     device: str
     flat_stream: bool
     num_threads: int
+
+
+@dataclass(frozen=True)
+class RegistryCheck:
+    """How a registry's database stands to what its store, and this home, know of one tenant.
+
+    Attributes:
+        rows: of the audit log.
+        heads: of the log that were found and that it knows.
+        missing: those that it does not know, by object in the store or file of the home: the
+            number of their row. The database is an older copy, or another one.
+        foreign: objects in the store that are no heads of this log, and why. They count for
+            nothing here; a sweep refuses to start beside the heads of another registry.
+        ledgers: what is wrong with the ledgers of data sets, by data set; by pseudonym where the
+            database has lost the data set itself.
+        accepted: numbers of the rows that accepted an older copy.
+    """
+
+    rows: int
+    heads: int
+    missing: dict[str, int]
+    foreign: dict[str, str]
+    ledgers: dict[str, str]
+    accepted: tuple[int, ...]
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is refused."""
+        return not self.missing and not self.ledgers
+
+
+@dataclass(frozen=True)
+class RegistryAcceptance:
+    """What going on from an older copy of the database means.
+
+    Attributes:
+        row: of the audit log, which says so; 0 where nothing had to be accepted.
+        openable: artifacts that the copy knows and whose files are there. Which of them had been
+            deleted meanwhile it cannot know: delete those again.
+        lost: artifacts that the copy knows and whose files are gone.
+    """
+
+    row: int
+    openable: tuple[str, ...]
+    lost: tuple[str, ...]

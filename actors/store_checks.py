@@ -1,0 +1,117 @@
+"""The audit log against the heads that a store has of it: an older or another database is noticed
+before it opens, saves or removes anything there.
+
+A restored copy of the database has the signing key of today, so only heads that were signed here
+are evidence. Anybody who can write to the store can put others there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from actors.audit_log import SDK, AuditLog
+from tg_tinker.audit_log import ACCEPT, AuditHead
+from tg_tinker.envelope import public_key_of
+from tg_tinker.errors import AccessDeniedError, IntegrityError, RollbackError
+
+
+class StoreChecks(AuditLog):
+    """The part of the registry that knows which stores its database was held against."""
+
+    def __init__(self, database: str) -> None:
+        super().__init__(database)
+        # In memory, on purpose: a database that is put back under a new process is held anew.
+        self._met: dict[tuple[str, str], str] = {}  # where the log ended when it was last asked
+
+    def met(self, tenant: str, store: str) -> bool:
+        """Whether this process has met a store, and the log has lost nothing since."""
+        seen = self._met.get((tenant, store))
+        if seen is None or self.unknown_rows(tenant, [seen]):
+            return False
+        self._met[tenant, store] = self.audit_head(tenant).place
+        return True
+
+    def meet_store(
+        self, tenant: str, store: str, lines: Mapping[str, str], who: str = SDK
+    ) -> dict[str, str]:
+        """Holds the log against objects that may be heads of it; then the store is met.
+
+        Args:
+            store: its root.
+            lines: what all objects hold whose names the log does not know, by name.
+            who: asks, for the audit log.
+
+        Returns:
+            Why an object is no head of this log, by its name. Those count for nothing.
+
+        Raises:
+            RollbackError: the log does not go through one of the heads.
+        """
+        with self._refusals_noted(tenant, who, "registry.check", ""):
+            missing, others = self.judge_heads(tenant, lines)
+            end = self.audit_head(tenant)
+            if missing:
+                raise _rolled_back(*max(missing.items(), key=lambda item: item[1].seq), end)
+        self._met[tenant, store] = end.place
+        return others
+
+    def judge_heads(
+        self, tenant: str, lines: Mapping[str, str]
+    ) -> tuple[dict[str, AuditHead], dict[str, str]]:
+        """Of objects by name: heads of this log that it does not go through, and why others are
+        no heads of it."""
+        heads, others = {}, {}
+        for name, line in lines.items():
+            try:
+                heads[name] = self._own_head(tenant, line)
+            except IntegrityError as error:
+                others[name] = error.message
+        places = [head.place for head in heads.values()]
+        unknown = set(self.unknown_rows(tenant, places)) if places else set()
+        return {name: head for name, head in heads.items() if head.place in unknown}, others
+
+    def accept_heads(self, tenant: str, lines: Sequence[str]) -> int:
+        """Goes on without what these heads are of: from now on they count as known.
+
+        Returns:
+            Number of the row that says so; 0, and no row, where the log knows them all.
+
+        Raises:
+            IntegrityError: one is no head of this log.
+        """
+        with self._refusals_noted(tenant, SDK, ACCEPT, ""):
+            places = {self._own_head(tenant, line).place for line in lines}
+            unknown = sorted(self.unknown_rows(tenant, [*places]))
+            if not unknown:
+                return 0
+            with self._change() as tx:
+                self._note(tx, tenant, SDK, ACCEPT, "", {"heads": " ".join(unknown)})
+        return self.audit_head(tenant).seq
+
+    def _refuse_unmet(self, tenant: str, store: str) -> None:
+        """Where a data key is handed out, so that nobody can forget to ask."""
+        if not self.met(tenant, store):
+            raise AccessDeniedError(
+                "the registry was not held against the heads in this store since it started, or"
+                " its database changed meanwhile: repeat the call"
+            )
+
+    def _own_head(self, tenant: str, line: str) -> AuditHead:
+        """Raises IntegrityError for what is no head of this log, signed here."""
+        head = AuditHead.parse(line)
+        head.check(public_key_of(self._signing_key))
+        if head.tenant != tenant:
+            raise IntegrityError("it is of another tenant's log")
+        return head
+
+
+def _rolled_back(name: str, head: AuditHead, end: AuditHead) -> RollbackError:
+    where = "it has another row there" if head.seq <= end.seq else f"it ends at row {end.seq}"
+    return RollbackError(
+        f"the store has a head of row {head.seq} of the audit log, {name}, that this registry does"
+        f" not know, {where}: its database is an older copy, or another one was in use meanwhile."
+        " Nothing was opened or changed. Put the newest copy of the database back; if it is lost,"
+        " `tg-tinker registry check` tells what is missing, and `tg-tinker registry accept` goes"
+        " on without it",
+        details={"object": name, "row": head.seq, "last_row": end.seq},
+    )

@@ -1,0 +1,106 @@
+"""The commands of the registry's database: is it an older copy, and going on from one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from tg_tinker.types import RegistryAcceptance, RegistryCheck
+
+commands = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="""The registry's database: whether it is the newest copy.
+
+    The artifact store and the home keep signed heads of its audit log. Behind
+    one of them nothing is opened, saved or removed.
+
+      [cyan]tg-tinker registry check[/]
+      [cyan]tg-tinker registry accept[/]""",
+)
+_SHOWN = 10
+"""Heads that are named."""
+
+
+@commands.command()
+def check(ctx: typer.Context) -> None:
+    """Hold the database against all that the store and this home know of it.
+
+    Ends with status 1 if it is an older copy, or if a ledger is behind.
+
+      [cyan]tg-tinker registry check[/]
+    """
+    from tg_tinker.cli import connector
+
+    with connector(ctx)() as service:
+        found = service.check_registry()
+    _tell(found)
+    raise typer.Exit(not found.sound)
+
+
+@commands.command()
+def accept(
+    ctx: typer.Context,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Go on from an older copy of the database, when no newer one is left.
+
+    It becomes a row of the audit log for ever. What was deleted after the copy
+    was made opens again, if its files are there; what was saved since is left
+    over, and a sweep removes it. Charges of a privacy budget are not accepted:
+    tg-tinker privacy book-missing puts them back.
+
+      [cyan]tg-tinker registry accept[/]
+    """
+    from tg_tinker.cli import connector
+
+    with connector(ctx)() as service:
+        found = service.check_registry()
+        _tell(found)
+        if not found.missing:
+            typer.echo("nothing to accept")
+            return
+        if not yes and typer.prompt("Type accept to go on without what is lost") != "accept":
+            typer.echo("nothing was accepted")
+            raise typer.Exit(1)
+        _tell_accepted(service.accept_registry())
+
+
+def _tell(found: RegistryCheck) -> None:
+    typer.echo(f"audit log: {found.rows} rows, {found.heads} heads known")
+    for row in found.accepted:
+        typer.echo(f"an older copy was accepted at row {row}")
+    for name, why in found.foreign.items():
+        typer.echo(
+            f"passed over: {name}: {why}. Remove it, or find out which registry put it there"
+        )
+    missing = sorted(found.missing.items(), key=lambda item: -item[1])
+    for name, row in missing[:_SHOWN]:
+        typer.echo(f"not known: row {row}, {name}")
+    if missing:
+        more = f" ({len(missing) - _SHOWN} heads more)" if len(missing) > _SHOWN else ""
+        typer.echo(
+            f"PROBLEM: the database is an older copy, or another one was in use meanwhile{more}."
+            " Nothing of this tenant is opened, saved or removed. Put the newest copy back; if it"
+            " is lost, `tg-tinker registry accept` goes on without it"
+        )
+    for dataset, why in found.ledgers.items():
+        typer.echo(f"PROBLEM: ledger {dataset}: {why}")
+    if found.sound:
+        typer.echo("ok: the database knows all that the store and this home know of it")
+
+
+def _tell_accepted(accepted: RegistryAcceptance) -> None:
+    typer.echo(f"accepted at row {accepted.row} of the audit log")
+    for artifact in accepted.openable:
+        typer.echo(f"opens again: {artifact}")
+    for artifact in accepted.lost:
+        typer.echo(f"its files are gone: {artifact}")
+    typer.echo(
+        "If some of these were deleted after the copy was made, delete them again: `tg-tinker"
+        " artifacts delete`. What was saved since is not known any more, and `tg-tinker artifacts"
+        " sweep` removes it. Charges are not accepted: `tg-tinker privacy book-missing` puts them"
+        " back"
+    )
