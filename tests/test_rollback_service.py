@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from privacy_helpers import ROWS
+from storage_servers import free_ports
 from typer.testing import CliRunner
 
 from tg_tinker import (
@@ -18,6 +23,7 @@ from tg_tinker import (
     LedgerMismatchError,
     LoRAConfig,
     NotFoundError,
+    RollbackError,
     ServiceClient,
     TrainingClient,
     TrainingConfig,
@@ -146,3 +152,49 @@ def test_a_client_sends_what_it_saw_and_leaves_the_last_head_in_the_store(
             last = entries(service)[-1]["hash"]
         stored = (home / "store/t/default/ledgers").rglob("*.json")
         assert any(last in path.name for path in stored)
+
+
+def completion(url: str, model: str) -> tuple[int, dict[str, Any]]:
+    body = json.dumps({"model": model, "prompt": "abc", "max_tokens": 1}).encode()
+    asked = urllib.request.Request(f"{url}/completions", body, {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as refusal:
+        return refusal.code, json.load(refusal)
+
+
+def test_an_old_database_under_newer_audit_heads_opens_nothing_that_was_shredded(
+    home: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    plain = TrainingConfig(model_ref=str(tiny_model), lora_config=LoRAConfig(rank=2))
+    bank = partial(ServiceClient, address="local", tenant="bank")
+    with bank() as service, service.create_training_client(plain) as tc:
+        shredded = tc.save_state().artifact_id
+    set_aside(home, tmp_path / "old")
+    shutil.copytree(home / "store", tmp_path / "store")
+    with bank() as service:
+        service.shred_artifact(shredded)
+    put_back(home, tmp_path / "old")
+    shutil.copytree(tmp_path / "store", home / "store", dirs_exist_ok=True)
+    with bank() as service:
+        url = service.serve_http(str(tiny_model), port=free_ports(1)[0])
+        uses: dict[str, Callable[[], object]] = {
+            "create": lambda: service.create_training_client(plain),
+            "get": lambda: service.get_training_client(tc.id),
+            "export": lambda: service.export_adapter(shredded, tmp_path / "out"),
+            "copy": lambda: service.copy_artifact(shredded),
+        }
+        for what, use in uses.items():
+            with pytest.raises(RollbackError) as caught:
+                use()
+            assert caught.value.details["object"].startswith("t/bank/audit/"), what
+        status, answer = completion(url, shredded)
+        assert (status, answer["error"]["code"]) == (500, "rollback")
+        assert not service.check_registry().sound
+        assert service.accept_registry().openable == (shredded,)
+        assert service.check_registry().sound
+        assert completion(url, shredded)[0] == 200
+        with service.get_training_client(tc.id) as back:
+            assert back.load_state(shredded).artifact_id == shredded
+        assert "older copy was accepted at row" in str(service.verify_audit_log())
