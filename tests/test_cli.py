@@ -69,6 +69,7 @@ def test_the_commands_are_these() -> None:
         "privacy audit", "privacy book-missing", "serve", "sample", "chat",
         "audit-log", "audit-log show", "audit-log verify", "audit-log export",
         "api-keys", "api-keys create", "api-keys list", "api-keys revoke",
+        "registry", "registry check", "registry accept",
     }  # fmt: skip
 
 
