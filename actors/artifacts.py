@@ -18,6 +18,7 @@ from typing import TypeVar
 from actors.audit_heads import keep_newest, meet
 from actors.capabilities import Capability
 from actors.manifest import Manifest, SealedFile
+from actors.process import no_core_files
 from actors.registry import DATA_KEY, Registry
 from actors.state import WEIGHTS, from_files
 from actors.store import MANIFEST, ArtifactStore
@@ -188,6 +189,7 @@ def fetch(
         RollbackError, StorageError: see `audit_heads.meet`.
     """
     tenant = capability.tenant
+    no_core_files()  # a copy, an export or a check decrypts in the program that uses the SDK
     meet(registry, store, tenant, capability.who)
     stored_as = registry.stored_as(tenant, artifact_id)
     try:

@@ -24,8 +24,13 @@ def harden() -> None:
     os.umask(0o077)
     for name, value in SPIN.items():
         os.environ.setdefault(name, value)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    no_core_files()
     logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def no_core_files() -> None:
+    """For good: a process that once held a key or weights in clear writes none when it crashes."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def forget_keyrings() -> None:

@@ -26,6 +26,7 @@ from actors.audit_log import ANYONE, SDK
 from actors.capabilities import KEEPER, READER, RUN, Capability, Issuer
 from actors.database import RUNS
 from actors.head_checks import HeadChecks
+from actors.key_names import KeyNames
 from actors.keys import open_keyring
 from actors.store_checks import StoreChecks
 from tg_tinker.envelope import context_of, new_key
@@ -44,7 +45,7 @@ DATA_KEY = "data key"
 _BECAME = {"active": "run.resume", "completed": "run.complete", "failed": "run.fail"}
 
 
-class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys):
+class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
     """Runs, the keys that open their artifacts, and by inheritance the index of artifacts,
     budgets, API keys and the audit log."""
 
@@ -60,6 +61,7 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys):
         self._signing_key = signing.load(audit_keys or Path(keyring).parent)
         self._issuer = Issuer(self._signing_key)
         super().__init__(database)
+        self._recognise_key()
 
     # --- runs --------------------------------------------------------------------------------
 
@@ -271,6 +273,7 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys):
         """A fresh primary key of the keyring, for all that is wrapped from now on, the keys of
         data sets among it; its id. `upkeep.rewrap` is for the artifacts."""
         name = self._keyring.rotate()
+        self._recognise_key()
         self.rewrap_unit_keys()
         with self._change() as tx:
             self._note(tx, tenant, SDK, "key.rotate", name)

@@ -11,7 +11,8 @@ from actors.audit_heads import meet
 from actors.registry import Registry
 from actors.state import from_files
 from actors.store import ArtifactStore
-from tg_tinker.errors import TGTinkerError
+from tg_tinker.errors import IntegrityError, NotFoundError, TGTinkerError
+from tg_tinker.types import KeyUses
 
 
 def verify(registry: Registry, root: str, tenant: str) -> Iterator[tuple[str, str]]:
@@ -75,18 +76,24 @@ def rewrap(registry: Registry, root: str) -> Iterator[tuple[str, str]]:
             yield artifact_id, ""
 
 
-def uses(registry: Registry, root: str) -> dict[str, int]:
-    """How many artifacts each key opens."""
-    return dict.fromkeys(registry.key_ids(), 0) | Counter(_wrapped_under(registry, root).values())
+def uses(registry: Registry, root: str) -> KeyUses:
+    """How many artifacts each key opens, and those of which nobody can tell."""
+    wrapped, unreadable = _wrapped_under(registry, root)
+    counts = dict.fromkeys(registry.key_ids(), 0) | Counter(wrapped.values())
+    return KeyUses(registry.key_info()[0], counts, unreadable)
 
 
-def _wrapped_under(registry: Registry, root: str) -> dict[str, str]:
-    """Ids of tenant keys, by the name in the store of what each opens."""
+def _wrapped_under(registry: Registry, root: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Ids of tenant keys, by the name in the store of what each opens; and what is wrong with the
+    key files that do not say, by artifact."""
     store = ArtifactStore(root)
-    return {
-        stored_as: registry.key_of(store.read_key(tenant, stored_as))
-        for tenant, _, stored_as in registry.all_artifacts()
-    }
+    wrapped, unreadable = {}, {}
+    for tenant, artifact_id, stored_as in registry.all_artifacts():
+        try:
+            wrapped[stored_as] = registry.key_of(store.read_key(tenant, stored_as))
+        except (NotFoundError, IntegrityError) as error:
+            unreadable[artifact_id] = error.message
+    return wrapped, unreadable
 
 
 def retire(registry: Registry, root: str, tenant: str, key_id: str) -> None:
@@ -95,10 +102,18 @@ def retire(registry: Registry, root: str, tenant: str, key_id: str) -> None:
     Raises:
         InvalidRequestError: it is the primary one, or opens an artifact still; or one was saved
             meanwhile.
+        IntegrityError: of an artifact nobody can tell which key opens it.
         RollbackError, StorageError: see `audit_heads.meet`: what an older database has lost may
             need it.
     """
     store = ArtifactStore(root)
     for one in {tenant, *registry.logged_tenants()}:
         meet(registry, store, one)
-    registry.retire_key(tenant, key_id, _wrapped_under(registry, root))
+    wrapped, unreadable = _wrapped_under(registry, root)
+    if unreadable:  # the backup of such a file may need the very key
+        raise IntegrityError(
+            f"nobody can tell which key opens {', '.join(sorted(unreadable)[:5])}"
+            f" ({len(unreadable)} in all): put their key files back from a backup of the store, or"
+            " delete these artifacts; nothing was changed"
+        )
+    registry.retire_key(tenant, key_id, wrapped)

@@ -155,7 +155,7 @@ def test_a_rotation_that_is_killed_at_any_call_is_finished_later(service: Servic
         root = str(service.root)
         assert [problem for _, problem in upkeep.rewrap(registry, root)] == ["", ""]
         *older, primary = registry.key_ids()
-        assert upkeep.uses(registry, root) == dict.fromkeys(older, 0) | {primary: 2}
+        assert upkeep.uses(registry, root).artifacts == dict.fromkeys(older, 0) | {primary: 2}
         for key_id in older:
             upkeep.retire(registry, root, TENANT, key_id)
         assert all(is_there(registry, service, draft.artifact_id) for draft in known), k

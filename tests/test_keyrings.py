@@ -254,9 +254,9 @@ def test_a_keyring_moves_into_the_environment_and_rotates_there(
     with pytest.raises(InvalidRequestError, match="read-only"):
         service.registry.rotate_key(TENANT)
     service = moved(service, monkeypatch, new_text(after=WHERE))
-    assert upkeep.uses(service.registry, str(service.root)) == {"k1": 1, "k2": 0}
+    assert upkeep.uses(service.registry, str(service.root)).artifacts == {"k1": 1, "k2": 0}
     assert [*upkeep.rewrap(service.registry, str(service.root))] == [(old, "")]
-    assert upkeep.uses(service.registry, str(service.root)) == {"k1": 0, "k2": 1}
+    assert upkeep.uses(service.registry, str(service.root)).artifacts == {"k1": 0, "k2": 1}
     without = json.loads(os.environ[VARIABLE])
     del without["keys"]["k1"]
     service = moved(service, monkeypatch, json.dumps(without))

@@ -179,7 +179,7 @@ def test_resealing_again_and_after_a_rotation_works_and_everything_else_still_fi
     resealed(service, artifact)
     service.registry.rotate_key(TENANT)
     assert [*upkeep.rewrap(service.registry, root)] == [(artifact, "")]
-    assert upkeep.uses(service.registry, root) == {"k1": 0, "k2": 1}
+    assert upkeep.uses(service.registry, root).artifacts == {"k1": 0, "k2": 1}
     upkeep.retire(service.registry, root, TENANT, "k1")
     resealed(service, artifact)
     assert names_in_store(service) == {f"{artifact}.3"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import resource
 import stat
 import threading
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from typer.testing import CliRunner
 from actors import upkeep
 from actors.artifacts import Draft, publish, write
 from actors.home import DATABASE, KEYRING
-from actors.keys import FileKeyring
+from actors.keys import FileKeyring, new_text
 from actors.registry import Registry
 from actors.state import to_files
 from actors.store import ArtifactStore
@@ -35,6 +37,8 @@ from tg_tinker import (
 )
 from tg_tinker.cli import main
 from tg_tinker.wire import Saving
+
+KEY = base64.b64encode(b"k" * 32).decode()
 
 # --- keys ----------------------------------------------------------------------------------------
 
@@ -121,6 +125,51 @@ def test_a_wrapped_key_that_calls_itself_rewrapped_is_told(service: Service) -> 
     path.write_text(old.replace('"k1"', '"k2"'))
     ((found, problem),) = rewrapped(service)
     assert (found, "does not open" in problem) == (artifact, True)
+
+
+def test_artifacts_whose_key_file_does_not_say_are_listed_and_keep_every_key(
+    service: Service,
+) -> None:
+    whole, damaged, gone = (service.publish() for _ in range(3))
+    keys, root = service.root / f"t/{TENANT}/keys", str(service.root)
+    service.registry.rotate_key(TENANT)
+    (keys / f"{damaged}.json").write_bytes(b"{")
+    (keys / f"{gone}.json").unlink()
+    found = upkeep.uses(service.registry, root)
+    assert (found.primary, found.artifacts) == ("k2", {"k1": 1, "k2": 0})
+    assert {*found.unreadable} == {damaged, gone}
+    assert [problem for name, problem in rewrapped(service) if name == whole] == [""]
+    with pytest.raises(IntegrityError, match=f"{damaged}.*2 in all"):
+        upkeep.retire(service.registry, root, TENANT, "k1")
+    assert service.registry.key_ids() == ["k1", "k2"]
+
+
+def test_another_keyring_whose_keys_have_the_same_names_is_refused(service: Service) -> None:
+    """It would open nothing that is there, and what it saves the right one would not open."""
+    artifact = service.publish()
+    database, keyring = f"sqlite:///{service.home / DATABASE}", service.home / KEYRING
+    right = keyring.read_text()
+    keyring.write_text(new_text())
+    with pytest.raises(IntegrityError, match="another one than the 'k1'"):
+        Registry(database, keyring)
+    keyring.write_text(right)
+    service.registry.rotate_key(TENANT)
+    rotated = keyring.read_text()
+    keyring.write_text(json.dumps(json.loads(rotated) | {"keys": dict.fromkeys(("k1", "k2"), KEY)}))
+    with pytest.raises(IntegrityError, match="another one than the 'k2'"):
+        Registry(database, keyring)
+    keyring.write_text(rotated)
+    Registry(database, keyring).close()
+    assert_same(service.fetch(artifact), checkpoint())
+
+
+def test_a_program_that_decrypts_an_artifact_writes_no_core_file(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact, limits = service.publish(), []
+    monkeypatch.setattr(resource, "setrlimit", lambda *limit: limits.append(limit))
+    service.fetch(artifact)
+    assert limits == [(resource.RLIMIT_CORE, (0, 0))]
 
 
 def test_a_key_that_is_primary_or_unknown_is_not_retired(service: Service) -> None:

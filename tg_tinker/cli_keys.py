@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from tg_tinker.errors import NotFoundError
+
 keys = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -29,15 +31,20 @@ keys = typer.Typer(
 def list_keys(ctx: typer.Context) -> None:
     """List the keys of the keyring and how many artifacts each opens, oldest first.
 
-    [cyan]tg-tinker keys list[/]
+    Ends with status 1 if an artifact's key file is gone or damaged.
+
+      [cyan]tg-tinker keys list[/]
     """
     from tg_tinker.cli import connector, print_table
 
     with connector(ctx)() as service:
-        counts = service.list_keys()
-    rows = [(name, "primary" if i == len(counts) - 1 else "older", str(count))
-            for i, (name, count) in enumerate(counts.items())]  # fmt: skip
+        found = service.list_keys()
+    rows = [(name, "primary" if name == found.primary else "older", str(count))
+            for name, count in found.artifacts.items()]  # fmt: skip
     print_table(("key", "", "artifacts"), rows)
+    for artifact_id, problem in found.unreadable.items():
+        typer.echo(f"{artifact_id}: {problem}", err=True)
+    raise typer.Exit(bool(found.unreadable))
 
 
 @keys.command()
@@ -81,9 +88,12 @@ def retire(
     """
     from tg_tinker.cli import connector
 
-    if not yes:
-        typer.confirm(f"Destroy {key_id}? What only it opens is lost", abort=True)
     with connector(ctx)() as service:
+        known = service.list_keys().artifacts
+        if key_id not in known:
+            raise NotFoundError(f"the keyring has no key {key_id!r}: it has {', '.join(known)}")
+        if not yes:
+            typer.confirm(f"Destroy {key_id}? What only it opens is lost", abort=True)
         service.retire_key(key_id)
     typer.echo(f"{key_id} is gone")
 

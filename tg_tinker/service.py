@@ -38,7 +38,14 @@ from tg_tinker.privacy import DEFAULT_DATASET, PrivacyReport, dataset_of
 from tg_tinker.service_artifacts import ArtifactCalls
 from tg_tinker.service_registry import RegistryCalls
 from tg_tinker.training import TrainingClient
-from tg_tinker.types import ApiKeyInfo, ArtifactInfo, LoadStateResult, ModelInfo, TrainingClientInfo
+from tg_tinker.types import (
+    ApiKeyInfo,
+    ArtifactInfo,
+    KeyUses,
+    LoadStateResult,
+    ModelInfo,
+    TrainingClientInfo,
+)
 
 Progress = Callable[[str], None]
 MOST_AUDIT_ROWS = 10_000
@@ -425,10 +432,10 @@ class ServiceClient(ArtifactCalls, RegistryCalls):
 
     # --- keys --------------------------------------------------------------------------------
 
-    def list_keys(self) -> dict[str, int]:
-        """How many artifacts each key of the keyring opens, the primary one last."""
-        counts: dict[str, int] = provided("key_uses")(self._registry, self._store)
-        return counts
+    def list_keys(self) -> KeyUses:
+        """How many artifacts each key of the keyring opens, and which is the primary one."""
+        found: KeyUses = provided("key_uses")(self._registry, self._store)
+        return found
 
     def rotate_key(self) -> str:
         """Makes a fresh primary key and returns its id; then call `rewrap_keys`."""
@@ -450,6 +457,7 @@ class ServiceClient(ArtifactCalls, RegistryCalls):
 
         Raises:
             InvalidRequestError: it is the primary one, or still opens an artifact.
+            IntegrityError: of an artifact nobody can tell which key opens it.
         """
         provided("retire_key")(self._registry, self._store, self._tenant, key_id)
 

@@ -196,6 +196,21 @@ class Orphan:
 
 
 @dataclass(frozen=True)
+class KeyUses:
+    """What the keys of a keyring open, of all tenants.
+
+    Attributes:
+        primary: id of the key that new artifacts are wrapped under.
+        artifacts: how many artifacts each key opens, by its id, oldest first.
+        unreadable: what is wrong with key files that do not say which, by artifact.
+    """
+
+    primary: str
+    artifacts: dict[str, int]
+    unreadable: dict[str, str]
+
+
+@dataclass(frozen=True)
 class ApiKeyInfo:
     """A key of an HTTP client, without its secret.
 
