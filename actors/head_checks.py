@@ -16,8 +16,8 @@ from datetime import UTC, datetime
 from actors.audit_log import SDK
 from actors.budgets import Budgets
 from tg_tinker.envelope import context_of, derive_key, public_key_of, seal, unseal
-from tg_tinker.errors import IntegrityError
-from tg_tinker.ledger import CHAIN, Entry, is_place
+from tg_tinker.errors import IntegrityError, LedgerMismatchError
+from tg_tinker.ledger import CHAIN, Entry, Ledger, is_place
 from tg_tinker.ledger_heads import LedgerHead
 
 _NAME, _ENTRIES = "ledger pseudonym", "ledger entries"
@@ -122,7 +122,7 @@ class HeadChecks(Budgets):
                 body = {name: value for name, value in lost.items() if name not in CHAIN}
                 booked.append(self._append(tx, tenant, dataset, ledger, body, SDK))
             for head in heads:  # also finds an entry that came out otherwise than it was
-                ledger.check_place(head.place, dataset)
+                _check_booked(ledger, head, dataset)
             if runs := sorted({entry["run"] for entry in booked if "run" in entry}):
                 body = {"type": "book", "runs": runs}
                 self._append(tx, tenant, dataset, ledger, body, SDK)
@@ -155,3 +155,22 @@ class HeadChecks(Budgets):
 
     def _ledger_key(self, tenant: str, dataset: str, purpose: str) -> bytes:
         return derive_key(self._signing_key, context_of(tenant, dataset, purpose))
+
+
+def _check_booked(ledger: Ledger, head: LedgerHead, dataset: str) -> None:
+    """`Ledger.check_place`, whose advice is to book what is missing: that was just tried."""
+    try:
+        ledger.check_place(head.place, dataset)
+    except LedgerMismatchError as error:
+        reason = (
+            f"has {ledger.length} entries, entry {head.seq} is known, and the heads that are left"
+            " do not reach from one to the other: put back those that were removed from the store"
+            if error.details["behind"]
+            else f"forked: its entry {head.seq} is not the one that is known. Two databases went on"
+            " from one, and nothing can join them"
+        )
+        raise LedgerMismatchError(
+            f"the ledger of data set {dataset!r} {reason}. Nothing was booked: put the newest copy"
+            " of the database back, or go on with another data set",
+            details=error.details,
+        ) from None

@@ -15,27 +15,38 @@ from tg_tinker.errors import IntegrityError, NotFoundError, TGTinkerError
 from tg_tinker.types import KeyUses
 
 
-def verify(registry: Registry, root: str, tenant: str) -> Iterator[tuple[str, str]]:
-    """Reads every artifact again, as `load_state` would; (id, what is wrong), empty where nothing.
+def verify(
+    registry: Registry, root: str, tenant: str, artifact_id: str | None = None
+) -> Iterator[tuple[str, str]]:
+    """Reads artifacts again, as `load_state` would; (id, what is wrong), empty where nothing.
 
-    One that is damaged does not keep the others from being checked. Expired ones are left out.
+    One that is damaged does not keep the others from being checked.
+
+    Args:
+        artifact_id: one alone. None is all but those that have expired.
 
     Raises:
+        NotFoundError: there is no such artifact.
         RollbackError, StorageError: see `audit_heads.meet`; nothing was read.
     """
     store, reader = ArtifactStore(root), registry.reader(tenant)
     meet(registry, store, tenant)
-    expired = registry.expired(tenant)
-    for info in registry.artifacts(tenant):
-        if info.artifact_id in expired:
-            continue
+    for one in _to_verify(registry, tenant, artifact_id):
         try:
-            state = from_files(fetch(registry, store, reader, info.artifact_id)).state
-            registry.check_lineage(tenant, state.lineage.ledgers, info.artifact_id)
+            state = from_files(fetch(registry, store, reader, one)).state
+            registry.check_lineage(tenant, state.lineage.ledgers, one)
         except TGTinkerError as error:
-            yield info.artifact_id, error.message
+            yield one, error.message
         else:
-            yield info.artifact_id, ""
+            yield one, ""
+
+
+def _to_verify(registry: Registry, tenant: str, artifact_id: str | None) -> list[str]:
+    if artifact_id is not None:
+        return [registry.artifact(tenant, artifact_id).artifact_id]
+    expired = registry.expired(tenant)
+    known = [info.artifact_id for info in registry.artifacts(tenant)]
+    return [one for one in known if one not in expired]
 
 
 def delete_expired(registry: Registry, root: str, tenant: str) -> Iterator[tuple[str, str]]:

@@ -286,8 +286,8 @@ class Worker:
         """Takes over an adapter from elsewhere, as PEFT's files; see `imported` for refusals."""
         check_cancelled()
         state = imported(config, weights, self.session.live_state(include_optimizer=False))
+        self._take_over(state)  # first: where it refuses, nothing was imported
         self._registry.record_import(self._place.tenant, self._who, self._place.run_id)
-        self._take_over(state)
 
     # --- inside ------------------------------------------------------------------------------
 

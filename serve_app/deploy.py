@@ -19,6 +19,7 @@ from serve_app.access import HttpOptions
 from serve_app.application import Place, bound
 from tg_tinker.cluster import provided
 from tg_tinker.keyrings import audit_folder, default_place, place_of
+from tg_tinker.location import as_text
 from tg_tinker.service import home_directory
 
 
@@ -57,6 +58,7 @@ class Settings(BaseModel):
 def app(settings: Settings) -> serve.Application:
     """Starts the registry where none runs yet; its home must exist (`tg-tinker init`)."""
     home = Path(settings.home or home_directory())
+    store = as_text(settings.store or str(home / STORE))
     keyring = place_of(settings.keyring) if settings.keyring else default_place(home)
     provided("registry")(
         settings.namespace,
@@ -66,7 +68,7 @@ def app(settings: Settings) -> serve.Application:
     )
     place = Place(
         namespace=settings.namespace, model_ref=settings.model_ref, dtype=settings.dtype,
-        home=str(home), store=settings.store or str(home / STORE), num_cpus=settings.num_cpus,
+        home=str(home), store=store, num_cpus=settings.num_cpus,
         num_gpus=settings.num_gpus,
         threads=settings.num_threads or max(1, int(settings.num_cpus)),
     )  # fmt: skip

@@ -65,12 +65,31 @@ def test_a_listing_passes_every_condition_on(calls: Calls, service: Service) -> 
     [
         {"limit": 0}, {"limit": -1}, {"limit": MOST_LISTED + 1}, {"label": "stage"},
         {"label": "Stage=a"}, {"label": ""}, {"newer_than": datetime(2026, 1, 1)},
-        {"older_than": datetime(2026, 1, 1)},
+        {"older_than": datetime(2026, 1, 1)}, {"limit": "5"}, {"limit": True}, {"limit": 2.0},
+        {"label": 3},
     ],
 )  # fmt: skip
 def test_a_condition_of_another_form_is_refused(calls: Calls, conditions: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError):
         calls.list_artifacts(**conditions)
+
+
+@pytest.mark.parametrize("labels", [None, "stage=prod", [("stage", "prod")], {"stage": None}])
+def test_labels_of_another_type_are_refused(calls: Calls, service: Service, labels: Any) -> None:
+    artifact = service.publish()
+    with pytest.raises(InvalidRequestError, match="label"):
+        calls.set_labels(artifact, labels)
+    assert calls.get_artifact(artifact).labels == {}
+
+
+def test_one_artifact_alone_is_verified_an_expired_one_too(calls: Calls, service: Service) -> None:
+    artifact, other = service.publish(), service.publish()
+    (service.root / f"t/{TENANT}/keys/{other}.json").unlink()
+    assert [*calls.verify_artifacts(artifact)] == [(artifact, "")]
+    ((found, problem),) = calls.verify_artifacts(other)
+    assert (found, "not in the store" in problem) == (other, True)
+    with pytest.raises(NotFoundError):
+        [*calls.verify_artifacts("art-none")]
 
 
 def test_an_expiry_without_a_time_zone_is_refused(calls: Calls, service: Service) -> None:
@@ -108,8 +127,9 @@ def test_labels_and_expiry_by_command(calls: Calls, service: Service) -> None:
     expires = calls.get_artifact(artifact).expires_at
     assert expires is not None
     assert timedelta(days=29) < expires - datetime.now(UTC) <= timedelta(days=30)
+    assert "2099-01-31 00:00" in run(calls, "expire", artifact, "--at", "2099-01-31")
     assert "never" in run(calls, "expire", artifact, "--never")
-    for words in ([], ["--days", "1", "--never"]):
+    for words in ([], ["--days", "1", "--never"], ["--days", "1", "--at", "2099-01-31"]):
         run(calls, "expire", artifact, *words, code=1)
 
 
@@ -128,6 +148,8 @@ def test_copy_reseal_and_verify_by_command(calls: Calls, service: Service) -> No
     assert "2 of 2" in run(calls, "verify")
     (service.root / f"t/{TENANT}/keys/{copy}.json").unlink()
     assert "1 of 2" in run(calls, "verify", code=1)
+    assert "1 of 1" in run(calls, "verify", artifact)
+    assert "0 of 1" in run(calls, "verify", copy, code=1)
 
 
 @pytest.mark.parametrize("command", ["delete", "shred"])
@@ -157,7 +179,8 @@ def test_only_what_has_expired_is_deleted_by_command(
     assert [info.artifact_id for info in calls.list_artifacts()] == [kept]
 
 
-@pytest.mark.parametrize("command", ["show", "label", "copy", "reseal", "shred", "delete"])
-def test_an_unknown_artifact_is_one_line(calls: Calls, command: str) -> None:
-    words = ["art-none", "--yes"] if command in ("shred", "delete") else ["art-none"]
-    assert "list_artifacts" in run(calls, command, *words, code=1)
+@pytest.mark.parametrize(
+    "command", ["show", "label", "copy", "reseal", "shred", "delete", "verify"]
+)
+def test_an_unknown_artifact_is_one_line_and_no_question(calls: Calls, command: str) -> None:
+    assert "list_artifacts" in run(calls, command, "art-none", code=1)

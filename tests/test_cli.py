@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -71,6 +72,20 @@ def test_the_commands_are_these() -> None:
         "api-keys", "api-keys create", "api-keys list", "api-keys revoke",
         "registry", "registry check", "registry accept",
     }  # fmt: skip
+
+
+def test_the_page_names_every_command_and_no_other() -> None:
+    page = Path(__file__).parents[1] / "docs" / "service-client.md"
+    rows = [line.split("|")[1] for line in page.read_text().splitlines()
+            if line.startswith("| `tg-tinker")]  # fmt: skip
+    told: set[str] = set()
+    for row in rows:
+        first, *others = re.findall(r"`([^`]+)`", row)
+        group = first.removeprefix("tg-tinker ").rpartition(" ")[0]
+        told |= {first.removeprefix("tg-tinker "), *(f"{group} {one}".strip() for one in others)}
+    commands = {" ".join(words) for words in all_commands() if words}
+    groups = {name for name in commands if any(one.startswith(f"{name} ") for one in commands)}
+    assert told == commands - groups
 
 
 @pytest.mark.parametrize("words", [w for w in all_commands() if w != ("version",)], ids=" ".join)

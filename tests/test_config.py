@@ -75,7 +75,7 @@ def test_an_unknown_key_of_a_nested_dict_lists_the_keys_of_that_config() -> None
 
 OUT_OF_RANGE = [
     (LoRAConfig, "rank", [0, -1, 1.5]),
-    (LoRAConfig, "alpha", [0, -1.0, math.inf, math.nan]),
+    (LoRAConfig, "alpha", [0, -1.0, 1e7, math.inf, math.nan]),
     (LoRAConfig, "dropout", [-0.1, 1, math.nan]),
     (OptimizerConfig, "learning_rate", [0, -1e-4, math.nan, math.inf, -math.inf]),
     (OptimizerConfig, "eps", [0, math.nan]),
@@ -248,7 +248,7 @@ configs = st.builds(
     TrainingConfig,
     model_ref=st.text(min_size=1),
     lora_config=st.none() | st.builds(
-        LoRAConfig, rank=counts, alpha=positive, dropout=fraction,
+        LoRAConfig, rank=counts, alpha=st.floats(1e-12, 1e6), dropout=fraction,
         target_modules=st.just("all-linear") | st.lists(st.text(), min_size=1, max_size=3),
     ),
     optimizer=st.builds(

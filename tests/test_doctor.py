@@ -139,6 +139,11 @@ def test_a_store_on_another_device_is_fine(home: Path, tmp_path: Path) -> None:
     assert doctor._apart(home / KEYRING, str(tmp_path / "new" / "store")).status == WARNING
 
 
+def test_a_store_that_is_none_is_not_called_apart(home: Path) -> None:
+    found = doctor._apart(home / KEYRING, "s3://key:secret@bucket")
+    assert (found.status, found.message) == (WARNING, "not compared: mend the store first")
+
+
 @pytest.mark.parametrize("store", ["s3://bucket/prefix", "gs://bucket/prefix"])
 def test_a_bucket_is_not_on_this_device(home: Path, store: str) -> None:
     assert doctor._apart(home / KEYRING, store).status == OK

@@ -181,13 +181,22 @@ def test_a_config_of_another_kind_is_refused(copied: Path, content: bytes) -> No
         PeftFiles.read(copied)
 
 
+def test_a_name_that_is_there_twice_is_refused(copied: Path) -> None:
+    """Whoever reads it sees one value, and JSON's readers take the other."""
+    text = (copied / CONFIG).read_text()
+    (copied / CONFIG).write_text(text.replace('"r":', '"lora_alpha": 1, "r":'))
+    with pytest.raises(InvalidRequestError, match="twice"):
+        PeftFiles.read(copied)
+
+
 @pytest.mark.parametrize(
     "values",
     [
         {"r": ...}, {"r": 0}, {"r": "x"}, {"r": 2.5}, {"r": None}, {"lora_alpha": -1},
         {"lora_alpha": float("nan")}, {"lora_dropout": 1.0}, {"bias": "some"}, {"bias": None},
         {"target_modules": ".*_proj"}, {"target_modules": []}, {"target_modules": [1]},
-        {"target_modules": None},
+        {"target_modules": None}, {"r": True}, {"r": "8"}, {"lora_alpha": "16"},
+        {"lora_alpha": 1e308}, {"lora_dropout": False},
     ],
     ids=str,
 )  # fmt: skip
@@ -263,15 +272,24 @@ def test_weights_that_are_cut_are_refused(tiny_model: Path, copied: Path, cut: i
         taken(tiny_model, copied)
 
 
+def refusing(state: Any) -> None:
+    raise ArtifactMismatchError("no")
+
+
 def test_a_refused_adapter_leaves_the_run_as_it_was(
-    service: Service, tiny_model: Path, copied: Path, tmp_path: Path
-) -> None:
+    service: Service, tiny_model: Path, copied: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     files = PeftFiles.read(copied)
     config = TrainingConfig(model_ref=str(tiny_model), lora_config=files.lora)
     capability = service.registry.capability(TENANT, service.run, service.epoch)
     place = Place(TENANT, service.run, service.epoch, str(service.root), tmp_path, capability)
     worker = Worker(place, config, service.registry, lambda _: None)
     before = worker.session.state()
+    with monkeypatch.context() as patch:  # noted once it is done, not before it may be refused
+        patch.setattr(worker.session, "load", refusing)
+        with pytest.raises(ArtifactMismatchError):
+            worker.load_adapter(lambda: None, files.config, files.weights)
     bad = save(damaged(load_file(copied / WEIGHTS), "nan"))
     with pytest.raises(InvalidRequestError):
         worker.load_adapter(lambda: None, files.config, bad)

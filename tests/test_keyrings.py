@@ -175,6 +175,8 @@ def test_a_child_of_such_a_process_does_not_inherit_it() -> None:
 
 def test_a_place_is_a_path_or_a_variable() -> None:
     assert place_of("/a/keyring") == place_of(Path("/a/keyring")) == Path("/a/keyring")
+    assert place_of("~/keyring") == Path.home() / "keyring"
+    assert place_of("a/keyring") == Path.cwd() / "a/keyring"
     assert place_of("env:A_1") == Variable("A_1")
     assert str(place_of("env:A_1")) == "env:A_1"
     assert audit_folder(Path("/a/keyring"), Path("/home")) == Path("/a")
@@ -191,7 +193,19 @@ def test_the_default_place_is_the_setting_or_the_home(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    "wrong", ["env:", "env:1A", "env:A B", "env:A=1", "env:{text}", "{text}", "kms://key", "a\0b"]
+    "wrong",
+    [
+        "env:",
+        "env:1A",
+        "env:A B",
+        "env:A=1",
+        "env:{text}",
+        "{text}",
+        "kms://key",
+        "kms:key",
+        "a\0b",
+        "a\x1bb",
+    ],
 )
 def test_what_names_no_keyring_is_refused_and_not_repeated(wrong: str) -> None:
     text = new_text()

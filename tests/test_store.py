@@ -26,6 +26,7 @@ from actors.home import DATABASE, KEYRING, create
 from actors.objects import LocalFolder, Objects
 from actors.registry import Registry
 from actors.store import MANIFEST, ArtifactStore, open_objects
+from serve_app import deploy
 from tests.storage_servers import (
     BUCKET,
     FaultyNetwork,
@@ -350,9 +351,10 @@ def test_tenant_artifact_and_file_are_one_component_each(tmp_path: Path, bad: st
 @pytest.mark.parametrize(
     ("root", "place"),
     [
-        ("some/folder", Path("some/folder")),
+        ("some/folder", Path.cwd() / "some/folder"),
+        ("~/folder", Path.home() / "folder"),
         ("/x/a b", Path("/x/a b")),
-        ("C:/x", Path("C:/x")),
+        ("C:/x", Path.cwd() / "C:/x"),
         ("file:///x/a%20b", Path("/x/a b")),
         ("file://localhost/x", Path("/x")),
         ("s3://bucket", Location("s3", "bucket", "", 0, "")),
@@ -404,6 +406,9 @@ def test_paths_of_hdfs_are_absolute_and_others_begin_with_the_bucket() -> None:
         f"s3://bucket/a%2f{SECRET}",
         f"s3://bucket/a\n{SECRET}",
         f"s3://bucket\n{SECRET}",
+        f"/x\x1b]0;{SECRET}",
+        f"file:///x%1b{SECRET}",
+        f"~nobody-of-this-name/{SECRET}",
     ],
 )
 def test_a_uri_with_a_secret_or_of_another_form_is_refused_and_not_repeated(root: str) -> None:
@@ -1059,3 +1064,13 @@ def test_the_sdk_refuses_such_a_uri_before_it_starts_anything(
     assert SECRET not in str(info.value)
     with pytest.raises(AssertionError, match="was asked for"):
         service.ServiceClient(store="s3://bucket/prefix")
+
+
+def test_a_store_in_a_file_for_serve_is_checked_before_a_registry_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(deploy, "provided", lambda name: pytest.fail(f"{name} was started"))
+    settings = deploy.Settings(model_ref="m", home=str(tmp_path), store=f"s3://k:{SECRET}@b/p")
+    with pytest.raises(InvalidRequestError, match="credentials come from") as info:
+        deploy.app(settings)
+    assert SECRET not in str(info.value)

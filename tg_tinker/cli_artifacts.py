@@ -126,6 +126,7 @@ def expire(
     ctx: typer.Context,
     artifact_id: _Id,
     days: Annotated[float | None, typer.Option(min=0, max=36_500, help="From now.")] = None,
+    at: Annotated[_Day, typer.Option(help="At this time, UTC.")] = None,
     never: Annotated[bool, typer.Option("--never", help="Keep it for ever.")] = False,
 ) -> None:
     """Say until when an artifact may be opened; after that nothing loads it or samples from it.
@@ -134,14 +135,15 @@ def expire(
     --never, makes it open again.
 
       [cyan]tg-tinker artifacts expire ARTIFACT_ID --days 30[/]
+      [cyan]tg-tinker artifacts expire ARTIFACT_ID --at 2027-01-31[/]
       [cyan]tg-tinker artifacts expire ARTIFACT_ID --never[/]
       [cyan]tg-tinker artifacts delete --expired[/]
     """
     from tg_tinker.cli import connector
 
-    if (days is None) != never:
-        raise InvalidRequestError("say either --days N or --never")
-    when = None if days is None else datetime.now(UTC) + timedelta(days=days)
+    if [days is not None, at is not None, never].count(True) != 1:
+        raise InvalidRequestError("say one of --days N, --at DATE and --never")
+    when = _utc(at) if days is None else datetime.now(UTC) + timedelta(days=days)
     with connector(ctx)() as service:
         item = service.set_expiry(artifact_id, when)
     typer.echo(f"{artifact_id} expires: {_expiry(item)}")
@@ -218,19 +220,24 @@ def import_adapter(
 
 
 @artifacts.command("verify")
-def verify_artifacts(ctx: typer.Context) -> None:
-    """Read and check every artifact again; ends with status 1 if one is damaged.
+def verify_artifacts(
+    ctx: typer.Context,
+    artifact_id: Annotated[str | None, typer.Argument(help="One alone; else all.")] = None,
+) -> None:
+    """Read and check artifacts again; ends with status 1 if one is damaged.
 
-    Expired ones are left out.
+    Of all, those that have expired are left out.
 
     [cyan]tg-tinker artifacts verify[/]
+    [cyan]tg-tinker artifacts verify ARTIFACT_ID[/]
     """
     from tg_tinker.cli import connector
     from tg_tinker.cli_keys import report
 
     with connector(ctx)() as service:
         count = sum(not item.expired for item in service.list_artifacts())
-        failed = report(service.verify_artifacts(), "checking artifacts")
+        failed = report(service.verify_artifacts(artifact_id), "checking artifacts")
+    count = count if artifact_id is None else 1
     typer.echo(f"{count - failed} of {count} artifacts are whole")
     raise typer.Exit(bool(failed))
 
@@ -254,9 +261,11 @@ def delete(
 
     if (artifact_id is None) != expired:
         raise InvalidRequestError("name one artifact, or say --expired")
-    if not yes:
-        typer.confirm(f"Delete {artifact_id or 'all that have expired'} for good?", abort=True)
     with connector(ctx)() as service:
+        if artifact_id is not None:
+            service.get_artifact(artifact_id)  # nobody is asked about what is not there
+        if not yes:
+            typer.confirm(f"Delete {artifact_id or 'all that have expired'} for good?", abort=True)
         if artifact_id is None:
             raise typer.Exit(bool(report(service.delete_expired(), "deleting artifacts")))
         service.delete_artifact(artifact_id)
@@ -274,9 +283,10 @@ def shred(ctx: typer.Context, artifact_id: _Id, yes: _Yes = False) -> None:
     """
     from tg_tinker.cli import connector
 
-    if not yes:
-        typer.confirm(f"Destroy {artifact_id} and its key for good?", abort=True)
     with connector(ctx)() as service:
+        service.get_artifact(artifact_id)
+        if not yes:
+            typer.confirm(f"Destroy {artifact_id} and its key for good?", abort=True)
         not_reached = service.shred_artifact(artifact_id)
     typer.echo(f"{artifact_id} and its key are gone. This does not reach:")
     for sentence in not_reached:

@@ -70,14 +70,14 @@ class LoRAConfig(_Config):
 
     Attributes:
         rank: r, the inner dimension, >= 1 and at most the smaller side of each target layer.
-        alpha: scale; the adapter's output is multiplied by alpha / rank.
+        alpha: scale, in (0, 1e6]; the adapter's output is multiplied by alpha / rank.
         dropout: probability in [0, 1) on the adapter's input while training.
         target_modules: names of the linear layers to adapt, or ``"all-linear"``.
         bias: which biases train too: none, all, or those of adapted layers.
     """
 
     rank: int = Field(16, ge=1)
-    alpha: Positive = 32.0
+    alpha: Annotated[Positive, Field(le=1e6)] = 32.0
     dropout: Fraction = 0.0
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"] = (
         "q_proj", "k_proj", "v_proj", "o_proj",

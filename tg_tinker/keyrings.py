@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tg_tinker.errors import InvalidRequestError
+from tg_tinker.location import local_path
 
 SETTING = "TG_TINKER_KEYRING"
 _ENVIRONMENT = "env:"
@@ -30,7 +31,7 @@ class Variable:
 
 
 def place_of(keyring: str | os.PathLike[str]) -> Path | Variable:
-    """A path, or a variable for ``env:NAME``.
+    """A whole path, from here or from `~`, or a variable for ``env:NAME``.
 
     Raises:
         InvalidRequestError: another form. The text is not repeated: it may be the keys themselves.
@@ -39,12 +40,14 @@ def place_of(keyring: str | os.PathLike[str]) -> Path | Variable:
     variable = text.removeprefix(_ENVIRONMENT)
     if variable != text and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
         return Variable(variable)
-    if variable != text or "://" in text or "\0" in text or is_keyring(text):
+    service = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", text)  # kms:..., vault:..., env: without a name
+    path = None if service or is_keyring(text) else local_path(text)
+    if path is None:
         raise InvalidRequestError(
             "a keyring is the path of a file, or env:NAME for an environment variable that holds"
             " its text; it is never the text itself, and key services are not supported yet"
         )
-    return Path(text)
+    return path
 
 
 def default_place(home: Path) -> Path | Variable:

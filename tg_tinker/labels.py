@@ -20,6 +20,10 @@ _VALUE = re.compile(r"[A-Za-z0-9._/@:+-]{0,63}")
 
 def check_labels(labels: Mapping[str, str]) -> None:
     """Raises InvalidRequestError for too many labels, or a name or value of another form."""
+    if not isinstance(labels, Mapping):
+        raise InvalidRequestError(
+            "labels are a dict of names and values, such as {'stage': 'prod'}; {} removes them all"
+        )
     if len(labels) > MOST_LABELS:
         raise InvalidRequestError(
             f"{len(labels)} labels are too many: an artifact has {MOST_LABELS} at most"
@@ -43,7 +47,7 @@ def parse_label(text: str) -> tuple[str, str]:
     Raises:
         InvalidRequestError: it is not, or see `check_labels`.
     """
-    name, equals, value = text.partition("=")
+    name, equals, value = text.partition("=") if isinstance(text, str) else ("", "", "")
     if not equals:
         raise InvalidRequestError(f"label {text!r:.80}: write name=value, such as stage=prod")
     check_labels({name: value})

@@ -52,14 +52,16 @@ class Location:
 
 
 def parse(root: str) -> Path | Location:
-    """What `store=` names: text without a scheme is a local folder.
+    """What `store=` names: text without a scheme is a local folder, from here or from `~`.
 
     Raises:
         InvalidRequestError: not one of `FORMS`. The text is not repeated: it may hold a secret.
     """
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", root)  # C:/ is a folder
     if not scheme:
-        return Path(root)
+        if (folder := local_path(root)) is None:
+            raise _refused("file")
+        return folder
     name, rest = scheme[1], root[scheme.end() - 1 :]
     if name == "file":
         return _folder(root)
@@ -73,6 +75,27 @@ def parse(root: str) -> Path | Location:
     found = known.groupdict()
     port = int(found.get("port") or 0)
     return Location(name, found.get("bucket", ""), found.get("host", ""), port, prefix)
+
+
+def as_text(root: str) -> str:
+    """The same in a form that means the same in every process: a local folder as a whole path.
+
+    Raises:
+        InvalidRequestError: see `parse`.
+    """
+    place = parse(root)
+    return str(place) if isinstance(place, Path) else root
+
+
+def local_path(text: str) -> Path | None:
+    """A path from the root, from here or from `~`; None with control characters in it, or of an
+    unknown user."""
+    if not text.isprintable():
+        return None
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError:
+        return None
 
 
 def check_name(name: str) -> str:
@@ -106,7 +129,8 @@ def _folder(uri: str) -> Path:
     parts = urlsplit(uri)
     folder = unquote(parts.path)
     local = uri.startswith("file://") and parts.netloc in ("", "localhost")
-    if not local or not folder.startswith("/") or "\0" in folder or parts.query or parts.fragment:
+    printable = folder.isprintable()  # a terminal or a log would obey others
+    if not local or not folder.startswith("/") or not printable or parts.query or parts.fragment:
         raise _refused("file")
     return Path(folder)
 

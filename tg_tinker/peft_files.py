@@ -74,7 +74,9 @@ def _content(path: Path, most: int) -> bytes:
 
 def _config(content: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(content)
+        found = json.loads(content, object_pairs_hook=_once_each)
+    except _TwiceError:
+        raise InvalidRequestError(f"{CONFIG} says one name twice: leave one of them") from None
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or found.get("peft_type") != "LORA":
@@ -82,6 +84,18 @@ def _config(content: bytes) -> dict[str, Any]:
             f"{CONFIG} is not of a LoRA adapter: its peft_type must be LORA, others are not trained"
             " here"
         )
+    return found
+
+
+class _TwiceError(ValueError):
+    pass
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a name that is there twice, PEFT would take one value and a reader see the other."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise _TwiceError
     return found
 
 
@@ -95,6 +109,9 @@ def _lora(config: dict[str, Any]) -> LoRAConfig:
         raise InvalidRequestError(
             f"{CONFIG} has a pattern as target_modules: list the names of the layers instead"
         )
+    for name in ("r", "lora_alpha", "lora_dropout"):
+        if isinstance(config[name], bool) or not isinstance(config[name], int | float):
+            raise InvalidRequestError(f"{CONFIG} has no number as {name}")
     return LoRAConfig(
         rank=config["r"],
         alpha=config["lora_alpha"],

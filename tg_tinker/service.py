@@ -32,7 +32,7 @@ from tg_tinker.errors import (
 from tg_tinker.keyrings import audit_folder, default_place, place_of
 from tg_tinker.ledger import Ledger
 from tg_tinker.ledger_files import KeptHead
-from tg_tinker.location import parse
+from tg_tinker.location import as_text
 from tg_tinker.peft_files import PeftFiles
 from tg_tinker.privacy import DEFAULT_DATASET, PrivacyReport, dataset_of
 from tg_tinker.service_artifacts import ArtifactCalls
@@ -159,8 +159,8 @@ class ServiceClient(ArtifactCalls, RegistryCalls):
         _check_tenant(tenant)
         self._home = home_directory()
         self._tenant = tenant
-        self._store = str(store or self._home / "store")
-        parse(self._store)  # here, for what Ray is given it may keep and show
+        # Here, for what Ray is given it may keep and show.
+        self._store = as_text(str(store or self._home / "store"))
         place = place_of(keyring) if keyring else default_place(self._home)
         self._audit_keys = audit_folder(place, self._home)
         self._cluster = Cluster(address, namespace)

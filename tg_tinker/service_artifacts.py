@@ -11,7 +11,7 @@ from typing import Any
 
 from tg_tinker.cluster import provided
 from tg_tinker.errors import InvalidRequestError
-from tg_tinker.labels import parse_label
+from tg_tinker.labels import check_labels, parse_label
 from tg_tinker.types import ArtifactInfo, Orphan
 from tg_tinker.wire import ArtifactQuery
 
@@ -51,8 +51,11 @@ class ArtifactCalls:
         """
         for when in (newer_than, older_than):
             _check_time(when)
-        if limit is not None and not 1 <= limit <= MOST_LISTED:
-            raise InvalidRequestError(f"limit={limit} is out of range: [1, {MOST_LISTED}]")
+        whole = isinstance(limit, int) and not isinstance(limit, bool)
+        if limit is not None and not (whole and 1 <= limit <= MOST_LISTED):
+            raise InvalidRequestError(
+                f"limit={limit!r:.80} is out of range: a whole number in [1, {MOST_LISTED}]"
+            )
         wanted = None if label is None else parse_label(label)
         query = ArtifactQuery(run, wanted, newer_than, older_than, after, limit)
         artifacts: list[ArtifactInfo] = self._registry.artifacts(self._tenant, query)
@@ -72,9 +75,8 @@ class ArtifactCalls:
         Raises:
             InvalidRequestError: more than 16, or a name or value of another form.
         """
-        labelled: ArtifactInfo = self._registry.set_labels(
-            self._tenant, artifact_id, dict(labels)
-        )  # fmt: skip
+        check_labels(labels)
+        labelled: ArtifactInfo = self._registry.set_labels(self._tenant, artifact_id, dict(labels))
         return labelled
 
     def set_expiry(self, artifact_id: str, when: datetime | None) -> ArtifactInfo:
@@ -152,15 +154,21 @@ class ArtifactCalls:
         provided("export_adapter")(self._registry, self._store, self._tenant, artifact_id, target)
         return target
 
-    def verify_artifacts(self) -> Iterator[tuple[str, str]]:
-        """Reads every artifact of this tenant again and checks it as `load_state` would.
+    def verify_artifacts(self, artifact_id: str | None = None) -> Iterator[tuple[str, str]]:
+        """Reads artifacts of this tenant again and checks them as `load_state` would.
 
-        Expired ones are left out.
+        Args:
+            artifact_id: one alone. None is all but those that have expired.
 
         Yields:
             Its id, and what is wrong with it: empty where nothing is.
+
+        Raises:
+            NotFoundError: there is no artifact of this id.
         """
-        yield from provided("verify_artifacts")(self._registry, self._store, self._tenant)
+        yield from provided("verify_artifacts")(
+            self._registry, self._store, self._tenant, artifact_id
+        )
 
     def sweep_store(self, min_age_s: float = 3600.0, dry_run: bool = False) -> Iterator[Orphan]:
         """Removes files of this tenant that belong to no artifact, as they are gone through.
