@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+BENCH  := PYTHONPATH=.:tests $(BIN)/python -m bench
 
 # Without an NVIDIA driver a CPU build of torch comes first: pip's own choice on Linux is the
 # CUDA build, gigabytes of it. Override with e.g. `make test TORCH_SPEC=torch`.
@@ -12,7 +13,7 @@ else
 TORCH_SPEC  ?= torch
 endif
 
-.PHONY: help demo test soak lint bench bench-utility clean
+.PHONY: help demo test soak lint bench bench-peers clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -30,20 +31,14 @@ lint: .venv/dev  ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/dev ## a step beside the plain padded PEFT loop; a private one beside Opacus; sampling; audit rows; saving
-	GOMP_SPINCOUNT=1000 $(BIN)/python tests/bench.py
-	GOMP_SPINCOUNT=1000 $(BIN)/python tests/bench_privacy.py $(ARGS)
-	GOMP_SPINCOUNT=1000 $(BIN)/python tests/bench_sampling.py $(ARGS)
-	GOMP_SPINCOUNT=1000 $(BIN)/python tests/bench_serving.py
-	$(BIN)/python tests/bench_audit.py
-	$(BIN)/python tests/bench_sealing.py
-	$(BIN)/python tests/bench_storage.py
+bench: .venv/dev ## ratios beside the plain padded PEFT loop, goals, cost against size (15 minutes; ARGS=--help)
+	$(BENCH) $(ARGS)
 
-bench-utility: .venv/dev ## the demo with and without privacy: how much is still learned (20 minutes)
-	$(BIN)/python tests/bench_utility.py $(ARGS)
+bench-peers: .venv/dev ## the same through the SDK beside SkyRL, which it installs into .venv-peers (2 GB)
+	$(BENCH) --only peers $(ARGS)
 
 clean:           ## remove .venv and caches
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info demo-output audit-output canary-output
+	rm -rf .venv .venv-peers .pytest_cache .mypy_cache .ruff_cache *.egg-info demo-output audit-output canary-output bench-output
 
 .venv/torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'

@@ -1,29 +1,22 @@
 """Saving and loading beside a plain copy of the same bytes; staging; a charge of the ledger.
 
-Run by `make bench`, about a minute. Files lie below the working directory, since /tmp may be in
-memory. Repeats are interleaved, and a ratio is the median over repeats with its quartiles, so that
-a change of the machine's speed meets all rows. Goals: a save takes at most 1.5x of a plain copy
-that is synchronised, a load at most 1.5x of reading and decrypting; a LoRA adapter with Adam's
-state is staged in 30 ms, and a save needs at most 1.2x of the staged bytes in memory; a row of the
-ledger is durable in 1 ms.
+Files lie below the working directory, since /tmp may be in memory. Goals: a save takes at most
+1.5x of a plain copy that is synchronised, a load at most 1.5x of reading and decrypting; a LoRA
+adapter with Adam's state is staged in 30 ms, and a save needs at most 1.2x of the staged bytes in
+memory; a row of the ledger is durable in 1 ms.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import secrets
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
 from actors.artifacts import Draft, fetch, publish
 from actors.budget import Budget
@@ -32,6 +25,8 @@ from actors.registry import Registry
 from actors.staging import staged
 from actors.state import OPTIMIZER, STATE, WEIGHTS
 from actors.store import ArtifactStore
+from bench.child import resident
+from bench.measure import Bench, Goal, Row, Run, Sheet, Spread, ratios, shown_progress, timed
 from tg_tinker import DPConfig, TrainingConfig
 from tg_tinker.envelope import new_key, seal, unseal
 
@@ -50,12 +45,6 @@ LORA = {
 
 def random(shapes: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape) for name, shape in shapes.items()}
-
-
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 # --- saving and loading --------------------------------------------------------------------------
@@ -106,56 +95,58 @@ class Saves:
         os.sync()
 
 
-def saved_and_loaded(folder: Path, repeats: int) -> Table:
+def saved_and_loaded(folder: Path, bench: Run) -> None:
     saves = Saves(folder, FULL)
     pairs = {"save": (saves.copy, saves.save), "load": (saves.decrypt, saves.load)}
     times: dict[str, list[list[float]]] = {name: [] for name in pairs}
-    for _ in track(range(repeats), "repeats"):
+    for _ in shown_progress(bench.times(7), "saves and loads"):
         for name, works in pairs.items():
             row: list[float] = []
             for work in works:
                 saves.clean()
                 row += spent(work)
             times[name].append(row)
-    table = Table(
-        "", "s", "bare s", "ratio", "quartiles", "CPU s", "bare CPU s",
-        title=f"{len(saves.file) / 1e6:.0f} MB of weights",
-    )  # fmt: skip
+    size = f"{len(saves.file) / 1e6:.0f} MB of weights"
+    bare_names = {"save": "a synchronised copy", "load": "reading and decrypting"}
     for name, found in times.items():
-        low, middle, high = statistics.quantiles([row[2] / row[0] for row in found], n=4)
-        bare, bare_cpu, ours, cpu = (
-            statistics.median(column) for column in zip(*found, strict=True)
-        )
-        table.add_row(
-            name, f"{ours:.2f}", f"{bare:.2f}", f"{middle:.2f}", f"{low:.2f} to {high:.2f}",
-            f"{cpu:.2f}", f"{bare_cpu:.2f}",
+        bare, bare_cpu, ours, cpu = zip(*found, strict=True)
+        bench.rows.append(
+            Row(
+                name, f"{name}, {size}", bare_names[name], ratios(ours, bare),
+                Goal(1.5, at_least=False), told(ours, cpu), told(bare, bare_cpu),
+            )
         )  # fmt: skip
-    return table
+
+
+def told(clock: Sequence[float], cpu: Sequence[float]) -> str:
+    return f"{Spread.of(clock).shown(' s')} ({statistics.median(cpu):.2f} s of CPU)"
 
 
 def spent(work: Callable[[], object]) -> tuple[float, float]:
     """Seconds on the clock, and of this process's CPU, which others on the machine disturb less."""
     cpu = time.process_time()
-    return seconds(work), time.process_time() - cpu
+    return timed(work), time.process_time() - cpu
 
 
 # --- staging -------------------------------------------------------------------------------------
 
 
-def staging(folder: Path, repeats: int) -> Table:
+def staging(folder: Path, bench: Run) -> None:
     weights, moments = random(LORA), {}
     for moment in ("exp_avg", "exp_avg_sq"):
         moments |= {f"{name}.{moment}": torch.randn(shape) for name, shape in LORA.items()}
-    found = [1e3 * seconds(lambda: (staged(weights), staged(moments))) for _ in range(5 * repeats)]
+    times = 5 * bench.times(7)
+    found = Spread.of(1e3 * timed(lambda: (staged(weights), staged(moments))) for _ in range(times))
     size = sum(tensor.nbytes for tensor in (*weights.values(), *moments.values()))
-    table = Table("", "", title="what a save holds up, and what it needs")
-    quartiles = statistics.quantiles(found, n=4)
-    table.add_row(
-        f"LoRA with Adam, {size / 1e6:.1f} MB staged, ms",
-        f"{quartiles[1]:.1f} ({quartiles[0]:.1f} to {quartiles[2]:.1f})",
-    )
-    table.add_row("peak memory of a save, of the staged bytes", f"{peak(folder):.2f}")
-    return table
+    what = f"LoRA with Adam, {size / 1e6:.1f} MB staged (goal: 30 ms)"
+    title = "what a save holds up"
+    bench.sheets.append(Sheet(title, ("what", "time"), [(what, found.shown(" ms", 1))]))
+    bench.rows.append(
+        Row(
+            "save-memory", "peak memory of a save of all weights", "the staged bytes",
+            Spread.of([peak(folder)]), Goal(1.2, at_least=False),
+        )
+    )  # fmt: skip
 
 
 def peak(folder: Path) -> float:
@@ -163,7 +154,7 @@ def peak(folder: Path) -> float:
     registry, run, epoch = opened(folder / "home2")
     store, tensors = ArtifactStore(str(folder / "store2")), random(FULL)
     Path("/proc/self/clear_refs").write_text("5")
-    before = memory("VmRSS")
+    before = resident("VmRSS")
     file = staged(tensors)
     draft = Draft(
         registry,
@@ -172,12 +163,7 @@ def peak(folder: Path) -> float:
         {WEIGHTS: file, OPTIMIZER: b"", STATE: b"{}"},
     )
     publish(registry, store, draft, run_id=run, epoch=epoch, step=1, include_optimizer=True)
-    return (memory("VmHWM") - before) / len(file)
-
-
-def memory(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
+    return (resident("VmHWM") - before) / len(file)
 
 
 # --- the ledger ----------------------------------------------------------------------------------
@@ -186,7 +172,7 @@ def memory(name: str) -> int:
 BARE = "4 KiB and fdatasync"
 
 
-def charges(folder: Path, count: int = 500) -> Table:
+def charges(folder: Path, bench: Run, count: int = 500) -> None:
     """Each is durable when it returns."""
     known, run, epoch = opened(folder / "home3")
     dp = DPConfig(noise_multiplier=1.0, target_epsilon=None, sampling="worst_case")
@@ -201,15 +187,15 @@ def charges(folder: Path, count: int = 500) -> Table:
     times: dict[str, list[float]] = {name: [] for name in works}
     for i in range(count):
         for name, work in works.items():
-            times[name].append(1e3 * seconds(lambda work=work, i=i: work(i)))
-    table = Table("", "p50 ms", "p99 ms", "of bare", title=f"{count} each, interleaved")
+            times[name].append(1e3 * timed(lambda work=work, i=i: work(i)))
+    rows = []
     for name, found in times.items():
         p99 = statistics.quantiles(found, n=100)[98]
         p50 = statistics.median(found)
-        table.add_row(
-            name, f"{p50:.2f}", f"{p99:.2f}", f"{p50 / statistics.median(times[BARE]):.1f}x"
-        )
-    return table
+        of_bare = f"{p50 / statistics.median(times[BARE]):.1f}x"
+        rows.append((name, f"{p50:.2f}", f"{p99:.2f}", of_bare))
+    title = f"the ledger: {count} each, interleaved (goal: 1 ms)"
+    bench.sheets.append(Sheet(title, ("", "p50 ms", "p99 ms", "of bare"), rows))
 
 
 def synchronised(path: Path) -> None:
@@ -227,18 +213,10 @@ def opened(home: Path) -> tuple[Registry, str, int]:
     return registry, run, registry.claim(run)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=7)
-    repeats = parser.parse_args().repeats
-    parts: list[Callable[[Path], Any]] = [
-        charges, lambda folder: staging(folder, repeats),
-        lambda folder: saved_and_loaded(folder, repeats),
-    ]  # fmt: skip
-    for part in parts:
+def run(bench: Run) -> None:
+    for part in (charges, staging, saved_and_loaded):
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-            Console().print(part(Path(folder)))
+            part(Path(folder), bench)
 
 
-if __name__ == "__main__":
-    main()
+BENCH = Bench("storage", "saving, loading and staging beside plain copies; the ledger", 1, run)

@@ -1,13 +1,12 @@
 """What Ray Serve adds to a request, and how soon a step's weights answer.
 
-Run by `make bench`. Overhead is the time that the caller waits beyond what the replica took; a swap
+Overhead is the time that the caller waits beyond what the replica took; a swap
 is the time from an optimizer step's result to the first token of its weights, which includes the
 snapshot, its way through the object store, and one forward over the prompt.
 """
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import json
 import statistics
@@ -20,22 +19,20 @@ from itertools import pairwise
 from typing import Any
 
 from ray import serve
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
 from actors.completion import Completions
 from actors.generation import SlotEngine, Token
 from actors.home import MODELS
+from bench.measure import Bench, Run, Sheet, shown_progress
 from serve_app.engines import EngineThread, loader
 from tg_tinker import LoRAConfig, ServiceClient, TrainingClient, TrainingConfig
-from tg_tinker.demo import find_demo_model
 from tg_tinker.sampling import SamplingParams
 from tg_tinker.service import home_directory
 
 ROW = {"input_ids": [[*range(1000, 1016)]]}
 PROMPT = "The capital of France is"
 PORT = 8765
+STREAMS = 2
 
 
 def quantiles(milliseconds: list[float]) -> str:
@@ -47,7 +44,7 @@ def quantiles(milliseconds: list[float]) -> str:
 def by_handle(tc: TrainingClient, repeats: int) -> tuple[list[float], list[float]]:
     """Wait of the caller for one token beyond the replica's own time; and that time."""
     extra, inside = [], []
-    for _ in track(range(repeats), "calls through a handle"):
+    for _ in shown_progress(repeats, "calls through a handle"):
         started = time.perf_counter()
         found = tc.sample(PROMPT, max_tokens=1, temperature=0)
         inside.append(found.latency_ms)
@@ -62,7 +59,7 @@ def by_http(
     first, gaps = [], []
     body = {"model": "base", "prompt": PROMPT, "max_tokens": tokens, "temperature": 0,
             "stream": True}  # fmt: skip
-    for _ in track(range(repeats), "streams over HTTP", disable=not shown):
+    for _ in shown_progress(repeats, "streams over HTTP") if shown else range(repeats):
         request = urllib.request.Request(
             f"{url}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -108,7 +105,7 @@ def freed(url: str, application: str, repeats: int) -> list[float]:
             "stream": True}  # fmt: skip
     host = url.removeprefix("http://").removesuffix("/v1")
     taken = []
-    for _ in track(range(repeats), "connections that are closed"):
+    for _ in shown_progress(repeats, "connections that are closed"):
         connection = http.client.HTTPConnection(host)
         connection.request(
             "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
@@ -147,7 +144,7 @@ def streams(url: str, count: int) -> Iterator[list[str]]:
 def swaps(tc: TrainingClient, repeats: int) -> tuple[list[float], int]:
     """Milliseconds from a step's result to the first token of its weights; and stale answers."""
     taken, stale = [], 0
-    for _ in track(range(repeats), "swaps"):
+    for _ in shown_progress(repeats, "swaps"):
         tc.forward_backward(ROW)
         step = tc.optim_step().result().step
         started = time.perf_counter()
@@ -157,29 +154,23 @@ def swaps(tc: TrainingClient, repeats: int) -> tuple[list[float], int]:
     return taken, stale
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=30, help="requests (default 30)")
-    parser.add_argument("--swaps", type=int, default=200, help="steps (default 200)")
-    parser.add_argument("--load", type=int, default=2, help="streams beside swaps (default 2)")
-    parser.add_argument(
-        "--model", default=str(find_demo_model()), help="as TrainingConfig takes it"
-    )
-    options = parser.parse_args()
-    base = loader(options.model, "float32", home_directory() / MODELS)()
+def run(bench: Run) -> None:
+    repeats = bench.times(30)
+    swapped = 7 * repeats
+    base = loader(bench.model, "float32", home_directory() / MODELS)()
     engine = EngineThread(SlotEngine(base))
-    config = TrainingConfig(model_ref=options.model, lora_config=LoRAConfig(rank=16))
-    rows: dict[str, Any] = {}
+    config = TrainingConfig(model_ref=bench.model, lora_config=LoRAConfig(rank=16))
+    rows: dict[str, str] = {}
     with ServiceClient(address="local") as service:
-        url = service.serve_http(options.model, port=PORT)
+        url = service.serve_http(bench.model, port=PORT)
         with service.create_training_client(config) as tc:
             tc.sample(PROMPT, max_tokens=1)
-            extra, inside = by_handle(tc, options.repeats)
+            extra, inside = by_handle(tc, repeats)
             rows["one token, inside the replica"] = quantiles(inside)
             rows["added to it by handle, Serve and snapshot"] = quantiles(extra)
             by_engine(engine, tc.tokenizer, 4)
             first, gaps, direct = [], [], []
-            for _ in range(max(3, options.repeats // 5)):  # in turn: a machine has moods
+            for _ in range(max(3, repeats // 5)):  # in turn: a machine has moods
                 direct += by_engine(engine, tc.tokenizer, 24)
                 found = by_http(url, 24, 1)
                 first += found[0]
@@ -189,18 +180,17 @@ def main() -> None:
             rows["between events, HTTP"] = quantiles(gaps)
             (application,) = serve.status().applications
             rows["closed connection to free slots"] = quantiles(freed(url, application, 10))
-            taken, stale = swaps(tc, options.swaps)
-            rows[f"{options.swaps} swaps, step to first token"] = quantiles(taken)
+            taken, stale = swaps(tc, swapped)
+            rows[f"{swapped} swaps, step to first token"] = quantiles(taken)
             rows["stale answers"] = str(stale)
-            with streams(url, options.load) as failed:
-                taken, stale = swaps(tc, options.swaps)
-            rows[f"{options.swaps} swaps beside {options.load} streams"] = quantiles(taken)
+            with streams(url, STREAMS) as failed:
+                taken, stale = swaps(tc, swapped)
+            rows[f"{swapped} swaps beside {STREAMS} streams"] = quantiles(taken)
             rows["stale answers, failed requests"] = f"{stale}, {len(failed)}"
-    table = Table("what", "time", title="SmolLM2-135M, rank 16, one token of context 6")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    Console().print(table)
+    title = "SmolLM2-135M, rank 16, one token of context 6"
+    bench.sheets.append(Sheet(title, ("what", "time"), [*rows.items()]))
 
 
-if __name__ == "__main__":
-    main()
+BENCH = Bench(
+    "serving", "what Ray Serve adds to a request; a step's weights until they answer", 3, run
+)

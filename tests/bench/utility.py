@@ -1,23 +1,22 @@
 """How much of what a run learns is left under privacy, on the demo's own task.
 
-Run by `make bench-utility`. The demo runs three times, without privacy and with two budgets, with
+The demo runs three times, without privacy and with two budgets, with
 the same adapter, rows, steps, batch and learning rate. "Gap closed" is the fall of the held-out
 loss with privacy over the fall without.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from bench.measure import Bench, Run, Sheet
 from tg_tinker import ServiceClient
 from tg_tinker.demo import DemoOptions, run_demo
+
+EPSILONS = (8.0, 3.0)
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Found:
         return self.before - self.after
 
 
-def run(options: DemoOptions) -> Found:
+def demo(options: DemoOptions) -> Found:
     if run_demo(options) != 0:
         raise SystemExit("stopped")
     history = json.loads((options.output / "history.json").read_text())
@@ -46,27 +45,22 @@ def run(options: DemoOptions) -> Found:
     return Found(*found, f"sigma {account.sigma:.3g}, q {account.rate:.2%}, {account.steps} steps")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=DemoOptions.steps)
-    parser.add_argument("--epsilon", type=float, nargs="+", default=[8.0, 3.0])
-    chosen = parser.parse_args()
+def run(bench: Run) -> None:
+    steps = bench.repeats or DemoOptions.steps
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder)
-        plain = run(DemoOptions(no_privacy=True, steps=chosen.steps, output=output))
+        plain = demo(DemoOptions(no_privacy=True, steps=steps, output=output))
         private = {
-            epsilon: run(DemoOptions(epsilon=epsilon, steps=chosen.steps, output=output))
-            for epsilon in chosen.epsilon
+            epsilon: demo(DemoOptions(epsilon=epsilon, steps=steps, output=output))
+            for epsilon in EPSILONS
         }
-    title = f"{DemoOptions.batch_size} rows a step, {chosen.steps} steps"
-    table = Table("run", "before", "after", "gap closed", "noise", title=title)
-    table.add_row("no privacy", f"{plain.before:.3f}", f"{plain.after:.3f}", "", "")
+    rows = [("no privacy", f"{plain.before:.3f}", f"{plain.after:.3f}", "", "")]
     for epsilon, found in private.items():
-        closed = f"{found.fall / plain.fall:.0%}"
         losses = f"{found.before:.3f}", f"{found.after:.3f}"
-        table.add_row(f"epsilon {epsilon:g}", *losses, closed, found.facts)
-    Console().print(table)
+        closed = f"{found.fall / plain.fall:.0%}"
+        rows.append((f"epsilon {epsilon:g}", *losses, closed, found.facts))
+    title = f"{DemoOptions.batch_size} rows a step, {steps} steps"
+    bench.sheets.append(Sheet(title, ("run", "before", "after", "gap closed", "noise"), rows))
 
 
-if __name__ == "__main__":
-    main()
+BENCH = Bench("utility", "the demo with and without privacy; --repeats are its steps", 20, run)

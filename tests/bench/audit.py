@@ -1,6 +1,6 @@
 """What a row of the audit log costs: a transaction on SQLite, durable, with and without one.
 
-Run by `make bench`. `record` is what a training actor tells the registry after each step; the
+`record` is what a training actor tells the registry after each step; the
 bare transaction changes the same row of the same table and is as durable.
 """
 
@@ -12,11 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from actors.home import DATABASE, KEYRING, create
 from actors.registry import Registry
+from bench.measure import Bench, Run, Sheet
 from tg_tinker import TrainingConfig
 
 CALLS = [("sha256:" + "a" * 64, "sha256:" + "b" * 64)] * 2
@@ -32,17 +30,17 @@ def milliseconds(work: Callable[[int], object]) -> list[float]:
     return found
 
 
-def main() -> None:
+def run(bench: Run) -> None:
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:  # /tmp may be in memory
-        Console().print(measured(Path(folder) / "home"))
+        bench.sheets.append(measured(Path(folder) / "home"))
 
 
-def measured(home: Path) -> Table:
+def measured(home: Path) -> Sheet:
     create(home)
     registry = Registry(f"sqlite:///{home / DATABASE}", home / KEYRING)
     run = registry.create_run("default", TrainingConfig(model_ref="m").model_dump_json())
     epoch = registry.claim(run)
-    table = Table("transaction", "p50 ms", "p99 ms", title=f"{COUNT} each, one after the other")
+    rows = []
     for name, work in {
         "run noted, no row": lambda step: registry.record(run, epoch, step, "active"),
         "run noted, a step's row": lambda step: registry.record(run, epoch, step, "active", CALLS),
@@ -52,9 +50,9 @@ def measured(home: Path) -> Table:
     }.items():
         found = milliseconds(work)
         p99 = statistics.quantiles(found, n=100)[98]
-        table.add_row(name, f"{statistics.median(found):.2f}", f"{p99:.2f}")
-    return table
+        rows.append((name, f"{statistics.median(found):.2f}", f"{p99:.2f}"))
+    title = f"the audit log: {COUNT} each, one after the other"
+    return Sheet(title, ("transaction", "p50 ms", "p99 ms"), rows)
 
 
-if __name__ == "__main__":
-    main()
+BENCH = Bench("audit", "what a row of the audit log adds to a transaction", 0.3, run)

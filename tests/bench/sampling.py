@@ -1,31 +1,24 @@
 """The sampling engine beside transformers' own ways to generate, and what its parts cost.
 
-Run by `make bench`. Sides run in turns on the same weights and prompts; printed are medians over
-the repeats, the spread between the quartiles, and ratios of medians.
+Sides run in turns in one process, on the same weights and prompts.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from bench import spread, timed
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from transformers import AutoModelForCausalLM
 from transformers.generation import GenerationConfig
 
 from actors.adapters import Adapter
 from actors.generation import SlotEngine, TokenRequest
 from actors.model import Base, use_threads
-from tg_tinker.demo import find_demo_model
+from bench.measure import Bench, Run, Sheet, beside_the_first, in_turns
 from tg_tinker.sampling import SamplingParams
 from tg_tinker.service import init_home
 
@@ -52,20 +45,9 @@ def serve(engine: SlotEngine, wanted: list[tuple[list[int], SamplingParams]]) ->
         pass
 
 
-def compare(title: str, sides: dict[str, Side], repeats: int, tokens: int) -> None:
+def compare(title: str, sides: dict[str, Side], repeats: int, tokens: int) -> Sheet:
     """A row for each side; `tokens` are what one run of it yields."""
-    for side in sides.values():
-        side()
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in track(range(repeats), title):
-        for name, side in sides.items():
-            times[name].append(timed(side))
-    first = statistics.median(next(iter(times.values())))
-    table = Table("side", "time", "tokens/s", "of the first", title=title)
-    for name, taken in times.items():
-        middle = statistics.median(taken)
-        table.add_row(name, spread(taken), f"{tokens / middle:.1f}", f"{middle / first:.2f}x")
-    Console().print(table)
+    return beside_the_first(title, in_turns(sides, repeats, title), tokens=tokens)
 
 
 class Plain:
@@ -134,7 +116,7 @@ def random_adapter(plain: Any, name: str) -> Adapter:
     return Adapter(name, {"r": config.r, "lora_alpha": config.lora_alpha}, weights)
 
 
-def mixed_lengths(base: Base, plain: Plain, repeats: int) -> None:
+def mixed_lengths(base: Base, plain: Plain, repeats: int) -> list[Sheet]:
     sizes = [4, 8, 12, 48]
     wanted = [(ids, sizes[i % 4]) for i, ids in enumerate(prompts(24, [16, 40, 8, 64, 24]))]
     total = sum(size for _, size in wanted)
@@ -144,20 +126,23 @@ def mixed_lengths(base: Base, plain: Plain, repeats: int) -> None:
         "generate, static batches": lambda: plain.static(wanted),
         "transformers, continuous": lambda: plain.continuous(wanted, ROWS),
     }
-    compare("24 requests of 8 to 64 tokens, 4 to 48 new ones, 8 rows", sides, repeats, total)
+    return [
+        compare("24 requests of 8 to 64 tokens, 4 to 48 new ones, 8 rows", sides, repeats, total)
+    ]
 
 
-def long_rows(base: Base, plain: Plain, repeats: int) -> None:
+def long_rows(base: Base, plain: Plain, repeats: int) -> list[Sheet]:
     wanted = [(ids, 32) for ids in prompts(16, [96])]
     engine = SlotEngine(base, 16)
     sides: dict[str, Side] = {
         "slots": lambda: serve(engine, [(ids, greedy(size)) for ids, size in wanted]),
         "transformers, continuous": lambda: plain.continuous(wanted, 16),
     }
-    compare("16 requests of 96 tokens, 32 new ones, 16 rows", sides, repeats, 16 * 32)
+    return [compare("16 requests of 96 tokens, 32 new ones, 16 rows", sides, repeats, 16 * 32)]
 
 
-def against_bare_forward(base: Base, plain: Plain, repeats: int) -> None:
+def against_bare_forward(base: Base, plain: Plain, repeats: int) -> list[Sheet]:
+    found = []
     for rows, context in ((1, 64), (8, 96), (8, 400)):
         engine, size = SlotEngine(base, rows), greedy(100)
         for _ in range(rows):
@@ -165,10 +150,12 @@ def against_bare_forward(base: Base, plain: Plain, repeats: int) -> None:
         for _ in range(context * rows // 64 + 2):  # until all prompts are read
             engine.step()
         sides = {"bare forward": plain.decode(rows, context), "slots": engine.step}
-        compare(f"{rows} rows at context {context}, a step", sides, 4 * repeats, rows)
+        title = f"{rows} rows at context {context}, a step"
+        found.append(compare(title, sides, 4 * repeats, rows))
+    return found
 
 
-def many_adapters(base: Base, plain: Plain, repeats: int) -> None:
+def many_adapters(base: Base, plain: Plain, repeats: int) -> list[Sheet]:
     found = [random_adapter(plain.model, f"run@{i}") for i in range(ROWS)]
     ids = prompts(ROWS, [32])
     alone, engine = SlotEngine(base, ROWS), SlotEngine(base, ROWS)
@@ -186,8 +173,8 @@ def many_adapters(base: Base, plain: Plain, repeats: int) -> None:
     def base_alone() -> None:
         serve(alone, [(one, size) for one in ids])
 
-    compare_first = {"base model alone": base_alone}
-    compare("8 rows, before any adapter", compare_first, repeats, 24 * ROWS)
+    alone_first: dict[str, Side] = {"base model alone": base_alone}
+    before = compare("8 rows, before any adapter", alone_first, repeats, 24 * ROWS)
     for one in found:
         engine.adapters.add(one)
     peft = get_peft_model(plain.model, LoraConfig(r=16, lora_alpha=32, target_modules=QKVO))
@@ -209,10 +196,11 @@ def many_adapters(base: Base, plain: Plain, repeats: int) -> None:
         "eight adapters": with_adapters([one.name for one in found]),
         "PEFT, eight adapters": peft_mixed,
     }
-    compare("8 rows of 32 tokens, 24 new ones, rank 16 on 7 layers of 30", sides, repeats, 24 * 8)
+    title = "8 rows of 32 tokens, 24 new ones, rank 16 on 7 layers of 30"
+    return [before, compare(title, sides, repeats, 24 * 8)]
 
 
-def several_completions(base: Base, repeats: int) -> None:
+def several_completions(base: Base, plain: Plain, repeats: int) -> list[Sheet]:
     engine, ids = SlotEngine(base, ROWS), prompts(1, [200])[0]
     short = prompts(ROWS, [200])
     sides: dict[str, Side] = {
@@ -221,39 +209,32 @@ def several_completions(base: Base, repeats: int) -> None:
         "eight prompts": lambda: serve(engine, [(one, greedy(1)) for one in short]),
         "eight prompts, extended": lambda: serve(engine, [(one, greedy(16)) for one in short]),
     }
-    compare("eight completions of a prompt of 200 tokens, 16 new ones", sides, repeats, 128)
+    title = "eight completions of a prompt of 200 tokens, 16 new ones"
+    return [compare(title, sides, repeats, 128)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5, help="runs per side (default 5)")
-    parser.add_argument(
-        "--model", default=str(find_demo_model()), help="as TrainingConfig takes it"
-    )
-    parts = ("mixed", "long", "bare", "adapters", "several")
-    parser.add_argument("--only", choices=parts, help="one of the parts")
-    options = parser.parse_args()
+PARTS = {
+    "sampling-mixed": mixed_lengths,
+    "sampling-long": long_rows,
+    "sampling-bare": against_bare_forward,
+    "sampling-adapters": many_adapters,
+    "sampling-several": several_completions,
+}
+
+
+def run(bench: Run) -> None:
     use_threads(None)
-
-    def fresh() -> tuple[Base, Plain]:
-        base = Base.load(options.model, cache=init_home() / "models")
-        base.eos_ids = frozenset()
-        return base, Plain(base.directory)
-
-    chosen = parts if options.only is None else (options.only,)
-    for part in chosen:
-        base, plain = fresh()
-        if part == "mixed":
-            mixed_lengths(base, plain, options.repeats)
-        elif part == "long":
-            long_rows(base, plain, options.repeats)
-        elif part == "bare":
-            against_bare_forward(base, plain, options.repeats)
-        elif part == "adapters":
-            many_adapters(base, plain, options.repeats)
-        else:
-            several_completions(base, options.repeats)
+    for name, part in PARTS.items():
+        if not bench.only or name in bench.only:
+            base = Base.load(bench.model, cache=init_home() / "models")
+            base.eos_ids = frozenset()
+            bench.sheets += part(base, Plain(base.directory), bench.times(5))
 
 
-if __name__ == "__main__":
-    main()
+BENCH = Bench(
+    "sampling",
+    "the sampling engine beside generate, continuous batching and PEFT's mixed batches",
+    6,
+    run,
+    workloads=tuple(PARTS),
+)

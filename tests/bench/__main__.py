@@ -1,0 +1,99 @@
+"""Measures TG-Tinker beside what its users would do otherwise, and prints one table.
+
+Every comparison runs its two sides in turns, each in a fresh process, and gives the median of the
+ratios of neighbouring turns with [smallest..largest]. Absolute times depend on the machine, ratios
+far less: read those. A ratio of time is theirs / ours, so 1.60x is 1.6 times as fast; one of
+memory is ours / theirs, so 0.48x is less than half.
+
+Writes bench-output/bench.json, bench.png and the logs of the processes that were measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rich.console import Console
+
+from bench import machine, report
+from bench.catalogue import benches, selected
+from bench.measure import SCREEN, Bench, Run
+from bench.peers import not_run
+from bench.workloads import OUTPUT
+from tg_tinker.demo import find_demo_model
+
+
+def parser(known: dict[str, Bench]) -> argparse.ArgumentParser:
+    lines = [
+        f"  {name:<10}{'*' if bench.usual else ' '} {bench.minutes:>4g} min  {bench.about}"
+        + (f"\n{'':23}{', '.join(bench.workloads)}" if bench.workloads else "")
+        for name, bench in known.items()
+    ]
+    found = argparse.ArgumentParser(
+        usage="make bench ARGS='[--only NAME] [--quick] [--repeats N] ...'",
+        description=__doc__,
+        epilog="benches, with their workloads (* is what runs without --only):\n"
+        + "\n".join(lines)
+        + "\n\nexamples:\n  make bench ARGS='--only ragged --repeats 9'"
+        "\n  make bench ARGS=--quick\n  make bench ARGS='--only sampling --markdown'",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    found.add_argument(
+        "--only", action="append", default=[], metavar="NAME",
+        help="one bench or workload; may be repeated",
+    )  # fmt: skip
+    found.add_argument("--all", action="store_true", help="every bench but peers (an hour)")
+    found.add_argument("--quick", action="store_true", help="few workloads, two turns (2 minutes)")
+    found.add_argument("--repeats", type=int, metavar="N", help="timed turns of each side")
+    found.add_argument(
+        "--markdown", action="store_true", help="print tables for docs/benchmarks.md"
+    )
+    found.add_argument("--model", help="as TrainingConfig takes it (default: SmolLM2-135M)")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    known = benches()
+    options = parser(known).parse_args(arguments)
+    try:
+        wanted = selected(known, options.only, options.all)
+    except KeyError as error:
+        SCREEN.print(f"no bench or workload is called {error}; see --help", style="red")
+        return 2
+    if options.quick and not options.only:
+        wanted = {"training": frozenset()}
+    facts = machine.described()
+    found = Run(options.model or str(find_demo_model()), options.repeats, options.quick)
+    for name, only in wanted.items():
+        SCREEN.print(f"{name}: {known[name].about}", style="bold")
+        found.only = only
+        known[name].run(found)
+        deliver(facts, found)
+    if not options.only:
+        found.rows += not_run()
+        deliver(facts, found)
+    sheets = ([report.as_sheet(found.rows)] if found.rows else []) + found.sheets
+    if options.markdown:
+        Console().print(report.markdown(facts, sheets), soft_wrap=True, markup=False)
+    else:
+        show(facts, sheets)
+    return 0
+
+
+def deliver(facts: dict[str, str], found: Run) -> None:
+    """After every bench, so that an interrupted run keeps what it has."""
+    OUTPUT.mkdir(exist_ok=True)
+    report.write_json(OUTPUT / "bench.json", facts, found.rows, found.sheets)
+    report.draw(found.rows, OUTPUT / "bench.png", facts)
+
+
+def show(facts: dict[str, str], sheets: list[report.Sheet]) -> None:
+    screen = Console(width=None if sys.stdout.isatty() else 160)
+    for name, value in facts.items():
+        screen.print(f"{name + ':':<13}{value}", highlight=False)
+    for sheet in sheets:
+        screen.print(report.table(sheet))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""What is measured: the loop that a user would write by hand, ours, and Opacus' own.
+
+Each takes the same rows of (input_ids, labels) as lists, and has `evaluate` (loss without
+gradient) and `train` (forward, backward, optimizer step; returns the loss, in nats per labelled
+token). Model, rank, targets, dtype, optimizer, learning rate and clipping are those of `LoopSpec`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from actors.engine import Session
+from actors.model import Base
+from tg_tinker import (
+    DPConfig,
+    LoRAConfig,
+    OptimizerConfig,
+    ResourceConfig,
+    ServiceClient,
+    TrainingConfig,
+)
+from tg_tinker.batch import normalise
+from tg_tinker.service import init_home
+
+Rows = list[tuple[list[int], list[int]]]
+IGNORED = -100
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+LEARNING_RATE = 1e-5
+CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class LoopSpec:
+    """How a side trains.
+
+    Attributes:
+        loop: plain, ours, sdk (ours through Ray), opacus (hooks) or opacus-ghost.
+        rank: of the adapter; None trains all weights.
+    """
+
+    loop: str
+    model: str
+    rank: int | None = 16
+    private: bool = False
+    checkpointing: bool = False
+    threads: int | None = None
+
+
+class Loop(Protocol):
+    def evaluate(self, rows: Rows) -> float: ...
+
+    def train(self, rows: Rows) -> float: ...
+
+
+# --- rows ------------------------------------------------------------------------------------
+
+
+def ragged(count: int = 8) -> Rows:
+    """Chats: rows of 32 to 256 tokens, the first 60 % of each masked."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for length in np.linspace(32, 256, count).astype(int):
+        ids = generator.integers(3, 49_000, length).tolist()
+        masked = int(0.6 * length)
+        rows.append((ids, [IGNORED] * masked + ids[masked:]))
+    return rows
+
+
+def uniform(count: int = 8, length: int = 128) -> Rows:
+    """Rows of one length, every token labelled."""
+    generator = np.random.default_rng(1)
+    ids = generator.integers(3, 49_000, (count, length)).tolist()
+    return [(row, row) for row in ids]
+
+
+# --- the loop that a user would write --------------------------------------------------------
+
+
+class Plain:
+    """transformers and PEFT, rows padded to the longest, the loss on labelled tokens alone."""
+
+    def __init__(self, directory: Path, spec: LoopSpec) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        self.model.config.use_cache = False
+        if spec.rank is not None:
+            self.model = self._adapted(spec.rank)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, weight_decay=0.0)
+
+    def _adapted(self, rank: int) -> Any:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=rank, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM"
+        )
+        return get_peft_model(self.model, config)
+
+    def backward(self, rows: Rows) -> float:
+        self.model.train()
+        loss = self.model(**collate(rows)).loss
+        loss.backward()
+        return float(loss.detach())
+
+    def train(self, rows: Rows) -> float:
+        loss = self.backward(rows)
+        torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, rows: Rows) -> float:
+        self.model.eval()
+        return float(self.model(**collate(rows)).loss)
+
+
+def collate(rows: Rows) -> dict[str, torch.Tensor]:
+    """A rectangle as wide as the longest row; padding carries neither attention nor loss."""
+    ids = [torch.tensor(ids) for ids, _ in rows]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad_sequence(
+            [torch.tensor(labels) for _, labels in rows], batch_first=True, padding_value=IGNORED
+        ),
+    }
+
+
+# --- ours ------------------------------------------------------------------------------------
+
+
+def training_config(spec: LoopSpec) -> TrainingConfig:
+    dp = DPConfig(noise_multiplier=1.0, target_epsilon=None, sampling="worst_case")
+    clip = None if spec.private else CLIP  # a private run clips every row instead
+    return TrainingConfig(
+        model_ref=spec.model,
+        lora_config=None if spec.rank is None else LoRAConfig(rank=spec.rank),
+        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, max_grad_norm=clip),
+        dp_config=dp if spec.private else None,
+        resources=ResourceConfig(
+            num_threads=spec.threads, activation_checkpointing=spec.checkpointing
+        ),
+    )
+
+
+class Ours:
+    """The engine in this process: no Ray, otherwise what a training actor runs."""
+
+    def __init__(self, base: Base, spec: LoopSpec) -> None:
+        from privacy_helpers import new_budget, registry
+
+        from actors.private import PrivateSession
+
+        config = training_config(spec)
+        if spec.private:
+            budget = new_budget(registry(), config)
+            self.session: Session = PrivateSession(base, config, budget)
+        else:
+            self.session = Session(base, config)
+
+    @property
+    def model(self) -> Any:
+        return self.session.base.model
+
+    def train(self, rows: Rows) -> float:
+        loss = self.session.forward_backward(normalise(as_batch(rows))).loss
+        self.session.optim_step()
+        return loss
+
+    def evaluate(self, rows: Rows) -> float:
+        return self.session.forward_backward(normalise(as_batch(rows)), train=False).loss
+
+
+class ThroughSdk:
+    """`TrainingClient` on an embedded cluster; both calls awaited, as the slowest user would."""
+
+    def __init__(self, spec: LoopSpec, models: Path) -> None:
+        # Not in /tmp, which may be in memory; not the user's own home, whose log is for real runs.
+        self._folder = tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-")
+        home = Path(self._folder.name) / "home"
+        init_home(home)
+        (home / "models").rmdir()
+        (home / "models").symlink_to(models)
+        os.environ["TG_TINKER_HOME"] = str(home)
+        self._service = ServiceClient(address="local")
+        self._client = self._service.create_training_client(training_config(spec))
+
+    def train(self, rows: Rows) -> float:
+        self._client.train()
+        found = self._client.forward_backward(as_batch(rows)).result()
+        self._client.optim_step().result()
+        return found.loss
+
+    def evaluate(self, rows: Rows) -> float:
+        self._client.eval()
+        return self._client.forward_backward(as_batch(rows)).result().loss
+
+    def close(self) -> None:
+        self._service.close()
+        self._folder.cleanup()
+
+
+def as_batch(rows: Rows) -> dict[str, Any]:
+    return {"input_ids": [r[0] for r in rows], "labels": [r[1] for r in rows]}
+
+
+# --- Opacus ----------------------------------------------------------------------------------
+
+
+class Opacus(Plain):
+    """Opacus' own pieces around the plain loop: hooks that hold gradients, or ghost clipping."""
+
+    def __init__(self, directory: Path, spec: LoopSpec) -> None:
+        import opacus.optimizers as optimizers
+        from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+
+        super().__init__(directory, spec)
+        self._ghost = spec.loop == "opacus-ghost"
+        options: dict[str, Any] = {"loss_reduction": "sum", "strict": False}
+        self.model = (
+            GradSampleModuleFastGradientClipping(self.model, max_grad_norm=CLIP, **options)
+            if self._ghost
+            else GradSampleModule(self.model, **options)
+        )
+        kind = optimizers.DPOptimizerFastGradientClipping if self._ghost else optimizers.DPOptimizer
+        self.optimizer = kind(
+            self.optimizer, noise_multiplier=1.0, max_grad_norm=CLIP, expected_batch_size=8,
+            loss_reduction="sum",
+        )  # fmt: skip
+
+    def train(self, rows: Rows) -> float:
+        from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
+
+        self.model.train()
+        batch = collate(rows)
+        labels = batch.pop("labels")[:, 1:]
+        logits = self.model(**batch).logits[:, :-1]
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED
+        )
+        by_row = losses.view(labels.shape).sum(1) / (labels != IGNORED).sum(1)
+        if self._ghost:
+            DPTensorFastGradientClipping(self.model, self.optimizer, by_row, "sum").backward()
+        else:
+            by_row.sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(by_row.detach().mean())
+
+
+def build(spec: LoopSpec, cache: Path) -> Loop:
+    if spec.loop == "sdk":
+        return ThroughSdk(spec, cache)
+    base = Base.load(spec.model, cache=cache)
+    if spec.loop == "ours":
+        return Ours(base, spec)
+    directory = base.directory
+    del base  # the plain loop's process holds its own weights alone
+    return Plain(directory, spec) if spec.loop == "plain" else Opacus(directory, spec)

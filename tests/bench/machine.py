@@ -1,0 +1,40 @@
+"""What the figures were measured on. No host name, no path."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+PACKAGES = ("torch", "transformers", "peft", "ray", "opacus")
+
+
+def described() -> dict[str, str]:
+    return {
+        "CPU": cpu_model(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
+        "threads": "all cores in each process, unless a row says otherwise",
+        "Python": platform.python_version(),
+        "packages": ", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES),
+        "commit": commit(),
+        "load before": f"{os.getloadavg()[0]:.1f} processes in the minute before",
+    }
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """Of the source tree, marked where files differ from it."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return found.stdout.strip() or "unknown"
