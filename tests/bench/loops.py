@@ -189,7 +189,6 @@ class ThroughSdk:
         self._folder = tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-")
         home = Path(self._folder.name) / "home"
         init_home(home)
-        (home / "models").rmdir()
         (home / "models").symlink_to(models)
         os.environ["TG_TINKER_HOME"] = str(home)
         self._service = ServiceClient(address="local")
