@@ -54,6 +54,7 @@ from tg_tinker.training import TrainingClient
 from tg_tinker.types import (
     ApiKeyInfo,
     ArtifactInfo,
+    ClusterStatus,
     DPMetrics,
     EncryptionInfo,
     ForwardBackwardResult,
@@ -81,6 +82,7 @@ __all__ = [
     "AuditHead",
     "AuditRow",
     "BatchData",
+    "ClusterStatus",
     "ClusterUnavailableError",
     "DPBudgetExceededError",
     "DPConfig",

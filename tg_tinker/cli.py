@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 from tg_tinker import (
     cli_artifacts,
     cli_audit_log,
+    cli_cluster,
     cli_doctor,
     cli_keys,
     cli_registry,
@@ -78,6 +79,11 @@ main = typer.Typer(
 
       [cyan]tg-tinker serve[/]
 
+    or keep a cluster running, which outlives your programs:
+
+      [cyan]tg-tinker up[/]
+      [cyan]tg-tinker status[/]
+
     or see whether this machine keeps what it promises:
 
       [cyan]tg-tinker doctor[/]
@@ -101,6 +107,7 @@ main.add_typer(privacy, name="privacy")
 main.add_typer(cli_artifacts.artifacts, name="artifacts")
 main.add_typer(cli_audit_log.commands, name="audit-log")
 main.add_typer(cli_sampling.commands)
+main.add_typer(cli_cluster.commands)
 main.add_typer(cli_keys.keys, name="keys")
 main.add_typer(cli_registry.commands, name="registry")
 main.command()(cli_doctor.doctor)

@@ -27,6 +27,7 @@ from tg_tinker.errors import (
 )
 from tg_tinker.interrupts import ctrl_c_held_back
 from tg_tinker.ledger_files import KeptHead
+from tg_tinker.types import ClusterStatus
 from tg_tinker.wire import Reply, Request, SampleRequest, SnapshotRef
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 REGISTRY_NAME = "tg_tinker.registry"
 ENTRY_POINTS = "tg_tinker.cluster"
+WITHOUT_TLS = "TG_TINKER_WITHOUT_TLS"
 
 _STARTED_BY_RAY_START = Path("/tmp/ray/ray_current_cluster")  # noqa: S108
 _ANSWER_S = 120.0
@@ -110,6 +112,17 @@ class Cluster:
         with _translated():
             actor = provided("registry")(self.namespace, database, keyring, audit_keys)
             return RemoteRegistry(actor)
+
+    def status(self) -> ClusterStatus:
+        """Machines, what of them is free, and who trains there."""
+        with _translated():
+            nodes = [node for node in _ray().nodes() if node["Alive"]]
+            free = dict(_ray().available_resources())
+            address = _ray().get_runtime_context().gcs_address
+        machines = {node["NodeManagerAddress"]: dict(node["Resources"]) for node in nodes}
+        living = living_actors(self.namespace)
+        runs = sorted(name.partition("@")[0] for name in living if name.startswith("tc-"))
+        return ClusterStatus(address, machines, free, tuple(runs), _encrypted())
 
     def resources(self) -> dict[str, float]:
         with _translated():
@@ -489,7 +502,27 @@ def _connect(address: str | None) -> bool:
         )
     with _starting():
         _ray().init(address=target, **quiet)
+    try:
+        _refuse_unencrypted({n["NodeManagerAddress"] for n in _ray().nodes() if n["Alive"]})
+    except InvalidRequestError:
+        _ray().shutdown()
+        raise
     return False
+
+
+def _refuse_unencrypted(machines: set[str]) -> None:
+    """Between machines Ray sends in clear what is not sealed here, the transport key among it."""
+    if len(machines) < 2 or _encrypted() or os.environ.get(WITHOUT_TLS) == "1":
+        return
+    raise InvalidRequestError(
+        f"this cluster has {len(machines)} machines and Ray's TLS is off: who listens between them"
+        " reads keys and batches. Set RAY_USE_TLS=1 and its certificates on every machine"
+        f" (docs/deployment.md), or {WITHOUT_TLS}=1 on a network that nobody else shares"
+    )
+
+
+def _encrypted() -> bool:
+    return os.environ.get("RAY_USE_TLS") == "1"
 
 
 @contextlib.contextmanager

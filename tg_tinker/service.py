@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from tg_tinker import node
 from tg_tinker.audit_files import keep_head, paged, read_head, read_public_key
 from tg_tinker.audit_log import AuditHead, AuditRow, empty, parse_rows, verify
 from tg_tinker.cluster import Cluster, SamplerLink, TrainingLink, provided, running_cluster
@@ -41,6 +42,7 @@ from tg_tinker.training import TrainingClient
 from tg_tinker.types import (
     ApiKeyInfo,
     ArtifactInfo,
+    ClusterStatus,
     KeyUses,
     LoadStateResult,
     ModelInfo,
@@ -163,7 +165,7 @@ class ServiceClient(ArtifactCalls, RegistryCalls):
         self._store = as_text(str(store or self._home / "store"))
         place = place_of(keyring) if keyring else default_place(self._home)
         self._audit_keys = audit_folder(place, self._home)
-        self._cluster = Cluster(address, namespace)
+        self._cluster = Cluster(_found(address, self._home), namespace)
         try:
             if self._cluster.embedded:
                 init_home(self._home, str(place))
@@ -251,6 +253,10 @@ class ServiceClient(ArtifactCalls, RegistryCalls):
                 f" {info.step} steps are lost; create a new client"
             )
         return self._bring_back(info, config, progress, kept)
+
+    def cluster_status(self) -> ClusterStatus:
+        """Machines of the cluster, what of them is free, and who trains there."""
+        return self._cluster.status()
 
     def list_training_clients(self) -> list[TrainingClientInfo]:
         """All runs of this tenant, oldest first."""
@@ -662,6 +668,16 @@ class ServiceClient(ArtifactCalls, RegistryCalls):
         threads = wanted.num_threads or (None if embedded else max(1, int(cpus)))
         made_explicit = {"num_cpus": cpus, "num_gpus": gpus, "num_threads": threads}
         return wanted.model_copy(update=made_explicit)
+
+
+def _found(address: str | None, home: Path) -> str | None:
+    """The cluster that `tg-tinker up` left running from this home, where no other one is named."""
+    running = node.read(home)
+    named = address or os.environ.get("RAY_ADDRESS")
+    if running is None or named not in (None, "auto", running.address):
+        return address
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # as it was started, before Ray reads it
+    return running.address
 
 
 def _with_absolute_path(config: TrainingConfig) -> TrainingConfig:

@@ -250,6 +250,25 @@ class TrainingClientInfo:
 
 
 @dataclass(frozen=True)
+class ClusterStatus:
+    """What a cluster has and what it does.
+
+    Attributes:
+        address: ``host:port`` of its head.
+        machines: resources of each machine, by its address: CPUs, GPUs, bytes of memory.
+        free: what is not reserved, of all machines together.
+        clients: runs whose training actor lives, of all tenants.
+        encrypted: whether Ray's own connections are under TLS.
+    """
+
+    address: str
+    machines: dict[str, dict[str, float]]
+    free: dict[str, float]
+    clients: tuple[str, ...]
+    encrypted: bool
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """What the SDK must know of a loaded model to check a batch before it is sent."""
 

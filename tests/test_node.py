@@ -1,0 +1,275 @@
+"""A cluster that `tg-tinker up` starts: real Ray, found by programs and jobs, under TLS, and ended
+alone. Its second machine is another address of this one."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from test_http import free_port
+
+from tg_tinker import InvalidRequestError, cluster, node
+from tg_tinker.cluster import WITHOUT_TLS
+
+ROOT = Path(__file__).parents[1]
+TRAIN = """
+import sys
+from tg_tinker import LoRAConfig, ServiceClient, TrainingConfig
+
+service = ServiceClient()
+if len(sys.argv) == 2:
+    lora = LoRAConfig(rank=2, target_modules="all-linear")
+    tc = service.create_training_client(TrainingConfig(model_ref=sys.argv[1], lora_config=lora))
+else:
+    tc = service.get_training_client(sys.argv[2])
+tc.forward_backward({"input_ids": [[1, 2, 3, 4]]})
+print(tc.id, tc.optim_step().result().step)
+"""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A home, and the environment of its programs."""
+
+    home: Path
+    environment: Mapping[str, str]
+
+    def run(self, *words: str, code: int = 0, answer: str = "") -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", "from tg_tinker.cli import main; main()", *words],
+            env=self.environment, input=answer, capture_output=True, text=True, timeout=120,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def train(self, *words: str) -> list[str]:
+        """What a program of its own prints that trains one step and ends without closing."""
+        done = subprocess.run(
+            [sys.executable, "-c", TRAIN, *words], env=self.environment, capture_output=True,
+            text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+
+def machine(tmp_path: Path, name: str, **more: str) -> Machine:
+    """One whose token and files of Ray meet those of no other cluster here."""
+    for folder in ("user", name):
+        (tmp_path / folder).mkdir(mode=0o700, exist_ok=True)
+    mine = {
+        "HOME": str(tmp_path / "user"), "RAY_TMPDIR": str(tmp_path / name),
+        "TG_TINKER_HOME": str(tmp_path / name / "home"), "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return Machine(tmp_path / name / "home", others | mine | more)
+
+
+@pytest.fixture
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ray's sockets lie below it, whose paths have 107 characters at most."""
+    return tmp_path_factory.mktemp("n")
+
+
+@pytest.fixture
+def ended() -> Iterator[list[Machine]]:
+    """Machines that a test puts in; what still runs there is ended by its process."""
+    machines: list[Machine] = []
+    yield machines
+    for one in machines:
+        node.stop(one.home)
+
+
+def up(one: Machine, *words: str, port: int) -> str:
+    return one.run("up", "--port", str(port), "--dashboard-port", str(free_port()), *words)
+
+
+def of_cluster(port: int) -> list[str]:
+    """Programs that name the cluster's port; those of Ray do."""
+    found = subprocess.run(["ps", "-wweo", "args"], capture_output=True, text=True, check=True)
+    return [line for line in found.stdout.splitlines() if f":{port}" in line]
+
+
+# --- a cluster -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_cluster_outlives_programs_takes_jobs_and_ends_alone(
+    short: Path, tiny_model: Path, ended: list[Machine]
+) -> None:
+    head, port = machine(short, "a"), free_port()
+    ended.append(head)
+    said = up(head, port=port)
+    assert "RAY_AUTH_MODE=token ray job submit" in said
+    assert "runs already" in head.run("up", code=1)
+    token = short / "user/.ray/auth_token"
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert (head.home / "node.json").stat().st_mode & 0o077 == 0
+    run, step = head.train(str(tiny_model))
+    assert step == "1"
+    assert f"trains: {run}, active, step 1" in head.run("status")
+    assert head.train(str(tiny_model), run) == [run, "2"]  # the same actor, not a new one
+    running = node.read(head.home)
+    assert running is not None
+    (short / "job.py").write_text(TRAIN)
+    done = subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address",
+         running.dashboard, "--", sys.executable, str(short / "job.py"), str(tiny_model)],
+        env={**head.environment, "RAY_AUTH_MODE": "token"}, capture_output=True, text=True,
+        timeout=180, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tc-" in done.stdout
+    stranger = replace(head, environment={**head.environment, "RAY_AUTH_TOKEN": "0" * 64})
+    assert "RAY_AUTH_TOKEN_PATH" in stranger.run("status", code=1)
+    assert head.run("down", code=1, answer="n\n").startswith("End 2 training clients")
+    head.run("down", "--yes")
+    deadline = time.monotonic() + 20
+    while of_cluster(port) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert of_cluster(port) == []
+    assert "tg-tinker up" in head.run("status", code=1)
+    assert "ray stop" in head.run("down", code=1)
+
+
+@pytest.mark.slow
+def test_two_machines_train_under_tls_and_are_refused_without(
+    short: Path, tiny_model: Path, ended: list[Machine]
+) -> None:
+    files = certificates(short)
+    head, port = machine(short, "a", **files), free_port()
+    second = machine(short, "b", **files)
+    ended += [second, head]
+    up(head, port=port)
+    running = node.read(head.home)
+    assert running is not None
+    second.run("up", "--join", running.address, "--host", "127.0.0.2")
+    said = head.run("status")
+    assert "under TLS" in said
+    assert "127.0.0.2" in said
+    assert head.train(str(tiny_model))[1] == "1"
+
+
+@pytest.mark.slow
+def test_two_machines_without_tls_are_refused_unless_overridden(
+    short: Path, ended: list[Machine]
+) -> None:
+    head, second, port = machine(short, "a"), machine(short, "b"), free_port()
+    ended += [second, head]
+    up(head, port=port)
+    running = node.read(head.home)
+    assert running is not None
+    second.run("up", "--join", running.address, "--host", "127.0.0.2")
+    assert "Ray's TLS is off" in head.run("status", code=1)
+    said = replace(head, environment={**head.environment, WITHOUT_TLS: "1"}).run("status")
+    assert "127.0.0.2" in said
+
+
+def certificates(folder: Path) -> dict[str, str]:
+    """One authority and one certificate for all addresses of this machine, as Ray's TLS wants."""
+    now = datetime.datetime.now(datetime.UTC)
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tests")])
+    own = node_address()
+    addresses = [x509.IPAddress(ipaddress.ip_address(a)) for a in ("127.0.0.1", "127.0.0.2", own)]
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([*addresses, x509.DNSName("localhost")]), False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    (folder / "cert.pem").write_bytes(made.public_bytes(pem))
+    private = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    (folder / "key.pem").write_bytes(key.private_bytes(pem, *private))
+    return {
+        "RAY_USE_TLS": "1", "RAY_TLS_SERVER_CERT": str(folder / "cert.pem"),
+        "RAY_TLS_SERVER_KEY": str(folder / "key.pem"), "RAY_TLS_CA_CERT": str(folder / "cert.pem"),
+    }  # fmt: skip
+
+
+def node_address() -> str:
+    """What Ray takes for this machine's address."""
+    from ray._private.services import get_node_ip_address
+
+    return str(get_node_ip_address())
+
+
+# --- what needs no cluster -----------------------------------------------------------------------
+
+
+def test_the_process_of_another_program_is_never_taken_for_the_node(tmp_path: Path) -> None:
+    """After a restart of the machine its number may be anybody's."""
+    mine = node.Node("h:1", "", os.getpid(), node._begun(os.getpid()))
+    note = tmp_path / "node.json"
+    note.write_text(json.dumps(vars(mine)))
+    assert node.read(tmp_path) == mine
+    note.write_text(json.dumps(vars(mine) | {"begun": mine.begun + 1}))
+    assert node.read(tmp_path) is None
+    assert node.stop(tmp_path) is None  # and this test goes on
+    assert not note.exists()
+    for damaged in ("", "{}", "[]", '{"pid": 1}'):
+        note.write_text(damaged)
+        assert node.read(tmp_path) is None
+
+
+def test_what_does_not_start_leaves_nothing_and_says_where_to_look(
+    short: Path, ended: list[Machine]
+) -> None:
+    one = machine(short, "a")
+    ended.append(one)
+    said = one.run("up", "--join", f"127.0.0.1:{free_port()}", "--without-tls", code=1)
+    assert "node.log" in said
+    assert not (one.home / "node.json").exists()
+
+
+def test_an_address_that_others_reach_wants_tls(tmp_path: Path) -> None:
+    node.check_encrypted("127.0.0.1", {})
+    files = {name: str(tmp_path / name) for name in node._TLS_FILES}
+    for environment in ({}, {"RAY_USE_TLS": "1"}, {"RAY_USE_TLS": "1"} | files, files):
+        with pytest.raises(InvalidRequestError, match="without-tls"):
+            node.check_encrypted("10.0.0.1", environment)
+    for path in files.values():
+        Path(path).touch()
+    node.check_encrypted("10.0.0.1", {"RAY_USE_TLS": "1"} | files)
+
+
+def test_several_machines_without_tls_are_refused_and_several_nodes_on_one_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_USE_TLS", raising=False)
+    monkeypatch.delenv(WITHOUT_TLS, raising=False)
+    cluster._refuse_unencrypted({"10.0.0.1"})
+    with pytest.raises(InvalidRequestError, match="2 machines"):
+        cluster._refuse_unencrypted({"10.0.0.1", "10.0.0.2"})
+    for name in ("RAY_USE_TLS", WITHOUT_TLS):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "1")
+            cluster._refuse_unencrypted({"10.0.0.1", "10.0.0.2"})
+
+
+def test_the_cluster_file_passes_rays_own_schema() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    validate_config(prepare_config(config))
+    for command in (config["head_start_ray_commands"][1], config["worker_start_ray_commands"][1]):
+        assert {"RAY_AUTH_MODE=token", "RAY_USE_TLS=1", "RAY_USAGE_STATS_ENABLED=0"} <= {
+            *command.split()
+        }
