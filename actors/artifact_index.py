@@ -42,7 +42,7 @@ _artifacts = sa.Table(
     sa.Column("tenant", sa.String, nullable=False),
     sa.Column("run_id", sa.String, sa.ForeignKey("runs.id"), nullable=False),
     sa.Column("step", sa.Integer, nullable=False),
-    sa.Column("size_bytes", sa.Integer, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
     sa.Column("include_optimizer", sa.Boolean, nullable=False),
     sa.Column("manifest_sha256", sa.String, nullable=False),
     sa.Column("stored_as", sa.String, nullable=False),
@@ -71,7 +71,7 @@ class ArtifactIndex(Orphans):
         self, tenant: str, run_id: str, epoch: int, artifact_id: str, step: int,
         size_bytes: int, include_optimizer: bool, manifest: bytes, key_id: str,
     ) -> None:  # fmt: skip
-        """Enters an artifact whose files are all in the store.
+        """Enters an artifact whose files are all in the store; a repeat changes nothing.
 
         Args:
             key_id: of the tenant key that its data key is wrapped under.
@@ -85,6 +85,8 @@ class ArtifactIndex(Orphans):
             self._refusals_noted(tenant, who, "artifact.save", artifact_id),
             self._change() as tx,
         ):
+            if _is_entered(tx, tenant, artifact_id, artifact_id, manifest):
+                return
             check_epoch(tx, tenant, run_id, epoch)
             self._refuse_buried(tx, tenant, artifact_id)
             self._refuse_retired(key_id)
@@ -105,12 +107,15 @@ class ArtifactIndex(Orphans):
         key_id: str,
     ) -> ArtifactInfo:  # fmt: skip
         """Enters a copy whose files are all in the store: of the same run, step and time of saving.
+        A repeat changes nothing.
 
         Raises:
             NotFoundError: the source was deleted meanwhile, or has expired.
             StorageError: see `publish`.
         """
         with self._change() as tx:
+            if _is_entered(tx, tenant, artifact_id, artifact_id, manifest):
+                return self.artifact(tenant, artifact_id)
             self._refuse_buried(tx, tenant, artifact_id)
             self._refuse_retired(key_id)
             source, digest = _openable(tx, tenant, source_id), _digest(manifest)
@@ -165,7 +170,8 @@ class ArtifactIndex(Orphans):
         self, tenant: str, artifact_id: str, before: str, stored_as: str, size_bytes: int,
         manifest: bytes, key_id: str,
     ) -> ArtifactInfo:  # fmt: skip
-        """From now on the artifact is what lies under another name, complete and checked.
+        """From now on the artifact is what lies under another name, complete and checked. A repeat
+        changes nothing.
 
         Args:
             before: the name whose files were resealed.
@@ -181,6 +187,8 @@ class ArtifactIndex(Orphans):
             self._refusals_noted(tenant, SDK, "artifact.reseal", artifact_id),
             self._change() as tx,
         ):
+            if _is_entered(tx, tenant, artifact_id, stored_as, manifest):
+                return self.artifact(tenant, artifact_id)
             if _openable(tx, tenant, artifact_id).stored_as != before:
                 raise InvalidRequestError(
                     f"artifact {artifact_id} was resealed by somebody else at the same time: it is"
@@ -360,6 +368,15 @@ def check_epoch(tx: sa.Connection, tenant: str, run_id: str, epoch: int) -> None
             f"this actor (epoch {epoch}) was replaced by epoch {current}: it may not publish or"
             " load; use get_training_client to reach the new one"
         )
+
+
+def _is_entered(
+    tx: sa.Connection, tenant: str, artifact_id: str, stored_as: str, manifest: bytes
+) -> bool:
+    """Whether these very files are the artifact already, and only the answer was lost."""
+    this = (_artifacts.c.id == artifact_id, _artifacts.c.tenant == tenant, *_LIVING)
+    files = (_artifacts.c.stored_as == stored_as, _artifacts.c.manifest_sha256 == _digest(manifest))
+    return tx.execute(sa.select(_artifacts.c.id).where(*this, *files)).first() is not None
 
 
 def _unexpired() -> sa.ColumnElement[bool]:

@@ -121,7 +121,7 @@ class Budgets(AuditLog):
     # --- private runs --------------------------------------------------------------------------
 
     def open_account(self, tenant: str, dataset: str, entry: Entry) -> None:
-        """Enters a run's contract, and reserves what it plans.
+        """Enters a run's contract, and reserves what it plans; a repeat changes nothing.
 
         Raises:
             DPBudgetExceededError: others took the budget since it was planned.
@@ -131,7 +131,9 @@ class Budgets(AuditLog):
             self._refusals_noted(tenant, who, "budget.reserve", dataset),
             self._change() as tx,
         ):
-            self._append(tx, tenant, dataset, self._known(tx, tenant, dataset), entry, who)
+            ledger = self._known(tx, tenant, dataset)
+            if entry["run"] not in ledger.accounts or not self._has(tx, tenant, dataset, entry):
+                self._append(tx, tenant, dataset, ledger, entry, who)
 
     def unit_key(self, tenant: str, dataset: str) -> bytes:
         """The key of a data set's unit hashes, for the memory of its training actors alone."""
@@ -170,6 +172,8 @@ class Budgets(AuditLog):
             LedgerMismatchError: the ledger does not go through `known`; nothing was charged.
             ActorLostError: a newer actor owns the run; nothing was charged.
         """
+        if (again := self._receipt_of(charge_id)) is not None:
+            return again
         with self._refusals_noted(tenant, f"{run_id}@{epoch}", "budget.charge", dataset):
             self._check_places(tenant, {dataset: known})
             self._fall_back_if_implausible(tenant, dataset, run_id, epoch, len(units))
@@ -232,14 +236,17 @@ class Budgets(AuditLog):
             )
         return at_limit
 
+    def _receipt_of(self, charge_id: str) -> Charge | None:
+        with self._reading() as connection:
+            return _receipt(connection, charge_id)
+
     def _charge(
         self, tenant: str, dataset: str, run_id: str, epoch: int, charge_id: str,
         units: Sequence[bytes], noised: bool, calls: Sequence[tuple[str, str]],
     ) -> Charge:  # fmt: skip
         with self._change() as tx:
-            known = sa.select(_charges.c.receipt).where(_charges.c.id == charge_id)
-            if (receipt := tx.execute(known).scalar()) is not None:
-                return Charge(**json.loads(receipt))
+            if (again := _receipt(tx, charge_id)) is not None:
+                return again
             _check_epoch(tx, run_id, epoch)
             ledger = self._known(tx, tenant, dataset)
             before = ledger.epsilon
@@ -360,6 +367,11 @@ class Budgets(AuditLog):
         )
         return [json.loads(text) for text in connection.execute(query).scalars()]
 
+    def _has(self, connection: sa.Connection, tenant: str, dataset: str, body: Entry) -> bool:
+        """Whether the ledger has an entry with this content."""
+        wanted = json.loads(json.dumps(body))
+        return any(found | wanted == found for found in self._stored(connection, tenant, dataset))
+
     def _append(
         self, tx: sa.Connection, tenant: str, dataset: str, ledger: Ledger, body: Entry, who: str
     ) -> Entry:
@@ -398,6 +410,13 @@ def _refuse_after_open_training(tx: sa.Connection, tenant: str, dataset: str) ->
                 f"data set {dataset!r} was named by {run_id}, which trains without privacy: a"
                 " budget would promise what is gone already. Use another dataset_id for other data"
             )
+
+
+def _receipt(connection: sa.Connection, charge_id: str) -> Charge | None:
+    """Of a charge that was made."""
+    known = sa.select(_charges.c.receipt).where(_charges.c.id == charge_id)
+    receipt = connection.execute(known).scalar()
+    return None if receipt is None else Charge(**json.loads(receipt))
 
 
 def _check_epoch(tx: sa.Connection, run_id: str, epoch: int) -> None:

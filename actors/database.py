@@ -1,7 +1,12 @@
 """The registry's database: its engine, its transactions, and what it refuses, as typed errors.
 
-Every change is one immediate transaction, and parameters never show in errors. Its tables are
-in `registry` (runs, artifacts) and `budgets` (ledgers).
+Every change is one transaction that locks and reads the one row of `registry` first. So changes
+come one after the other, whoever makes them: on SQLite the transaction is immediate anyway, on
+PostgreSQL the row is the lock, and what is read after it is what was committed last. Serialisable
+transactions would need every change to be repeatable from outside; this needs nothing of it.
+
+The row's generation fences: a registry that found another one than it began with changes nothing.
+Parameters never show in errors. Tables are declared in the rooms of their duties.
 """
 
 from __future__ import annotations
@@ -13,7 +18,15 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from actors import postgres
+from tg_tinker.databases import SQLITE
 from tg_tinker.errors import StorageError
+
+_NOT_OURS = ("42501", "42P01")
+"""SQLSTATE of a missing privilege and of a lost table: PostgreSQL calls both defects of ours."""
+
+REPLACED = "replaced"
+"""`details["reason"]` of the `StorageError` of a registry that another one has fenced."""
 
 METADATA = sa.MetaData()
 
@@ -30,17 +43,26 @@ RUNS = sa.Table(
 )
 
 
+OWNER = sa.Table(
+    "registry",
+    METADATA,
+    sa.Column("id", sa.Integer, sa.CheckConstraint("id = 1"), primary_key=True),
+    sa.Column("generation", sa.Integer, nullable=False),
+)
+_OWN = sa.select(OWNER.c.generation).with_for_update()
+
+
 class Database:
     """One database, opened; the tables must be declared before."""
 
     def __init__(self, database: str) -> None:
-        self._engine = sa.create_engine(database, hide_parameters=True)
-        self._reader = self._engine.execution_options(reading=True)
-        if self._engine.dialect.name == "sqlite":
-            _make_sqlite_durable(self._engine, database)
-        with _typed_refusal():
-            _refuse_older(self._engine)
-            METADATA.create_all(self._engine)
+        self._engine, self._reader = _opened(database)
+        with typed_refusal(), self._engine.begin() as tx:
+            if tx.dialect.name == "postgresql":
+                postgres.hold_for_opening(tx)
+            refuse_older(tx)
+            METADATA.create_all(tx)
+            self._generation = _generation(tx)
 
     def close(self) -> None:
         """Ends all connections."""
@@ -48,33 +70,78 @@ class Database:
 
     @contextmanager
     def _change(self) -> Iterator[sa.Connection]:
-        """One immediate transaction."""
-        with _typed_refusal(), self._engine.begin() as connection:
+        """One transaction, as exclusive as an immediate one of SQLite.
+
+        Raises:
+            StorageError: another registry has taken over; or see `typed_refusal`.
+        """
+        with typed_refusal(), self._engine.begin() as connection:
+            self._check_own(connection)
             yield connection
 
     @contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
-        with _typed_refusal(), self._reader.connect() as connection:
+        with typed_refusal(), self._reader.connect() as connection:
             yield connection
+
+    def _fence_others(self) -> None:
+        """From now on registries that were opened earlier change nothing."""
+        with self._change() as tx:
+            tx.execute(OWNER.update().values(generation=self._generation + 1))
+        self._generation += 1
+
+    def _check_own(self, tx: sa.Connection) -> None:
+        now = tx.execute(_OWN).scalar()
+        if now != self._generation:
+            raise StorageError(
+                f"another registry has taken over this database (generation {now}, this one is"
+                f" {self._generation}): nothing was changed. Use the cluster that was started last;"
+                " if that one has ended, restart this one",
+                details={"reason": REPLACED},
+            )
 
 
 @contextmanager
-def _typed_refusal() -> Iterator[None]:
-    """A full disk, a locked or a damaged database becomes a typed error without its SQL."""
+def typed_refusal() -> Iterator[None]:
+    """A full disk, a lost server, a damaged database become a typed error without their texts."""
     try:
         yield
-    except sa.exc.DatabaseError as error:
-        if isinstance(error, sa.exc.IntegrityError | sa.exc.ProgrammingError):
-            raise  # a defect of ours
+    except sa.exc.DBAPIError as error:
+        state = getattr(error.orig, "sqlstate", None)
+        defect = isinstance(error, sa.exc.IntegrityError | sa.exc.ProgrammingError)
+        if defect and state not in _NOT_OURS:
+            raise
+        lost = " The server was lost: whether a change was made is not known." * (
+            error.connection_invalidated
+        )
         raise StorageError(
-            f"the registry's database refused ({type(error.orig).__name__}): check its disk, that"
-            " no other program holds it, and that its file is whole"
+            f"the registry's database refused ({type(error.orig).__name__}"
+            f"{f', SQLSTATE {state}' if state else ''}).{lost} Check that it runs and is"
+            " whole, its disk, that no other program holds it, and that its user may create and"
+            " change tables"
         ) from None
 
 
-def _refuse_older(engine: sa.Engine) -> None:
+def _opened(database: str) -> tuple[sa.Engine, sa.Engine]:
+    """The engine of changes, and that of reading."""
+    if not database.startswith(SQLITE):
+        engine = postgres.open_engine(database)
+        return engine, postgres.reading(engine)
+    engine = sa.create_engine(database, hide_parameters=True)
+    _make_sqlite_durable(engine, database)
+    return engine, engine.execution_options(reading=True)
+
+
+def _generation(tx: sa.Connection) -> int:
+    """That of a registry that is opened now."""
+    if tx.execute(_OWN).scalar() is None:
+        tx.execute(OWNER.insert().values(id=1, generation=0))
+    return int(tx.execute(_OWN).scalar_one())
+
+
+def refuse_older(connection: sa.Connection) -> None:
     """Before 1.0 no database is converted; one with other columns would fail call by call."""
-    there = sa.inspect(engine)
+    there = sa.inspect(connection)
     for name in METADATA.tables.keys() & {*there.get_table_names()}:
         found = {column["name"] for column in there.get_columns(name)}
         if missing := {*METADATA.tables[name].columns.keys()} - found:

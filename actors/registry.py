@@ -50,18 +50,23 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
     budgets, API keys and the audit log."""
 
     def __init__(
-        self, database: str, keyring: str | os.PathLike[str], audit_keys: Path | None = None
-    ) -> None:
+        self, database: str, keyring: str | os.PathLike[str], audit_keys: Path | None = None,
+        *, sole: bool = False,
+    ) -> None:  # fmt: skip
         """
         Args:
             keyring: a path, or ``env:NAME``.
             audit_keys: folder of `audit.key` and `audit.pub`; beside a keyring file when None.
+            sole: from now on registries that were opened earlier change nothing. Otherwise this
+                one works beside them, which is as safe: no registry trusts its memory.
         """
         self._keyring = open_keyring(keyring)
         self._signing_key = signing.load(audit_keys or Path(keyring).parent)
         self._issuer = Issuer(self._signing_key)
         super().__init__(database)
         self._recognise_key()
+        if sole:
+            self._fence_others()
 
     # --- runs --------------------------------------------------------------------------------
 
@@ -90,7 +95,7 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
         self, run_id: str, epoch: int, step: int, status: str,
         calls: Sequence[tuple[str, str]] | None = None,
     ) -> None:  # fmt: skip
-        """Notes how far a run is; an actor of an earlier epoch is ignored.
+        """Notes how far a run is; an actor of an earlier epoch is ignored, and so is a repeat.
 
         Args:
             calls: (batch hash, gradient hash) of each call of the step that was just completed;
@@ -102,7 +107,7 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
             if run is not None and run.epoch == epoch:
                 values = {"step": step, "status": status}
                 tx.execute(RUNS.update().where(RUNS.c.id == run_id).values(values))
-                if calls is not None:
+                if calls is not None and step != run.step:
                     details = self._step_details(run_id, step, calls)
                     self._note(tx, run.tenant, who, "step", run_id, details)
                 if status != run.status:

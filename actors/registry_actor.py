@@ -1,67 +1,89 @@
-"""The Ray shell of the registry: one detached actor per namespace.
+"""The Ray shell of the registry: one detached actor per namespace, on the head node.
 
-It also makes the transport key, under which everything travels between clients and actors. The
-key lives in this process alone and is handed out by small inline calls.
+Killed, it comes back by itself: all it knows is in its database. It also makes the transport key,
+under which everything travels between clients and actors, and hands it out by small inline calls.
+The key is derived from the signing key, which lies on disk, and from a random value among the
+arguments that Ray keeps for a restart, which does not: so it is the same after a restart, ends
+with the cluster, and follows from neither of the two alone.
 """
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from actors import signing
 from actors.process import harden, reply_of
 from actors.registry import Registry
-from tg_tinker.cluster import REGISTRY_NAME
-from tg_tinker.envelope import new_key, open_payload, seal_payload
+from tg_tinker.cluster import REGISTRY_NAME, ask_again
+from tg_tinker.databases import check_database
+from tg_tinker.envelope import derive_key, open_payload, seal_payload
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.keyrings import place_of
+from tg_tinker.wire import Reply
+
+HEAD_NODE = {"node:__internal_head__": 0.001}
+"""There are the database's file, the keyring, and the environment that has its password."""
 
 
-@ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)
 class RegistryActor:
     """Answers one sealed call at a time."""
 
-    def __init__(self, database: str, keyring: str, audit_keys: str) -> None:
+    def __init__(self, database: str, keyring: str, audit_keys: str, life: str, sole: bool) -> None:
         harden()
-        self._key = new_key()
         self._places = (database, keyring, Path(audit_keys))
+        self._life, self._sole = life, sole
         self._registry: Registry | None = None
+        self._known_key = b""
 
     def serves(self, database: str, keyring: str) -> bool:
         return (database, place_of(keyring)) == (self._places[0], place_of(self._places[1]))
 
-    def transport_key(self) -> bytes:
-        return self._key
+    def transport_key(self) -> Reply:
+        return reply_of(self._key)
 
     def call(self, sealed: bytes) -> bytes:
         """Calls a public method of `Registry`: (name, arguments) in, a `Reply` out."""
-        name, arguments = open_payload(self._key, sealed)
-        return seal_payload(self._key, reply_of(lambda: self._method(name)(*arguments)))
+        name, arguments = open_payload(self._key(), sealed)
+        return seal_payload(self._key(), reply_of(lambda: self._method(name)(*arguments)))
+
+    def _key(self) -> bytes:
+        if not self._known_key:  # here, so that a damaged signing key is a typed error
+            purpose = f"tg-tinker transport v1\n{self._life}".encode()
+            self._known_key = derive_key(signing.load(self._places[2]), purpose)
+        return self._known_key
 
     def _method(self, name: str) -> Any:
         if self._registry is None:  # here, so that a mended keyring or disk is seen
-            self._registry = Registry(*self._places)
+            self._registry = Registry(*self._places, sole=self._sole)
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._registry, name)
 
 
-def start(namespace: str, database: str, keyring: str, audit_keys: str) -> Any:
+def start(namespace: str, database: str, keyring: str, audit_keys: str, sole: bool) -> Any:
     """The registry actor of a namespace: the running one, or a new one on this database.
 
     Args:
+        database: a URL without a password, see `check_database`.
         keyring: a path or ``env:NAME``, never a key: Ray keeps arguments in clear.
         audit_keys: folder of the keys that sign heads of audit logs.
+        sole: see `Registry`.
 
     Raises:
         InvalidRequestError: the running one has another database or keyring.
     """
     actor = RegistryActor.options(  # type: ignore[attr-defined]
-        name=REGISTRY_NAME, namespace=namespace, lifetime="detached", get_if_exists=True
-    ).remote(database, keyring, audit_keys)
-    if not ray.get(actor.serves.remote(database, keyring)):
+        name=REGISTRY_NAME, namespace=namespace, lifetime="detached", get_if_exists=True,
+        resources=HEAD_NODE,
+    ).remote(
+        check_database(database), keyring, audit_keys, secrets.token_hex(32), sole
+    )  # fmt: skip
+    if not ask_again(actor.serves, database, keyring):
         raise InvalidRequestError(
             f"the service in namespace {namespace!r} runs on another database or keyring: leave out"
             " `database` and `keyring` (and TG_TINKER_HOME) as it was started, or choose another"

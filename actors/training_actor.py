@@ -7,6 +7,7 @@ waits until no step is changing them.
 
 from __future__ import annotations
 
+import concurrent.futures
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -58,7 +59,7 @@ class TrainingActor:
         self._worker: Worker | None = None
         self._progress = "starting"
         self._loading: Reply | None = None
-        self._recorded: Any = None
+        self._recorded: concurrent.futures.Future[Any] | None = None
 
     # --- training, in order ------------------------------------------------------------------
 
@@ -142,7 +143,7 @@ class TrainingActor:
         """Returns once the registry has heard of the last completed step, and the store has the
         ledger's head."""
         if self._recorded is not None:
-            ray.wait([self._recorded], timeout=SETTLE_S)
+            concurrent.futures.wait([self._recorded], timeout=SETTLE_S)
         if self._worker is not None and self._worker.heads is not None:
             with suppress(TGTinkerError, TimeoutError):  # the run ends well without
                 self._worker.heads.keep(SETTLE_S)
@@ -195,7 +196,8 @@ class TrainingActor:
         return replace(reply, ledger_head=self._worker.heads.newest)
 
     def _record(self) -> None:
-        """Tells the registry the step without waiting: the run's answer does not depend on it."""
+        """Tells the registry the step without waiting: the run's answer does not depend on it.
+        A registry that restarts is told when it is back, in order."""
         if self._worker is not None:
             step, status = self._worker.session.step, self._worker.status
             stepped = self._worker.take_step()

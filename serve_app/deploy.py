@@ -65,6 +65,7 @@ def app(settings: Settings) -> serve.Application:
         settings.database or f"sqlite:///{home / DATABASE}",
         str(keyring),
         str(audit_folder(keyring, home)),
+        True,  # a cluster: it shares its database with none
     )
     place = Place(
         namespace=settings.namespace, model_ref=settings.model_ref, dtype=settings.dtype,

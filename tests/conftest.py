@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import databases
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -84,3 +85,19 @@ def home(tmp_path_factory: pytest.TempPathFactory, converted_models: Path) -> It
         del os.environ["TG_TINKER_HOME"]
     else:
         os.environ["TG_TINKER_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[databases.Postgres]:
+    with databases.postgres_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def each_database(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A module or test that asks for it runs on each database that `databases.url_of` names."""
+    on_server = request.param == "postgresql"
+    if on_server and request.node.get_closest_marker("sqlite_only"):
+        pytest.skip("looks into the file of SQLite")
+    with databases.all_on(request.getfixturevalue("postgres") if on_server else None):
+        yield

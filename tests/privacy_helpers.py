@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import databases
 import torch
 from helpers import IGNORED
 
@@ -50,7 +51,7 @@ def registry(path: Path | None = None) -> Registry:
     """A registry in a home of its own, made where there is none."""
     path = path or Path(tempfile.mkdtemp()) / "home"
     home.create(path)
-    return Registry(f"sqlite:///{path / 'registry.db'}", path / "keyring")
+    return Registry(databases.url_of(path), path / "keyring")
 
 
 def private_config(model: Path, **values: Any) -> TrainingConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ from tg_tinker import (
 from tg_tinker.errors import IntegrityError
 from tg_tinker.ledger import Ledger
 from tg_tinker.privacy import Charge
+
+pytestmark = pytest.mark.usefixtures("each_database")
 
 CALLS = [("sha256:batch-4711", "sha256:gradient-4711")]
 
@@ -190,8 +191,10 @@ def test_hashes_of_data_are_stored_keyed_only(tmp_path: Path) -> None:
     for file in (tmp_path / "home").glob("registry.db*"):
         for call in CALLS:
             assert not any(part.encode() in file.read_bytes() for part in call)
-    with sqlite3.connect(tmp_path / "home" / "registry.db") as database:
-        evidence = [text for (text,) in database.execute("select evidence from charges")]
+    with budget.registry._engine.begin() as database:
+        evidence = database.exec_driver_sql("select evidence from charges").scalars().all()
+    for call in CALLS:
+        assert not any(part in text for part in call for text in evidence)
     assert len(set(evidence)) == 2  # of equal batches: the key is the run's
 
 
@@ -206,9 +209,11 @@ def test_ledger_entries_hold_nothing_of_the_units() -> None:
 def test_an_entry_changed_in_the_database_is_noticed_by_the_next_registry(tmp_path: Path) -> None:
     budget = opened(registry(tmp_path / "home"))
     charge(budget, units(1))
-    with sqlite3.connect(tmp_path / "home" / "registry.db") as database:
-        database.execute("update ledger_entries set entry = replace(entry, '\"count\": 1',"
-                         " '\"count\": 0') where seq = 2")  # fmt: skip
+    with budget.registry._engine.begin() as database:
+        database.exec_driver_sql(
+            "update ledger_entries set entry = replace(entry, '\"count\": 1', '\"count\": 0')"
+            " where seq = 2"
+        )
     with pytest.raises(IntegrityError, match="entry 2"):
         registry(tmp_path / "home").charge(
             "default", "default", budget.run_id, budget.epoch, "f" * 32, units(2), True, CALLS

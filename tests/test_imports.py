@@ -35,7 +35,7 @@ DOORS = {
     "sqlalchemy": {
         "actors/database.py", "actors/registry.py", "actors/budgets.py", "actors/api_keys.py",
         "actors/audit_log.py", "actors/artifact_index.py", "actors/orphans.py",
-        "actors/key_names.py",
+        "actors/postgres.py", "actors/registry_backup.py", "actors/key_names.py",
     },
     "opacus": {"actors/accountants.py", "actors/model.py"},
     "cryptography": {"tg_tinker/envelope.py", "tg_tinker/segments.py"},

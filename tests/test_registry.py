@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from databases import url_of
 
 from actors.capabilities import Capability
 from actors.home import DATABASE, KEYRING, STORE, create
@@ -30,6 +31,10 @@ SECRET = "bed-7-secret"
 MANIFEST = b'{"files": {}}'
 CONFIG = TrainingConfig(model_ref="some/model", metadata={"note": SECRET}).model_dump_json()
 
+pytestmark = pytest.mark.usefixtures("each_database")
+on_sqlite = pytest.mark.sqlite_only
+CASCADE = {"sqlite": "", "postgresql": " CASCADE"}
+
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
@@ -39,7 +44,7 @@ def place(tmp_path: Path) -> Path:
 
 def open_registry(place: Path) -> Registry:
     """One that has met a store without heads."""
-    registry = Registry(f"sqlite:///{place / DATABASE}", place / KEYRING)
+    registry = Registry(url_of(place), place / KEYRING)
     for tenant in (US, THEM):
         registry.meet_store(tenant, STORE, {})
     return registry
@@ -328,11 +333,13 @@ def test_the_state_survives_a_second_registry(registry: Registry, place: Path, r
     assert registry.run(US, run)[0].epoch == 3, "the first registry kept something in memory"
 
 
+@on_sqlite
 def test_a_change_is_on_disk_when_the_call_returns(place: Path, run: str) -> None:
     with sqlite3.connect(place / DATABASE) as other:
         assert other.execute("SELECT id, epoch FROM runs").fetchall() == [(run, 0)]
 
 
+@on_sqlite
 def test_the_database_is_durable_and_keeps_its_references(registry: Registry) -> None:
     with registry._engine.connect() as connection:
         names = ("journal_mode", "synchronous", "foreign_keys")
@@ -340,6 +347,7 @@ def test_the_database_is_durable_and_keeps_its_references(registry: Registry) ->
     assert found == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
 
 
+@on_sqlite
 def test_a_transaction_holds_the_write_lock_from_its_first_statement(
     registry: Registry, place: Path
 ) -> None:
@@ -350,12 +358,14 @@ def test_a_transaction_holds_the_write_lock_from_its_first_statement(
     other.close()
 
 
+@on_sqlite
 def test_all_files_of_the_database_are_readable_by_their_owner_alone(place: Path, run: str) -> None:
     files = [*place.glob(f"{DATABASE}*")]
     assert len(files) == 3, "expected the database, its log and its index"
     assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
 
 
+@on_sqlite
 def test_a_missing_database_is_refused_and_not_made_anew(place: Path) -> None:
     (place / DATABASE).unlink()
     with pytest.raises(StorageError, match="does not exist: put its backup back"):
@@ -365,12 +375,14 @@ def test_a_missing_database_is_refused_and_not_made_anew(place: Path) -> None:
         Registry("sqlite://", place / KEYRING)
 
 
+@on_sqlite
 def test_a_database_of_other_bytes_is_a_typed_error(place: Path) -> None:
     (place / DATABASE).write_bytes(b"no database at all " * 500)
     with pytest.raises(StorageError, match="refused"):
         open_registry(place)
 
 
+@on_sqlite
 def test_a_database_of_an_older_version_is_told_and_left_alone(place: Path) -> None:
     with sqlite3.connect(place / DATABASE) as database:
         database.execute("CREATE TABLE artifacts (id TEXT PRIMARY KEY)")
@@ -399,8 +411,9 @@ def everything_said(error: BaseException | None) -> str:
 
 def test_a_refused_statement_shows_none_of_its_values(place: Path, run: str) -> None:
     registry = open_registry(place)
-    with sqlite3.connect(place / DATABASE) as other:
-        other.executescript("DROP TABLE artifacts; DROP TABLE runs;")
+    with registry._engine.begin() as other:
+        for table in ("artifacts", "runs"):
+            other.exec_driver_sql(f"DROP TABLE {table}" + CASCADE[other.dialect.name])
     attempts: list[Callable[[], object]] = [
         lambda: registry.create_run(SECRET, CONFIG),
         lambda: registry.record(SECRET, 1, 1, SECRET),

@@ -11,7 +11,9 @@ import os
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -48,6 +50,9 @@ WITHOUT_TLS = "TG_TINKER_WITHOUT_TLS"
 _STARTED_BY_RAY_START = Path("/tmp/ray/ray_current_cluster")  # noqa: S108
 _ANSWER_S = 120.0
 """How long a training actor may take to copy its weights, which waits for the end of a step."""
+_RESTART_S = 60.0
+"""How long a call waits for a registry that restarts."""
+_RESTARTING = "actor_restarting"
 _OBJECT_STORE_BYTES = 512 * 2**20
 _log = logging.getLogger("tg_tinker")
 
@@ -109,8 +114,10 @@ class Cluster:
                 _ray().shutdown()
 
     def registry(self, database: str, keyring: str, audit_keys: str) -> RemoteRegistry:
+        """The one registry of the namespace; on a cluster it shares its database with none."""
+        sole = not self.embedded
         with _translated():
-            actor = provided("registry")(self.namespace, database, keyring, audit_keys)
+            actor = provided("registry")(self.namespace, database, keyring, audit_keys, sole)
             return RemoteRegistry(actor)
 
     def status(self) -> ClusterStatus:
@@ -208,12 +215,26 @@ class Cluster:
             _ray().kill(actor)
 
 
+ONCE = frozenset({
+    "accept_heads", "book_missing", "create_api_key", "create_run", "delete_artifact", "retire_key",
+    "revoke_api_key", "rotate_key",
+})  # fmt: skip
+"""What a registry must not do twice. All its other methods may be called again."""
+
+
 class RemoteRegistry:
-    """The methods of `actors.registry.Registry`, called in its actor; payloads are sealed."""
+    """The methods of `actors.registry.Registry`, called in its actor; payloads are sealed.
+
+    A registry that was killed comes back with its database and its transport key. A call that was
+    under way is then made again; one of `ONCE` fails and says that nobody knows whether it was
+    done.
+    """
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
-        self.key: bytes = ask(actor.transport_key)
+        reply: Reply = ask_again(actor.transport_key)
+        self.key: bytes = reply.unwrap()
+        self._sender = ThreadPoolExecutor(1, thread_name_prefix="registry")
 
     @property
     def typed(self) -> Any:
@@ -223,7 +244,7 @@ class RemoteRegistry:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             try:
-                sealed = ask(self.actor.call, self.sealed((name, arguments)))
+                sealed = self._asked(name, self.sealed((name, arguments)))
             except ActorLostError:
                 raise ClusterUnavailableError(
                     "the registry's actor is gone: close this ServiceClient and open a new one;"
@@ -233,14 +254,27 @@ class RemoteRegistry:
 
         return call
 
-    def notify(self, name: str, *arguments: Any) -> Any:
-        """Calls without waiting for, or learning of, the outcome; a ref to wait by."""
-        with _translated():
-            return self.actor.call.remote(self.sealed((name, arguments)))
+    def notify(self, name: str, *arguments: Any) -> Future[Any]:
+        """Calls beside the caller, in the order of these calls; the future learns the outcome."""
+        return self._sender.submit(getattr(self, name), *arguments)
 
     def sealed(self, value: Any) -> bytes:
         """For whoever has the transport key."""
         return seal_payload(self.key, value)
+
+    def _asked(self, name: str, sealed: bytes) -> Any:
+        if name not in ONCE:
+            return ask_again(self.actor.call, sealed)
+        ask_again(self.actor.transport_key)  # it is there: what fails now is rare, and not known
+        try:
+            return ask(self.actor.call, sealed)
+        except ActorLostError as error:
+            if not restarting(error):
+                raise
+            raise ClusterUnavailableError(
+                f"the registry was lost during {name} and comes back: whether it was done is not"
+                " known. Look first, then repeat the call if it was not"
+            ) from None
 
 
 class TrainingLink:
@@ -434,6 +468,23 @@ def ask(method: Any, *arguments: Any, timeout: float | None = None) -> Any:
         return _ray().get(method.remote(*arguments), timeout=timeout)
 
 
+def ask_again(method: Any, *arguments: Any) -> Any:
+    """`ask` of an actor that Ray restarts, until it is back: for what may be done twice."""
+    deadline = time.monotonic() + _RESTART_S
+    while True:
+        try:
+            return ask(method, *arguments)
+        except ActorLostError as error:
+            if not restarting(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
+
+
+def restarting(error: ActorLostError) -> bool:
+    """Whether Ray said that the actor comes back; the call was done or not."""
+    return error.code == _RESTARTING
+
+
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
     """Ray's exceptions as ours, without their texts: those may quote arguments."""
@@ -448,6 +499,12 @@ def _translated() -> Iterator[None]:
     except errors.GetTimeoutError:
         raise FutureTimeoutError(
             "no answer within the timeout: the call goes on, ask for its result again or cancel it"
+        ) from None
+    except errors.ActorUnavailableError:
+        raise ActorLostError(
+            "the actor does not answer, Ray restarts it or its node: whether the call was done is"
+            " not known",
+            code=_RESTARTING,
         ) from None
     except errors.RayActorError:
         raise ActorLostError(

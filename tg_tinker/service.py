@@ -23,6 +23,7 @@ from tg_tinker.audit_files import keep_head, paged, read_head, read_public_key
 from tg_tinker.audit_log import AuditHead, AuditRow, empty, parse_rows, verify
 from tg_tinker.cluster import Cluster, SamplerLink, TrainingLink, provided, running_cluster
 from tg_tinker.config import DPConfig, ResourceConfig, TrainingConfig
+from tg_tinker.databases import check_database
 from tg_tinker.errors import (
     ActorLostError,
     ClusterUnavailableError,
@@ -137,15 +138,18 @@ class ServiceClient(ArtifactCalls, RegistryCalls):
         tenant: a label that keeps runs and artifacts apart; not a security boundary.
         store: folder of the sealed artifacts, or a URI such as ``s3://bucket/prefix``; in the home
             directory when None. Credentials come from the environment of the actors, never from it.
-        database: SQLAlchemy URL of the registry; SQLite in the home directory when None.
+        database: where the registry keeps its state, ``sqlite:///FILE`` or
+            ``postgresql+psycopg://USER@HOST:PORT/NAME``; a file in the home directory when None. A
+            password comes from the environment of the head node, never from here.
         keyring: file with the tenant's keys, or ``env:NAME`` for a variable that holds its text in
             the environment of the cluster. None: TG_TINKER_KEYRING, else in the home directory.
 
     All lasting state is in the home directory (or where these point), none in the cluster.
 
     Raises:
-        InvalidRequestError: a tenant's name that is none, or a store that is neither a folder nor a
-            URI without credentials; nothing was started.
+        InvalidRequestError: a tenant's name that is none, a store that is neither a folder nor a
+            URI without credentials, or a database that is none or names a secret; nothing was
+            started.
     """
 
     def __init__(
@@ -163,6 +167,7 @@ class ServiceClient(ArtifactCalls, RegistryCalls):
         self._tenant = tenant
         # Here, for what Ray is given it may keep and show.
         self._store = as_text(str(store or self._home / "store"))
+        database = check_database(database or f"sqlite:///{self._home / 'registry.db'}")
         place = place_of(keyring) if keyring else default_place(self._home)
         self._audit_keys = audit_folder(place, self._home)
         self._cluster = Cluster(_found(address, self._home), namespace)
@@ -173,11 +178,7 @@ class ServiceClient(ArtifactCalls, RegistryCalls):
                 raise StorageError(
                     f"there is no home at {self._home}: run `tg-tinker init` on the head node once"
                 )
-            self._registry = self._cluster.registry(
-                database or f"sqlite:///{self._home / 'registry.db'}",
-                str(place),
-                str(self._audit_keys),
-            )
+            self._registry = self._cluster.registry(database, str(place), str(self._audit_keys))
             self._registry.key_info()  # a registry that cannot open its files says so now
         except BaseException:
             self._cluster.close()

@@ -1,0 +1,68 @@
+"""Where the registry's database is: a SQLite file, or a PostgreSQL server that a URL names without
+any secret in it. Ray keeps the URL as an argument and shows it on its dashboard."""
+
+from __future__ import annotations
+
+import ipaddress
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
+
+from tg_tinker.errors import InvalidRequestError
+
+SQLITE, POSTGRESQL = "sqlite://", "postgresql+psycopg://"
+FORM = f"{POSTGRESQL}USER@HOST:PORT/NAME"
+
+OPTIONS = (
+    "connect_timeout", "host", "passfile", "sslcert", "sslkey", "sslmode", "sslrootcert",
+)  # fmt: skip
+"""Of libpq, after a question mark. None of them holds a secret or changes how a commit is kept."""
+
+
+def check_database(url: str) -> str:
+    """The URL itself.
+
+    Raises:
+        InvalidRequestError: another form, or a secret in it. The text is not repeated.
+    """
+    if url.startswith(SQLITE):
+        return url
+    try:
+        parts = urlsplit(url)
+        options = parse_qs(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+        well_formed = parts.port != 0 and len(unquote(parts.path)) > 1 and not parts.fragment
+    except ValueError:
+        raise _refused() from None
+    if parts.password is not None or not options.keys() <= {*OPTIONS}:
+        raise InvalidRequestError(
+            "a database URL names no password and no options but"
+            f" {', '.join(OPTIONS)}: Ray would show it. Put the password where libpq looks: a file"
+            " of mode 0600 that PGPASSFILE names where the head node starts, or ?passfile=FILE in"
+            " the URL; or PGPASSWORD in that environment"
+        )
+    if f"{parts.scheme}://" != POSTGRESQL or not well_formed or not _host(parts, options):
+        raise _refused()
+    if "sslmode" not in options and not _local(_host(parts, options)):
+        raise InvalidRequestError(
+            "a database on another machine needs sslmode in its URL, for libpq's own choice falls"
+            " back to clear text: ?sslmode=verify-full&sslrootcert=FILE, or ?sslmode=disable on a"
+            " network that you trust"
+        )
+    return url
+
+
+def _host(parts: SplitResult, options: dict[str, list[str]]) -> str:
+    """As libpq takes it: a folder is that of a Unix socket."""
+    return options.get("host", [parts.hostname or ""])[-1]
+
+
+def _local(host: str) -> bool:
+    try:
+        return host.startswith("/") or host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _refused() -> InvalidRequestError:
+    return InvalidRequestError(
+        f"a database is sqlite:///FILE, or has the form {FORM}, without a password: that comes from"
+        " PGPASSFILE, PGPASSWORD or ?passfile=FILE on the head node"
+    )
