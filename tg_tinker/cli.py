@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 from tg_tinker import (
     cli_artifacts,
     cli_audit_log,
+    cli_backup,
     cli_cluster,
     cli_doctor,
     cli_keys,
@@ -109,6 +110,8 @@ main.add_typer(cli_audit_log.commands, name="audit-log")
 main.add_typer(cli_sampling.commands)
 main.add_typer(cli_cluster.commands)
 main.add_typer(cli_keys.keys, name="keys")
+cli_registry.commands.command()(cli_backup.backup)
+cli_registry.commands.command()(cli_backup.restore)
 main.add_typer(cli_registry.commands, name="registry")
 main.command()(cli_doctor.doctor)
 

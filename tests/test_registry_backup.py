@@ -1,0 +1,169 @@
+"""Backups of the registry: one state of a database in use, into an empty one of either kind."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from databases import Postgres, url_of
+from privacy_helpers import new_budget, private_config, registry
+from typer.testing import CliRunner
+
+from actors.budget import Budget
+from actors.database import METADATA
+from actors.registry import Registry
+from actors.registry_backup import backup, restore
+from tg_tinker import InvalidRequestError, StorageError
+from tg_tinker.cli import main
+from tg_tinker.errors import LedgerMismatchError
+from tg_tinker.ledger import Ledger
+
+SIGMA = {"noise_multiplier": 20.0}
+
+pytestmark = pytest.mark.usefixtures("each_database")
+
+
+@pytest.fixture
+def budget(tmp_path: Path) -> Budget:
+    """Of a run that was charged three times."""
+    budget = new_budget(registry(tmp_path / "home"), private_config(Path("none"), dp=SIGMA))
+    for _ in range(3):
+        charge(budget)
+    budget.registry.create_api_key("default", "laptop", ["a/model"], None)
+    return budget
+
+
+def charge(budget: Budget) -> str:
+    receipt = budget.registry.charge(
+        budget.tenant, budget.dataset, budget.run_id, budget.epoch, secrets.token_hex(16),
+        [bytes(16)], True, [("sha256:b", "sha256:g")],
+    )  # fmt: skip
+    return receipt.place
+
+
+def rows(database: Registry) -> dict[str, list[tuple[object, ...]]]:
+    with database._reading() as connection:
+        return {
+            table.name: sorted(map(tuple, connection.execute(table.select())), key=repr)
+            for table in METADATA.sorted_tables
+            if table.name != "registry"
+        }
+
+
+def elsewhere(kind: str, path: Path, postgres: Postgres) -> str:
+    if kind == "sqlite":
+        return f"sqlite:///{path}"
+    return postgres.url(postgres.new_database())
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a_backup_of_either_kind_comes_back_as_either_kind_row_for_row(
+    budget: Budget, tmp_path: Path, postgres: Postgres, kind: str
+) -> None:
+    file = tmp_path / "monday.db"
+    reached = backup(url_of(tmp_path / "home"), file)
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in tmp_path.iterdir() if "monday" in path.name] == ["monday.db"]
+    after = charge(budget)
+    url = elsewhere(kind, tmp_path / "other.db", postgres)
+    assert restore(file, url) == reached
+    restored = Registry(url, tmp_path / "home" / "keyring")
+    now, then = rows(budget.registry), rows(restored)
+    assert then["ledger_entries"] == now["ledger_entries"][:-1]
+    assert {name: now[name] for name in ("runs", "keys", "api_keys", "datasets")} == {
+        name: then[name] for name in ("runs", "keys", "api_keys", "datasets")
+    }
+    with pytest.raises(LedgerMismatchError):  # it knows less than whoever saw the last charge
+        restored.charge(
+            budget.tenant, budget.dataset, budget.run_id, budget.epoch, "f" * 32, [bytes(16)],
+            True, [], [after],
+        )  # fmt: skip
+    before = rows(restored)
+    with pytest.raises(InvalidRequestError, match="rows already"):
+        restore(file, url)
+    assert rows(restored) == before
+
+
+def test_a_backup_during_charges_is_one_state_of_the_database(
+    budget: Budget, tmp_path: Path
+) -> None:
+    over = threading.Event()
+
+    def spend() -> None:
+        while not over.is_set():
+            charge(budget)
+
+    spender = threading.Thread(target=spend)
+    spender.start()
+    try:
+        for name in ("a.db", "b.db", "c.db"):
+            backup(url_of(tmp_path / "home"), tmp_path / name)
+            restored = Registry(f"sqlite:///{tmp_path / name}", tmp_path / "home" / "keyring")
+            entries = restored.ledger_entries(budget.tenant, budget.dataset)
+            charged = sum(entry["type"] == "charge" for entry in entries)
+            assert len(Ledger.replay(entries).accounts) == 1
+            assert len(rows(restored)["charges"]) == charged
+    finally:
+        over.set()
+        spender.join()
+
+
+def test_what_fails_leaves_no_file_and_changes_no_database(budget: Budget, tmp_path: Path) -> None:
+    url, file = url_of(tmp_path / "home"), tmp_path / "b.db"
+    backup(url, file)
+    whole = file.read_bytes()
+    with pytest.raises(InvalidRequestError, match="name a file that does not"):
+        backup(url, file)
+    assert file.read_bytes() == whole
+    with pytest.raises(StorageError, match="cannot write"):
+        backup(url, tmp_path / "nowhere" / "b.db")
+    with pytest.raises(InvalidRequestError, match="no backup"):
+        restore(tmp_path / "none.db", f"sqlite:///{tmp_path / 'new.db'}")
+    with sqlite3.connect(file) as damaged:  # a run that no artifact may name
+        damaged.execute("DROP TABLE runs")
+    with pytest.raises(StorageError):
+        restore(file, f"sqlite:///{tmp_path / 'new.db'}")
+    assert not list(tmp_path.glob("new.db*")), "an empty registry would begin anew"
+    (tmp_path / "cut.db").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(StorageError):
+        restore(tmp_path / "cut.db", f"sqlite:///{tmp_path / 'new.db'}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.db", "cut.db", "home"]
+
+
+def test_the_commands_tell_where_each_chain_ends(
+    budget: Budget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TG_TINKER_HOME", str(tmp_path / "home"))
+    file, other = str(tmp_path / "m.db"), f"sqlite:///{tmp_path / 'other.db'}"
+    asked = ["registry", "backup", file, "--database", url_of(tmp_path / "home")]
+    made = CliRunner().invoke(main, asked)
+    assert made.exit_code == 0, made.output
+    put = CliRunner().invoke(main, ["registry", "restore", file, "--database", other])
+    assert put.exit_code == 0, put.output
+    for said in (made.output, put.output):
+        assert "ledger of default" in said
+        assert "audit log" in said
+        assert " 4-" in said  # after 0: registered, 1: opened, three charges
+    assert "tg-tinker registry check" in put.output
+    again = CliRunner().invoke(main, ["registry", "restore", file, "--database", other])
+    assert again.exit_code == 1
+    assert "restore into an empty one" in again.output
+
+
+@pytest.mark.parametrize("each_database", ["sqlite"], indirect=True)
+def test_a_program_that_makes_backups_knows_every_table(each_database: None) -> None:
+    """Tables are declared by the rooms that are imported."""
+    code = (
+        "import actors.registry_backup; from actors.database import METADATA;"
+        "print(' '.join(sorted(METADATA.tables)))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
+    ).stdout
+    assert said.split() == sorted(METADATA.tables)
