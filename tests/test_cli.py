@@ -70,7 +70,8 @@ def test_the_commands_are_these() -> None:
         "privacy audit", "privacy book-missing", "serve", "sample", "chat",
         "audit-log", "audit-log show", "audit-log verify", "audit-log export",
         "api-keys", "api-keys create", "api-keys list", "api-keys revoke",
-        "registry", "registry check", "registry accept", "up", "status", "down",
+        "registry", "registry check", "registry accept", "registry backup", "registry restore",
+        "up", "status", "down",
     }  # fmt: skip
 
 
