@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -80,13 +81,14 @@ def machine(tmp_path: Path, name: str, **more: str) -> Machine:
 
 
 @pytest.fixture
-def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def short() -> Iterator[Path]:
     """Ray's sockets lie below it, whose paths have 107 characters at most."""
-    return tmp_path_factory.mktemp("n")
+    with tempfile.TemporaryDirectory(prefix="tg", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture
-def ended() -> Iterator[list[Machine]]:
+def ended(short: Path) -> Iterator[list[Machine]]:
     """Machines that a test puts in; what still runs there is ended by its process."""
     machines: list[Machine] = []
     yield machines
