@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from actors.gradients import Tensors
+from actors.matmul import Linear, multiply
 
 
 class Recorder:
@@ -59,7 +60,7 @@ class Recorder:
             self._gradients[name] = found
 
 
-class CapturedLinear(nn.Linear):
+class CapturedLinear(Linear):
     """A linear layer without bias around the weight of another one."""
 
     def __init__(self, layer: nn.Linear, name: str, recorder: Recorder) -> None:
@@ -82,7 +83,7 @@ class _Captured(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.place = recorder, name
-        return nn.functional.linear(x, weight)
+        return multiply(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
@@ -90,7 +91,8 @@ class _Captured(torch.autograd.Function):
         recorder, name = ctx.place
         recorder.add(name, upstream[0], x)
         # None for the weight: its gradient summed over units must not even exist.
-        return (upstream[0] @ weight if ctx.needs_input_grad[0] else None), None, None, None
+        for_x = multiply(upstream[0], weight.T) if ctx.needs_input_grad[0] else None
+        return for_x, None, None, None
 
 
 def capture(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Recorder | None:
@@ -113,7 +115,7 @@ def capture(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Recorde
 def _is_plain_adapter(layer: nn.Linear, name: str | None) -> bool:
     """A layer whose rule we have. Not a whole layer: it would hold U gradients of its size."""
     adapter = name is not None and (".lora_A." in name or ".lora_B." in name)
-    return adapter and type(layer) is nn.Linear and layer.bias is None
+    return adapter and type(layer) in (nn.Linear, Linear) and layer.bias is None
 
 
 def _per_unit(

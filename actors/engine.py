@@ -24,6 +24,7 @@ from actors.clipping import PrivateGradient
 from actors.gradients import GradientSum, MeanGradient, Tensors, gradient_hash
 from actors.lineage import Lineage
 from actors.losses import cross_entropy_sums
+from actors.matmul import library
 from actors.model import Base, labelled_logits, make_trainable
 from actors.optim import Optimizer, learning_rate
 from actors.state import SessionState
@@ -283,6 +284,7 @@ class Session:
             "dtype": str(self.base.dtype),
             "device": self.base.device.type,
             "torch": torch.__version__,
+            "matmul": library(next(iter(self._parameters.values()))),
         }
 
     def _check_fits(self, state: SessionState) -> None:

@@ -31,6 +31,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from actors import attention
 from actors.batching import FlatStream, flatten
+from actors.matmul import use_fast_layers
 from actors.slots import Layout
 from tg_tinker.batch import Example
 from tg_tinker.config import LoRAConfig
@@ -173,6 +174,7 @@ def make_trainable(base: Base, lora: LoRAConfig | None) -> tuple[Parameters, dic
     """
     if lora is None:
         base.model.requires_grad_(True)
+        use_fast_layers(base.model)
         return dict(base.model.named_parameters()), None
     _check_lora(base.model, lora)
     targets = lora.target_modules if lora.target_modules == "all-linear" else [*lora.target_modules]
@@ -185,6 +187,7 @@ def make_trainable(base: Base, lora: LoRAConfig | None) -> tuple[Parameters, dic
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(base.model, peft_config)
+    use_fast_layers(base.model)  # and those of the adapter
     named = {
         name.replace(".default.", "."): parameter
         for name, parameter in adapted.named_parameters()

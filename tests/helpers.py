@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from actors.engine import Session
+from actors.matmul import Linear
 from actors.model import Base
 from tg_tinker import LoRAConfig, TrainingConfig
 from tg_tinker.batch import Example, normalise
@@ -74,11 +77,8 @@ def oracle_gradients(of: Session, batch: dict[str, list[list[int]]]) -> dict[str
     first = mask.argmax(1)
     labels[torch.arange(len(labels)), first] = IGNORED
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    model = of.base.model
-    ours = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # transformers' own, not the one under test
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
-    model.set_attn_implementation(ours)
+    with by_the_book(of.base.model) as model:
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
     loss = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum",
         ignore_index=IGNORED,
@@ -89,6 +89,21 @@ def oracle_gradients(of: Session, batch: dict[str, list[list[int]]]) -> dict[str
         found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         parameter.grad = None
     return found
+
+
+@contextmanager
+def by_the_book(model: Any) -> Iterator[Any]:
+    """A forward by transformers' own attention and torch's own layers, not those under test."""
+    attention = model.config._attn_implementation
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    kinds = [type(layer) for layer in layers]
+    model.set_attn_implementation("eager")
+    for layer in layers:
+        layer.__class__ = torch.nn.Linear
+    yield model
+    model.set_attn_implementation(attention)
+    for layer, kind in zip(layers, kinds, strict=True):
+        layer.__class__ = kind
 
 
 def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], bound: float) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import databases
 import torch
-from helpers import IGNORED
+from helpers import IGNORED, by_the_book
 
 from actors import home
 from actors.budget import Budget
@@ -112,21 +112,18 @@ def oracle_unit_gradient(
     session: PrivateSession, examples: Sequence[Example]
 ) -> dict[str, torch.Tensor]:
     """The gradient of one unit: its rows one by one through transformers' own eager forward."""
-    model = session.base.model
-    ours = model.config._attn_implementation
-    model.set_attn_implementation("eager")
     total = {name: torch.zeros_like(p) for name, p in session._parameters.items()}
     for example in examples:
         ids = torch.from_numpy(example.input_ids)[None]
         labels = torch.from_numpy(example.labels)
-        logits = model(input_ids=ids).logits[0, :-1].float()
+        with by_the_book(session.base.model) as model:
+            logits = model(input_ids=ids).logits[0, :-1].float()
         loss = torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=IGNORED)
         loss.backward()
         for name, parameter in session._parameters.items():
             if parameter.grad is not None:
                 total[name] += parameter.grad
             parameter.grad = None
-    model.set_attn_implementation(ours)
     return total
 
 
