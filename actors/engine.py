@@ -23,9 +23,9 @@ from actors.batching import FlatStream, flat_streams
 from actors.clipping import PrivateGradient
 from actors.gradients import GradientSum, MeanGradient, Tensors, gradient_hash
 from actors.lineage import Lineage
-from actors.losses import cross_entropy_sums
+from actors.losses import sums_by_example
 from actors.matmul import library
-from actors.model import Base, labelled_logits, make_trainable
+from actors.model import Base, labelled_losses, make_trainable
 from actors.optim import Optimizer, learning_rate
 from actors.state import SessionState
 from tg_tinker.batch import Example, check_bounds
@@ -40,7 +40,8 @@ from tg_tinker.hashing import resolve_batch_hash
 from tg_tinker.types import ForwardBackwardResult, OptimStepResult
 
 MAX_STREAM_TOKENS = 1024
-"""Tokens of one micro-batch: bounds activations and the [labels, vocabulary] logits."""
+"""Tokens of one micro-batch: bounds activations. A longer row keeps few of them, and computes the
+others again in the backward pass."""
 
 
 class Session:
@@ -53,8 +54,8 @@ class Session:
         self.step = 0
         self._parameters, self._adapter_config = make_trainable(base, config.lora_config)
         base.model.eval()  # fresh adapter layers start in train mode
-        if config.resources.activation_checkpointing:
-            base.model.activation_checkpointing_enable({"use_reentrant": False})
+        self._recomputing = False
+        self._recompute_activations(config.resources.activation_checkpointing)
         self._optimizer = Optimizer(config.optimizer, self._parameters)
         self.lineage = Lineage(base.digest)
         self._open_window()
@@ -226,10 +227,18 @@ class Session:
 
     def _losses(self, stream: FlatStream) -> torch.Tensor:
         """float32 [S]: the summed loss of each example of the stream."""
-        device = self.base.device
-        logits = labelled_logits(self.base, stream)
-        targets, owners = stream.targets.to(device), stream.owners.to(device)
-        return cross_entropy_sums(logits, targets, owners, stream.size)
+        long = stream.tokens.numel() > MAX_STREAM_TOKENS and self.base.can_recompute
+        self._recompute_activations(long or self.config.resources.activation_checkpointing)
+        losses = labelled_losses(self.base, stream)
+        return sums_by_example(losses, stream.owners.to(losses.device), stream.size)
+
+    def _recompute_activations(self, wanted: bool) -> None:
+        """Activation checkpointing: bounds the memory of a row longer than a stream."""
+        if wanted and not self._recomputing:
+            self.base.model.activation_checkpointing_enable({"use_reentrant": False})
+        elif self._recomputing and not wanted:
+            self.base.model.activation_checkpointing_disable()
+        self._recomputing = wanted
 
     def _take_gradients(self) -> Tensors:
         """float32 gradients by name, zeros where a parameter took no part."""

@@ -31,6 +31,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from actors import attention
 from actors.batching import FlatStream, flatten
+from actors.losses import head_losses, token_losses
 from actors.matmul import use_fast_layers
 from actors.slots import Layout
 from tg_tinker.batch import Example
@@ -59,6 +60,7 @@ class Base:
     Attributes:
         digest: `sha256:` over the weight files as loaded and what of config.json shapes them.
         flat: several examples may share a stream; found by a probe, see `_rows_are_separate`.
+        plain_head: logits are hidden states times one matrix and nothing else; found by a probe.
     """
 
     model: Any
@@ -68,11 +70,17 @@ class Base:
     context_length: int
     eos_ids: frozenset[int]
     flat: bool
+    plain_head: bool
 
     @property
     def device(self) -> torch.device:
         device: torch.device = self.model.device
         return device
+
+    @property
+    def can_recompute(self) -> bool:
+        """Whether activation checkpointing is known to this architecture."""
+        return bool(self.model.supports_gradient_checkpointing)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,6 +127,7 @@ class Base:
             context_length=getattr(config, "max_position_embeddings", None) or 2**31,
             eos_ids=_eos_ids(model),
             flat=flat,
+            plain_head=_head_is_plain(model, flat),
         )
 
     def tokenizer_files(self) -> dict[str, bytes]:
@@ -132,16 +141,24 @@ def compute_dtype(wanted: str) -> str:
     return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
-def labelled_logits(base: Base, stream: FlatStream) -> torch.Tensor:
-    """[L, V]: one forward over the stream, logits only where the next token carries a loss."""
-    device = base.device
+def labelled_losses(base: Base, stream: FlatStream) -> torch.Tensor:
+    """float32 [L], in nats: one forward over the stream, logits only where there is a label."""
+    model, predictors = base.model, stream.predictors.to(base.device)
+    targets, options = stream.targets.to(base.device), _inputs(stream, base.device, base.flat)
+    if base.plain_head:
+        hidden = model.get_decoder()(**options).last_hidden_state[0, predictors]
+        return head_losses(hidden, model.get_output_embeddings().weight, targets)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return token_losses(model(**options, logits_to_keep=predictors).logits[0], targets)
+    return token_losses(model(**options).logits[0, predictors], targets)
+
+
+def _inputs(stream: FlatStream, device: torch.device, flat: bool) -> dict[str, Any]:
+    """What a model or its decoder is called with; a stream of one example needs no bounds."""
     options: dict[str, Any] = {"input_ids": stream.tokens.to(device), "use_cache": False}
-    predictors = stream.predictors.to(device)
-    if base.flat:
+    if flat:
         options |= {"position_ids": stream.positions.to(device), "segment_bounds": stream.bounds}
-    if "logits_to_keep" in inspect.signature(base.model.forward).parameters:
-        return base.model(**options, logits_to_keep=predictors).logits[0]  # type: ignore[no-any-return]
-    return base.model(**options).logits[0, predictors]  # type: ignore[no-any-return]
+    return options
 
 
 def next_token_logits(
@@ -453,22 +470,33 @@ def _rows_are_separate(model: Any) -> bool:
     vocab_size = model.get_input_embeddings().num_embeddings
     rows = [generator.integers(0, vocab_size, size) for size in (11, 7)]
     stream = flatten([Example(row, row) for row in rows])
-    place: dict[str, Any] = {"device": model.device}
     try:
-        together = model(
-            input_ids=stream.tokens.to(**place),
-            position_ids=stream.positions.to(**place),
-            segment_bounds=stream.bounds,
-            use_cache=False,
-        ).logits[0, stream.bounds[1] :]
+        together = model(**_inputs(stream, model.device, flat=True)).logits[0, stream.bounds[1] :]
         model.set_attn_implementation("eager")
-        alone = model(input_ids=torch.from_numpy(rows[1])[None].to(**place), use_cache=False)
+        ids = torch.from_numpy(rows[1])[None].to(model.device)
+        alone = model(input_ids=ids, use_cache=False)
         model.set_attn_implementation(attention.NAME)
     except (TypeError, ValueError, NotImplementedError, RuntimeError):
         return False
     tolerance = 1e-4 if model.dtype == torch.float32 else 3e-2
     difference = (together - alone.logits[0]).abs().max()
     return bool(difference <= tolerance * alone.logits.abs().max())
+
+
+@torch.no_grad()
+def _head_is_plain(model: Any, flat: bool) -> bool:
+    """Probe: are logits the decoder's hidden states times the output matrix, to the bit?
+
+    Not where an architecture scales, caps or shifts them.
+    """
+    row = np.arange(min(12, model.get_input_embeddings().num_embeddings))
+    options = _inputs(flatten([Example(row, row)]), model.device, flat)
+    try:
+        hidden = model.get_decoder()(**options).last_hidden_state
+        found = torch.nn.functional.linear(hidden, model.get_output_embeddings().weight)
+        return torch.equal(found, model(**options).logits)
+    except (AttributeError, TypeError, ValueError, NotImplementedError, RuntimeError):
+        return False
 
 
 def _rope_kinds(parameters: Any) -> set[str]:
