@@ -5,7 +5,7 @@ Legend: T tokens of a stream, S segments, H heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -41,14 +41,22 @@ def segmented(dense: Attention) -> Attention:
             return layout.attend(int(module.layer_idx), query, key, value, *how), None  # type: ignore[arg-type]
         if segment_bounds is None:
             return dense(module, query, key, value, attention_mask, **options)
+        sizes = [stop - start for start, stop in pairwise(segment_bounds)]
         outputs = []
-        for start, stop in pairwise(segment_bounds):
-            q, k, v = (x[:, :, start:stop] for x in (query, key, value))
-            mask = _window_mask(stop - start, options.get("sliding_window"), query.device)
-            outputs.append(dense(module, q, k, v, mask, **options)[0])  # [1, t, H, D]
-        return torch.cat(outputs, dim=1), None
+        for q, k, v in _rows(sizes, query, key, value):
+            mask = _window_mask(q.shape[2], options.get("sliding_window"), q.device)
+            outputs.append(dense(module, q, k, v, mask, **options)[0].flatten(0, 1))
+        return torch.cat(outputs)[None], None
 
     return attention
+
+
+def _rows(sizes: list[int], *streams: torch.Tensor) -> Iterable[Sequence[torch.Tensor]]:
+    """Pieces of each stream [1, H, T, D]: all segments as one batch [S, H, t, D] if they are of
+    one length, else one segment [1, H, t, D] after the other."""
+    if len(set(sizes)) == 1:
+        return [[x[0].unflatten(1, (len(sizes), -1)).transpose(0, 1) for x in streams]]
+    return zip(*(x.split(sizes, dim=2) for x in streams), strict=True)
 
 
 def padding_only(dense_mask: Callable[..., torch.Tensor | None]) -> Callable[..., Any]:
