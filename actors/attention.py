@@ -55,8 +55,8 @@ def _rows(sizes: list[int], *streams: torch.Tensor) -> Iterable[Sequence[torch.T
     """Pieces of each stream [1, H, T, D]: all segments as one batch [S, H, t, D] if they are of
     one length, else one segment [1, H, t, D] after the other."""
     if len(set(sizes)) == 1:
-        return [[x[0].unflatten(1, (len(sizes), -1)).transpose(0, 1) for x in streams]]
-    return zip(*(x.split(sizes, dim=2) for x in streams), strict=True)
+        return [[torch.unflatten(x[0], 1, (len(sizes), -1)).transpose(0, 1) for x in streams]]
+    return zip(*(torch.split(x, sizes, dim=2) for x in streams), strict=True)
 
 
 def padding_only(dense_mask: Callable[..., torch.Tensor | None]) -> Callable[..., Any]:

