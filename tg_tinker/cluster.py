@@ -50,7 +50,7 @@ WITHOUT_TLS = "TG_TINKER_WITHOUT_TLS"
 _STARTED_BY_RAY_START = Path("/tmp/ray/ray_current_cluster")  # noqa: S108
 _ANSWER_S = 120.0
 """How long a training actor may take to copy its weights, which waits for the end of a step."""
-_RESTART_S = 60.0
+_RESTART_S = 30.0
 """How long a call waits for a registry that restarts."""
 _RESTARTING = "actor_restarting"
 _OBJECT_STORE_BYTES = 512 * 2**20
