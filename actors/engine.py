@@ -27,6 +27,7 @@ from actors.losses import sums_by_example
 from actors.matmul import library
 from actors.model import Base, labelled_losses, make_trainable
 from actors.optim import Optimizer, learning_rate
+from actors.stages import Stage, stage
 from actors.state import SessionState
 from tg_tinker.batch import Example, check_bounds
 from tg_tinker.config import TrainingConfig
@@ -91,13 +92,15 @@ class Session:
         started = time.perf_counter()
         try:
             check_bounds(examples, self.base.vocab_size, self.base.context_length)
-            digest = resolve_batch_hash(examples, batch_hash)
+            with stage(Stage.HASH):
+                digest = resolve_batch_hash(examples, batch_hash)
             if train:
                 self._seed_dropout()
             total_loss, gradient = self._run(examples, train, check_cancelled)
             weight = sum(example.num_labelled for example in examples)
             # Hashed before it is added: `add` may keep and change the very tensors.
-            fingerprint = gradient_hash(gradient) if train else ""
+            with stage(Stage.HASH):
+                fingerprint = gradient_hash(gradient) if train else ""
             if train:
                 self._window.add(GradientSum(gradient, weight, len(examples)))
         except BaseException:
@@ -140,15 +143,16 @@ class Session:
         """One optimizer step: the gradient's norm and the learning rate used."""
         settings = self.config.optimizer
         rate = learning_rate(settings, self.step, self.config.max_steps)
-        norm = self._optimizer.step(
-            gradient,
-            lr=rate,
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            momentum=settings.momentum,
-            max_grad_norm=settings.max_grad_norm,
-        )
+        with stage(Stage.OPTIMIZER):
+            norm = self._optimizer.step(
+                gradient,
+                lr=rate,
+                betas=settings.betas,
+                eps=settings.eps,
+                weight_decay=settings.weight_decay,
+                momentum=settings.momentum,
+                max_grad_norm=settings.max_grad_norm,
+            )
         self.step += 1
         return norm, rate
 
@@ -222,7 +226,8 @@ class Session:
                 " and load an earlier artifact"
             )
         if train:
-            loss.backward()  # type: ignore[no-untyped-call]
+            with stage(Stage.BACKWARD):
+                loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
     def _losses(self, stream: FlatStream) -> torch.Tensor:

@@ -34,6 +34,7 @@ from actors.batching import FlatStream, flatten
 from actors.losses import head_losses, token_losses
 from actors.matmul import use_fast_layers
 from actors.slots import Layout
+from actors.stages import Stage, stage
 from tg_tinker.batch import Example
 from tg_tinker.config import LoRAConfig
 from tg_tinker.errors import InvalidRequestError, NotFoundError, StorageError, TGTinkerError
@@ -146,11 +147,17 @@ def labelled_losses(base: Base, stream: FlatStream) -> torch.Tensor:
     model, predictors = base.model, stream.predictors.to(base.device)
     targets, options = stream.targets.to(base.device), _inputs(stream, base.device, base.flat)
     if base.plain_head:
-        hidden = model.get_decoder()(**options).last_hidden_state[0, predictors]
-        return head_losses(hidden, model.get_output_embeddings().weight, targets)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return token_losses(model(**options, logits_to_keep=predictors).logits[0], targets)
-    return token_losses(model(**options).logits[0, predictors], targets)
+        with stage(Stage.FORWARD):
+            hidden = model.get_decoder()(**options).last_hidden_state[0, predictors]
+        with stage(Stage.HEAD):
+            return head_losses(hidden, model.get_output_embeddings().weight, targets)
+    with stage(Stage.FORWARD):
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            logits = model(**options, logits_to_keep=predictors).logits[0]
+        else:
+            logits = model(**options).logits[0, predictors]
+    with stage(Stage.HEAD):
+        return token_losses(logits, targets)
 
 
 def _inputs(stream: FlatStream, device: torch.device, flat: bool) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from actors.engine import MAX_STREAM_TOKENS, Session
 from actors.gradients import Tensors, gradient_hash
 from actors.model import Base, refuse_mixing_layers, silence_dropout
 from actors.noise import standard_normal
+from actors.stages import Stage, stage
 from actors.state import SessionState
 from actors.units import PoissonSampler, Window, unit_ids
 from tg_tinker.batch import Example
@@ -86,7 +87,8 @@ class PrivateSession(Session):
             return self._shown(result)
         started = time.perf_counter()
         try:
-            digest = resolve_batch_hash(examples, batch_hash)
+            with stage(Stage.HASH):
+                digest = resolve_batch_hash(examples, batch_hash)
             units = unit_ids(self.budget.key, examples, self.dp.unit)
             paid = self._sampler is not None and self._sampler.paid
             at_limit = set() if paid else self.budget.admit(units)
@@ -96,7 +98,8 @@ class PrivateSession(Session):
             )  # fmt: skip
             self._seed_dropout()
             loss, total = self._clipped_sum(groups, check_cancelled)
-            fingerprint = gradient_hash(total.sums)
+            with stage(Stage.HASH):
+                fingerprint = gradient_hash(total.sums)
         except DPBudgetExceededError as refusal:
             self._drop(refusal)
             raise
@@ -134,7 +137,8 @@ class PrivateSession(Session):
         self._open_window()
         try:
             self._refuse_step(window, spoiled, refusal)
-            charge = self._charged(window, apply_dp_noise)  # durable when it returns
+            with stage(Stage.CHARGE):
+                charge = self._charged(window, apply_dp_noise)  # durable when it returns
             norm, rate = self._release(window, charge)
         finally:
             window.total.wipe()
@@ -161,9 +165,10 @@ class PrivateSession(Session):
         """Noise on the whole sum, then the weights. A failure in between ends the session:
         a second draw for the same sum would be a second, uncharged release."""
         self.broken = True
-        gradient: PrivateGradient = privatise(
-            window.total, sigma=charge.spend(), divisor=self._divisor, noise=self._noise
-        )
+        with stage(Stage.NOISE):
+            gradient: PrivateGradient = privatise(
+                window.total, sigma=charge.spend(), divisor=self._divisor, noise=self._noise
+            )
         norm, rate = self._move(gradient)
         self.lineage = self.lineage.charged(charge.dataset, charge.place)
         if not charge.noised:
@@ -264,7 +269,8 @@ class PrivateSession(Session):
                 goes_on = bool(owners) and owners[0] == here[-1]
                 rest = {n: tensor[-1].clone() for n, tensor in by_unit.items()} if goes_on else {}
                 whole = {n: tensor[:-1] if goes_on else tensor for n, tensor in by_unit.items()}
-                total.add(UnitGradients(whole).clip(self.dp.max_grad_norm))
+                with stage(Stage.CLIP):
+                    total.add(UnitGradients(whole).clip(self.dp.max_grad_norm))
                 finite = torch.isfinite(by_row)
                 loss += float(by_row[finite].sum())
                 tokens += int(stream.label_counts()[finite.cpu()].sum())
@@ -285,7 +291,9 @@ class PrivateSession(Session):
 
         def backward() -> torch.Tensor:
             by_row = self._losses(stream)
-            (by_row / stream.label_counts().clamp(min=1).to(by_row)).sum().backward()  # type: ignore[no-untyped-call]
+            means = by_row / stream.label_counts().clamp(min=1).to(by_row)
+            with stage(Stage.BACKWARD):
+                means.sum().backward()  # type: ignore[no-untyped-call]
             return by_row.detach()
 
         if self._recorder is None:  # a stream of one row: its gradient is the unit's

@@ -26,6 +26,7 @@ from tg_tinker import (
     cli_cluster,
     cli_doctor,
     cli_keys,
+    cli_profile,
     cli_registry,
     cli_sampling,
 )
@@ -114,6 +115,7 @@ cli_registry.commands.command()(cli_backup.backup)
 cli_registry.commands.command()(cli_backup.restore)
 main.add_typer(cli_registry.commands, name="registry")
 main.command()(cli_doctor.doctor)
+main.command()(cli_profile.profile)
 
 _Dataset = Annotated[str, typer.Argument(help="As in TrainingConfig.dataset_id.")]
 

@@ -1,0 +1,70 @@
+"""Where a training step's time goes: runs the very steps of a training client."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from actors import home
+from actors.budget import Budget
+from actors.engine import Session
+from actors.model import Base, use_threads
+from actors.private import PrivateSession
+from actors.registry import Registry
+from actors.stages import Stage, measured
+from tg_tinker.batch import Example
+from tg_tinker.config import TrainingConfig
+
+OTHER = "other"
+
+
+def profile_steps(
+    config: TrainingConfig, cache: Path, *, rows: int, tokens: int, steps: int,
+    progress: Callable[[str], None] = lambda message: None,
+) -> dict[str, float]:  # fmt: skip
+    """Seconds of a step by stage, the mean of some steps on random tokens after one to warm up.
+
+    Its registry is a directory that is removed again; converted models come from `cache`.
+
+    Raises:
+        InvalidRequestError, NotFoundError: as `Base.load` and the session do.
+    """
+    use_threads(config.resources.num_threads)
+    base = Base.load(config.model_ref, cache=cache, dtype=config.dtype, progress=progress)
+    with tempfile.TemporaryDirectory() as scratch:
+        session = _session(base, config, Path(scratch) / "home")
+        batches = [_rows(base.vocab_size, rows, tokens, seed) for seed in range(steps + 1)]
+        _step(session, batches[0])
+        progress(f"measuring {steps} steps")
+        with measured() as spent:
+            started = time.perf_counter()
+            for batch in batches[1:]:
+                _step(session, batch)
+            total = time.perf_counter() - started
+    found = {stage.value: spent[stage] / steps for stage in Stage}
+    return found | {OTHER: total / steps - sum(found.values())}
+
+
+def _step(session: Session, batch: list[Example]) -> None:
+    session.forward_backward(batch)
+    session.optim_step()
+
+
+def _session(base: Base, config: TrainingConfig, place: Path) -> Session:
+    if not config.private:
+        return Session(base, config)
+    home.create(place)
+    registry = Registry(f"sqlite:///{place / 'registry.db'}", place / "keyring")
+    run_id = registry.create_run("default", config.model_dump_json())
+    epoch = registry.claim(run_id)
+    budget = Budget.planned(registry, "default", run_id, epoch, config, str(base.dtype))
+    return PrivateSession(base, config, budget)
+
+
+def _rows(vocab_size: int, rows: int, tokens: int, seed: int) -> list[Example]:
+    generator = np.random.default_rng(seed)
+    return [Example(ids, ids) for ids in generator.integers(0, vocab_size, (rows, tokens))]
