@@ -10,8 +10,16 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from actors.slots import Layout
+
+_KERNELS = [
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
 
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -57,6 +65,12 @@ def _rows(sizes: list[int], *streams: torch.Tensor) -> Iterable[Sequence[torch.T
     if len(set(sizes)) == 1:
         return [[torch.unflatten(x[0], 1, (len(sizes), -1)).transpose(0, 1) for x in streams]]
     return zip(*(torch.split(x, sizes, dim=2) for x in streams), strict=True)
+
+
+def keeping_attention() -> Any:
+    """What activation checkpointing keeps all the same: attention, whose cost grows with the square
+    of a row and whose result does not."""
+    return create_selective_checkpoint_contexts(_KERNELS)  # type: ignore[no-untyped-call]
 
 
 def padding_only(dense_mask: Callable[..., torch.Tensor | None]) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from actors.attention import keeping_attention
 from actors.batching import FlatStream, flat_streams
 from actors.clipping import PrivateGradient
 from actors.gradients import GradientSum, MeanGradient, Tensors, gradient_hash
@@ -240,7 +241,9 @@ class Session:
     def _recompute_activations(self, wanted: bool) -> None:
         """Activation checkpointing: bounds the memory of a row longer than a stream."""
         if wanted and not self._recomputing:
-            self.base.model.activation_checkpointing_enable({"use_reentrant": False})
+            self.base.model.activation_checkpointing_enable(
+                {"use_reentrant": False, "context_fn": keeping_attention}
+            )
         elif self._recomputing and not wanted:
             self.base.model.activation_checkpointing_disable()
         self._recomputing = wanted

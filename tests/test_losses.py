@@ -11,7 +11,7 @@ from helpers import assert_close, examples, oracle_gradients, padded, session, w
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from actors import losses
+from actors import attention, losses
 from actors.losses import head_losses, sums_by_example
 from actors.model import Base
 from tg_tinker.batch import normalise
@@ -159,3 +159,26 @@ def test_a_row_longer_than_a_stream_recomputes_activations(
     assert_close(window(cut), window(whole), 1e-5)
     assert {size for size, _ in seen} & {12}
     assert all(recomputes == (size > 7) for size, recomputes in seen)
+
+
+class Counted(TorchDispatchMode):
+    """How often attention is computed, forwards."""
+
+    times = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.times += func in attention._KERNELS
+        return func(*args, **(kwargs or {}))
+
+
+def test_attention_is_not_among_what_is_recomputed(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from actors import engine
+
+    s = session(tiny_model)
+    monkeypatch.setattr(engine, "MAX_STREAM_TOKENS", 7)
+    with Counted() as seen:
+        s.forward_backward([examples()[4]])
+    assert s.base.model.is_activation_checkpointing
+    assert seen.times == s.base.model.config.num_hidden_layers
