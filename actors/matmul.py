@@ -72,7 +72,7 @@ class _Linear(torch.autograd.Function):
 def weight_gradient(upstream: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """[N, K]: upstream [T, N] transposed times x [T, K]."""
     if x.shape[1] < _NARROW:
-        return multiply(x.T, upstream.T).T.contiguous()
+        return multiply(x.T, upstream.T).T
     return multiply(upstream.T, x.T)
 
 
