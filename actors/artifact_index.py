@@ -99,8 +99,19 @@ class ArtifactIndex(Orphans):
                     created_at=now,
                 )
             )  # fmt: skip
+            _comes_back_from(tx, run_id, artifact_id)
             details: Details = {"step": step, "size_bytes": size_bytes, "manifest": digest}
             self._note(tx, tenant, who, "artifact.save", artifact_id, details)
+
+    def note_loaded(self, tenant: str, run_id: str, epoch: int, artifact_id: str) -> None:
+        """From now on a lost actor of this run comes back from an artifact that it has loaded.
+
+        Raises:
+            ActorLostError: the run has a newer actor.
+        """
+        with self._change() as tx:
+            check_epoch(tx, tenant, run_id, epoch)
+            _comes_back_from(tx, run_id, artifact_id)
 
     def publish_copy(
         self, tenant: str, source_id: str, artifact_id: str, size_bytes: int, manifest: bytes,
@@ -340,6 +351,33 @@ class ArtifactIndex(Orphans):
 
 
 _LIVING = (_artifacts.c.deleted_at.is_(None),)
+
+
+def _comes_back_from(tx: sa.Connection, run_id: str, artifact_id: str) -> None:
+    tx.execute(RUNS.update().where(RUNS.c.id == run_id).values(resume_from=artifact_id))
+
+
+def resume_point(connection: sa.Connection, run: Any) -> tuple[str | None, int]:
+    """The artifact that a run comes back from, and its step; (None, 0) is the base model.
+
+    What it saved or loaded last. Where that is gone, the newest that it saved: of a run that went
+    on from an artifact the base model is not the beginning.
+
+    Raises:
+        ActorLostError: nothing is left that it can come back from.
+    """
+    if run.resume_from is None:
+        return None, 0
+    for artifact_id in (run.resume_from, last_artifact(connection, run.id)):
+        this = (_artifacts.c.id == artifact_id, _artifacts.c.tenant == run.tenant)
+        query = sa.select(_artifacts.c.step).where(*this, *_LIVING, _unexpired())
+        if (step := connection.execute(query).scalar()) is not None:
+            return artifact_id, int(step)
+    raise ActorLostError(
+        f"{run.id} cannot come back: the artifacts that it saved or loaded are deleted or expired."
+        " service.set_expiry(id, None) opens an expired one again; else create a new client",
+        details={"epoch": run.epoch},
+    )
 
 
 def last_artifact(connection: sa.Connection, run_id: str) -> str | None:

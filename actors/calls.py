@@ -9,7 +9,7 @@ from typing import Any
 
 from actors.process import reply_of
 from tg_tinker.errors import ActorLostError, FutureCancelledError, ServiceError
-from tg_tinker.wire import Reply, Request
+from tg_tinker.wire import OUT_OF_TURN, Reply, Request
 
 Check = Callable[[], None]
 Run = Callable[[Request, Check], Any]
@@ -37,12 +37,13 @@ class Calls:
         known = self._replies.get(request.request_id)
         if known is not None:
             return known
-
-        def admitted_work() -> Any:
-            self.admit(request)
-            return work(request, lambda: self.check_cancelled(request.request_id))
-
-        reply = reply_of(admitted_work, request.request_id)
+        refusal = reply_of(lambda: self.admit(request))
+        if refusal.error is not None:
+            return refusal
+        reply = reply_of(
+            lambda: work(request, lambda: self.check_cancelled(request.request_id)),
+            request.request_id,
+        )
         with self._replied:
             _remember(self._replies, request.request_id, reply)
             self._replied.notify_all()
@@ -50,7 +51,7 @@ class Calls:
         return reply
 
     def admit(self, request: Request) -> None:
-        """Refuses a call of another epoch, and one whose predecessor never arrived."""
+        """Refuses a call of another epoch, and one whose predecessor has not arrived yet."""
         if request.epoch != self._epoch:
             raise ActorLostError(
                 f"this client belongs to epoch {request.epoch}, the actor to {self._epoch}: get a"
@@ -60,7 +61,9 @@ class Calls:
         if request.sequence != expected:
             raise ServiceError(
                 f"call {request.sequence} of this client arrived where {expected} was due: an"
-                " earlier call was lost; get a new client with service.get_training_client"
+                " earlier call was lost; get a new client with service.get_training_client",
+                code=OUT_OF_TURN,
+                details={"due": expected},
             )
         self._next[request.handle] = expected + 1
 

@@ -40,6 +40,8 @@ RUNS = sa.Table(
     sa.Column("epoch", sa.Integer, nullable=False),
     sa.Column("step", sa.Integer, nullable=False),
     sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("ended", sa.String),  # why it has no actor on purpose; null while it should have one
+    sa.Column("resume_from", sa.String),  # artifact saved or loaded last; null is the base model
 )
 
 

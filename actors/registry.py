@@ -21,7 +21,7 @@ import sqlalchemy as sa
 
 from actors import signing
 from actors.api_keys import ApiKeys
-from actors.artifact_index import ArtifactIndex, check_epoch, last_artifact
+from actors.artifact_index import ArtifactIndex, check_epoch, last_artifact, resume_point
 from actors.audit_log import ANYONE, SDK
 from actors.capabilities import KEEPER, READER, RUN, Capability, Issuer
 from actors.database import RUNS
@@ -42,6 +42,8 @@ from tg_tinker.types import TrainingClientInfo
 
 DATA_KEY = "data key"
 """What the context of a wrapped data key has in place of a file's name."""
+CLOSED, NOT_STARTED = "closed", "never started"
+"""Why a run has no actor on purpose."""
 _BECAME = {"active": "run.resume", "completed": "run.complete", "failed": "run.fail"}
 
 
@@ -83,23 +85,42 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
             self._note(tx, tenant, SDK, "run.create", run_id)
         return run_id
 
-    def claim(self, run_id: str) -> int:
-        """The next epoch of a run: from now on the actors of earlier ones can publish nothing."""
+    def claim(self, run_id: str, after: int | None = None) -> int:
+        """The next epoch of a run: from now on the actors of earlier ones can publish nothing.
+
+        Args:
+            after: the epoch that whoever claims has found without an actor. Of two that bring a
+                run back at once, one gets it.
+
+        Raises:
+            ActorLostError: somebody else claimed it since.
+        """
+        this = RUNS.c.id == run_id
         with self._change() as tx:
-            tx.execute(RUNS.update().where(RUNS.c.id == run_id).values(epoch=RUNS.c.epoch + 1))
-            run = tx.execute(sa.select(RUNS).where(RUNS.c.id == run_id)).one()
+            if (
+                after is not None
+                and tx.execute(sa.select(RUNS.c.epoch).where(this)).scalar() != after
+            ):
+                raise ActorLostError(
+                    f"{run_id} was taken over by somebody else: reach its new actor"
+                )
+            tx.execute(RUNS.update().where(this).values(epoch=RUNS.c.epoch + 1, ended=None))
+            run = tx.execute(sa.select(RUNS).where(this)).one()
             self._note(tx, run.tenant, SDK, "run.claim", run_id, {"epoch": run.epoch})
             return int(run.epoch)
 
     def record(
         self, run_id: str, epoch: int, step: int, status: str,
         calls: Sequence[tuple[str, str]] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> bool:  # fmt: skip
         """Notes how far a run is; an actor of an earlier epoch is ignored, and so is a repeat.
 
         Args:
             calls: (batch hash, gradient hash) of each call of the step that was just completed;
                 the audit log gets their HMACs. None where no step was made.
+
+        Returns:
+            Whether it is the run's newest actor.
         """
         who = f"{run_id}@{epoch}"
         with self._change() as tx:
@@ -114,6 +135,7 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
                     self._note(tx, run.tenant, who, _BECAME[status], run_id, {"step": step})
         if run is not None and run.epoch != epoch and calls is not None:
             self._note_refusal(run.tenant, who, "step", run_id, ActorLostError.code)
+        return run is not None and run.epoch == epoch
 
     def finish(self, run_id: str, epoch: int, status: str) -> None:
         """Ends a run as `completed` or `failed`; its last actor can note nothing more.
@@ -125,7 +147,9 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
             run = tx.execute(sa.select(RUNS).where(*this)).one_or_none()
             if run is None:
                 return
-            tx.execute(RUNS.update().where(*this).values(status=status, epoch=epoch + 1))
+            ended = CLOSED if status == "completed" else NOT_STARTED
+            values = {"status": status, "epoch": epoch + 1, "ended": ended}
+            tx.execute(RUNS.update().where(*this).values(values))
             if status != run.status:
                 self._note(tx, run.tenant, SDK, _BECAME[status], run_id, {"step": run.step})
 
@@ -145,6 +169,28 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
                 )
             return self._run_info(connection, row), row.config
 
+    def resume_point(self, tenant: str, run_id: str) -> tuple[str | None, int]:
+        """The artifact that a run without an actor comes back from, and its step; None is the base
+        model with the seed of the run, where it began.
+
+        Raises:
+            NotFoundError: this tenant has no such run.
+            ActorLostError: it cannot come back: its artifacts are gone, or it was closed, or never
+                started, without one.
+        """
+        with self._reading() as connection:
+            query = sa.select(RUNS).where(RUNS.c.id == run_id, RUNS.c.tenant == tenant)
+            run = connection.execute(query).one_or_none()
+            if run is None:
+                raise NotFoundError(f"no training client {run_id!r} of this tenant")
+            if run.ended is not None and run.resume_from is None:
+                raise ActorLostError(
+                    f"{run_id} was {run.ended} and saved no artifact: its {run.step} steps are"
+                    " lost; create a new client",
+                    details={"epoch": run.epoch, "lost_steps": run.step},
+                )
+            return resume_point(connection, run)
+
     def runs(self, tenant: str) -> list[TrainingClientInfo]:
         """All runs of a tenant, oldest first."""
         query = sa.select(RUNS).where(RUNS.c.tenant == tenant).order_by(RUNS.c.created_at)
@@ -160,6 +206,7 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
             model_ref=json.loads(row.config)["model_ref"],
             created_at=datetime.fromtimestamp(row.created_at, UTC),
             last_artifact_id=last_artifact(connection, row.id),
+            reason=row.ended or "",
         )
 
     # --- keys --------------------------------------------------------------------------------

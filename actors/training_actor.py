@@ -8,7 +8,7 @@ waits until no step is changing them.
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from actors.process import forget_keyrings, harden, reply_of
 from tg_tinker.cluster import ActorInfo, RemoteRegistry
 from tg_tinker.config import TrainingConfig
 from tg_tinker.envelope import open_payload, seal_payload
-from tg_tinker.errors import ServiceError, TGTinkerError
+from tg_tinker.errors import ActorLostError, ServiceError, TGTinkerError
 from tg_tinker.wire import Reply, Request, Saving
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class TrainingActor:
 
     def __init__(
         self, namespace: str, tenant: str, run_id: str, epoch: int, config: str, store: str,
-        home: str, registry: Any, capability: bytes,
+        home: str, registry: Any, capability: bytes, resume: str | None,
     ) -> None:  # fmt: skip
         harden()
         forget_keyrings()
@@ -54,24 +54,27 @@ class TrainingActor:
         self._key = self._registry.key
         self._run_id, self._epoch = run_id, epoch
         self._arguments = (namespace, tenant, config, store, home)
+        self._resume = resume
         self._capability = open_payload(self._key, capability)
         self._calls = Calls(epoch)
         self._worker: Worker | None = None
         self._progress = "starting"
         self._loading: Reply | None = None
         self._recorded: concurrent.futures.Future[Any] | None = None
+        self._replaced = False
 
     # --- training, in order ------------------------------------------------------------------
 
     def load(self) -> bytes:
-        """Loads the model; the reply is a `ModelInfo`."""
+        """Loads the model, and the artifact that a lost run comes back from; the reply is a
+        `ModelInfo`."""
         self._loading = reply_of(self._load)
         return seal_payload(self._key, self._loading)
 
     def call(self, sealed: bytes) -> bytes:
         """One sealed `Request` in, one sealed `Reply` out."""
         request: Request = open_payload(self._key, sealed)
-        reply = self._calls.run(request, lambda r, check: self._ready_worker().run(r, check))
+        reply = self._calls.run(request, self._run)
         if request.operation in ("optim_step", "load_state"):
             self._record()
         if self._worker is not None and self._worker.broken:
@@ -159,9 +162,24 @@ class TrainingActor:
         if reply is not None and isinstance(reply.value, Saving):
             begun = reply
             reply = reply_of(lambda: self._saved(begun, wait=False))
+            if reply == Reply():  # it goes on
+                return None
         return None if reply is None else seal_payload(self._key, reply)
 
     # --- inside ------------------------------------------------------------------------------
+
+    def _run(self, request: Request, check_cancelled: Callable[[], None]) -> Any:
+        self._refuse_replaced()
+        return self._ready_worker().run(request, check_cancelled)
+
+    def _refuse_replaced(self) -> None:
+        """What the registry said of the last step: an actor that was frozen while another took its
+        run over learns here that nobody reads what it computes."""
+        recorded = self._recorded
+        if recorded is not None and recorded.done() and recorded.exception() is None:
+            self._replaced |= recorded.result() is False
+        if self._replaced:
+            raise ActorLostError(f"this actor (epoch {self._epoch}) was replaced by a newer one")
 
     def _load(self) -> Any:
         self._progress = "importing torch and transformers"
@@ -174,9 +192,17 @@ class TrainingActor:
         place = Place(tenant, self._run_id, self._epoch, store, cache, self._capability)
         parsed = TrainingConfig.model_validate_json(config)
         carry = writer(namespace, store)
-        self._worker = Worker(place, parsed, self._registry.typed, self._set_progress, carry)
+        worker = Worker(place, parsed, self._registry.typed, self._set_progress, carry)
+        info = worker.model_info()
+        if self._resume is not None:
+            self._set_progress(f"loading artifact {self._resume}")
+            loaded = worker.load_state(lambda: None, self._resume)
+            info = replace(info, warnings=loaded.warnings)
+        self._worker = worker  # now, so that nobody samples from the beginning meanwhile
+        if self._epoch > 1:  # it may be behind the last one
+            self._record()
         self._set_progress("ready")
-        return self._worker.model_info()
+        return info
 
     def _saved(self, begun: Reply, wait: bool = True) -> Any:
         return self._ready_worker().saved(begun.unwrap(), wait)
@@ -208,12 +234,13 @@ class TrainingActor:
 
 def start(
     namespace: str, tenant: str, run_id: str, epoch: int, config: str, store: str, home: str,
-    registry: Any, capability: bytes, num_cpus: float, num_gpus: float,
+    registry: Any, capability: bytes, resume: str | None, num_cpus: float, num_gpus: float,
 ) -> Any:  # fmt: skip
     """A new training actor under the run's name and epoch.
 
     Args:
         capability: sealed: Ray keeps arguments in clear.
+        resume: the artifact to come back from; None is the beginning of the run.
     """
     return TrainingActor.options(  # type: ignore[attr-defined]
         name=f"{run_id}@{epoch}",
@@ -221,4 +248,4 @@ def start(
         lifetime="detached",
         num_cpus=num_cpus,
         num_gpus=num_gpus,
-    ).remote(namespace, tenant, run_id, epoch, config, store, home, registry, capability)
+    ).remote(namespace, tenant, run_id, epoch, config, store, home, registry, capability, resume)

@@ -278,6 +278,8 @@ class Worker:
             self._place.tenant, checkpoint.state.lineage.ledgers, artifact_id, self._who
         )
         warnings = self._take_over(checkpoint.state)
+        place = self._place
+        self._registry.note_loaded(place.tenant, place.run_id, place.epoch, artifact_id)
         return LoadStateResult(
             artifact_id, self.session.step, checkpoint.metadata, checkpoint.timestamp, warnings
         )

@@ -46,7 +46,9 @@ from tg_tinker.errors import (
 from tg_tinker.future import FutureHandle
 from tg_tinker.ledger import VERSION, Entry, Ledger
 from tg_tinker.privacy import DEFAULT_DATASET, PrivacyInfo, PrivacyReport, dataset_of, describe_run
-from tg_tinker.service import Progress, ServiceClient
+from tg_tinker.recovery import Recover
+from tg_tinker.service import ServiceClient
+from tg_tinker.service_clients import Progress
 from tg_tinker.training import TrainingClient
 from tg_tinker.types import (
     ArtifactInfo,
@@ -145,6 +147,7 @@ class FakeTrainingClient(TrainingClient):
         self._id = run_id
         self._config = config
         self._describe_privacy = self._account
+        self._reached: Any = object()
         self._training = True
         self._closed = False
         self._step = 0
@@ -207,6 +210,9 @@ class FakeTrainingClient(TrainingClient):
         )
         spent = ledger.epsilon - before
         return DPMetrics(True, spent, ledger.epsilon, ledger.delta, 1.0, 0.5, 1)
+
+    def _revive(self) -> None:
+        """Nothing of it is ever lost."""
 
     def _submit(self, operation: str, **arguments: Any) -> FakeHandle[Any]:
         """The two calls behind the real `poisson_batches`."""
@@ -335,7 +341,7 @@ class FakeService(ServiceClient):
         return 1.0 + 3.0 * 0.8**step
 
     def create_training_client(
-        self, config: TrainingConfig, progress: Progress | None = None
+        self, config: TrainingConfig, progress: Progress | None = None, recover: Recover = "auto"
     ) -> FakeTrainingClient:
         if progress is not None:
             progress("loading the model")
@@ -347,7 +353,10 @@ class FakeService(ServiceClient):
         return client
 
     def get_training_client(
-        self, training_client_id: str, progress: Progress | None = None
+        self,
+        training_client_id: str,
+        progress: Progress | None = None,
+        recover: Recover = "auto",
     ) -> FakeTrainingClient:
         """The run in the state of its last artifact, as if its actor were gone."""
         configs = {client.id: client.config for client in self.clients}

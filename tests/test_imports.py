@@ -45,7 +45,7 @@ DOORS = {
 }  # fmt: skip
 """Library -> the only files that may import it when they run."""
 
-DOORS_FOR_TYPES = {"ray": {"tg_tinker/future.py"}}
+DOORS_FOR_TYPES = {"ray": {"tg_tinker/future.py", "tg_tinker/link.py"}}
 """The same for imports under `if TYPE_CHECKING`."""
 
 FILES = sorted(path for package in LINE for path in (ROOT / package).rglob("*.py"))

@@ -268,7 +268,7 @@ def test_a_repeated_call_is_answered_from_memory_and_not_run_again(tc: TrainingC
 def test_a_call_of_another_epoch_is_refused(tc: TrainingClient) -> None:
     request = Request("x-0", "optim_step", epoch=99, handle="x", sequence=0)
     with pytest.raises(ActorLostError, match="epoch 99"):
-        tc._link.open(tc._link.send(request), "").unwrap()
+        tc._link._call(request, None).unwrap()
 
 
 # --- bad input --------------------------------------------------------------------------------
@@ -642,7 +642,7 @@ def test_a_killed_actor_fails_typed_and_the_run_comes_back(
 ) -> None:
     import ray
 
-    tc = service.create_training_client(config(tiny_model))
+    tc = service.create_training_client(config(tiny_model), recover="manual")
     tc.forward_backward(BATCH)
     tc.optim_step()
     tc.save_state()

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from tg_tinker.envelope import open_payload, seal_payload
 from tg_tinker.errors import (
@@ -28,12 +28,8 @@ from tg_tinker.errors import (
     PlacementError,
 )
 from tg_tinker.interrupts import ctrl_c_held_back
-from tg_tinker.ledger_files import KeptHead
 from tg_tinker.types import ClusterStatus
-from tg_tinker.wire import Reply, Request, SampleRequest, SnapshotRef
-
-if TYPE_CHECKING:
-    import ray
+from tg_tinker.wire import Reply, SampleRequest, SnapshotRef
 
 # Before Ray is first imported, which is why the other packages import this module first.
 # No telemetry leaves.
@@ -82,6 +78,7 @@ class Cluster:
     """A connection of this process to Ray; embedded clusters end with their last user."""
 
     placement_timeout_s = 120.0
+    silent_s = 30.0
     _embedded_users = 0
     _lock = threading.Lock()
 
@@ -185,14 +182,23 @@ class Cluster:
         return f"{', '.join(runs) or 'no client'}; free are {cpus:g} CPUs and {gpus:g} GPUs"
 
     def find_training(self, run_id: str, epoch: int) -> Any | None:
-        """The living actor of a run's epoch, if there is one."""
-        with _translated():
+        """The living actor of a run's epoch, if there is one.
+
+        One that is silent for long counts as lost: another may take its run over, after which it
+        can publish and charge nothing even if it wakes up.
+        """
+        deadline = time.monotonic() + self.silent_s
+        while True:
             try:
-                actor = _ray().get_actor(f"{run_id}@{epoch}", namespace=self.namespace)
-                _ray().get(actor.ready.remote(), timeout=30)
-            except (ValueError, _ray().exceptions.RayActorError):
+                actor = named_actor(self.namespace, f"{run_id}@{epoch}")
+                ask(actor.ready, timeout=max(0.0, deadline - time.monotonic()))
+                return actor
+            except (ActorLostError, FutureTimeoutError):
                 return None
-            return actor
+            except ClusterUnavailableError:  # the network, perhaps, or it has just died
+                if time.monotonic() > deadline:
+                    return None
+                time.sleep(0.2)
 
     def sampler(self, key: bytes, **arguments: Any) -> SamplerLink:
         """The sampling application of a base model, deployed where it does not run yet."""
@@ -213,6 +219,11 @@ class Cluster:
         """Ends an actor and frees what it holds."""
         with contextlib.suppress(Exception):
             _ray().kill(actor)
+
+    def kill_training(self, run_id: str, epoch: int) -> None:
+        """The same of the actor of a run's epoch, where there is one."""
+        with contextlib.suppress(ActorLostError, ClusterUnavailableError):
+            self.kill(named_actor(self.namespace, f"{run_id}@{epoch}"))
 
 
 ONCE = frozenset({
@@ -268,119 +279,13 @@ class RemoteRegistry:
         ask_again(self.actor.transport_key)  # it is there: what fails now is rare, and not known
         try:
             return ask(self.actor.call, sealed)
-        except ActorLostError as error:
+        except ClusterUnavailableError as error:
             if not restarting(error):
                 raise
             raise ClusterUnavailableError(
                 f"the registry was lost during {name} and comes back: whether it was done is not"
                 " known. Look first, then repeat the call if it was not"
             ) from None
-
-
-class TrainingLink:
-    """One training actor as a client reaches it: sealed calls out, replies back."""
-
-    def __init__(self, actor: Any, key: bytes, kept: KeptHead | None = None) -> None:
-        self.actor = actor
-        self._key = key
-        self._kept = kept
-
-    @property
-    def ledger_place(self) -> str:
-        """Where the ledger of a private run was last seen to end."""
-        return self._kept.place if self._kept else ""
-
-    def load(self, progress: Callable[[str], None]) -> Any:
-        """Loads the model, telling `progress` what takes time; a `ModelInfo`."""
-        with _translated():
-            ref, said = self.actor.load.remote(), ""
-        while not self.done(ref, wait_s=0.3):
-            now = ask(self.actor.progress)
-            if now != said:
-                progress(now)
-                said = now
-        return self.open(ref, "").unwrap()
-
-    def send(self, request: Request) -> ray.ObjectRef[bytes]:
-        with _translated():
-            ref: ray.ObjectRef[bytes] = self.actor.call.remote(seal_payload(self._key, request))
-            return ref
-
-    def saved(self, request_id: str) -> ray.ObjectRef[bytes]:
-        """Of a `save_state` that was sent: answers when it is durable."""
-        with _translated():
-            ref: ray.ObjectRef[bytes] = self.actor.saved.remote(request_id)
-            return ref
-
-    def open(self, ref: Any, request_id: str, timeout: float | None = None) -> Reply:
-        """The reply behind a ref; a reply lost on the way is asked for once more.
-
-        Raises:
-            FutureTimeoutError: nothing within `timeout` seconds.
-            ActorLostError: the actor is gone, and the reply with it.
-        """
-        try:
-            with _translated():
-                sealed = _ray().get(ref, timeout=timeout)
-        except (ActorLostError, ClusterUnavailableError):
-            sealed = self._stored(request_id)
-            if sealed is None:
-                raise
-        reply: Reply = open_payload(self._key, sealed)
-        if reply.ledger_head and self._kept:
-            self._kept.saw(reply.ledger_head)
-        return reply
-
-    def description(self) -> Any:
-        """The `ModelInfo`, or None while the model loads."""
-        sealed = ask(self.actor.description)
-        return None if sealed is None else open_payload(self._key, sealed).unwrap()
-
-    def tokenizer_files(self) -> dict[str, bytes]:
-        sealed = ask(self.actor.tokenizer)
-        files: dict[str, bytes] = open_payload(self._key, sealed).unwrap()
-        return files
-
-    def info(self) -> ActorInfo:
-        info: ActorInfo = ask(self.actor.info)
-        return info
-
-    def settle(self) -> None:
-        """Returns once the registry has heard of the last completed step."""
-        ask(self.actor.settle)
-
-    def cancel(self, request_id: str) -> bool:
-        return bool(ask(self.actor.cancel, request_id))
-
-    def done(self, ref: Any, wait_s: float = 0) -> bool:
-        with _translated():
-            ready, _ = _ray().wait([ref], timeout=wait_s)
-            return bool(ready)
-
-    def pending(self, refs: list[Any]) -> list[Any]:
-        """Those refs whose calls have not answered yet."""
-        if not refs:
-            return []
-        with _translated():
-            return list(_ray().wait(refs, num_returns=len(refs), timeout=0)[1])
-
-    def wait(self, refs: list[Any]) -> None:
-        """Until all calls have answered, however."""
-        if refs:
-            with _translated():
-                _ray().wait(refs, num_returns=len(refs))
-
-    def when_done(self, ref: Any, work: Callable[[], object]) -> None:
-        """Runs `work` on the dispatcher thread once the call has answered."""
-        with _translated():
-            ref.future().add_done_callback(lambda _: _dispatcher().put(work))
-
-    def _stored(self, request_id: str) -> bytes | None:
-        try:
-            sealed: bytes | None = ask(self.actor.stored, request_id, timeout=30)
-        except (ActorLostError, ClusterUnavailableError, FutureTimeoutError):
-            return None
-        return sealed
 
 
 class SamplerLink:
@@ -431,20 +336,21 @@ def fetch_snapshot(namespace: str, actor: str, name: str) -> bytes:
         ActorLostError: it is gone.
         FutureTimeoutError: it does not answer.
     """
-    sealed: bytes = ask(_training(namespace, actor).snapshot, name, timeout=_ANSWER_S)
+    sealed: bytes = ask(named_actor(namespace, actor).snapshot, name, timeout=_ANSWER_S)
     return sealed
 
 
 def current_step(namespace: str, actor: str) -> int:
     """Of a living training actor; raises as `fetch_snapshot`."""
-    info: ActorInfo = ask(_training(namespace, actor).info, timeout=_ANSWER_S)
+    info: ActorInfo = ask(named_actor(namespace, actor).info, timeout=_ANSWER_S)
     return info.step
 
 
-def _training(namespace: str, actor: str) -> Any:
+def named_actor(namespace: str, name: str) -> Any:
+    """The actor of this name; raises ActorLostError where there is none."""
     with _translated():
         try:
-            return _ray().get_actor(actor, namespace=namespace)
+            return _ray().get_actor(name, namespace=namespace)
         except ValueError:
             raise ActorLostError(
                 "the actor that trained these weights is gone: sample from an artifact, or bring"
@@ -454,7 +360,7 @@ def _training(namespace: str, actor: str) -> Any:
 
 def latest_snapshot(namespace: str, actor: str, key: bytes) -> SnapshotRef:
     """Of a living training actor; raises as `fetch_snapshot`."""
-    sealed = ask(_training(namespace, actor).latest, timeout=_ANSWER_S)
+    sealed = ask(named_actor(namespace, actor).latest, timeout=_ANSWER_S)
     reference: SnapshotRef = open_payload(key, sealed).unwrap()
     return reference
 
@@ -464,8 +370,41 @@ def latest_snapshot(namespace: str, actor: str, key: bytes) -> SnapshotRef:
 
 def ask(method: Any, *arguments: Any, timeout: float | None = None) -> Any:
     """Calls an actor's method and waits for what it returns."""
+    return fetch(send(method, *arguments), timeout)
+
+
+def send(method: Any, *arguments: Any) -> Any:
+    """Calls an actor's method; a ref to what it will return."""
     with _translated():
-        return _ray().get(method.remote(*arguments), timeout=timeout)
+        return method.remote(*arguments)
+
+
+def fetch(ref: Any, timeout: float | None = None) -> Any:
+    """Waits for what a ref stands for.
+
+    Raises:
+        FutureTimeoutError: nothing within `timeout` seconds.
+        ActorLostError: its actor is gone; `details["reason"]` says how.
+        ClusterUnavailableError: the answer was lost on the way; the actor may live.
+    """
+    with _translated():
+        return _ray().get(ref, timeout=timeout)
+
+
+def split(refs: list[Any], wait_s: float | None = 0) -> tuple[list[Any], list[Any]]:
+    """Those refs that have answered, however, and those that have not; waits for all of them at
+    most `wait_s` seconds, None for ever."""
+    if not refs:
+        return [], []
+    with _translated():
+        done, pending = _ray().wait(refs, num_returns=len(refs), timeout=wait_s)
+        return list(done), list(pending)
+
+
+def when_done(ref: Any, work: Callable[[], object]) -> None:
+    """Runs `work` on the dispatcher thread once a ref has answered."""
+    with _translated():
+        ref.future().add_done_callback(lambda _: _dispatcher().put(work))
 
 
 def ask_again(method: Any, *arguments: Any) -> Any:
@@ -474,14 +413,14 @@ def ask_again(method: Any, *arguments: Any) -> Any:
     while True:
         try:
             return ask(method, *arguments)
-        except ActorLostError as error:
+        except ClusterUnavailableError as error:
             if not restarting(error) or time.monotonic() > deadline:
                 raise
         time.sleep(0.2)
 
 
-def restarting(error: ActorLostError) -> bool:
-    """Whether Ray said that the actor comes back; the call was done or not."""
+def restarting(error: ClusterUnavailableError) -> bool:
+    """Whether Ray said that the actor may answer again; the call was done or not."""
     return error.code == _RESTARTING
 
 
@@ -501,21 +440,32 @@ def _translated() -> Iterator[None]:
             "no answer within the timeout: the call goes on, ask for its result again or cancel it"
         ) from None
     except errors.ActorUnavailableError:
-        raise ActorLostError(
-            "the actor does not answer, Ray restarts it or its node: whether the call was done is"
-            " not known",
+        raise ClusterUnavailableError(
+            "a call to an actor, or its answer, was lost on the way, or Ray restarts it: ask again",
             code=_RESTARTING,
         ) from None
-    except errors.RayActorError:
+    except errors.RayActorError as error:
+        reason = _how_it_ended(error)
         raise ActorLostError(
-            "the actor of this client is gone (killed, out of memory, or its node was lost):"
-            " service.get_training_client(id) brings the run back from its last artifact"
+            f"the actor of this client is gone ({reason}): service.get_training_client(id) brings"
+            " the run back from its last artifact",
+            details={"reason": reason},
         ) from None
     except (errors.RayError, ConnectionError) as error:
         raise ClusterUnavailableError(
             f"the Ray cluster does not answer ({type(error).__name__}): check `ray status`, then"
             " open a new ServiceClient"
         ) from None
+
+
+def _how_it_ended(error: Any) -> str:
+    """One of our own phrases: Ray's text may quote arguments."""
+    text = str(error).lower()
+    if "node_out_of_memory" in text or "low on memory" in text:
+        return "out of memory"
+    if error.preempted or "its node has died" in text or "node was terminated" in text:
+        return "its node was lost"
+    return "ended by us" if "ray.kill" in text else "its process ended"
 
 
 def _ray() -> Any:

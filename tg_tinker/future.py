@@ -18,7 +18,7 @@ from tg_tinker.wire import Reply
 if TYPE_CHECKING:
     import ray
 
-    from tg_tinker.cluster import TrainingLink
+    from tg_tinker.link import TrainingLink
 
 Result = TypeVar("Result")
 

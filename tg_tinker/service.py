@@ -11,46 +11,36 @@ import logging
 import os
 import re
 import socket
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from tg_tinker import node
 from tg_tinker.audit_files import keep_head, paged, read_head, read_public_key
 from tg_tinker.audit_log import AuditHead, AuditRow, empty, parse_rows, verify
-from tg_tinker.cluster import Cluster, SamplerLink, TrainingLink, provided, running_cluster
-from tg_tinker.config import DPConfig, ResourceConfig, TrainingConfig
+from tg_tinker.cluster import Cluster, provided, running_cluster
+from tg_tinker.config import DPConfig, TrainingConfig
 from tg_tinker.databases import check_database
 from tg_tinker.errors import (
-    ActorLostError,
     ClusterUnavailableError,
     InvalidRequestError,
     NotFoundError,
     StorageError,
 )
 from tg_tinker.keyrings import audit_folder, default_place, place_of
-from tg_tinker.ledger import Ledger
 from tg_tinker.ledger_files import KeptHead
 from tg_tinker.location import as_text
-from tg_tinker.peft_files import PeftFiles
-from tg_tinker.privacy import DEFAULT_DATASET, PrivacyReport, dataset_of
+from tg_tinker.privacy import DEFAULT_DATASET, PrivacyReport
 from tg_tinker.service_artifacts import ArtifactCalls
+from tg_tinker.service_clients import ClientCalls, with_absolute_path
 from tg_tinker.service_registry import RegistryCalls
-from tg_tinker.training import TrainingClient
 from tg_tinker.types import (
     ApiKeyInfo,
-    ArtifactInfo,
     ClusterStatus,
     KeyUses,
-    LoadStateResult,
-    ModelInfo,
-    TrainingClientInfo,
 )
 
-Progress = Callable[[str], None]
 MOST_AUDIT_ROWS = 10_000
 """Of one page of the audit log."""
 
@@ -128,7 +118,7 @@ def check_port(host: str, port: int) -> None:
         ) from None
 
 
-class ServiceClient(ArtifactCalls, RegistryCalls):
+class ServiceClient(ClientCalls, ArtifactCalls, RegistryCalls):
     """A connection to TG-Tinker on a Ray cluster, or on one started inside this process.
 
     Args:
@@ -184,113 +174,9 @@ class ServiceClient(ArtifactCalls, RegistryCalls):
             self._cluster.close()
             raise
 
-    # --- training clients --------------------------------------------------------------------
-
-    def create_training_client(
-        self, config: TrainingConfig, progress: Progress | None = None
-    ) -> TrainingClient:
-        """A new run on an actor of its own; returns when its model is loaded.
-
-        Args:
-            config: what to train and how.
-            progress: told what is going on while the model is found, converted and loaded.
-
-        Raises:
-            InvalidRequestError: the configuration does not fit the model.
-            NotFoundError: no such model.
-            PlacementError: no room on the cluster.
-            DPBudgetExceededError: the privacy budget cannot pay for what is planned.
-            LedgerMismatchError: the ledger is older than what is known of it, or another one.
-        """
-        kept = self._met(config)
-        if config.private:
-            self._release_reservations_of_the_dead(dataset_of(config))
-        elif config.dataset_id and self._registry.ledger_entries(self._tenant, config.dataset_id):
-            raise InvalidRequestError(
-                f"data set {config.dataset_id!r} has a privacy ledger: a run without dp_config may"
-                " not train on it. Add a DPConfig, or leave out dataset_id if this is other data"
-            )
-        config = _with_absolute_path(config)
-        run_id = self._registry.create_run(self._tenant, config.model_dump_json())
-        epoch = self._registry.claim(run_id)
-        try:
-            client = self._open(run_id, epoch, config, progress, kept)[0]
-        except BaseException:
-            self._registry.finish(run_id, epoch, "failed")
-            self._release_reservation(run_id, config)
-            raise
-        if client.privacy is not None:
-            _log.warning("%s", client.privacy.message)
-        return client
-
-    def get_training_client(
-        self, training_client_id: str, progress: Progress | None = None
-    ) -> TrainingClient:
-        """A client of an existing run, from any process.
-
-        A run whose actor is gone comes back from its last artifact under a new epoch, with a
-        warning that says how many steps were lost.
-
-        Raises:
-            NotFoundError: no such run.
-            ActorLostError: its actor is gone and it never saved an artifact.
-            LedgerMismatchError: see `create_training_client`.
-        """
-        info, stored = self._registry.run(self._tenant, training_client_id)
-        config = TrainingConfig.model_validate_json(stored)
-        kept = self._met(config)
-        actor = self._cluster.find_training(info.training_client_id, info.epoch)
-        if actor is not None:
-            link = TrainingLink(actor, self._registry.key, kept)
-            model = link.description()
-            if model is None:
-                raise ActorLostError(
-                    f"{training_client_id} is still loading its model: ask again in a moment"
-                )
-            return self._client(info.training_client_id, config, link, model, info.epoch)
-        if info.last_artifact_id is None:
-            raise ActorLostError(
-                f"the actor of {training_client_id} is gone and it saved no artifact: its"
-                f" {info.step} steps are lost; create a new client"
-            )
-        return self._bring_back(info, config, progress, kept)
-
     def cluster_status(self) -> ClusterStatus:
         """Machines of the cluster, what of them is free, and who trains there."""
         return self._cluster.status()
-
-    def list_training_clients(self) -> list[TrainingClientInfo]:
-        """All runs of this tenant, oldest first."""
-        runs: list[TrainingClientInfo] = self._registry.runs(self._tenant)
-        return runs
-
-    def import_adapter(
-        self,
-        path: str | os.PathLike[str],
-        model_ref: str,
-        *,
-        dtype: str = "auto",
-        progress: Progress | None = None,
-    ) -> ArtifactInfo:
-        """Takes over a LoRA adapter from a PEFT directory as the artifact of a closed run.
-
-        Nobody knows what it was trained on: its lineage is without a guarantee.
-
-        Args:
-            path: holds `adapter_config.json` and `adapter_model.safetensors`.
-            model_ref, dtype: the base model, as in `TrainingConfig`.
-            progress: as in `create_training_client`.
-
-        Raises:
-            InvalidRequestError: a pickle, damaged, not finite, or no plain LoRA.
-            ArtifactMismatchError: a setting, name or shape that a run on this model would not have.
-            NotFoundError: no such directory, file or model.
-        """
-        files = PeftFiles.read(Path(path))
-        config = TrainingConfig(model_ref=model_ref, dtype=dtype, lora_config=files.lora)
-        with self.create_training_client(config, progress) as client:
-            artifact_id = client._import(files)
-        return self.get_artifact(artifact_id)
 
     # --- privacy -----------------------------------------------------------------------------
 
@@ -394,7 +280,7 @@ class ServiceClient(ArtifactCalls, RegistryCalls):
                 does not start.
             PlacementError: the cluster has no room for it.
         """
-        config = _with_absolute_path(TrainingConfig(model_ref=model_ref, dtype=dtype))
+        config = with_absolute_path(TrainingConfig(model_ref=model_ref, dtype=dtype))
         _check_path(config.model_ref)
         addresses(host, port)
         self._cluster.serve_http(
@@ -529,147 +415,6 @@ class ServiceClient(ArtifactCalls, RegistryCalls):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    # --- inside ------------------------------------------------------------------------------
-
-    def _met(self, config: TrainingConfig) -> KeptHead | None:
-        """What this home knows of a private run's ledger, after it was held against all heads."""
-        return self._meet(dataset_of(config)) if config.private else None
-
-    def _meet(self, dataset: str) -> KeptHead:
-        kept = KeptHead(self._home, self._tenant, dataset)
-        provided("meet_ledger")(self._registry, self._store, self._tenant, dataset, kept.lines)
-        return kept
-
-    def _open(
-        self,
-        run_id: str,
-        epoch: int,
-        config: TrainingConfig,
-        progress: Progress | None,
-        kept: KeptHead | None,
-    ) -> tuple[TrainingClient, TrainingLink]:
-        """Starts an actor under an epoch just claimed and loads its model."""
-        resources = self._resources(config.resources)
-        actor = self._cluster.start_training(
-            num_cpus=resources.num_cpus or 0,
-            num_gpus=resources.num_gpus or 0,
-            tenant=self._tenant,
-            run_id=run_id,
-            epoch=epoch,
-            config=config.model_copy(update={"resources": resources}).model_dump_json(),
-            store=self._store,
-            home=str(self._home),
-            registry=self._registry.actor,
-            capability=self._registry.sealed(
-                self._registry.capability(self._tenant, run_id, epoch)
-            ),
-        )
-        link = TrainingLink(actor, self._registry.key, kept)
-        try:
-            model = link.load(progress or (lambda message: None))
-            return self._client(run_id, config, link, model, epoch), link
-        except BaseException:
-            self._cluster.kill(actor)
-            raise
-
-    def _bring_back(
-        self,
-        info: TrainingClientInfo,
-        config: TrainingConfig,
-        progress: Progress | None,
-        kept: KeptHead | None,
-    ) -> TrainingClient:
-        """A new actor in the state of the last artifact."""
-        epoch = self._registry.claim(info.training_client_id)
-        client, link = self._open(info.training_client_id, epoch, config, progress, kept)
-        try:
-            loaded: LoadStateResult = client.load_state(str(info.last_artifact_id))
-        except BaseException:
-            self._cluster.kill(link.actor)
-            raise
-        if info.step > loaded.step:
-            warnings.warn(
-                f"steps lost after the last artifact: {info.step - loaded.step}; the run goes on"
-                f" from step {loaded.step}",
-                stacklevel=3,
-            )
-        return client
-
-    def _client(
-        self,
-        run_id: str,
-        config: TrainingConfig,
-        link: TrainingLink,
-        model: ModelInfo,
-        epoch: int,
-    ) -> TrainingClient:
-        return TrainingClient(
-            run_id=run_id,
-            config=config,
-            link=link,
-            model=model,
-            epoch=epoch,
-            describe=lambda: self._registry.run(self._tenant, run_id)[0],
-            describe_privacy=lambda: self._registry.privacy_info(
-                self._tenant, dataset_of(config), run_id
-            ),
-            find_sampler=partial(self._sampler, config),
-            finish=partial(self._finish, run_id, config, epoch, link),
-        )
-
-    def _sampler(self, config: TrainingConfig) -> SamplerLink:
-        return self._cluster.sampler(self._registry.key, **self._sampler_place(config))
-
-    def _sampler_place(self, config: TrainingConfig) -> dict[str, Any]:
-        """Where the sampler of a base model finds things, and what it occupies."""
-        resources = self._resources(config.resources)
-        return {
-            "model_ref": config.model_ref,
-            "dtype": config.dtype,
-            "home": str(self._home),
-            "store": self._store,
-            "num_cpus": 0 if self._cluster.embedded else 1,
-            "num_gpus": resources.num_gpus or 0,
-            "threads": resources.num_threads,
-        }
-
-    def _finish(self, run_id: str, config: TrainingConfig, epoch: int, link: TrainingLink) -> None:
-        if not self._cluster.connected:
-            return  # the actor ended with its cluster, or outlives this connection to it
-        try:
-            with contextlib.suppress(ActorLostError):
-                link.settle()
-                known = link.info()
-                self._registry.record(run_id, epoch, known.step, known.status)
-            self._registry.finish(run_id, epoch, "completed")
-            self._release_reservation(run_id, config)
-        finally:
-            self._cluster.kill(link.actor)
-
-    def _release_reservation(self, run_id: str, config: TrainingConfig) -> None:
-        if config.private:
-            self._registry.release_reservation(self._tenant, dataset_of(config), run_id)
-
-    def _release_reservations_of_the_dead(self, dataset: str) -> None:
-        """A script that was killed could not give back what it had planned."""
-        entries = self._registry.ledger_entries(self._tenant, dataset)
-        accounts = Ledger.replay(entries).accounts
-        for run_id in [run for run, account in accounts.items() if account.reserved]:
-            info, _ = self._registry.run(self._tenant, run_id)
-            if self._cluster.find_training(run_id, info.epoch) is None:
-                self._registry.release_reservation(self._tenant, dataset, run_id)
-
-    def _resources(self, wanted: ResourceConfig) -> ResourceConfig:
-        """The defaults of `ResourceConfig` made explicit for this cluster."""
-        embedded = self._cluster.embedded
-        gpus = wanted.num_gpus
-        if gpus is None:
-            gpus = min(1.0, self._cluster.resources().get("GPU", 0))
-        cpus = (0 if embedded else 1) if wanted.num_cpus is None else wanted.num_cpus
-        threads = wanted.num_threads or (None if embedded else max(1, int(cpus)))
-        made_explicit = {"num_cpus": cpus, "num_gpus": gpus, "num_threads": threads}
-        return wanted.model_copy(update=made_explicit)
-
 
 def _found(address: str | None, home: Path) -> str | None:
     """The cluster that `tg-tinker up` left running from this home, where no other one is named."""
@@ -679,13 +424,6 @@ def _found(address: str | None, home: Path) -> str | None:
         return address
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # as it was started, before Ray reads it
     return running.address
-
-
-def _with_absolute_path(config: TrainingConfig) -> TrainingConfig:
-    """Actors work in directories of their own."""
-    if not Path(config.model_ref).exists():
-        return config
-    return config.model_copy(update={"model_ref": str(Path(config.model_ref).absolute())})
 
 
 def _check_path(model_ref: str) -> None:

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, Self, TypeVar
 
 from tg_tinker.batch import BatchData, check_bounds, from_examples, normalise, require_ids
-from tg_tinker.cluster import SamplerLink, TrainingLink
+from tg_tinker.cluster import SamplerLink
 from tg_tinker.config import TrainingConfig
 from tg_tinker.errors import (
     ActorLostError,
@@ -23,8 +23,10 @@ from tg_tinker.errors import (
 )
 from tg_tinker.future import FutureHandle
 from tg_tinker.hashing import resolve_batch_hash
+from tg_tinker.link import TrainingLink
 from tg_tinker.peft_files import PeftFiles
 from tg_tinker.privacy import PrivacyInfo
+from tg_tinker.recovery import Reach, Reached, Recover
 from tg_tinker.sampling import NOT_SAMPLED, SamplingParams, as_stops, check_prompts
 from tg_tinker.text import load_tokenizer
 from tg_tinker.types import (
@@ -56,30 +58,29 @@ class TrainingClient:
         self,
         run_id: str,
         config: TrainingConfig,
-        link: TrainingLink,
-        model: ModelInfo,
-        epoch: int,
+        reached: Reached,
+        recover: Recover,
         describe: Callable[[], TrainingClientInfo],
         describe_privacy: Callable[[], PrivacyInfo],
         find_sampler: Callable[[], SamplerLink],
-        finish: Callable[[], None],
+        reach: Reach,
+        finish: Callable[[Reached], None],
     ) -> None:
         self._id = run_id
         self._config = config
-        self._link = link
-        self._model = model
-        self._epoch = epoch
+        self._recover = recover
         self._describe = describe
         self._describe_privacy = describe_privacy
         self._find_sampler = find_sampler
+        self._reach = reach
         self._finish = finish
-        self._handle = secrets.token_hex(8)
-        self._sequence = 0
         self._training = True
         self._closed = False
-        self._outstanding: list[Any] = []
         self._saves: list[Any] = []
         self._lock = threading.Lock()
+        self._recovering = threading.RLock()
+        self._reached = reached
+        self._renumber()
 
     # --- properties --------------------------------------------------------------------------
 
@@ -91,7 +92,7 @@ class TrainingClient:
     @property
     def step(self) -> int:
         """Optimizer steps completed; does not wait behind queued calls."""
-        return self.info().step if self._closed else self._link.info().step
+        return self.info().step if self._closed else self._asked(lambda link: link.info().step)
 
     @property
     def config(self) -> TrainingConfig:
@@ -106,21 +107,25 @@ class TrainingClient:
     @cached_property
     def tokenizer(self) -> Any:
         """The model's transformers tokenizer, with its chat template."""
-        return load_tokenizer(self._link.tokenizer_files())
+        return load_tokenizer(self._asked(lambda link: link.tokenizer_files()))
 
     def info(self) -> TrainingClientInfo:
-        """What registry and actor know of this run."""
+        """What registry and actor know of this run. Where its actor is gone, `reason` says how.
+
+        To ask brings no run back.
+        """
         known = self._describe()
         values = {**vars(known), "num_trainable": self._model.num_trainable}
         if not self._closed:
             try:
                 actor = self._link.info()
-                with self._lock:
-                    queued = len(self._still_pending())
+                queued = self._link.waiting()
                 values |= {"step": actor.step, "status": actor.status, "queued": queued}
-            except (ActorLostError, ClusterUnavailableError):
+            except (ActorLostError, ClusterUnavailableError) as error:
                 # Another client of this run may have closed it: then it ended well.
                 values |= {"status": "failed"} if known.status == "active" else {}
+                reason = (self._link.lost or error).details.get("reason", error.code)
+                values |= {} if known.reason else {"reason": reason}
         return TrainingClientInfo(**values)
 
     # --- training ----------------------------------------------------------------------------
@@ -307,8 +312,12 @@ class TrainingClient:
             InvalidRequestError: the run's contract is another, or the size differs.
         """
         examples = normalise(dataset)
-        units: list[list[int]] = self._submit("register_units", examples=examples).result()
+        reached: Reached | None = None
         while True:
+            self._revive()
+            if reached is not self._reached:  # an actor that brings a run back knows no units
+                reached = self._reached
+                units: list[list[int]] = self._submit("register_units", examples=examples).result()
             try:
                 drawn: list[int] = self._submit("draw_units").result()
             except DPBudgetExceededError:
@@ -317,12 +326,30 @@ class TrainingClient:
 
     # --- life --------------------------------------------------------------------------------
 
+    def recover(self) -> None:
+        """Reaches the run's actor again; where it is gone, brings the run back.
+
+        From what it saved or loaded last, under a new epoch; a run without an artifact begins
+        again, with the same first weights. An actor that has not answered for half a minute counts
+        as gone. Nothing happens while the actor of this client answers.
+
+        Raises:
+            ActorLostError: it cannot come back.
+            PlacementError: no room on the cluster.
+        """
+        self._refuse_closed()
+        with self._recovering:
+            lost = self._link.expect_loss()
+            reached = self._reach()
+            if reached.epoch != self._epoch or self._link.told:
+                self._attach(reached, lost)
+
     def close(self) -> None:
         """Ends the run and frees its resources; saved artifacts stay. Safe to repeat."""
         if not self._closed:
             with contextlib.suppress(ClusterUnavailableError):  # it took them with it
                 self._link.wait(self._saves)
-            self._finish()
+            self._finish(self._reached)
             self._closed = True
 
     def __enter__(self) -> Self:
@@ -350,6 +377,47 @@ class TrainingClient:
 
     # --- inside ------------------------------------------------------------------------------
 
+    def _attach(self, reached: Reached, lost: ActorLostError) -> None:
+        """From now on calls go to this actor; the last one has nothing to say any more."""
+        with self._lock:
+            self._link.abandon(lost)
+            self._reached = reached
+            self._renumber()
+
+    def _renumber(self) -> None:
+        self._handle, self._sequence = secrets.token_hex(8), 0
+
+    @property
+    def _link(self) -> TrainingLink:
+        return self._reached.link
+
+    @property
+    def _epoch(self) -> int:
+        return self._reached.epoch
+
+    @property
+    def _model(self) -> ModelInfo:
+        return self._reached.model
+
+    def _revive(self) -> None:
+        """Before a call: once its caller knows what was lost, the run comes back."""
+        with self._recovering:
+            lost = self._link.lost if self._link.told else None
+            if lost is None or self._closed:
+                return
+            if self._recover == "manual":
+                raise lost
+            self.recover()
+
+    def _asked(self, question: Callable[[TrainingLink], _Sent]) -> _Sent:
+        """Asks the actor something that changes nothing."""
+        self._revive()
+        link = self._link
+        try:
+            return question(link)
+        except ActorLostError as error:
+            raise link.loss(error) from None
+
     def _snapshot(self) -> FutureHandle[SnapshotRef]:
         """Asks for the weights after every call queued before this one."""
         if not self._model.flat_stream:
@@ -368,15 +436,16 @@ class TrainingClient:
 
     def _submit(self, operation: str, **arguments: Any) -> FutureHandle[Any]:
         """Sends one call; the lock makes the order of calls the order of their numbers."""
+        self._revive()
         with self._lock:
-            if len(self._outstanding) >= MAX_QUEUED and len(self._still_pending()) >= MAX_QUEUED:
+            link = self._link
+            if link.unanswered >= MAX_QUEUED and link.waiting() >= MAX_QUEUED:
                 raise QueueFullError(
                     f"{MAX_QUEUED} calls are waiting on this client: take the results of earlier"
                     " ones first"
                 )
-            ref, request = self._send(self._link.send, operation, arguments)
-            self._outstanding.append(ref)
-        return FutureHandle(self._link, ref, request.request_id, self._id, operation)
+            ref, request = self._send(link.send, operation, arguments)
+        return FutureHandle(link, ref, request.request_id, self._id, operation)
 
     def _send(
         self, send: Callable[[Request], _Sent], operation: str, arguments: dict[str, Any]
@@ -388,14 +457,11 @@ class TrainingClient:
         except BaseException:
             # Whether it went out is unknown: later calls start a numbering of their own, since
             # the actor would wait for ever for a number that never arrives.
-            self._handle, self._sequence = secrets.token_hex(8), 0
+            self._renumber()
             raise
 
     def _next_request(self, operation: str, **arguments: Any) -> Request:
-        if self._closed:
-            raise InvalidRequestError(
-                f"client {self._id} is closed: service.get_training_client(id) opens the run again"
-            )
+        self._refuse_closed()
         number, self._sequence = self._sequence, self._sequence + 1
         return Request(
             request_id=f"{self._handle}-{number}",
@@ -407,6 +473,8 @@ class TrainingClient:
             ledger=self._link.ledger_place,
         )
 
-    def _still_pending(self) -> list[Any]:
-        self._outstanding = self._link.pending(self._outstanding)
-        return self._outstanding
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise InvalidRequestError(
+                f"client {self._id} is closed: service.get_training_client(id) opens the run again"
+            )

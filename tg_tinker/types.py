@@ -236,6 +236,7 @@ class TrainingClientInfo:
         epoch: rises when an actor starts for this run, and when the run is closed.
         num_trainable: trainable parameters; 0 where no actor is asked.
         queued: calls waiting on the actor.
+        reason: why it has no actor: closed, parked, or how the last one was lost; else empty.
     """
 
     training_client_id: str
@@ -247,6 +248,7 @@ class TrainingClientInfo:
     last_artifact_id: str | None = None
     num_trainable: int = 0
     queued: int = 0
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -270,7 +272,11 @@ class ClusterStatus:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the SDK must know of a loaded model to check a batch before it is sent."""
+    """What the SDK must know of a loaded model to check a batch before it is sent.
+
+    Attributes:
+        warnings: what a run that comes back has to say.
+    """
 
     vocab_size: int
     context_length: int
@@ -280,6 +286,7 @@ class ModelInfo:
     device: str
     flat_stream: bool
     num_threads: int
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

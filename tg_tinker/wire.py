@@ -13,6 +13,10 @@ from typing import Any
 from tg_tinker.errors import Wire, from_wire
 from tg_tinker.sampling import SamplingParams
 
+OUT_OF_TURN = "out_of_turn"
+"""The code of the `ServiceError` that refuses a call before its turn; `details["due"]` is the
+number of the call that is missing. It is not remembered: the same call is taken in its turn."""
+
 TRAINING_OPERATIONS = (
     "forward_backward", "optim_step", "snapshot", "save_state", "load_state", "load_adapter",
     "register_units", "draw_units",

@@ -1,0 +1,246 @@
+"""A lost actor: what is told, and how its run comes back; a frozen one can do nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from privacy_helpers import ROWS
+
+from tg_tinker import (
+    ActorLostError,
+    DPConfig,
+    InvalidRequestError,
+    LoRAConfig,
+    ServiceClient,
+    TrainingClient,
+    TrainingConfig,
+)
+from tg_tinker.ledger import Ledger
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:a step has")]
+
+
+@pytest.fixture(scope="module")
+def service(home: Path) -> Iterator[ServiceClient]:
+    with ServiceClient(address="local") as client:
+        yield client
+
+
+def config(model: Path, **values: Any) -> TrainingConfig:
+    defaults = {"model_ref": str(model), "lora_config": LoRAConfig(rank=4), "seed": 3}
+    return TrainingConfig(**(defaults | values))
+
+
+def private(model: Path, dataset: str, **dp: Any) -> TrainingConfig:
+    values = {"noise_multiplier": 2.0, "sampling": "worst_case", "target_epsilon": None} | dp
+    return config(model, batch_size=2, dataset_id=dataset, dp_config=DPConfig(**values))
+
+
+def pid_of(tc: TrainingClient) -> int:
+    import ray
+
+    return ray.get(tc._link.actor.__ray_call__.remote(lambda self: os.getpid()))
+
+
+def kill(tc: TrainingClient) -> None:
+    os.kill(pid_of(tc), signal.SIGKILL)
+
+
+def train(tc: TrainingClient, *steps: int) -> list[Any]:
+    """Steps by number, each on rows of its own."""
+    handles = []
+    for step in steps:
+        handles.append(tc.forward_backward({"input_ids": ROWS[step % 4 : step % 4 + 2]}))
+        handles.append(tc.optim_step())
+    return [handle.result() for handle in handles]
+
+
+def fingerprints(results: list[Any]) -> list[Any]:
+    return [getattr(r, "gradient_hash", None) or (r.step, r.grad_norm) for r in results]
+
+
+def lost(tc: TrainingClient) -> ActorLostError:
+    with pytest.raises(ActorLostError) as caught:
+        tc.forward_backward({"input_ids": ROWS[:2]}).result(timeout=60)
+    return caught.value
+
+
+# --- what is told, and what comes back --------------------------------------------------------
+
+
+def test_every_lost_call_says_from_where_to_repeat_and_the_next_one_brings_the_run_back(
+    service: ServiceClient, tiny_model: Path
+) -> None:
+    clean = service.create_training_client(config(tiny_model))
+    wanted = fingerprints(train(clean, 1, 2, 3, 4))
+    clean.close()
+    with service.create_training_client(config(tiny_model)) as tc:
+        train(tc, 1, 2)
+        tc.save_state()
+        train(tc, 3)
+        pid = pid_of(tc)
+        tc.forward_backward({"input_ids": [[7] * 128] * 2000})
+        queued = [tc.optim_step(), tc.save_state_async(), tc.forward_backward({"input_ids": ROWS})]
+        os.kill(pid, signal.SIGKILL)
+        errors = [handle.exception(timeout=60) for handle in queued]
+        told = {"resume_step": 2, "lost_steps": 1, "epoch": 1, "reason": "its process ended"}
+        for error in errors:
+            assert type(error) is ActorLostError
+            assert error.details == told
+            assert "Repeat from step 3" in str(error)
+        assert len({str(error) for error in errors}) == 1
+        info = tc.info()
+        assert (info.status, info.reason, info.epoch) == ("failed", "its process ended", 1)
+        (listed,) = [r for r in service.list_training_clients() if r.training_client_id == tc.id]
+        assert listed.status == "failed"
+        assert fingerprints(train(tc, 3, 4)) == wanted[4:]  # the same client object, by itself
+        info = tc.info()
+        assert (info.status, info.reason, info.epoch, info.step) == ("active", "", 2, 4)
+        assert queued[0].exception() is not None
+
+
+def test_calls_that_were_queued_before_the_loss_was_told_do_not_bring_the_run_back(
+    service: ServiceClient, tiny_model: Path
+) -> None:
+    with service.create_training_client(config(tiny_model)) as tc:
+        kill(tc)
+        time.sleep(1)  # Ray knows
+        blind = [tc.forward_backward({"input_ids": ROWS}), tc.optim_step()]
+        assert tc.info().status == "failed"
+        blind.append(tc.optim_step())
+        assert [type(handle.exception(60)) for handle in blind] == [ActorLostError] * 3
+        assert tc.info().epoch == 1
+        assert train(tc, 1)[-1].step == 1
+
+
+def test_a_run_without_an_artifact_begins_again_with_the_same_bits(
+    service: ServiceClient, tiny_model: Path
+) -> None:
+    with service.create_training_client(config(tiny_model)) as tc:
+        first = fingerprints(train(tc, 1, 2))
+        kill(tc)
+        error = lost(tc)
+        assert (error.details["resume_step"], error.details["lost_steps"]) == (0, 2)
+        assert fingerprints(train(tc, 1, 2)) == first
+
+
+def test_a_run_that_loaded_an_artifact_comes_back_from_that_and_never_from_the_base(
+    service: ServiceClient, tiny_model: Path
+) -> None:
+    with service.create_training_client(config(tiny_model)) as source:
+        train(source, 1, 2, 3)
+        begun = source.save_state().artifact_id
+        wanted = fingerprints(train(source, 4))
+        later = source.save_state().artifact_id
+    with service.create_training_client(config(tiny_model)) as tc:
+        tc.load_state(later)
+        tc.load_state(begun)
+        train(tc, 4)
+        kill(tc)
+        assert lost(tc).details["resume_step"] == 3
+        assert fingerprints(train(tc, 4)) == wanted
+        service.delete_artifact(begun)
+        kill(tc)
+        for _ in range(2):
+            with pytest.raises(ActorLostError, match="deleted or expired"):
+                tc.forward_backward({"input_ids": ROWS[:2]}).result(timeout=60)
+
+
+def test_manual_recovery_waits_for_recover(service: ServiceClient, tiny_model: Path) -> None:
+    with service.create_training_client(config(tiny_model), recover="manual") as tc:
+        train(tc, 1)
+        kill(tc)
+        first = lost(tc)
+        for call in (
+            lambda: tc.optim_step(), lambda: tc.step, lambda: tc.sample("a"), tc.save_state,
+        ):  # fmt: skip
+            with pytest.raises(ActorLostError) as again:
+                call()
+            assert (str(again.value), again.value.details) == (str(first), first.details)
+        assert tc.info().epoch == 1
+        tc.recover()
+        tc.recover()  # of a living actor: nothing happens
+        assert (tc.info().epoch, tc.step) == (2, 0)
+        train(tc, 1)
+    with pytest.raises(InvalidRequestError, match="recover='never'"):
+        service.create_training_client(config(tiny_model), recover="never")  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match="closed"):
+        tc.recover()
+
+
+def test_two_clients_that_bring_a_run_back_at_once_share_one_new_actor(
+    service: ServiceClient, tiny_model: Path
+) -> None:
+    with service.create_training_client(config(tiny_model)) as tc:
+        train(tc, 1)
+        tc.save_state()
+        other = service.get_training_client(tc.id)
+        kill(tc)
+        assert lost(tc).details == lost(other).details
+        threads = [threading.Thread(target=client.recover) for client in (tc, other)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert tc.info().epoch == other.info().epoch >= 2
+        assert tc._epoch == other._epoch
+        tc.forward_backward({"input_ids": ROWS[:2]}).result()
+        assert other.optim_step().result().step == 2
+
+
+def test_repeated_private_steps_are_charged_again(service: ServiceClient, tiny_model: Path) -> None:
+    with service.create_training_client(private(tiny_model, "again")) as tc:
+        train(tc, 1, 2)
+        kill(tc)
+        assert lost(tc).details["resume_step"] == 0  # its noise is not repeated, its charges stay
+        train(tc, 1)
+        assert tc.step == 1
+    account = Ledger.replay(service.privacy_report("again").entries).accounts[tc.id]
+    assert account.count == 3
+
+
+# --- a frozen actor ---------------------------------------------------------------------------
+
+
+def test_an_actor_that_wakes_up_after_it_was_replaced_can_do_nothing(
+    service: ServiceClient, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service._cluster, "silent_s", 2.0)
+    monkeypatch.setattr(service._cluster, "kill_training", lambda run, epoch: None)  # out of reach
+    with service.create_training_client(private(tiny_model, "frozen")) as tc:
+        train(tc, 1)
+        saved = tc.save_state().artifact_id
+        frozen, old = pid_of(tc), tc._link
+        os.kill(frozen, signal.SIGSTOP)
+        try:
+            late = [tc.forward_backward({"input_ids": ROWS[2:4]}), tc.optim_step()]
+            late.append(tc.save_state_async())
+            tc.recover()
+            assert (tc.info().epoch, tc.step) == (2, 1)
+            train(tc, 2)
+        finally:
+            os.kill(frozen, signal.SIGCONT)
+        for handle in late:  # whatever it computes now, nobody takes it for an answer
+            error = handle.exception(timeout=60)
+            assert type(error) is ActorLostError
+            assert error.details["reason"] == "it did not answer"
+        raw = [old._opened(_fetch(handle.object_ref)) for handle in late]
+        assert raw[1].error is not None  # it ran them, and could not pay
+        assert raw[1].error[0] == raw[2].error[0] == "ActorLostError"
+        assert [a.artifact_id for a in service.list_artifacts(run=tc.id)] == [saved]
+        account = Ledger.replay(service.privacy_report("frozen").entries).accounts[tc.id]
+        assert account.count == tc.step == 2
+        service._cluster.kill(old.actor)
+
+
+def _fetch(ref: Any) -> bytes:
+    import ray
+
+    return ray.get(ref, timeout=60)
