@@ -70,11 +70,13 @@ class ArtifactIndex(Orphans):
     def publish(
         self, tenant: str, run_id: str, epoch: int, artifact_id: str, step: int,
         size_bytes: int, include_optimizer: bool, manifest: bytes, key_id: str,
+        labels: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         """Enters an artifact whose files are all in the store; a repeat changes nothing.
 
         Args:
             key_id: of the tenant key that its data key is wrapped under.
+            labels: that it is born with.
 
         Raises:
             ActorLostError: the run has a newer actor; this one may publish nothing.
@@ -99,6 +101,8 @@ class ArtifactIndex(Orphans):
                     created_at=now,
                 )
             )  # fmt: skip
+            if labels:
+                tx.execute(_labels.insert(), _label_rows(artifact_id, labels))
             _comes_back_from(tx, run_id, artifact_id)
             details: Details = {"step": step, "size_bytes": size_bytes, "manifest": digest}
             self._note(tx, tenant, who, "artifact.save", artifact_id, details)
@@ -299,7 +303,7 @@ class ArtifactIndex(Orphans):
             InvalidRequestError: see `check_labels`.
         """
         check_labels(labels)
-        rows = [{"artifact_id": artifact_id, "name": n, "value": v} for n, v in labels.items()]
+        rows = _label_rows(artifact_id, labels)
         with self._change() as tx:
             _row(tx, tenant, artifact_id)
             tx.execute(_labels.delete().where(_labels.c.artifact_id == artifact_id))
@@ -468,6 +472,10 @@ def _conditions(
             raise NotFoundError(f"no artifact {query.after!r} ever: `after` is the last one's id")
         found.append(sa.tuple_(*_ORDER) > sa.tuple_(*place))
     return found
+
+
+def _label_rows(artifact_id: str, labels: Mapping[str, str]) -> list[dict[str, str]]:
+    return [{"artifact_id": artifact_id, "name": n, "value": v} for n, v in labels.items()]
 
 
 def _labels_of(connection: sa.Connection, artifact_ids: Any) -> dict[str, dict[str, str]]:

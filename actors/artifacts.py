@@ -126,7 +126,7 @@ def write(store: ArtifactStore, draft: Draft) -> None:
 def publish(
     registry: Registry, store: ArtifactStore, draft: Draft, *,
     run_id: str, epoch: int, step: int, include_optimizer: bool,
-    write: Write = write,
+    labels: Mapping[str, str] | None = None, write: Write = write,
 ) -> tuple[int, EncryptionInfo]:  # fmt: skip
     """Stores a draft and enters it as an artifact; its size in ciphertext bytes, and its seal.
 
@@ -141,7 +141,7 @@ def publish(
         registry, store, draft,
         lambda: registry.publish(
             draft.tenant, run_id, epoch, draft.artifact_id, step, size, include_optimizer, manifest,
-            key_id,
+            key_id, labels,
         ),
     )  # fmt: skip
     keep_newest(registry, store, draft.tenant)

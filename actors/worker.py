@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -18,6 +18,7 @@ from actors.artifacts import Draft, Write, fetch, publish, write
 from actors.audit_heads import meet
 from actors.budget import Budget
 from actors.capabilities import Capability
+from actors.checkpoints import Schedule, prune
 from actors.engine import Session
 from actors.imports import imported
 from actors.ledger_heads import HeadKeeper
@@ -29,6 +30,7 @@ from actors.state import Checkpoint, SessionState, from_files, to_files
 from actors.store import ArtifactStore
 from tg_tinker.batch import Example
 from tg_tinker.config import TrainingConfig
+from tg_tinker.envelope import Buffer
 from tg_tinker.errors import (
     InvalidRequestError,
     NonFiniteError,
@@ -36,6 +38,7 @@ from tg_tinker.errors import (
     TGTinkerError,
     WindowSpoiledError,
 )
+from tg_tinker.labels import AUTOMATIC
 from tg_tinker.privacy import dataset_of
 from tg_tinker.types import (
     ForwardBackwardResult,
@@ -103,6 +106,8 @@ class Worker:
         self._copies = threading.Semaphore(MOST_COPIES)
         self.drafts: dict[str, Draft] = {}
         self._write = write
+        self._schedule = Schedule(config.checkpoints)
+        self._problem = ""  # of the last automatic save
         self._generation = 0  # of the weights: rises whenever they may have changed
         self._failure: TGTinkerError | None = None  # of the last step, not told to a sample yet
         self._calls: list[tuple[str, str]] = []  # hashes of the open window's calls
@@ -168,7 +173,8 @@ class Worker:
                 self._generation += 1
                 result = self.session.optim_step(apply_dp_noise)
                 self._stepped = calls
-                return self._told(result)
+            self._save_if_due()
+            return self._told(result)
         except (WindowSpoiledError, NonFiniteError) as failure:
             self._failure = failure
             raise
@@ -243,6 +249,31 @@ class Worker:
             self._saves.popitem(last=False)
         return Saving(draft.artifact_id)
 
+    def _save_if_due(self) -> None:
+        """After a step: all but the copy goes on beside training, and no step waits for it or
+        fails with it."""
+        if not self._schedule.due(self.session.step) or not self._copies.acquire(blocking=False):
+            return
+        self._schedule.begin_at(self.session.step)
+        checkpoint = Checkpoint(self.session.live_state(), {}, datetime.now(UTC))
+        saving = self._saver.submit(self._save_by_itself, checkpoint, to_files(checkpoint))
+        saving.add_done_callback(lambda _: self._copies.release())
+
+    def _save_by_itself(self, checkpoint: Checkpoint, files: dict[str, Buffer]) -> None:
+        place = self._place
+        try:
+            draft = Draft(self._registry, self._store, place.capability, files)
+            self.drafts[draft.artifact_id] = draft
+            self._publish(draft, checkpoint, AUTOMATIC)
+            keep = self.session.config.checkpoints.keep
+            prune(self._registry, place.store, place.tenant, place.run_id, keep)
+            self._problem = ""
+        except TGTinkerError as error:
+            self._problem = (
+                f"the automatic checkpoint of step {checkpoint.state.step} failed, training goes"
+                f" on: {error.message}"
+            )
+
     def saved(self, saving: Saving, wait: bool = True) -> SaveStateResult | None:
         """What became of a save, from any thread; None while it goes on, unless told to wait."""
         found = self._saves.get(saving.artifact_id)
@@ -253,7 +284,9 @@ class Worker:
             )
         return found.result() if wait or found.done() else None
 
-    def _publish(self, draft: Draft, checkpoint: Checkpoint) -> SaveStateResult:
+    def _publish(
+        self, draft: Draft, checkpoint: Checkpoint, labels: Mapping[str, str] | None = None
+    ) -> SaveStateResult:
         """Seals, stores and enters it, beside training."""
         place, state = self._place, checkpoint.state
         try:
@@ -261,7 +294,8 @@ class Worker:
                 self.heads.keep()
             size, encryption = publish(
                 self._registry, self._store, draft, run_id=place.run_id, epoch=place.epoch,
-                step=state.step, include_optimizer=state.optimizer is not None, write=self._write,
+                step=state.step, include_optimizer=state.optimizer is not None, labels=labels,
+                write=self._write,
             )  # fmt: skip
         finally:
             del self.drafts[draft.artifact_id]  # and the copy with it
@@ -298,11 +332,10 @@ class Worker:
         return f"{self._place.run_id}@{self._place.epoch}"
 
     def _told(self, result: OptimStepResult) -> OptimStepResult:
-        """A step's result, with what stands in the way of the ledger's head."""
+        """A step's result, with what stands in the way of checkpoints and the ledger's head."""
         self._note_charge()
-        if self.heads is None or not self.heads.problem:
-            return result
-        return replace(result, warnings=(*result.warnings, self.heads.problem))
+        problems = (self._problem, self.heads.problem if self.heads is not None else "")
+        return replace(result, warnings=(*result.warnings, *filter(None, problems)))
 
     def _note_charge(self) -> None:
         if self.heads is not None:
@@ -315,6 +348,7 @@ class Worker:
             warnings = self.session.load(state)
         self._calls = []
         self._failure = None
+        self._schedule.begin_at(self.session.step)
         return warnings
 
     def _private_session(self) -> PrivateSession:

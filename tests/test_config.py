@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from tg_tinker import (
+    CheckpointConfig,
     DPConfig,
     InvalidRequestError,
     LoRAConfig,
@@ -20,7 +22,7 @@ from tg_tinker import (
     TrainingConfig,
 )
 
-ALL = [DPConfig, LoRAConfig, OptimizerConfig, ResourceConfig, TrainingConfig]
+ALL = [CheckpointConfig, DPConfig, LoRAConfig, OptimizerConfig, ResourceConfig, TrainingConfig]
 SECRET = "the patient in bed 7"
 
 
@@ -74,6 +76,9 @@ def test_an_unknown_key_of_a_nested_dict_lists_the_keys_of_that_config() -> None
 # --- ranges ----------------------------------------------------------------------------------
 
 OUT_OF_RANGE = [
+    (CheckpointConfig, "every_steps", [0, -1, 1.5]),
+    (CheckpointConfig, "every_minutes", [0, -1.0, math.nan, math.inf]),
+    (CheckpointConfig, "keep", [0, -1, 1.5]),
     (LoRAConfig, "rank", [0, -1, 1.5]),
     (LoRAConfig, "alpha", [0, -1.0, 1e7, math.inf, math.nan]),
     (LoRAConfig, "dropout", [-0.1, 1, math.nan]),
@@ -138,7 +143,7 @@ def test_every_numeric_field_has_its_range_checked() -> None:
         for name, field in config.model_fields.items():
             spelled = str(field.annotation)
             choice = "Literal" in spelled or name == "betas"
-            number = "float" in spelled or "int" in spelled
+            number = re.search(r"\b(float|int)\b", spelled)
             assert choice or not number or name in checked, f"{config.__name__}.{name}"
 
 

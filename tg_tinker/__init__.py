@@ -15,6 +15,7 @@ Importing the package loads neither torch, ray nor transformers.
 from tg_tinker.audit_log import AuditHead, AuditRow
 from tg_tinker.batch import BatchData
 from tg_tinker.config import (
+    CheckpointConfig,
     DPConfig,
     LoRAConfig,
     OptimizerConfig,
@@ -82,6 +83,7 @@ __all__ = [
     "AuditHead",
     "AuditRow",
     "BatchData",
+    "CheckpointConfig",
     "ClusterStatus",
     "ClusterUnavailableError",
     "DPBudgetExceededError",

@@ -169,6 +169,21 @@ class ResourceConfig(_Config):
     activation_checkpointing: bool = False
 
 
+class CheckpointConfig(_Config):
+    """Artifacts that a run saves by itself, beside training. A lost run comes back from them.
+
+    Attributes:
+        every_steps: optimizer steps from one to the next; None is never.
+        every_minutes: the same in minutes; saved after the first step from then on.
+        keep: how many of them stay, at least 1; older ones are deleted. What `save_state` saved
+            stays in any case.
+    """
+
+    every_steps: int | None = Field(None, ge=1)
+    every_minutes: Positive | None = None
+    keep: int = Field(2, ge=1)
+
+
 class TrainingConfig(_Config):
     """One training run.
 
@@ -185,6 +200,7 @@ class TrainingConfig(_Config):
         seed: of the adapter's first weights and, without differential privacy, of dropout.
         dtype: of the frozen weights; auto is float32 on CPU and bfloat16 on CUDA.
         resources: see `ResourceConfig`.
+        checkpoints: see `CheckpointConfig`.
         metadata: your own notes, kept with the run. Not encrypted: do not put data here.
     """
 
@@ -199,6 +215,7 @@ class TrainingConfig(_Config):
     seed: int = Field(0, ge=0, lt=2**63)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     resources: ResourceConfig = ResourceConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
     metadata: dict[str, JsonValue] = Field(default_factory=dict)
 
     @property

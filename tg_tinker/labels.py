@@ -11,6 +11,9 @@ from collections.abc import Iterable, Mapping
 
 from tg_tinker.errors import InvalidRequestError
 
+AUTOMATIC = {"saved": "automatically"}
+"""Of an artifact that a run saved by itself; whoever labels it anew keeps it."""
+
 MOST_LABELS = 16
 """Of one artifact."""
 
