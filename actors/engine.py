@@ -67,6 +67,11 @@ class Session:
         return sum(parameter.numel() for parameter in self._parameters.values())
 
     @property
+    def pending(self) -> bool:
+        """Whether an `optim_step` now would find something that no artifact holds."""
+        return self._window.count > 0 or self._spoiled
+
+    @property
     def completed(self) -> bool:
         limit = self.config.max_steps
         return limit is not None and self.step >= limit

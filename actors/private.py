@@ -63,6 +63,11 @@ class PrivateSession(Session):
         self._recorder = self._probed_recorder()
         budget.open()
 
+    @property
+    def pending(self) -> bool:
+        paid = self._sampler is not None and self._sampler.paid
+        return self._pending.rows > 0 or self._spoiled or paid
+
     # --- the step ----------------------------------------------------------------------------
 
     def forward_backward(

@@ -38,7 +38,7 @@ from tg_tinker.errors import (
     NotFoundError,
     StorageError,
 )
-from tg_tinker.types import TrainingClientInfo
+from tg_tinker.types import PARKED, TrainingClientInfo
 
 DATA_KEY = "data key"
 """What the context of a wrapped data key has in place of a file's name."""
@@ -136,6 +136,19 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
         if run is not None and run.epoch != epoch and calls is not None:
             self._note_refusal(run.tenant, who, "step", run_id, ActorLostError.code)
         return run is not None and run.epoch == epoch
+
+    def park(self, run_id: str, epoch: int) -> None:
+        """The run has no actor until it is asked for; the one that says so can do nothing more.
+
+        Raises:
+            ActorLostError: the run has a newer actor.
+        """
+        this = RUNS.c.id == run_id
+        with self._change() as tx:
+            run = tx.execute(sa.select(RUNS).where(this)).one()
+            check_epoch(tx, run.tenant, run_id, epoch)
+            tx.execute(RUNS.update().where(this).values(epoch=epoch + 1, ended=PARKED))
+            self._note(tx, run.tenant, f"{run_id}@{epoch}", "run.park", run_id, {"step": run.step})
 
     def finish(self, run_id: str, epoch: int, status: str) -> None:
         """Ends a run as `completed` or `failed`; its last actor can note nothing more.

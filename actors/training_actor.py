@@ -8,6 +8,9 @@ waits until no step is changing them.
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -22,6 +25,7 @@ from tg_tinker.cluster import ActorInfo, RemoteRegistry
 from tg_tinker.config import TrainingConfig
 from tg_tinker.envelope import open_payload, seal_payload
 from tg_tinker.errors import ActorLostError, ServiceError, TGTinkerError
+from tg_tinker.types import PARKED
 from tg_tinker.wire import Reply, Request, Saving
 
 if TYPE_CHECKING:
@@ -62,6 +66,7 @@ class TrainingActor:
         self._loading: Reply | None = None
         self._recorded: concurrent.futures.Future[Any] | None = None
         self._replaced = False
+        self._used = time.monotonic()
 
     # --- training, in order ------------------------------------------------------------------
 
@@ -74,9 +79,11 @@ class TrainingActor:
     def call(self, sealed: bytes) -> bytes:
         """One sealed `Request` in, one sealed `Reply` out."""
         request: Request = open_payload(self._key, sealed)
+        self._used = time.monotonic()
         reply = self._calls.run(request, self._run)
         if request.operation in ("optim_step", "load_state"):
             self._record()
+        self._used = time.monotonic()
         if self._worker is not None and self._worker.broken:
             ray.actor.exit_actor()  # type: ignore[no-untyped-call]
         return seal_payload(self._key, self._with_head(reply))
@@ -94,6 +101,7 @@ class TrainingActor:
     @_control
     def description(self) -> bytes | None:
         """What `load` answered, for a second client of the same run; None while loading."""
+        self._used = time.monotonic()
         return None if self._loading is None else seal_payload(self._key, self._loading)
 
     @_control
@@ -111,12 +119,14 @@ class TrainingActor:
     @_control
     def snapshot(self, name: str) -> bytes:
         """Weights that the operation `snapshot` kept, for a sampler: into the object store."""
+        self._used = time.monotonic()
         taken = reply_of(lambda: self._ready_worker().taken(name))
         return seal_payload(self._key, taken)
 
     @_control
     def latest(self) -> bytes:
         """A `SnapshotRef` of the weights after the last completed step."""
+        self._used = time.monotonic()
         return seal_payload(self._key, reply_of(lambda: self._ready_worker().latest()))
 
     @_sealing
@@ -178,6 +188,8 @@ class TrainingActor:
         recorded = self._recorded
         if recorded is not None and recorded.done() and recorded.exception() is None:
             self._replaced |= recorded.result() is False
+        if self._worker is not None and self._worker.parked:
+            raise ActorLostError("the run is parked: repeat the call", details={"reason": PARKED})
         if self._replaced:
             raise ActorLostError(f"this actor (epoch {self._epoch}) was replaced by a newer one")
 
@@ -201,8 +213,23 @@ class TrainingActor:
         self._worker = worker  # now, so that nobody samples from the beginning meanwhile
         if self._epoch > 1:  # it may be behind the last one
             self._record()
+        if parsed.resources.park_after_minutes is not None:
+            after_s = 60 * parsed.resources.park_after_minutes
+            self._used = time.monotonic()
+            threading.Thread(target=self._park_when_idle, args=(after_s,), daemon=True).start()
         self._set_progress("ready")
         return info
+
+    def _park_when_idle(self, after_s: float) -> None:
+        """Sends `park` to itself, in line with the calls of others; refused, it tries later."""
+        myself = ray.get_runtime_context().current_actor
+        for number in itertools.count():
+            while (left := self._used + after_s - time.monotonic()) > 0:
+                time.sleep(left)
+            request = Request(f"idle-{number}", "park", self._epoch, "idle", number)
+            ray.get(myself.call.remote(seal_payload(self._key, request)))
+            if self._worker is not None and self._worker.parked:
+                ray.kill(myself)
 
     def _saved(self, begun: Reply, wait: bool = True) -> Any:
         return self._ready_worker().saved(begun.unwrap(), wait)

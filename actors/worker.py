@@ -9,6 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -74,7 +75,11 @@ class Place:
 
 
 class Worker:
-    """The operations of one training client."""
+    """The operations of one training client.
+
+    Attributes:
+        parked: it has given its run up.
+    """
 
     def __init__(
         self, place: Place, config: TrainingConfig, registry: Registry, progress: Progress,
@@ -105,6 +110,7 @@ class Worker:
         self._saves: OrderedDict[str, Future[SaveStateResult]] = OrderedDict()
         self._copies = threading.Semaphore(MOST_COPIES)
         self.drafts: dict[str, Draft] = {}
+        self.parked = False
         self._write = write
         self._schedule = Schedule(config.checkpoints)
         self._problem = ""  # of the last automatic save
@@ -232,6 +238,12 @@ class Worker:
         Waits while as many copies as may be in memory are on their way already.
         """
         check_cancelled()
+        return self._begin_save(include_optimizer, metadata)
+
+    def _begin_save(
+        self, include_optimizer: bool, metadata: dict[str, Any],
+        labels: Mapping[str, str] | None = None,
+    ) -> Saving:  # fmt: skip
         self._copies.acquire()
         try:
             state = self.session.live_state(include_optimizer)
@@ -242,7 +254,7 @@ class Worker:
             self._copies.release()
             raise
         self.drafts[draft.artifact_id] = draft  # before the saver may look for it
-        saving = self._saver.submit(self._publish, draft, checkpoint)
+        saving = self._saver.submit(self._publish, draft, checkpoint, labels)
         saving.add_done_callback(lambda _: self._copies.release())
         self._saves[draft.artifact_id] = saving
         while len(self._saves) > KEPT_SAVES:
@@ -302,6 +314,27 @@ class Worker:
         return SaveStateResult(
             draft.artifact_id, size, encryption, checkpoint.metadata, checkpoint.timestamp
         )
+
+    def park(self, check_cancelled: Check) -> None:
+        """Saves all and gives the run up: what is called from now on is for another actor.
+
+        Raises:
+            InvalidRequestError: gradients wait for their step; nothing was changed.
+        """
+        check_cancelled()
+        if self.session.pending:
+            raise InvalidRequestError(
+                "gradients, or a sample that is paid for, wait for their optim_step, and no"
+                " artifact holds them: finish the step, then park"
+            )
+        place = self._place
+        self.saved(self._begin_save(True, {}, AUTOMATIC))
+        self._registry.record(place.run_id, place.epoch, self.session.step, self.status)
+        self._registry.park(place.run_id, place.epoch)
+        self.parked = True
+        with suppress(TGTinkerError):
+            keep = self.session.config.checkpoints.keep
+            prune(self._registry, place.store, place.tenant, place.run_id, keep)
 
     def load_state(self, check_cancelled: Check, artifact_id: str) -> LoadStateResult:
         """Reads and verifies everything, then changes the session in one go."""

@@ -61,6 +61,7 @@ def all_commands() -> list[tuple[str, ...]]:
 
 def test_the_commands_are_these() -> None:
     assert {" ".join(words) for words in all_commands() if words} == {
+        "clients", "clients list", "clients info", "clients park", "clients close",
         "demo", "init", "runs", "version", "doctor", "profile",
         "artifacts", "artifacts list", "artifacts export", "artifacts delete", "artifacts verify",
         "artifacts show", "artifacts label", "artifacts expire", "artifacts copy",

@@ -79,6 +79,7 @@ OUT_OF_RANGE = [
     (CheckpointConfig, "every_steps", [0, -1, 1.5]),
     (CheckpointConfig, "every_minutes", [0, -1.0, math.nan, math.inf]),
     (CheckpointConfig, "keep", [0, -1, 1.5]),
+    (ResourceConfig, "park_after_minutes", [0, -1.0, math.nan, math.inf]),
     (LoRAConfig, "rank", [0, -1, 1.5]),
     (LoRAConfig, "alpha", [0, -1.0, 1e7, math.inf, math.nan]),
     (LoRAConfig, "dropout", [-0.1, 1, math.nan]),

@@ -244,3 +244,58 @@ def _fetch(ref: Any) -> bytes:
     import ray
 
     return ray.get(ref, timeout=60)
+
+
+# --- parked runs ------------------------------------------------------------------------------
+
+
+def test_a_parked_run_goes_on_where_it_was_by_the_next_call_of_anybody(
+    service: ServiceClient, tiny_model: Path
+) -> None:
+    with service.create_training_client(config(tiny_model)) as clean:
+        wanted = fingerprints(train(clean, 1, 2, 3, 4))
+    with service.create_training_client(config(tiny_model), recover="manual") as tc:
+        found = fingerprints(train(tc, 1, 2))
+        tc.forward_backward({"input_ids": ROWS[3:5]}).result()
+        with pytest.raises(InvalidRequestError, match="finish the step"):
+            tc.park()
+        tc.load_state(tc.save_state().artifact_id)  # drops the window
+        other, pid = service.get_training_client(tc.id), pid_of(tc)
+        service.park_training_client(tc.id)
+        service.park_training_client(tc.id)
+        assert_ends(pid)
+        info = other.info()
+        assert (info.status, info.reason, info.step) == ("active", "parked", 2)
+        assert service.describe_training_client(tc.id).reason == "parked"
+        error = lost(tc)  # it was not run, nothing is lost: so even this one goes on by itself
+        assert (error.details["reason"], error.details["lost_steps"]) == ("parked", 0)
+        found += fingerprints(train(tc, 3))
+        tc.park()
+        tc.park()
+        assert found + fingerprints(train(tc, 4)) == wanted
+        assert tc.info().reason == ""
+        service.close_training_client(tc.id)
+        service.close_training_client(tc.id)
+        assert service.describe_training_client(tc.id).reason == "closed"
+
+
+def test_an_idle_run_parks_itself_and_keeps_its_budget(
+    service: ServiceClient, tiny_model: Path
+) -> None:
+    idle = private(tiny_model, "idle", target_epsilon=8.0, max_participations=None)
+    values = idle.model_dump() | {"max_steps": 3, "resources": {"park_after_minutes": 0.1}}
+    tc = service.create_training_client(TrainingConfig(**values))
+    train(tc, 1)
+    while service.describe_training_client(tc.id).reason != "parked":
+        time.sleep(0.2)
+    service._release_reservations_of_the_dead("idle")
+    assert Ledger.replay(service.privacy_report("idle").entries).accounts[tc.id].reserved == 3
+    assert [result.step for result in train(tc, 2)[1::2]] == [2]  # brought back, nothing told
+    tc.close()
+
+
+def assert_ends(pid: int) -> None:
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -23,6 +23,7 @@ from tg_tinker import (
     cli_artifacts,
     cli_audit_log,
     cli_backup,
+    cli_clients,
     cli_cluster,
     cli_doctor,
     cli_keys,
@@ -106,6 +107,7 @@ privacy = typer.Typer(
       [cyan]tg-tinker privacy audit[/]""",
 )
 main.add_typer(privacy, name="privacy")
+main.add_typer(cli_clients.clients, name="clients")
 main.add_typer(cli_artifacts.artifacts, name="artifacts")
 main.add_typer(cli_audit_log.commands, name="audit-log")
 main.add_typer(cli_sampling.commands)

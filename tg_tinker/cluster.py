@@ -217,8 +217,7 @@ class Cluster:
 
     def kill(self, actor: Any) -> None:
         """Ends an actor and frees what it holds."""
-        with contextlib.suppress(Exception):
-            _ray().kill(actor)
+        kill(actor)
 
     def kill_training(self, run_id: str, epoch: int) -> None:
         """The same of the actor of a run's epoch, where there is one."""
@@ -389,6 +388,12 @@ def fetch(ref: Any, timeout: float | None = None) -> Any:
     """
     with _translated():
         return _ray().get(ref, timeout=timeout)
+
+
+def kill(actor: Any) -> None:
+    """Ends an actor and frees what it holds."""
+    with contextlib.suppress(Exception):
+        _ray().kill(actor)
 
 
 def split(refs: list[Any], wait_s: float | None = 0) -> tuple[list[Any], list[Any]]:

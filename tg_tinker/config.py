@@ -161,12 +161,15 @@ class ResourceConfig(_Config):
         num_threads: torch threads; None uses all cores of a laptop, else the reservation.
         activation_checkpointing: keep few activations and compute them again in the backward
             pass: less memory, about a third more time.
+        park_after_minutes: without a call for so long, the run is parked: saved, and its memory,
+            CPUs and GPUs freed until the next call. None is never.
     """
 
     num_cpus: NonNegative | None = None
     num_gpus: NonNegative | None = None
     num_threads: int | None = Field(None, ge=1)
     activation_checkpointing: bool = False
+    park_after_minutes: Positive | None = None
 
 
 class CheckpointConfig(_Config):

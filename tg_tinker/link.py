@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from tg_tinker.cluster import ActorInfo, ask, fetch, send, split, when_done
+from tg_tinker.cluster import ActorInfo, ask, fetch, kill, send, split, when_done
 from tg_tinker.envelope import open_payload, seal_payload
 from tg_tinker.errors import (
     ActorLostError,
@@ -24,7 +24,7 @@ from tg_tinker.errors import (
     from_wire,
 )
 from tg_tinker.ledger_files import KeptHead
-from tg_tinker.types import LoadStateResult, OptimStepResult
+from tg_tinker.types import PARKED, LoadStateResult, OptimStepResult
 from tg_tinker.wire import OUT_OF_TURN, Reply, Request, Saving
 
 if TYPE_CHECKING:
@@ -118,10 +118,20 @@ class TrainingLink:
             self._answered(ref, refs[ref])
         return len(pending)
 
-    def expect_loss(self) -> ActorLostError:
+    @property
+    def parked(self) -> bool:
+        """Whether the actor is gone and nothing was lost with it."""
+        return self.lost is not None and self.lost.details.get("reason") == PARKED
+
+    def park(self) -> None:
+        """After the actor has parked its run."""
+        self.abandon(self.expect_loss(PARKED))
+        kill(self.actor)
+
+    def expect_loss(self, reason: str = "it did not answer") -> ActorLostError:
         """What to tell if the actor turns out to be gone; asked before the run comes back."""
-        silent = ActorLostError("silent", details={"reason": "it did not answer"})
-        return self.lost or self._explain(silent, self._seen)
+        known = ActorLostError(reason, details={"reason": reason})
+        return self.lost or self._explain(known, self._seen)
 
     def abandon(self, lost: ActorLostError) -> None:
         """Another actor has the run: no answer of this one that is still to come counts."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import time
 import warnings
 from collections.abc import Callable
@@ -23,7 +24,8 @@ from tg_tinker.peft_files import PeftFiles
 from tg_tinker.privacy import dataset_of
 from tg_tinker.recovery import Reached, Recover, check_recover, lost_actor
 from tg_tinker.training import TrainingClient
-from tg_tinker.types import ArtifactInfo, ModelInfo, TrainingClientInfo
+from tg_tinker.types import PARKED, ArtifactInfo, ModelInfo, TrainingClientInfo
+from tg_tinker.wire import Request
 
 Progress = Callable[[str], None]
 
@@ -128,6 +130,46 @@ class ClientCalls:
         runs: list[TrainingClientInfo] = self._registry.runs(self._tenant)
         return [_as_it_is(run, living) for run in runs]
 
+    def describe_training_client(self, training_client_id: str) -> TrainingClientInfo:
+        """One of them, whether it has an actor or not.
+
+        Raises:
+            NotFoundError: no such run.
+        """
+        info, _ = self._registry.run(self._tenant, training_client_id)
+        return _as_it_is(info, living_actors(self._cluster.namespace))
+
+    def park_training_client(self, training_client_id: str) -> None:
+        """Saves a run and frees its actor; see `TrainingClient.park`.
+
+        Raises:
+            NotFoundError: no such run.
+            InvalidRequestError: gradients wait for their step; nothing was changed.
+            ActorLostError: it has no actor.
+        """
+        info, _, link = self._found(training_client_id)
+        if info.reason == PARKED:
+            return
+        if link is None:
+            reason = info.reason or NO_ACTOR
+            raise ActorLostError(f"{training_client_id} has no actor to park: {reason}")
+        name = secrets.token_hex(8)
+        request = Request(f"{name}-0", "park", info.epoch, name, 0)
+        link.open(link.send(request), request.request_id).unwrap()
+        link.park()
+
+    def close_training_client(self, training_client_id: str) -> None:
+        """Ends a run, as `TrainingClient.close` does, without bringing it back.
+
+        Raises:
+            NotFoundError: no such run.
+        """
+        info, stored, link = self._found(training_client_id)
+        if info.reason and info.reason != PARKED:
+            return  # it was ended before
+        config = TrainingConfig.model_validate_json(stored)
+        self._finish(training_client_id, config, info.epoch, link)
+
     def import_adapter(
         self,
         path: str | os.PathLike[str],
@@ -167,6 +209,16 @@ class ClientCalls:
         kept = KeptHead(self._home, self._tenant, dataset)
         provided("meet_ledger")(self._registry, self._store, self._tenant, dataset, kept.lines)
         return kept
+
+    def _found(
+        self, training_client_id: str
+    ) -> tuple[TrainingClientInfo, str, TrainingLink | None]:
+        """A run, its configuration, and its actor if it has one."""
+        info, stored = self._registry.run(self._tenant, training_client_id)
+        actor = self._cluster.find_training(training_client_id, info.epoch)
+        if actor is None:
+            return info, stored, None
+        return info, stored, self._link(actor, training_client_id, info.epoch, None)
 
     def _reach(
         self, run_id: str, config: TrainingConfig, progress: Progress | None = None
@@ -255,7 +307,8 @@ class ClientCalls:
             _, step = self._registry.resume_point(self._tenant, run_id)
         except ActorLostError as error:
             return error
-        return lost_actor(info, epoch, seen, step, known.details.get("reason", "it was replaced"))
+        reason = info.reason or known.details.get("reason", "it was replaced")
+        return lost_actor(info, epoch, seen, step, reason)
 
     def _client(
         self, run_id: str, config: TrainingConfig, reached: Reached, recover: Recover
@@ -274,19 +327,22 @@ class ClientCalls:
             finish=partial(self._finish, run_id, config),
         )
 
-    def _finish(self, run_id: str, config: TrainingConfig, reached: Reached) -> None:
+    def _finish(
+        self, run_id: str, config: TrainingConfig, epoch: int, link: TrainingLink | None
+    ) -> None:
         if not self._cluster.connected:
             return  # the actor ended with its cluster, or outlives this connection to it
-        link, epoch = reached.link, reached.epoch
         try:
-            with contextlib.suppress(ActorLostError, FutureTimeoutError):
-                link.settle()
-                known = link.info()
-                self._registry.record(run_id, epoch, known.step, known.status)
+            if link is not None:
+                with contextlib.suppress(ActorLostError, FutureTimeoutError):
+                    link.settle()
+                    known = link.info()
+                    self._registry.record(run_id, epoch, known.step, known.status)
             self._registry.finish(run_id, epoch, "completed")
             self._release_reservation(run_id, config)
         finally:
-            self._cluster.kill(link.actor)
+            if link is not None:
+                self._cluster.kill(link.actor)
 
     def _release_reservation(self, run_id: str, config: TrainingConfig) -> None:
         if config.private:
@@ -298,7 +354,8 @@ class ClientCalls:
         accounts = Ledger.replay(entries).accounts
         for run_id in [run for run, account in accounts.items() if account.reserved]:
             info, _ = self._registry.run(self._tenant, run_id)
-            if self._cluster.find_training(run_id, info.epoch) is None:
+            dead = self._cluster.find_training(run_id, info.epoch) is None
+            if dead and info.reason != PARKED:
                 self._registry.release_reservation(self._tenant, dataset, run_id)
 
     def _sampler(self, config: TrainingConfig) -> SamplerLink:

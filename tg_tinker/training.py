@@ -7,6 +7,7 @@ import html
 import json
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, Self, TypeVar
@@ -30,6 +31,7 @@ from tg_tinker.recovery import Reach, Reached, Recover
 from tg_tinker.sampling import NOT_SAMPLED, SamplingParams, as_stops, check_prompts
 from tg_tinker.text import load_tokenizer
 from tg_tinker.types import (
+    PARKED,
     ForwardBackwardResult,
     LoadStateResult,
     ModelInfo,
@@ -64,7 +66,7 @@ class TrainingClient:
         describe_privacy: Callable[[], PrivacyInfo],
         find_sampler: Callable[[], SamplerLink],
         reach: Reach,
-        finish: Callable[[Reached], None],
+        finish: Callable[[int, TrainingLink], None],
     ) -> None:
         self._id = run_id
         self._config = config
@@ -80,6 +82,7 @@ class TrainingClient:
         self._lock = threading.Lock()
         self._recovering = threading.RLock()
         self._reached = reached
+        self._used = time.monotonic()
         self._renumber()
 
     # --- properties --------------------------------------------------------------------------
@@ -123,7 +126,8 @@ class TrainingClient:
                 values |= {"step": actor.step, "status": actor.status, "queued": queued}
             except (ActorLostError, ClusterUnavailableError) as error:
                 # Another client of this run may have closed it: then it ended well.
-                values |= {"status": "failed"} if known.status == "active" else {}
+                gone = known.status == "active" and not known.reason
+                values |= {"status": "failed"} if gone else {}
                 reason = (self._link.lost or error).details.get("reason", error.code)
                 values |= {} if known.reason else {"reason": reason}
         return TrainingClientInfo(**values)
@@ -344,12 +348,27 @@ class TrainingClient:
             if reached.epoch != self._epoch or self._link.told:
                 self._attach(reached, lost)
 
+    def park(self) -> None:
+        """Saves the run after the calls queued before, and frees its actor's memory, CPUs and GPUs.
+
+        The next call of any client object, or `get_training_client`, brings it back under a new
+        epoch, at the same step, to the bit where it is not private.
+
+        Raises:
+            InvalidRequestError: gradients wait for their `optim_step`; nothing was changed.
+            StorageError: it could not be saved; nothing was changed.
+        """
+        with self._recovering:
+            if not self._link.parked:
+                self._submit("park").result()
+                self._link.park()
+
     def close(self) -> None:
         """Ends the run and frees its resources; saved artifacts stay. Safe to repeat."""
         if not self._closed:
             with contextlib.suppress(ClusterUnavailableError):  # it took them with it
                 self._link.wait(self._saves)
-            self._finish(self._reached)
+            self._finish(self._epoch, self._link)
             self._closed = True
 
     def __enter__(self) -> Self:
@@ -402,12 +421,21 @@ class TrainingClient:
     def _revive(self) -> None:
         """Before a call: once its caller knows what was lost, the run comes back."""
         with self._recovering:
+            self._notice_parking()
             lost = self._link.lost if self._link.told else None
             if lost is None or self._closed:
                 return
-            if self._recover == "manual":
+            if self._recover == "manual" and not self._link.parked:
                 raise lost
             self.recover()
+
+    def _notice_parking(self) -> None:
+        """An actor that parks itself tells nobody: after half of its patience it is asked for."""
+        patience, now = self._config.resources.park_after_minutes, time.monotonic()
+        paused = patience is not None and now - self._used > 30 * patience
+        self._used = now
+        if paused and not self._closed and self._describe().reason == PARKED:
+            self._link.park()
 
     def _asked(self, question: Callable[[TrainingLink], _Sent]) -> _Sent:
         """Asks the actor something that changes nothing."""

@@ -226,6 +226,10 @@ class ApiKeyInfo:
     expires_at: datetime | None
 
 
+PARKED = "parked"
+"""The `reason` of a run that was saved and has no actor until somebody calls it."""
+
+
 @dataclass(frozen=True)
 class TrainingClientInfo:
     """A run as the registry and, where it lives, its actor know it.

@@ -19,7 +19,7 @@ number of the call that is missing. It is not remembered: the same call is taken
 
 TRAINING_OPERATIONS = (
     "forward_backward", "optim_step", "snapshot", "save_state", "load_state", "load_adapter",
-    "register_units", "draw_units",
+    "register_units", "draw_units", "park",
 )  # fmt: skip
 
 
