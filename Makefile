@@ -23,8 +23,9 @@ demo: .venv/demo ## privately fine-tune SmolLM2-135M on docstrings, sample, save
 test: .venv/dev  ## all tests, the real model included (under 20 minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-soak: .venv/dev  ## artifacts for longer: every interleaving that is found, 10,000 edits (10 minutes)
-	TG_TINKER_SOAK=1 $(BIN)/python -m pytest --timeout 3600 tests/test_artifact_machine.py tests/test_artifact_edits.py $(ARGS)
+soak: .venv/dev  ## faults for longer: artifacts, kill -9 at every point, lost messages (45 minutes)
+	TG_TINKER_SOAK=1 $(BIN)/python -m pytest --timeout 3600 tests/test_artifact_machine.py tests/test_artifact_edits.py \
+		tests/test_kill_points.py tests/test_lost_messages.py $(ARGS)
 
 lint: .venv/dev  ## ruff and mypy --strict
 	$(BIN)/ruff check .
