@@ -150,6 +150,7 @@ class FakeTrainingClient(TrainingClient):
         self._reached: Any = object()
         self._training = True
         self._closed = False
+        self.parked = False
         self._step = 0
         self._loss_off = 0.0
         self._queue: list[FakeHandle[Any]] = []
@@ -168,8 +169,9 @@ class FakeTrainingClient(TrainingClient):
 
     def info(self) -> TrainingClientInfo:
         status = "completed" if self._closed else "active"
+        reason = "closed" if self._closed else "parked" if self.parked else ""
         ref = self._config.model_ref
-        return TrainingClientInfo(self._id, status, self._step, 1, ref, WHEN)
+        return TrainingClientInfo(self._id, status, self._step, 1, ref, WHEN, reason=reason)
 
     def forward_backward(
         self, batch: BatchData | Mapping[str, Any], batch_hash: str | None = None
@@ -410,6 +412,21 @@ class FakeService(ServiceClient):
 
     def list_training_clients(self) -> list[TrainingClientInfo]:
         return [client.info() for client in self.clients]
+
+    def describe_training_client(self, training_client_id: str) -> TrainingClientInfo:
+        return self._one(training_client_id).info()
+
+    def park_training_client(self, training_client_id: str) -> None:
+        self._one(training_client_id).parked = True
+
+    def close_training_client(self, training_client_id: str) -> None:
+        self._one(training_client_id).close()
+
+    def _one(self, training_client_id: str) -> FakeTrainingClient:
+        for client in self.clients:
+            if client.id == training_client_id:
+                return client
+        raise NotFoundError(f"there is no run {training_client_id}")
 
     def list_artifacts(self, **conditions: Any) -> list[ArtifactInfo]:
         return list(self.artifacts.values())

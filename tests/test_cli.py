@@ -173,6 +173,27 @@ def test_wrong_options_are_usage_errors(wrong: list[str]) -> None:
     assert call("demo", *wrong).exit_code == 2
 
 
+# --- clients ------------------------------------------------------------------------------------
+
+
+def test_clients_are_listed_described_parked_and_closed(service: FakeService) -> None:
+    run = service.clients[0].id
+    assert run in call("clients", "list", service=service).output
+    said = call("clients", "info", run, service=service).output
+    assert re.search(r"status +active", said)
+    assert re.search(r"step +1", said)
+    assert "parked" in call("clients", "park", run, service=service).output
+    assert "parked" in call("clients", "list", service=service).output
+    asked = call("clients", "close", run, service=service, answer="n\n")
+    assert (asked.exit_code, service.clients[0].info().reason) == (1, "parked")
+    assert "closed" in call("clients", "close", run, "--yes", service=service).output
+    assert run not in call("clients", "list", service=service).output
+    assert run in call("clients", "list", "--all", service=service).output
+    for words in (("info",), ("park",), ("close", "--yes")):
+        found = call("clients", words[0], "tc-unknown", *words[1:], service=service)
+        assert (found.exit_code, found.stderr.startswith("error: there is no run")) == (1, True)
+
+
 # --- errors -------------------------------------------------------------------------------------
 
 
