@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +73,30 @@ def lost(tc: TrainingClient) -> ActorLostError:
     return caught.value
 
 
+@dataclass(frozen=True)
+class Clean:
+    """A run of four steps that lost nothing: what each call answered, and states by step."""
+
+    found: list[Any]
+    artifacts: dict[int, str]
+
+
+@pytest.fixture(scope="module")
+def clean(service: ServiceClient, tiny_model: Path) -> Clean:
+    found, artifacts = [], {}
+    with service.create_training_client(config(tiny_model)) as tc:
+        for step in (1, 2, 3, 4):
+            found += fingerprints(train(tc, step))
+            artifacts[step] = tc.save_state().artifact_id
+    return Clean(found, artifacts)
+
+
 # --- what is told, and what comes back --------------------------------------------------------
 
 
 def test_every_lost_call_says_from_where_to_repeat_and_the_next_one_brings_the_run_back(
-    service: ServiceClient, tiny_model: Path
+    service: ServiceClient, tiny_model: Path, clean: Clean
 ) -> None:
-    clean = service.create_training_client(config(tiny_model))
-    wanted = fingerprints(train(clean, 1, 2, 3, 4))
-    clean.close()
     with service.create_training_client(config(tiny_model)) as tc:
         train(tc, 1, 2)
         tc.save_state()
@@ -98,54 +114,40 @@ def test_every_lost_call_says_from_where_to_repeat_and_the_next_one_brings_the_r
         assert len({str(error) for error in errors}) == 1
         info = tc.info()
         assert (info.status, info.reason, info.epoch) == ("failed", "its process ended", 1)
-        (listed,) = [r for r in service.list_training_clients() if r.training_client_id == tc.id]
-        assert listed.status == "failed"
-        assert fingerprints(train(tc, 3, 4)) == wanted[4:]  # the same client object, by itself
+        assert service.describe_training_client(tc.id).status == "failed"
+        assert fingerprints(train(tc, 3, 4)) == clean.found[4:]  # the same client, by itself
         info = tc.info()
         assert (info.status, info.reason, info.epoch, info.step) == ("active", "", 2, 4)
         assert queued[0].exception() is not None
 
 
-def test_calls_that_were_queued_before_the_loss_was_told_do_not_bring_the_run_back(
-    service: ServiceClient, tiny_model: Path
+def test_a_run_without_an_artifact_begins_again_once_its_caller_was_told(
+    service: ServiceClient, tiny_model: Path, clean: Clean
 ) -> None:
     with service.create_training_client(config(tiny_model)) as tc:
+        train(tc, 1, 2)
         kill(tc)
         time.sleep(1)  # Ray knows
         blind = [tc.forward_backward({"input_ids": ROWS}), tc.optim_step()]
         assert tc.info().status == "failed"
-        blind.append(tc.optim_step())
+        blind.append(tc.optim_step())  # meant to follow those that are lost
         assert [type(handle.exception(60)) for handle in blind] == [ActorLostError] * 3
+        assert blind[0].exception().details["lost_steps"] == 2
         assert tc.info().epoch == 1
-        assert train(tc, 1)[-1].step == 1
-
-
-def test_a_run_without_an_artifact_begins_again_with_the_same_bits(
-    service: ServiceClient, tiny_model: Path
-) -> None:
-    with service.create_training_client(config(tiny_model)) as tc:
-        first = fingerprints(train(tc, 1, 2))
-        kill(tc)
-        error = lost(tc)
-        assert (error.details["resume_step"], error.details["lost_steps"]) == (0, 2)
-        assert fingerprints(train(tc, 1, 2)) == first
+        assert fingerprints(train(tc, 1, 2)) == clean.found[:4]
 
 
 def test_a_run_that_loaded_an_artifact_comes_back_from_that_and_never_from_the_base(
-    service: ServiceClient, tiny_model: Path
+    service: ServiceClient, tiny_model: Path, clean: Clean
 ) -> None:
-    with service.create_training_client(config(tiny_model)) as source:
-        train(source, 1, 2, 3)
-        begun = source.save_state().artifact_id
-        wanted = fingerprints(train(source, 4))
-        later = source.save_state().artifact_id
+    begun = service.copy_artifact(clean.artifacts[3]).artifact_id
     with service.create_training_client(config(tiny_model)) as tc:
-        tc.load_state(later)
+        tc.load_state(clean.artifacts[4])
         tc.load_state(begun)
         train(tc, 4)
         kill(tc)
         assert lost(tc).details["resume_step"] == 3
-        assert fingerprints(train(tc, 4)) == wanted
+        assert fingerprints(train(tc, 4)) == clean.found[6:]
         service.delete_artifact(begun)
         kill(tc)
         for _ in range(2):
@@ -153,11 +155,16 @@ def test_a_run_that_loaded_an_artifact_comes_back_from_that_and_never_from_the_b
                 tc.forward_backward({"input_ids": ROWS[:2]}).result(timeout=60)
 
 
-def test_manual_recovery_waits_for_recover(service: ServiceClient, tiny_model: Path) -> None:
+def test_manual_recovery_waits_and_two_that_bring_a_run_back_at_once_share_one_new_actor(
+    service: ServiceClient, tiny_model: Path
+) -> None:
     with service.create_training_client(config(tiny_model), recover="manual") as tc:
         train(tc, 1)
+        tc.save_state()
+        other = service.get_training_client(tc.id)
         kill(tc)
         first = lost(tc)
+        assert first.details == lost(other).details
         for call in (
             lambda: tc.optim_step(), lambda: tc.step, lambda: tc.sample("a"), tc.save_state,
         ):  # fmt: skip
@@ -165,51 +172,25 @@ def test_manual_recovery_waits_for_recover(service: ServiceClient, tiny_model: P
                 call()
             assert (str(again.value), again.value.details) == (str(first), first.details)
         assert tc.info().epoch == 1
-        tc.recover()
+        threads = [threading.Thread(target=client.recover) for client in (tc, other)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert tc._epoch == other._epoch == tc.info().epoch >= 2
         tc.recover()  # of a living actor: nothing happens
-        assert (tc.info().epoch, tc.step) == (2, 0)
-        train(tc, 1)
+        tc.forward_backward({"input_ids": ROWS[:2]}).result()
+        assert other.optim_step().result().step == 2
     with pytest.raises(InvalidRequestError, match="recover='never'"):
         service.create_training_client(config(tiny_model), recover="never")  # type: ignore[arg-type]
     with pytest.raises(InvalidRequestError, match="closed"):
         tc.recover()
 
 
-def test_two_clients_that_bring_a_run_back_at_once_share_one_new_actor(
-    service: ServiceClient, tiny_model: Path
-) -> None:
-    with service.create_training_client(config(tiny_model)) as tc:
-        train(tc, 1)
-        tc.save_state()
-        other = service.get_training_client(tc.id)
-        kill(tc)
-        assert lost(tc).details == lost(other).details
-        threads = [threading.Thread(target=client.recover) for client in (tc, other)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert tc.info().epoch == other.info().epoch >= 2
-        assert tc._epoch == other._epoch
-        tc.forward_backward({"input_ids": ROWS[:2]}).result()
-        assert other.optim_step().result().step == 2
-
-
-def test_repeated_private_steps_are_charged_again(service: ServiceClient, tiny_model: Path) -> None:
-    with service.create_training_client(private(tiny_model, "again")) as tc:
-        train(tc, 1, 2)
-        kill(tc)
-        assert lost(tc).details["resume_step"] == 0  # its noise is not repeated, its charges stay
-        train(tc, 1)
-        assert tc.step == 1
-    account = Ledger.replay(service.privacy_report("again").entries).accounts[tc.id]
-    assert account.count == 3
-
-
 # --- a frozen actor ---------------------------------------------------------------------------
 
 
-def test_an_actor_that_wakes_up_after_it_was_replaced_can_do_nothing(
+def test_an_actor_that_wakes_up_after_it_was_replaced_can_do_nothing_and_repeats_are_charged(
     service: ServiceClient, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service._cluster, "silent_s", 2.0)
@@ -217,6 +198,7 @@ def test_an_actor_that_wakes_up_after_it_was_replaced_can_do_nothing(
     with service.create_training_client(private(tiny_model, "frozen")) as tc:
         train(tc, 1)
         saved = tc.save_state().artifact_id
+        train(tc, 2)
         frozen, old = pid_of(tc), tc._link
         os.kill(frozen, signal.SIGSTOP)
         try:
@@ -236,7 +218,7 @@ def test_an_actor_that_wakes_up_after_it_was_replaced_can_do_nothing(
         assert raw[1].error[0] == raw[2].error[0] == "ActorLostError"
         assert [a.artifact_id for a in service.list_artifacts(run=tc.id)] == [saved]
         account = Ledger.replay(service.privacy_report("frozen").entries).accounts[tc.id]
-        assert account.count == tc.step == 2
+        assert (account.count, tc.step) == (3, 2)  # the second step twice, the late one never
         service._cluster.kill(old.actor)
 
 
@@ -250,10 +232,8 @@ def _fetch(ref: Any) -> bytes:
 
 
 def test_a_parked_run_goes_on_where_it_was_by_the_next_call_of_anybody(
-    service: ServiceClient, tiny_model: Path
+    service: ServiceClient, tiny_model: Path, clean: Clean
 ) -> None:
-    with service.create_training_client(config(tiny_model)) as clean:
-        wanted = fingerprints(train(clean, 1, 2, 3, 4))
     with service.create_training_client(config(tiny_model), recover="manual") as tc:
         found = fingerprints(train(tc, 1, 2))
         tc.forward_backward({"input_ids": ROWS[3:5]}).result()
@@ -272,7 +252,7 @@ def test_a_parked_run_goes_on_where_it_was_by_the_next_call_of_anybody(
         found += fingerprints(train(tc, 3))
         tc.park()
         tc.park()
-        assert found + fingerprints(train(tc, 4)) == wanted
+        assert found + fingerprints(train(tc, 4)) == clean.found
         assert tc.info().reason == ""
         service.close_training_client(tc.id)
         service.close_training_client(tc.id)
