@@ -139,6 +139,7 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
 
     def park(self, run_id: str, epoch: int) -> None:
         """The run has no actor until it is asked for; the one that says so can do nothing more.
+        Again it changes nothing.
 
         Raises:
             ActorLostError: the run has a newer actor.
@@ -146,6 +147,8 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
         this = RUNS.c.id == run_id
         with self._change() as tx:
             run = tx.execute(sa.select(RUNS).where(this)).one()
+            if (run.epoch, run.ended) == (epoch + 1, PARKED):
+                return  # only the answer was lost
             check_epoch(tx, run.tenant, run_id, epoch)
             tx.execute(RUNS.update().where(this).values(epoch=epoch + 1, ended=PARKED))
             self._note(tx, run.tenant, f"{run_id}@{epoch}", "run.park", run_id, {"step": run.step})

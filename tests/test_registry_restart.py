@@ -196,7 +196,7 @@ READ = {
     "ledger_entries", "ledger_head", "ledger_name", "new_data_key", "no_heads", "openable",
     "orphans", "privacy_info", "reachable", "reaches", "reader", "rewrapped", "run", "runs",
     "accepting_rows", "judge_heads", "logged_tenants", "lost_ledgers", "met",
-    "stored_as", "unit_key", "unknown_places", "unknown_rows", "wants_api_keys",
+    "resume_point", "stored_as", "unit_key", "unknown_places", "unknown_rows", "wants_api_keys",
 }  # fmt: skip
 """They change nothing."""
 
@@ -204,8 +204,8 @@ REFUSE = {"admit", "check_api_key", "check_heads", "check_lineage", "meet_store"
 """At most they note a refusal."""
 
 SAME = {
-    "bury", "charge", "claim", "close", "finish", "finish_reseal", "link", "note_orphans",
-    "open_account",
+    "bury", "charge", "claim", "close", "finish", "finish_reseal", "link", "note_loaded",
+    "note_orphans", "open_account", "park",
     "publish", "publish_copy", "record", "register_dataset", "release_reservation",
     "rewrap_unit_keys", "set_expiry", "set_labels",
 }  # fmt: skip
