@@ -95,6 +95,7 @@ class Keyring:
             )
         return unwrap_key(key, sealed, context)
 
-    def derive(self, purpose: bytes) -> tuple[str, bytes]:
+    def derive(self, purpose: bytes, key_id: str | None = None) -> tuple[str, bytes]:
         keys = self._keys
-        return keys.primary, derive_key(keys.by_id[keys.primary], purpose)
+        name = keys.primary if key_id is None else key_id
+        return name, derive_key(keys.by_id[name], purpose)

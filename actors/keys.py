@@ -61,9 +61,9 @@ class KeyProvider(Protocol):
             IntegrityError: a key that is not here, another context, or changed bytes.
         """
 
-    def derive(self, purpose: bytes) -> tuple[str, bytes]:
-        """Id of the primary key, and 32 bytes made from it for one purpose: the same in each
-        process, and of no use to find the key.
+    def derive(self, purpose: bytes, key_id: str | None = None) -> tuple[str, bytes]:
+        """Id of a key, the primary one if none is named, and 32 bytes made from it for one
+        purpose: the same in each process, and of no use to find the key.
 
         KMS: GenerateMac over `purpose` under an HMAC key beside the wrapping key. HSM: the same
         by CKM_SHA256_HMAC. age refuses.

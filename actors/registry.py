@@ -66,7 +66,7 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
         self._signing_key = signing.load(audit_keys or Path(keyring).parent)
         self._issuer = Issuer(self._signing_key)
         super().__init__(database)
-        self._recognise_key()
+        self._recognise_keys()
         if sole:
             self._fence_others()
 
@@ -341,7 +341,7 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
         """A fresh primary key of the keyring, for all that is wrapped from now on, the keys of
         data sets among it; its id. `upkeep.rewrap` is for the artifacts."""
         name = self._keyring.rotate()
-        self._recognise_key()
+        self._recognise_keys()
         self.rewrap_unit_keys()
         with self._change() as tx:
             self._note(tx, tenant, SDK, "key.rotate", name)

@@ -156,7 +156,7 @@ def test_another_keyring_whose_keys_have_the_same_names_is_refused(service: Serv
     service.registry.rotate_key(TENANT)
     rotated = keyring.read_text()
     keyring.write_text(json.dumps(json.loads(rotated) | {"keys": dict.fromkeys(("k1", "k2"), KEY)}))
-    with pytest.raises(IntegrityError, match="another one than the 'k2'"):
+    with pytest.raises(IntegrityError, match=r"another one than the 'k[12]'"):
         Registry(database, keyring)
     keyring.write_text(rotated)
     Registry(database, keyring).close()
