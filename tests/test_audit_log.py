@@ -516,11 +516,11 @@ def test_pages_follow_each_other(registry: Registry) -> None:
 
 def test_a_change_that_fails_leaves_no_row(registry: Registry, run: str) -> None:
     epoch = registry.claim(run)
-    publish = lambda: registry.publish(US, run, epoch, "art-1", 1, 10, True, b"{}", "k1")  # noqa: E731
-    publish()
+    registry.publish(US, run, epoch, "art-1", 1, 10, True, b"{}", "k1")
     before = seen(registry)
+    registry.publish(US, run, epoch, "art-1", 1, 10, True, b"{}", "k1")  # a repeat
     with pytest.raises(sa.exc.IntegrityError):  # the id is taken
-        publish()
+        registry.publish(US, run, epoch, "art-1", 1, 10, True, b"{ }", "k1")
     assert seen(registry) == before
 
 

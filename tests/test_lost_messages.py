@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,13 +108,16 @@ def faulty(one: Machine, model: Path, run: str, kind: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+def cluster() -> Iterator[Machine]:
     # Ray holds back what was sent behind a lost request, half a minute unless it is told.
     quick = {"RAY_actor_scheduling_queue_max_reorder_wait_seconds": "1"}
-    one = machine(tmp_path_factory.mktemp("l"), "h", **quick)
-    up(one, port=free_port())
-    yield one
-    node.stop(one.home)
+    with tempfile.TemporaryDirectory(prefix="tg", ignore_cleanup_errors=True) as short:
+        one = machine(Path(short), "h", **quick)
+        try:
+            up(one, port=free_port())
+            yield one
+        finally:
+            node.stop(one.home)
 
 
 @pytest.fixture(scope="module")
