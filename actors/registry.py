@@ -399,7 +399,7 @@ def _stored(wrapped: bytes) -> dict[str, str]:
     """A wrapped data key as the keyring takes it."""
     try:
         found = json.loads(wrapped)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or json.dumps(found).encode() != wrapped:
         raise IntegrityError("a stored data key is damaged: put its backup back")

@@ -101,7 +101,11 @@ def _wrapped_under(registry: Registry, root: str) -> tuple[dict[str, str], dict[
     wrapped, unreadable = {}, {}
     for tenant, artifact_id, stored_as in registry.all_artifacts():
         try:
-            wrapped[stored_as] = registry.key_of(store.read_key(tenant, stored_as))
+            stored = store.read_key(tenant, stored_as)
+            registry.rewrapped(
+                tenant, artifact_id, stored
+            )  # opens it: a name proves nothing
+            wrapped[stored_as] = registry.key_of(stored)
         except (NotFoundError, IntegrityError) as error:
             unreadable[artifact_id] = error.message
     return wrapped, unreadable

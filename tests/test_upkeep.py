@@ -130,16 +130,19 @@ def test_a_wrapped_key_that_calls_itself_rewrapped_is_told(service: Service) -> 
 def test_artifacts_whose_key_file_does_not_say_are_listed_and_keep_every_key(
     service: Service,
 ) -> None:
-    whole, damaged, gone = (service.publish() for _ in range(3))
+    whole, damaged, gone, renamed, deep = (service.publish() for _ in range(5))
     keys, root = service.root / f"t/{TENANT}/keys", str(service.root)
     service.registry.rotate_key(TENANT)
     (keys / f"{damaged}.json").write_bytes(b"{")
     (keys / f"{gone}.json").unlink()
+    path = keys / f"{renamed}.json"
+    path.write_text(path.read_text().replace('"k1"', '"k2"'))
+    (keys / f"{deep}.json").write_text("[" * 100_000)
     found = upkeep.uses(service.registry, root)
     assert (found.primary, found.artifacts) == ("k2", {"k1": 1, "k2": 0})
-    assert {*found.unreadable} == {damaged, gone}
+    assert {*found.unreadable} == {damaged, gone, renamed, deep}
     assert [problem for name, problem in rewrapped(service) if name == whole] == [""]
-    with pytest.raises(IntegrityError, match=f"{damaged}.*2 in all"):
+    with pytest.raises(IntegrityError, match=f"{damaged}.*4 in all"):
         upkeep.retire(service.registry, root, TENANT, "k1")
     assert service.registry.key_ids() == ["k1", "k2"]
 
