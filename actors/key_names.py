@@ -44,3 +44,25 @@ class KeyNames(Database):
                     )
             for name in found.keys() - known.keys():
                 tx.execute(_KEYS.insert().values(id=name, fingerprint=found[name]))
+
+    def _refuse_older_keyring(self) -> None:
+        """Before a rotation: of an older copy the next key would have the name of one that is lost
+        from it, and the registry would refuse the keyring from then on.
+
+        Raises:
+            IntegrityError: a key that was noted is newer than all that are here.
+        """
+        with self._reading() as connection:
+            known = set(connection.execute(sa.select(_KEYS.c.id)).scalars())
+        here = self._keyring.key_ids
+        lost = [name for name in known.difference(here) if _number(name) > max(map(_number, here))]
+        if lost:
+            raise IntegrityError(
+                f"this keyring is an older copy: it lacks {', '.join(sorted(lost))}, which this"
+                " registry has used. Put the newest copy back; nothing was changed"
+            )
+
+
+def _number(key_id: str) -> int:
+    """Of a key's name `k7`; 0 where a provider names keys otherwise."""
+    return int(key_id[1:]) if key_id[:1] == "k" and key_id[1:].isdecimal() else 0

@@ -340,6 +340,7 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
     def rotate_key(self, tenant: str) -> str:
         """A fresh primary key of the keyring, for all that is wrapped from now on, the keys of
         data sets among it; its id. `upkeep.rewrap` is for the artifacts."""
+        self._refuse_older_keyring()
         name = self._keyring.rotate()
         self._recognise_keys()
         self.rewrap_unit_keys()

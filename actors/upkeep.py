@@ -102,9 +102,7 @@ def _wrapped_under(registry: Registry, root: str) -> tuple[dict[str, str], dict[
     for tenant, artifact_id, stored_as in registry.all_artifacts():
         try:
             stored = store.read_key(tenant, stored_as)
-            registry.rewrapped(
-                tenant, artifact_id, stored
-            )  # opens it: a name proves nothing
+            registry.rewrapped(tenant, artifact_id, stored)  # opens it: a name proves nothing
             wrapped[stored_as] = registry.key_of(stored)
         except (NotFoundError, IntegrityError) as error:
             unreadable[artifact_id] = error.message

@@ -166,6 +166,22 @@ def test_another_keyring_whose_keys_have_the_same_names_is_refused(service: Serv
     assert_same(service.fetch(artifact), checkpoint())
 
 
+def test_an_older_copy_of_the_keyring_is_not_rotated(service: Service) -> None:
+    """Its new k2 would be another one than the k2 that is known: nothing would open any more."""
+    keyring = service.home / KEYRING
+    old = keyring.read_text()
+    service.registry.rotate_key(TENANT)
+    newest = keyring.read_text()
+    keyring.write_text(old)
+    with pytest.raises(IntegrityError, match="older copy: it lacks k2"):
+        service.registry.rotate_key(TENANT)
+    assert keyring.read_text() == old
+    keyring.write_text(newest)
+    assert service.registry.rotate_key(TENANT) == "k3"
+    upkeep.retire(service.registry, str(service.root), TENANT, "k1")
+    assert service.registry.rotate_key(TENANT) == "k4"  # what was retired is not missed
+
+
 def test_a_program_that_decrypts_an_artifact_writes_no_core_file(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
