@@ -25,6 +25,7 @@ from actors.keys import open_keyring
 from actors.registry import Registry
 from actors.store import ArtifactStore, open_objects
 from tg_tinker.cluster import running_cluster
+from tg_tinker.databases import default_database
 from tg_tinker.errors import TGTinkerError
 from tg_tinker.keyrings import SETTING, Variable, audit_folder, place_of
 from tg_tinker.location import parse
@@ -155,7 +156,7 @@ def _registry(home: Path, place: Path | Variable, store: str) -> Finding:
         return Finding(name, OK, "no database in this home yet, or one elsewhere: not compared")
     keys = audit_folder(place, home)
     try:
-        with closing(Registry(f"sqlite:///{database}", str(place), keys)) as registry:
+        with closing(Registry(default_database(home), str(place), keys)) as registry:
             behind = _behind(registry, ArtifactStore(store, RetryPolicy(attempts=1)))
     except TGTinkerError as error:
         return Finding(name, WARNING, f"not compared with the store: {error.message}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn, Protocol
 
 from actors.keyring import Keyring, Keys
-from actors.objects import sync_folder
+from actors.objects import sync
 from tg_tinker.errors import IntegrityError, InvalidRequestError, StorageError
 from tg_tinker.keyrings import Variable, place_of
 
@@ -250,7 +250,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _make_durable(path: Path) -> None:
     try:
-        sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise StorageError(
             f"the keyring {path} was changed, but may be the old one again after a crash"

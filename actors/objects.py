@@ -94,7 +94,7 @@ class LocalFolder:
         path = self._path(name)
         with _typed("write", name), self._written(path, content) as (partial, size):
             partial.replace(path)
-            sync_folder(path.parent)
+            sync(path.parent)
         return size
 
     def create(self, name: str, content: bytes) -> bool:
@@ -104,7 +104,7 @@ class LocalFolder:
                 path.hardlink_to(partial)
             except FileExistsError:
                 return False
-            sync_folder(path.parent)
+            sync(path.parent)
         return True
 
     def read(self, name: str) -> bytes:
@@ -127,7 +127,7 @@ class LocalFolder:
         path = self._below(name)
         with _typed("delete", name), suppress(FileNotFoundError, NotADirectoryError):
             path.unlink()
-            sync_folder(path.parent)
+            sync(path.parent)
 
     def delete_all(self, folder: str) -> None:
         path = self._path(folder)
@@ -136,7 +136,7 @@ class LocalFolder:
                 for name in [*names, *(n for n in folders if (Path(parent) / n).is_symlink())]:
                     (Path(parent) / name).unlink(missing_ok=True)
                 Path(parent).rmdir()
-            sync_folder(path.parent)
+            sync(path.parent)
 
     def _path(self, name: str) -> Path:
         return self._below(check_name(name))
@@ -209,11 +209,11 @@ def _make_folder(path: Path) -> None:
     if not path.is_dir():
         _make_folder(path.parent)
         path.mkdir(mode=0o700, exist_ok=True)
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
-def sync_folder(path: Path) -> None:
-    """Makes new names in a folder, and the loss of old ones, durable."""
+def sync(path: Path) -> None:
+    """Makes a file, or new names in a folder and the loss of old ones, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -18,6 +18,7 @@ from actors.registry import Registry
 from actors.stages import Stage, measured
 from tg_tinker.batch import Example
 from tg_tinker.config import TrainingConfig
+from tg_tinker.databases import default_database
 
 OTHER = "other"
 
@@ -58,7 +59,7 @@ def _session(base: Base, config: TrainingConfig, place: Path) -> Session:
     if not config.private:
         return Session(base, config)
     home.create(place)
-    registry = Registry(f"sqlite:///{place / 'registry.db'}", place / "keyring")
+    registry = Registry(default_database(place), place / home.KEYRING)
     run_id = registry.create_run("default", config.model_dump_json())
     epoch = registry.claim(run_id)
     budget = Budget.planned(registry, "default", run_id, epoch, config, str(base.dtype))

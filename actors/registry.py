@@ -38,12 +38,10 @@ from tg_tinker.errors import (
     NotFoundError,
     StorageError,
 )
-from tg_tinker.types import PARKED, TrainingClientInfo
+from tg_tinker.types import CLOSED, NOT_STARTED, PARKED, TrainingClientInfo
 
 DATA_KEY = "data key"
 """What the context of a wrapped data key has in place of a file's name."""
-CLOSED, NOT_STARTED = "closed", "never started"
-"""Why a run has no actor on purpose."""
 _BECAME = {"active": "run.resume", "completed": "run.complete", "failed": "run.fail"}
 
 
@@ -176,13 +174,7 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
             NotFoundError: this tenant has no such run.
         """
         with self._reading() as connection:
-            row = connection.execute(
-                sa.select(RUNS).where(RUNS.c.id == run_id, RUNS.c.tenant == tenant)
-            ).one_or_none()
-            if row is None:
-                raise NotFoundError(
-                    f"no training client {run_id!r}: service.list_training_clients() names them"
-                )
+            row = _run(connection, tenant, run_id)
             return self._run_info(connection, row), row.config
 
     def resume_point(self, tenant: str, run_id: str) -> tuple[str | None, int]:
@@ -195,10 +187,7 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
                 started, without one.
         """
         with self._reading() as connection:
-            query = sa.select(RUNS).where(RUNS.c.id == run_id, RUNS.c.tenant == tenant)
-            run = connection.execute(query).one_or_none()
-            if run is None:
-                raise NotFoundError(f"no training client {run_id!r} of this tenant")
+            run = _run(connection, tenant, run_id)
             if run.ended is not None and run.resume_from is None:
                 raise ActorLostError(
                     f"{run_id} was {run.ended} and saved no artifact: its {run.step} steps are"
@@ -394,6 +383,17 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
     def key_info(self) -> tuple[str, str]:
         """Id of the wrapping key, and its provider."""
         return self._keyring.primary, self._keyring.provider
+
+
+def _run(connection: sa.Connection, tenant: str, run_id: str) -> Any:
+    """The row of a tenant's run."""
+    query = sa.select(RUNS).where(RUNS.c.id == run_id, RUNS.c.tenant == tenant)
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        raise NotFoundError(
+            f"no training client {run_id!r}: service.list_training_clients() names them"
+        )
+    return row
 
 
 def _stored(wrapped: bytes) -> dict[str, str]:

@@ -18,6 +18,7 @@ import sqlalchemy as sa
 
 import actors.registry  # noqa: F401  it declares every table
 from actors.database import METADATA, OWNER, Database, refuse_older, typed_refusal
+from actors.objects import sync
 from tg_tinker.audit_log import AuditRow
 from tg_tinker.databases import SQLITE
 from tg_tinker.errors import InvalidRequestError, StorageError
@@ -157,9 +158,9 @@ def _new_file(path: Path) -> Iterator[Path]:
     try:
         os.close(os.open(partial, os.O_CREAT | os.O_EXCL, 0o600))
         yield partial
-        _sync(partial)
+        sync(partial)
         path.hardlink_to(partial)
-        _sync(path.parent)
+        sync(path.parent)
     except FileExistsError:
         raise InvalidRequestError(f"{path} exists: name a file that does not") from None
     except OSError as error:
@@ -167,11 +168,3 @@ def _new_file(path: Path) -> Iterator[Path]:
     finally:
         for left in path.parent.glob(f"{partial.name}*"):
             left.unlink()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -272,13 +272,11 @@ class Worker:
         saving.add_done_callback(lambda _: self._copies.release())
 
     def _save_by_itself(self, checkpoint: Checkpoint, files: dict[str, Buffer]) -> None:
-        place = self._place
         try:
-            draft = Draft(self._registry, self._store, place.capability, files)
+            draft = Draft(self._registry, self._store, self._place.capability, files)
             self.drafts[draft.artifact_id] = draft
             self._publish(draft, checkpoint, AUTOMATIC)
-            keep = self.session.config.checkpoints.keep
-            prune(self._registry, place.store, place.tenant, place.run_id, keep)
+            self._prune()
             self._problem = ""
         except TGTinkerError as error:
             self._problem = (
@@ -333,8 +331,11 @@ class Worker:
         self._registry.park(place.run_id, place.epoch)
         self.parked = True
         with suppress(TGTinkerError):
-            keep = self.session.config.checkpoints.keep
-            prune(self._registry, place.store, place.tenant, place.run_id, keep)
+            self._prune()
+
+    def _prune(self) -> None:
+        place, keep = self._place, self.session.config.checkpoints.keep
+        prune(self._registry, place.store, place.tenant, place.run_id, keep)
 
     def load_state(self, check_cancelled: Check, artifact_id: str) -> LoadStateResult:
         """Reads and verifies everything, then changes the session in one go."""

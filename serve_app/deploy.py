@@ -14,10 +14,11 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
-from actors.home import DATABASE, STORE
+from actors.home import STORE
 from serve_app.access import HttpOptions
 from serve_app.application import Place, bound
 from tg_tinker.cluster import provided
+from tg_tinker.databases import default_database
 from tg_tinker.keyrings import audit_folder, default_place, place_of
 from tg_tinker.location import as_text
 from tg_tinker.service import home_directory
@@ -62,7 +63,7 @@ def app(settings: Settings) -> serve.Application:
     keyring = place_of(settings.keyring) if settings.keyring else default_place(home)
     provided("registry")(
         settings.namespace,
-        settings.database or f"sqlite:///{home / DATABASE}",
+        settings.database or default_database(home),
         str(keyring),
         str(audit_folder(keyring, home)),
         True,  # a cluster: it shares its database with none

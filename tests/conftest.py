@@ -10,6 +10,8 @@ from pathlib import Path
 import databases
 import pytest
 
+from tg_tinker import ServiceClient
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A shell's background job starts with SIGINT ignored; the tests of Ctrl-C need Python's own way.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -85,6 +87,13 @@ def home(tmp_path_factory: pytest.TempPathFactory, converted_models: Path) -> It
         del os.environ["TG_TINKER_HOME"]
     else:
         os.environ["TG_TINKER_HOME"] = before
+
+
+@pytest.fixture(scope="module")
+def service(home: Path) -> Iterator[ServiceClient]:
+    """Keeps one embedded cluster alive, which every `ServiceClient()` of the module joins."""
+    with ServiceClient(address="local") as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from storage_servers import free_ports
+from processes import free_port
 
 from actors.database import METADATA
 
@@ -135,7 +135,7 @@ class Postgres:
 def postgres_server() -> Iterator[Postgres]:
     pytest.importorskip("psycopg", reason=f"psycopg is not installed: {_HOW}")
     folder = Path(tempfile.mkdtemp(prefix="tg-postgres-"))
-    server = Postgres(folder, free_ports(1)[0])
+    server = Postgres(folder, free_port())
     try:
         server.binaries = _binaries()
         server.make()

@@ -23,8 +23,8 @@ from typing import Any
 import ray
 import torch
 from privacy_helpers import private_session, sums
+from processes import free_port
 from ray.util import metrics
-from test_http import free_port
 
 from tg_tinker import (
     DPConfig,

@@ -1,9 +1,24 @@
-"""Which processes a program has left behind, as the system sees it."""
+"""Programs beside a test: ports for them, and which processes they have left behind."""
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import time
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback that were free a moment ago, all different."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def free_port() -> int:
+    (port,) = free_ports(1)
+    return port
 
 
 def descendants(session: int) -> list[str]:

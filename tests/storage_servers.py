@@ -22,6 +22,7 @@ from pathlib import Path
 from threading import Lock, Thread
 
 import pytest
+from processes import free_ports
 from pyarrow import fs
 
 BUCKET = "ckpt"
@@ -37,15 +38,6 @@ class Server:
     uri: str
     environment: dict[str, str]
     port: int = 0
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago, all different."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import hmac
 import json
 import re
 import shutil
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import sqlalchemy as sa
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import free_port
 from typer.testing import CliRunner
 
 from actors import audit_heads, audit_log, signing
@@ -842,12 +842,6 @@ def test_show_and_verify_say_what_there_is(service: LocalService, tmp_path: Path
 # --- a real service ------------------------------------------------------------------------------
 
 CANARY = "qzvx-canary-prompt"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def post(url: str, key: str, body: dict[str, Any]) -> int:

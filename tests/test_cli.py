@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import typer
 from fakes import FakeService
+from processes import free_port
 from typer.testing import CliRunner
 
 from tg_tinker.cli import main
@@ -572,11 +573,6 @@ def test_sigterm_ends_serving_in_good_order() -> None:
     found = CliRunner().invoke(main, words, obj=start)
     assert found.exit_code == 0, found.output
     assert made[0].closed
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def test_a_config_that_exists_is_kept_and_the_next_step_told(tmp_path: Path) -> None:

@@ -283,13 +283,6 @@ def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def service(home: Path) -> Iterator[ServiceClient]:
-    """Keeps one embedded cluster alive, which every `ServiceClient()` of a page joins."""
-    with ServiceClient(address="local") as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
 def tc(service: ServiceClient, long_model: Path) -> Iterator[TrainingClient]:
     """The client of all pages but the contract, which makes its own."""
     config = TrainingConfig(model_ref=str(long_model), lora_config=LoRAConfig(rank=4))

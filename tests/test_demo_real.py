@@ -42,8 +42,8 @@ def test_the_real_model_learns_is_saved_and_resumed(tmp_path: Path, converted_mo
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads((output / "history.json").read_text())
     assert len(figures["steps"]) == 6
-    # Six private steps are mostly noise: 0.74 and 0.87 of the loss before were seen.
-    assert figures["held_out_loss_after"] < 0.97 * figures["held_out_loss_before"]
+    # Six private steps are mostly noise: fourteen runs gave 0.68 to 0.87 of the loss before.
+    assert figures["held_out_loss_after"] < 0.95 * figures["held_out_loss_before"]
     assert "Resumed in a new client: step 6" in done.stdout
     assert figures["artifact_id"] in done.stdout
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import openai
 import pytest
 import ray
+from processes import free_port
 from ray import serve
 from typer.testing import CliRunner
 
@@ -49,12 +50,6 @@ class Server(NamedTuple):
     key: str
     tc: TrainingClient
     artifact: str
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def config(model: Path) -> TrainingConfig:

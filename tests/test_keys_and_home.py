@@ -307,7 +307,7 @@ def test_a_change_that_may_not_be_durable_is_not_called_none(
     def refuse(_: Path) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("actors.keys.sync_folder", refuse)
+    monkeypatch.setattr("actors.keys.sync", refuse)
     with pytest.raises(StorageError, match="was changed, but may be the old one"):
         FileKeyring(keyring).rotate()
     assert FileKeyring(keyring).key_ids == ["k1", "k2"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_http import free_port
+from processes import free_port
 from test_node import Machine, machine, up
 
 from tg_tinker import node

@@ -21,7 +21,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from test_http import free_port
+from processes import free_port
 
 from tg_tinker import InvalidRequestError, cluster, node
 from tg_tinker.cluster import WITHOUT_TLS

@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,6 @@ from tg_tinker import (
 from tg_tinker.ledger import Ledger
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:a step has")]
-
-
-@pytest.fixture(scope="module")
-def service(home: Path) -> Iterator[ServiceClient]:
-    with ServiceClient(address="local") as client:
-        yield client
 
 
 def config(model: Path, dataset: str, **dp: Any) -> TrainingConfig:

@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,11 @@ from tg_tinker import (
     ServiceClient,
     TrainingClient,
     TrainingConfig,
+    cluster,
 )
 from tg_tinker.ledger import Ledger
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:a step has")]
-
-
-@pytest.fixture(scope="module")
-def service(home: Path) -> Iterator[ServiceClient]:
-    with ServiceClient(address="local") as client:
-        yield client
 
 
 def config(model: Path, **values: Any) -> TrainingConfig:
@@ -219,7 +213,7 @@ def test_an_actor_that_wakes_up_after_it_was_replaced_can_do_nothing_and_repeats
         assert [a.artifact_id for a in service.list_artifacts(run=tc.id)] == [saved]
         account = Ledger.replay(service.privacy_report("frozen").entries).accounts[tc.id]
         assert (account.count, tc.step) == (3, 2)  # the second step twice, the late one never
-        service._cluster.kill(old.actor)
+        cluster.kill(old.actor)
 
 
 def _fetch(ref: Any) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -266,12 +265,6 @@ def test_a_defect_of_the_thread_leaves_nobody_waiting(base: Base) -> None:
 
 
 # --- through Ray Serve ---------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def service(home: Path) -> Iterator[ServiceClient]:
-    with ServiceClient(address="local") as client:
-        yield client
 
 
 def create(service: ServiceClient, model: Path, **values: Any) -> TrainingClient:

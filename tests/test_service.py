@@ -47,12 +47,6 @@ BATCH = {"input_ids": [[5, 6, 7, 8], [9, 10, 11]]}
 LONG = {"input_ids": [[7] * 128] * 80}
 
 
-@pytest.fixture(scope="module")
-def service(home: Path) -> Iterator[ServiceClient]:
-    with ServiceClient(address="local") as client:
-        yield client
-
-
 def config(model: Path, **values: Any) -> TrainingConfig:
     defaults = {"model_ref": str(model), "lora_config": LoRAConfig(rank=4)}
     return TrainingConfig(**(defaults | values))

@@ -18,9 +18,10 @@ import openai
 import pytest
 import yaml
 from conftest import make_model
+from processes import free_port
 from ray import serve
 from safetensors.torch import load_file, save_file
-from test_http import free_port, post
+from test_http import post
 from typer.testing import CliRunner
 
 from serve_app import application

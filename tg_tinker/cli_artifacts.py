@@ -235,9 +235,9 @@ def verify_artifacts(
     from tg_tinker.cli_keys import report
 
     with connector(ctx)() as service:
-        count = sum(not item.expired for item in service.list_artifacts())
+        all_of_them = service.list_artifacts() if artifact_id is None else []
         failed = report(service.verify_artifacts(artifact_id), "checking artifacts")
-    count = count if artifact_id is None else 1
+    count = sum(not item.expired for item in all_of_them) if artifact_id is None else 1
     typer.echo(f"{count - failed} of {count} artifacts are whole")
     raise typer.Exit(bool(failed))
 

@@ -52,10 +52,10 @@ def restore(
 
 
 def _url(database: str | None) -> str:
-    from tg_tinker.databases import check_database
+    from tg_tinker.databases import check_database, default_database
     from tg_tinker.service import home_directory
 
-    return check_database(database or f"sqlite:///{home_directory() / 'registry.db'}")
+    return check_database(database or default_database(home_directory()))
 
 
 def _print(reached: Sequence[tuple[str, str, str]]) -> None:

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from tg_tinker.types import CLOSED, NOT_STARTED
+
 clients = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -37,7 +39,7 @@ def show_all(
     rows = [
         (run.training_client_id, run.status, str(run.step), str(run.epoch), run.reason or "-")
         for run in known
-        if everything or run.reason not in ("closed", "never started")
+        if everything or run.reason not in (CLOSED, NOT_STARTED)
     ]
     print_table(("client", "status", "step", "epoch", "without actor"), rows)
 

@@ -28,6 +28,7 @@ from tg_tinker.errors import (
     PlacementError,
 )
 from tg_tinker.interrupts import ctrl_c_held_back
+from tg_tinker.node import tls_is_on
 from tg_tinker.types import ClusterStatus
 from tg_tinker.wire import Reply, SampleRequest, SnapshotRef
 
@@ -126,7 +127,7 @@ class Cluster:
         machines = {node["NodeManagerAddress"]: dict(node["Resources"]) for node in nodes}
         living = living_actors(self.namespace)
         runs = sorted(name.partition("@")[0] for name in living if name.startswith("tc-"))
-        return ClusterStatus(address, machines, free, tuple(runs), _encrypted())
+        return ClusterStatus(address, machines, free, tuple(runs), tls_is_on())
 
     def resources(self) -> dict[str, float]:
         with _translated():
@@ -164,7 +165,7 @@ class Cluster:
                 placed = bool(_ray().wait(ready, timeout=self.placement_timeout_s)[0])
         finally:
             if not placed:  # also after Ctrl-C: a waiting actor would take the next free place
-                self.kill(actor)
+                kill(actor)
         if not placed:
             raise PlacementError(
                 f"no node had {num_cpus:g} CPUs and {num_gpus:g} GPUs free within"
@@ -215,14 +216,10 @@ class Cluster:
         with _translated():
             provided("serve_http")(host, port, replicas, place, **options)
 
-    def kill(self, actor: Any) -> None:
-        """Ends an actor and frees what it holds."""
-        kill(actor)
-
     def kill_training(self, run_id: str, epoch: int) -> None:
-        """The same of the actor of a run's epoch, where there is one."""
+        """Ends the actor of a run's epoch, where there is one."""
         with contextlib.suppress(ActorLostError, ClusterUnavailableError):
-            self.kill(named_actor(self.namespace, f"{run_id}@{epoch}"))
+            kill(named_actor(self.namespace, f"{run_id}@{epoch}"))
 
 
 ONCE = frozenset({
@@ -524,17 +521,13 @@ def _connect(address: str | None) -> bool:
 
 def _refuse_unencrypted(machines: set[str]) -> None:
     """Between machines Ray sends in clear what is not sealed here, the transport key among it."""
-    if len(machines) < 2 or _encrypted() or os.environ.get(WITHOUT_TLS) == "1":
+    if len(machines) < 2 or tls_is_on() or os.environ.get(WITHOUT_TLS) == "1":
         return
     raise InvalidRequestError(
         f"this cluster has {len(machines)} machines and Ray's TLS is off: who listens between them"
         " reads keys and batches. Set RAY_USE_TLS=1 and its certificates on every machine"
         f" (docs/deployment.md), or {WITHOUT_TLS}=1 on a network that nobody else shares"
     )
-
-
-def _encrypted() -> bool:
-    return os.environ.get("RAY_USE_TLS") == "1"
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ any secret in it. Ray keeps the URL as an argument and shows it on its dashboard
 from __future__ import annotations
 
 import ipaddress
+from pathlib import Path
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from tg_tinker.errors import InvalidRequestError
@@ -15,6 +16,11 @@ OPTIONS = (
     "connect_timeout", "host", "passfile", "sslcert", "sslkey", "sslmode", "sslrootcert",
 )  # fmt: skip
 """Of libpq, after a question mark. None of them holds a secret or changes how a commit is kept."""
+
+
+def default_database(home: Path) -> str:
+    """The file `registry.db` in a home directory."""
+    return f"{SQLITE}/{home / 'registry.db'}"
 
 
 def check_database(url: str) -> str:

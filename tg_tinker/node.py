@@ -21,6 +21,8 @@ from pathlib import Path
 
 from tg_tinker.errors import ClusterUnavailableError, InvalidRequestError, StorageError
 
+_RAY = (sys.executable, "-m", "ray.scripts.scripts")
+
 LOOPBACK = "127.0.0.1"
 STARTS_WITHIN_S, ENDS_WITHIN_S = 90.0, 30.0
 _ENVIRONMENT = {
@@ -83,22 +85,23 @@ def start(
             f"a node of this home runs already, in the cluster at {running.address}: use it, or"
             " end it with `tg-tinker down`"
         )
-    address = join or f"{host}:{port}"
-    role = ["--address", join] if join else [
-        "--head", "--port", str(port), "--dashboard-host", LOOPBACK,
-        "--dashboard-port", str(dashboard_port),
-    ]  # fmt: skip
-    sizes = {"--num-cpus": num_cpus, "--num-gpus": num_gpus}
-    wanted = [text for name, n in sizes.items() if n is not None for text in (name, str(n))]
+    head = {"--port": port, "--dashboard-host": LOOPBACK, "--dashboard-port": dashboard_port}
+    options = {
+        **({"--address": join} if join else head),
+        "--node-ip-address": host,
+        # A second cluster on this machine would find the agent's usual port taken, and run no job.
+        "--dashboard-agent-listen-port": _free_port(),
+        "--num-cpus": num_cpus,
+        "--num-gpus": num_gpus,
+    }
+    given = [text for name, n in options.items() if n is not None for text in (name, str(n))]
     log = home / "node.log"
-    # A second cluster on this machine would find the agent's usual port taken, and run no job.
-    wanted += ["--dashboard-agent-listen-port", str(_free_port())]
-    process = _launched(["start", *role, "--node-ip-address", host, "--block", *wanted], log,
-                        {**environment, **_ENVIRONMENT})  # fmt: skip
-    node = Node(
-        address, "" if join else f"http://{LOOPBACK}:{dashboard_port}", process.pid,
-        _begun(process.pid),
+    process = _launched(
+        ["start", *([] if join else ["--head"]), "--block", *given], log,
+        {**environment, **_ENVIRONMENT},
     )  # fmt: skip
+    dashboard = "" if join else f"http://{LOOPBACK}:{dashboard_port}"
+    node = Node(join or "", dashboard, process.pid, _begun(process.pid))
     try:
         own = _await_start(process, log)
         node = replace(node, address=join or f"{own}:{port}")
@@ -133,6 +136,11 @@ def end(node: Node) -> None:
             os.killpg(node.pid, signal.SIGKILL)
 
 
+def tls_is_on(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether Ray encrypts its own connections in programs with this environment."""
+    return environment.get("RAY_USE_TLS") == "1"
+
+
 def check_encrypted(host: str, environment: Mapping[str, str] = os.environ) -> None:
     """Between machines Ray sends in clear what we do not seal ourselves, and the token with it.
 
@@ -141,7 +149,7 @@ def check_encrypted(host: str, environment: Mapping[str, str] = os.environ) -> N
     """
     if host.startswith("127.") or host in ("localhost", "::1"):
         return
-    on = environment.get("RAY_USE_TLS") == "1"
+    on = tls_is_on(environment)
     lacking = [name for name in _TLS_FILES if not Path(environment.get(name) or "/").is_file()]
     if not on or lacking:
         wrong = f"{', '.join(lacking)} name no file" if on else "RAY_USE_TLS is not 1"
@@ -166,9 +174,6 @@ def make_token(environment: Mapping[str, str] = os.environ) -> None:
     if done.returncode or not token.is_file():
         raise StorageError(f"Ray could not make its token in {token}: is the folder yours?")
     token.chmod(0o600)
-
-
-_RAY = (sys.executable, "-m", "ray.scripts.scripts")
 
 
 def _launched(

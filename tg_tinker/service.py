@@ -21,7 +21,7 @@ from tg_tinker.audit_files import keep_head, paged, read_head, read_public_key
 from tg_tinker.audit_log import AuditHead, AuditRow, empty, parse_rows, verify
 from tg_tinker.cluster import Cluster, provided, running_cluster
 from tg_tinker.config import DPConfig, TrainingConfig
-from tg_tinker.databases import check_database
+from tg_tinker.databases import check_database, default_database
 from tg_tinker.errors import (
     ClusterUnavailableError,
     InvalidRequestError,
@@ -35,11 +35,7 @@ from tg_tinker.privacy import DEFAULT_DATASET, PrivacyReport
 from tg_tinker.service_artifacts import ArtifactCalls
 from tg_tinker.service_clients import ClientCalls, with_absolute_path
 from tg_tinker.service_registry import RegistryCalls
-from tg_tinker.types import (
-    ApiKeyInfo,
-    ClusterStatus,
-    KeyUses,
-)
+from tg_tinker.types import ApiKeyInfo, ClusterStatus, KeyUses
 
 MOST_AUDIT_ROWS = 10_000
 """Of one page of the audit log."""
@@ -157,7 +153,7 @@ class ServiceClient(ClientCalls, ArtifactCalls, RegistryCalls):
         self._tenant = tenant
         # Here, for what Ray is given it may keep and show.
         self._store = as_text(str(store or self._home / "store"))
-        database = check_database(database or f"sqlite:///{self._home / 'registry.db'}")
+        database = check_database(database or default_database(self._home))
         place = place_of(keyring) if keyring else default_place(self._home)
         self._audit_keys = audit_folder(place, self._home)
         self._cluster = Cluster(_found(address, self._home), namespace)

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tg_tinker.cluster import Cluster, SamplerLink, living_actors, provided
+from tg_tinker.cluster import Cluster, SamplerLink, kill, living_actors, provided
 from tg_tinker.config import ResourceConfig, TrainingConfig
 from tg_tinker.errors import ActorLostError, FutureTimeoutError, InvalidRequestError
 from tg_tinker.ledger import Ledger
@@ -115,8 +115,7 @@ class ClientCalls:
         info, stored = self._registry.run(self._tenant, training_client_id)
         config = TrainingConfig.model_validate_json(stored)
         reached = self._reach(training_client_id, config, progress)
-        if info.step > reached.link.info().step and info.epoch != reached.epoch:
-            step = reached.link.info().step
+        if info.epoch != reached.epoch and info.step > (step := reached.link.info().step):
             warnings.warn(
                 f"steps lost after the last artifact: {info.step - step}; the run goes on from step"
                 f" {step}",
@@ -293,7 +292,7 @@ class ClientCalls:
         try:
             model: ModelInfo = link.load(progress or (lambda message: None))
         except BaseException:
-            self._cluster.kill(actor)
+            kill(actor)
             raise
         return Reached(epoch, link, model)
 
@@ -342,7 +341,7 @@ class ClientCalls:
             self._release_reservation(run_id, config)
         finally:
             if link is not None:
-                self._cluster.kill(link.actor)
+                kill(link.actor)
 
     def _release_reservation(self, run_id: str, config: TrainingConfig) -> None:
         if config.private:

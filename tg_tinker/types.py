@@ -229,6 +229,9 @@ class ApiKeyInfo:
 PARKED = "parked"
 """The `reason` of a run that was saved and has no actor until somebody calls it."""
 
+CLOSED, NOT_STARTED = "closed", "never started"
+"""The `reason` of a run that has ended."""
+
 
 @dataclass(frozen=True)
 class TrainingClientInfo:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from processes import free_port
 
 from actors.model import Base
 from bench.loops import LEARNING_RATE, LoopSpec, Rows, uniform
@@ -136,13 +137,6 @@ def skyrl_server(binaries: Path, model: Path) -> Iterator[str]:
                 server.wait(20)
             except subprocess.TimeoutExpired:
                 os.killpg(server.pid, signal.SIGKILL)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
 
 
 def answering(url: str, server: subprocess.Popen[bytes]) -> str:
