@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from actors import signing
-from actors.audit_heads import unknown_in
+from actors.audit_heads import tenants, unknown_in
 from actors.filesystems import RetryPolicy
 from actors.home import DATABASE
 from actors.keys import open_keyring
@@ -174,7 +174,7 @@ def _behind(registry: Registry, store: ArtifactStore) -> list[str]:
     """Tenants of whose audit log the store has heads that the registry does not know."""
     return [
         tenant
-        for tenant in registry.logged_tenants()
+        for tenant in tenants(registry, store)
         if registry.judge_heads(tenant, unknown_in(registry, store, tenant))[0]
     ]
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from actors.artifacts import delete, fetch
-from actors.audit_heads import meet
+from actors.audit_heads import keep_newest, meet, meet_all
 from actors.registry import Registry
 from actors.state import from_files
 from actors.store import ArtifactStore
@@ -120,8 +120,7 @@ def retire(registry: Registry, root: str, tenant: str, key_id: str) -> None:
             need it.
     """
     store = ArtifactStore(root)
-    for one in {tenant, *registry.logged_tenants()}:
-        meet(registry, store, one)
+    meet_all(registry, store)
     wrapped, unreadable = _wrapped_under(registry, root)
     if unreadable:  # the backup of such a file may need the very key
         raise IntegrityError(
@@ -130,3 +129,4 @@ def retire(registry: Registry, root: str, tenant: str, key_id: str) -> None:
             " delete these artifacts; nothing was changed"
         )
     registry.retire_key(tenant, key_id, wrapped)
+    keep_newest(registry, store, tenant)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.artifacts import Draft, Write, fetch, publish, write
-from actors.audit_heads import meet
+from actors.audit_heads import keep_newest, meet
 from actors.budget import Budget
 from actors.capabilities import Capability
 from actors.checkpoints import Schedule, prune
@@ -89,6 +89,7 @@ class Worker:
         self._registry = registry
         self._store = ArtifactStore(place.store)
         meet(registry, self._store, place.tenant, self._who)  # else it would find out at a save
+        keep_newest(registry, self._store, place.tenant)  # an older database would not know it
         self._threads = use_threads(config.resources.num_threads)
         self._budget: Budget | None = None
         self.heads: HeadKeeper | None = None
@@ -356,8 +357,10 @@ class Worker:
         """Takes over an adapter from elsewhere, as PEFT's files; see `imported` for refusals."""
         check_cancelled()
         state = imported(config, weights, self.session.live_state(include_optimizer=False))
-        self._take_over(state)  # first: where it refuses, nothing was imported
+        self.session.check_fits(state)  # what is refused was not imported
+        # Before a weight changes: an import that cannot be noted does not happen.
         self._registry.record_import(self._place.tenant, self._who, self._place.run_id)
+        self._take_over(state)
 
     # --- inside ------------------------------------------------------------------------------
 

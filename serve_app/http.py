@@ -68,7 +68,7 @@ class HttpReplica(Replica):
         forget_keyrings()
         super().__init__(*arguments)
         self._options = options
-        self._access = Access(self.registry.typed, options)
+        self._access = Access(self.registry.typed, options, self.sources.store)
         self._lookups = ThreadPoolExecutor(8, thread_name_prefix="lookup")
         self._waiting = 0
 

@@ -341,7 +341,7 @@ def _report(ctx: typer.Context, dataset_id: str) -> PrivacyReport:
         return service.privacy_report(dataset_id)
 
 
-def connector(ctx: typer.Context) -> Callable[[], ServiceClient]:
+def connector(ctx: typer.Context) -> Callable[..., ServiceClient]:
     from tg_tinker.service import ServiceClient
 
     return ctx.obj or ServiceClient
