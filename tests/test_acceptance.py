@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -45,19 +46,18 @@ def lost(old: Restored) -> list[str]:
 
 
 def test_who_writes_to_the_database_cannot_let_an_older_copy_pass(old: Restored) -> None:
-    heads = lost(old)
-    last = old.rows()[-1].hash
-    mine = old.registry._signing_key
-    signed = acceptance(heads, TENANT, last, mine)
-    for details in (
-        {"heads": " ".join(heads)},
-        {"heads": " ".join(heads), "signature": "none"},
-        acceptance(heads, TENANT, last, new_signing_key()),
-        acceptance(heads, "bank", last, mine),
-        acceptance(heads[:1], TENANT, last, mine) | {"heads": " ".join(sorted(heads))},
-        signed,  # genuine, but after another row
-    ):
-        forge(old, details)
+    heads, key = lost(old), old.registry._signing_key
+    joined, before = " ".join(heads), old.rows()[-1].hash
+    forgeries: list[Callable[[str], dict[str, str | int]]] = [
+        lambda last: {"heads": joined},
+        lambda last: {"heads": joined, "signature": "none"},
+        lambda last: acceptance(heads, TENANT, last, new_signing_key()),
+        lambda last: acceptance(heads, "bank", last, key),
+        lambda last: acceptance([], TENANT, last, key) | {"heads": joined},
+        lambda last: acceptance(heads, TENANT, before, key),  # genuine, after another row
+    ]
+    for made in forgeries:
+        forge(old, made(old.rows()[-1].hash))
         assert old.registry.unknown_rows(TENANT, heads) == heads
         assert old.registry.accepting_rows(TENANT) == []
     with pytest.raises(RollbackError):

@@ -225,7 +225,7 @@ def acceptance(
 
 def accepted_by(row: AuditRow, public_key: bytes) -> list[str]:
     """Places of the heads whose loss the holder of the signing key accepted with this row."""
-    if (row.event, row.outcome) != (ACCEPT, "ok"):
+    if row.event != ACCEPT:
         return []
     heads, signature = (str(row.details.get(name, "")) for name in ("heads", "signature"))
     try:
