@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import resource
 import stat
 import threading
@@ -484,6 +485,22 @@ def test_every_artifact_is_checked_whatever_the_others_are(service: Service) -> 
     found = dict(upkeep.verify(service.registry, str(service.root), TENANT))
     assert [bool(found[artifact]) for artifact in known] == [False, True, True, False]
     assert "is not what was published" in found[known[1]]
+
+
+def test_what_a_stranger_puts_in_the_place_of_files_holds_no_check_up(service: Service) -> None:
+    """A pipe without a writer, a file without an end."""
+    whole, pipe, endless = (service.publish() for _ in range(3))
+    key = service.root / f"t/{TENANT}/keys/{pipe}.json"
+    key.unlink()
+    os.mkfifo(key)
+    os.truncate(service.root / f"t/{TENANT}/a/{endless}/adapter_model.safetensors.enc", 2**40)
+    os.mkfifo(service.root / f"t/{TENANT}/audit/9-{'f' * 64}.json")
+    registry = reopened(service)  # which has not met the store
+    found = dict(upkeep.verify(registry, str(service.root), TENANT))
+    assert found[whole] == ""
+    assert f"{pipe}.json is not in the store" in found[pipe]
+    assert "longer than what was put there" in found[endless]
+    assert {*upkeep.uses(registry, str(service.root)).unreadable} == {pipe}
 
 
 # --- saves beside training, through a real service -----------------------------------------------

@@ -110,6 +110,12 @@ def check_name(name: str) -> str:
     return name
 
 
+def shown(name: str) -> str:
+    """A name that a stranger may have given, for a terminal: what does not print is escaped. One
+    that `check_name` takes is itself, and what is escaped here it refuses."""
+    return name if name.isprintable() else ascii(name)[1:-1]
+
+
 def check_component(name: str) -> str:
     """A name without a slash, itself.
 
