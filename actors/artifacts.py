@@ -245,7 +245,7 @@ def unlocked(
 
 def _file(store: ArtifactStore, stored_as: str, manifest: Manifest, key: bytes, name: str) -> bytes:
     tenant, artifact_id, entry = manifest.tenant, manifest.artifact_id, manifest.files[name]
-    sealed = store.read(tenant, stored_as, name)
+    sealed = store.read(tenant, stored_as, name, entry.size)
     if len(sealed) != entry.size or hashlib.sha256(sealed).hexdigest() != entry.sha256:
         raise IntegrityError(f"{name} of artifact {artifact_id} is not what was published")
     return unseal(key, sealed, context_of(tenant, artifact_id, name.removesuffix(".enc")))

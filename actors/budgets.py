@@ -26,6 +26,7 @@ from tg_tinker.envelope import context_of, new_key
 from tg_tinker.errors import (
     ActorLostError,
     DPBudgetExceededError,
+    IntegrityError,
     InvalidRequestError,
     NotFoundError,
 )
@@ -322,15 +323,22 @@ class Budgets(AuditLog):
         wrapped = json.loads(connection.execute(query).scalar_one())
         return self._keyring.unwrap(wrapped, context_of(tenant, dataset, "unit key"))
 
-    def rewrap_unit_keys(self) -> None:
-        """Wraps the keys of all data sets under the keyring's primary key."""
+    def rewrap_unit_keys(self) -> dict[str, str]:
+        """Wraps the keys of all data sets under the keyring's primary key; those that do not open
+        stay as they are. Why they do not, by ``data set NAME``."""
+        problems = {}
         with self._change() as tx:
             for row in tx.execute(sa.select(_datasets)).all():
                 context = context_of(row.tenant, row.id, "unit key")
-                key = self._keyring.unwrap(json.loads(row.wrapped_key), context)
                 this = (_datasets.c.tenant == row.tenant, _datasets.c.id == row.id)
-                again = json.dumps(self._keyring.wrap(key, context))
-                tx.execute(_datasets.update().where(*this).values(wrapped_key=again))
+                try:
+                    key = self._keyring.unwrap(json.loads(row.wrapped_key), context)
+                except IntegrityError as error:
+                    problems[f"data set {row.id}"] = error.message
+                else:
+                    again = json.dumps(self._keyring.wrap(key, context))
+                    tx.execute(_datasets.update().where(*this).values(wrapped_key=again))
+        return problems
 
     def _known(self, connection: sa.Connection, tenant: str, dataset: str) -> Ledger:
         ledger = self._ledger(connection, tenant, dataset)

@@ -27,9 +27,9 @@ from actors.filesystems import (
     folders_in,
     open_filesystem,
 )
-from actors.objects import SMALL, Content, ObjectInfo, pieces_of
+from actors.objects import SMALL, Content, ObjectInfo, pieces_of, within
 from tg_tinker.errors import NotFoundError, StorageError
-from tg_tinker.location import Location, check_name
+from tg_tinker.location import Location, check_name, shown
 
 T = TypeVar("T")
 
@@ -64,9 +64,9 @@ class Bucket:
         self.put(name, content)
         return True
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, most: int | None = None) -> bytes:
         path = self._path(name)
-        return self._repeat("read", name, lambda: self._download(path))
+        return within(self._repeat("read", name, lambda: self._download(path, most)), name, most)
 
     def size(self, name: str) -> int:
         path = self._path(name)
@@ -77,7 +77,9 @@ class Bucket:
         infos = self._repeat("list", folder or "all", lambda: files_below(self._files, path))
         return sorted(
             ObjectInfo(
-                info.path.removeprefix(self._location.root).lstrip("/"), info.size, info.mtime
+                shown(info.path.removeprefix(self._location.root).lstrip("/")),
+                info.size,
+                info.mtime,
             )
             for info in infos
         )
@@ -128,9 +130,9 @@ class Bucket:
                 self._files.delete_file(aside)
         return size
 
-    def _download(self, path: str) -> bytes:
+    def _download(self, path: str, most: int | None) -> bytes:
         with self._files.open_input_stream(path, compression=None) as stream:
-            content: bytes = stream.read()
+            content: bytes = stream.read(None if most is None else most + 1)
             return content
 
     def _size(self, path: str) -> int:

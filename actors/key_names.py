@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import sqlalchemy as sa
 
 from actors.database import METADATA, Database
@@ -14,6 +16,7 @@ _KEYS = sa.Table(
     METADATA,
     sa.Column("id", sa.String, primary_key=True),
     sa.Column("fingerprint", sa.String, nullable=False),
+    sa.Column("place", sa.Integer, nullable=False),  # in the order in which they were first seen
 )
 
 
@@ -23,8 +26,8 @@ class KeyNames(Database):
     _keyring: KeyProvider
 
     def _recognise_keys(self) -> None:
-        """Notes keys that are new, and refuses another one of a known name: what would be saved
-        under it, the right keyring would not open.
+        """Notes keys that are new, and refuses another one of a known name, or none of those that
+        are known: what would be saved under it, the right keyring would not open.
 
         A fingerprint is derived from the key as every derived key is, and opens nothing.
 
@@ -34,35 +37,43 @@ class KeyNames(Database):
         derived = (self._keyring.derive(_PURPOSE, name) for name in self._keyring.key_ids)
         found = {name: value.hex() for name, value in derived}
         with self._change() as tx:
-            known = {row.id: row.fingerprint for row in tx.execute(sa.select(_KEYS))}
-            for name in found.keys() & known.keys():
-                if found[name] != known[name]:
-                    raise IntegrityError(
-                        f"key {name!r} of this keyring is another one than the {name!r} that this"
-                        " registry was used with: correct `keyring`, or put the right keyring's"
-                        " backup back"
-                    )
-            for name in found.keys() - known.keys():
-                tx.execute(_KEYS.insert().values(id=name, fingerprint=found[name]))
+            known = _fingerprints(tx)
+            _refuse_another(found, known)
+            for place, name in enumerate(name for name in found if name not in known):
+                row = {"id": name, "fingerprint": found[name], "place": len(known) + place}
+                tx.execute(_KEYS.insert().values(row))
 
-    def _refuse_older_keyring(self) -> None:
-        """Before a rotation: of an older copy the next key would have the name of one that is lost
-        from it, and the registry would refuse the keyring from then on.
-
-        Raises:
-            IntegrityError: a key that was noted is newer than all that are here.
-        """
+    def _noted_keys(self) -> list[str]:
+        """Names of all keys that were ever seen, the oldest first."""
         with self._reading() as connection:
-            known = set(connection.execute(sa.select(_KEYS.c.id)).scalars())
-        here = self._keyring.key_ids
-        lost = [name for name in known.difference(here) if _number(name) > max(map(_number, here))]
-        if lost:
+            return [*_fingerprints(connection)]
+
+    def missing_keys(self) -> list[str]:
+        """Keys that were first seen after all that are here: the keyring is an older copy. What was
+        retired is not among them, for a rotation came after it."""
+        here = set(self._keyring.key_ids)
+        known = self._noted_keys()
+        newest = max((place for place, name in enumerate(known) if name in here), default=-1)
+        return known[newest + 1 :]
+
+
+def _fingerprints(connection: sa.Connection) -> dict[str, str]:
+    """By name, in the order in which they were first seen."""
+    rows = connection.execute(sa.select(_KEYS).order_by(_KEYS.c.place))
+    return {row.id: row.fingerprint for row in rows}
+
+
+def _refuse_another(found: Mapping[str, str], known: Mapping[str, str]) -> None:
+    remedy = "correct `keyring`, or put the right keyring's backup back"
+    same = found.keys() & known.keys()
+    if known and not same:
+        raise IntegrityError(
+            f"this keyring has {', '.join(found)} and none of the keys that this registry was used"
+            f" with ({', '.join(known)}): {remedy}"
+        )
+    for name in same:
+        if found[name] != known[name]:
             raise IntegrityError(
-                f"this keyring is an older copy: it lacks {', '.join(sorted(lost))}, which this"
-                " registry has used. Put the newest copy back; nothing was changed"
+                f"key {name!r} of this keyring is another one than the {name!r} that this registry"
+                f" was used with: {remedy}"
             )
-
-
-def _number(key_id: str) -> int:
-    """Of a key's name `k7`; 0 where a provider names keys otherwise."""
-    return int(key_id[1:]) if key_id[:1] == "k" and key_id[1:].isdecimal() else 0

@@ -8,12 +8,17 @@ from __future__ import annotations
 import base64
 import json
 import re
+import secrets
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from itertools import count
 
 from tg_tinker.envelope import KEY_BYTES, derive_key, new_key, unwrap_key, wrap_key
 from tg_tinker.errors import IntegrityError
 
 _FORMAT = 1
+_NAME = re.compile(r"k[1-9][0-9]{0,8}")
+_MOST = 10**9 - 1
 
 
 @dataclass(frozen=True, repr=False)
@@ -35,7 +40,7 @@ class Keys:
             by_id = {name: base64.b64decode(key, validate=True)
                      for name, key in content["keys"].items()}  # fmt: skip
             found, version = cls(content["primary"], by_id), content["format"]
-            named = all(re.fullmatch(r"k[1-9][0-9]{0,8}", name) for name in by_id)
+            named = all(map(_NAME.fullmatch, by_id))
             whole = version == _FORMAT and {*map(len, by_id.values())} == {KEY_BYTES}
             if named and whole and found.primary in by_id:
                 return found
@@ -48,13 +53,27 @@ class Keys:
         encoded = {name: base64.b64encode(key).decode() for name, key in self.by_id.items()}
         return json.dumps({"format": _FORMAT, "primary": self.primary, "keys": encoded})
 
-    def rotated(self) -> Keys:
+    def rotated(self, name: str) -> Keys:
         """With a fresh primary key; the older ones stay, for what they have wrapped."""
-        name = f"k{1 + max(int(key_id[1:]) for key_id in self.by_id)}"
         return Keys(name, self.by_id | {name: new_key()})
 
     def without(self, key_id: str) -> Keys:
         return Keys(self.primary, {name: k for name, k in self.by_id.items() if name != key_id})
+
+
+def next_name(used: Iterable[str]) -> str:
+    """The name above all of these; the first one that is free where there is none above."""
+    numbers = {int(name[1:]) for name in used if _NAME.fullmatch(name)}
+    above = 1 + max(numbers, default=0)
+    free = above if above <= _MOST else next(n for n in count(1) if n not in numbers)
+    return f"k{free}"
+
+
+def random_name(used: Collection[str]) -> str:
+    """None of these. For where nobody can tell which names were in use after them."""
+    while (name := f"k{secrets.randbelow(_MOST) + 1}") in used:
+        pass
+    return name
 
 
 class Keyring:

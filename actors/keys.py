@@ -10,12 +10,12 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, Protocol
 
-from actors.keyring import Keyring, Keys
+from actors.keyring import Keyring, Keys, next_name, random_name
 from actors.objects import sync
 from tg_tinker.errors import IntegrityError, InvalidRequestError, StorageError
 from tg_tinker.keyrings import Variable, place_of
@@ -69,8 +69,9 @@ class KeyProvider(Protocol):
         by CKM_SHA256_HMAC. age refuses.
         """
 
-    def rotate(self) -> str:
-        """A fresh primary key; the older ones stay, for what they have wrapped. Its id.
+    def rotate(self, used: Collection[str] = ()) -> str:
+        """A fresh primary key; the older ones stay, for what they have wrapped. Its id, which is
+        none of `used` either: these were of keys that may not be here any more.
 
         KMS: a new version of the key. HSM: a new key beside the old one.
 
@@ -103,9 +104,15 @@ def open_keyring(where: str | os.PathLike[str]) -> KeyProvider:
 
 
 def new_text(after: str | None = None) -> str:
-    """The text of a fresh keyring, or that of `after` with a fresh primary key. Keep it secret."""
-    keys = Keys.new() if after is None else _read(place_of(after)).rotated()
-    return keys.text()
+    """The text of a fresh keyring, or that of `after` with a fresh primary key. Keep it secret.
+
+    `after` may be an older copy, so the fresh key gets a number by chance: one that follows could
+    be that of a key which the registry knows, and then it would refuse the keyring.
+    """
+    if after is None:
+        return Keys.new().text()
+    older = _read(place_of(after))
+    return older.rotated(random_name(older.by_id)).text()
 
 
 class FileKeyring(Keyring):
@@ -139,8 +146,8 @@ class FileKeyring(Keyring):
             path.hardlink_to(partial)  # fails if the keyring exists: no key is ever overwritten
         return cls(path)
 
-    def rotate(self) -> str:
-        return self._change(Keys.rotated).primary
+    def rotate(self, used: Collection[str] = ()) -> str:
+        return self._change(lambda keys: keys.rotated(next_name([*keys.by_id, *used]))).primary
 
     def retire(self, key_id: str) -> None:
         self._change(lambda keys: _retired(keys, key_id))
@@ -175,7 +182,7 @@ class EnvironmentKeyring(Keyring):
     def _keys(self) -> Keys:
         return self._found
 
-    def rotate(self) -> NoReturn:
+    def rotate(self, used: Collection[str] = ()) -> NoReturn:
         raise InvalidRequestError(
             f"the keyring in {self._variable} is read-only: put what `tg-tinker keys new --after"
             f" {self._variable}` prints into your secret manager, restart the cluster with it,"

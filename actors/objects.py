@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
-from tg_tinker.errors import NotFoundError, StorageError
-from tg_tinker.location import check_name
+from tg_tinker.errors import IntegrityError, NotFoundError, StorageError
+from tg_tinker.location import check_name, shown
 
 Piece = bytes | bytearray | memoryview
 Content = bytes | Iterable[Piece]
@@ -60,14 +61,25 @@ class Objects(Protocol):
         write, and the later one's bytes stay.
         """
 
-    def read(self, name: str) -> bytes:
-        """Raises NotFoundError when there is none."""
+    def read(self, name: str, most: int | None = None) -> bytes:
+        """The content, of which anybody who can write to the store may be the author.
+
+        Args:
+            most: bytes that it may have; more are not taken into memory.
+
+        Raises:
+            NotFoundError: there is none.
+            IntegrityError: it is longer than `most`.
+        """
 
     def size(self, name: str) -> int:
         """Bytes. Raises NotFoundError when there is none."""
 
     def list_below(self, folder: str = "") -> list[ObjectInfo]:
         """All objects below a folder at any depth, by name; none if there is no such folder.
+
+        A name that `check_name` refuses, so none of ours, is told as text for a terminal (`shown`).
+        Of a local folder only plain files are objects.
 
         On a local folder also what a killed `put` left, or one under way: the last component of
         such a name begins with a dot, and no other method takes it but `delete` and `delete_all`.
@@ -110,16 +122,16 @@ class LocalFolder:
             sync(path.parent)
         return True
 
-    def read(self, name: str) -> bytes:
-        with _typed("read", name):
-            return self._path(name).read_bytes()
+    def read(self, name: str, most: int | None = None) -> bytes:
+        path = self._path(name)
+        with _typed("read", name), _opened(path) as file:
+            return within(file.read(-1 if most is None else most + 1), name, most)
 
     def size(self, name: str) -> int:
         path = self._path(name)
         with _typed("read", name):
-            if path.is_dir():
-                raise IsADirectoryError
-            return path.stat().st_size
+            _refuse_special(state := path.stat())
+            return state.st_size
 
     def list_below(self, folder: str = "") -> list[ObjectInfo]:
         with _typed("list", folder or "its root"):
@@ -166,9 +178,10 @@ class LocalFolder:
             for path in (Path(parent) / name for name in names):
                 with suppress(FileNotFoundError):  # deleted or renamed meanwhile
                     state = path.lstat()
-                    name = path.relative_to(self._root).as_posix()
-                    modified = datetime.fromtimestamp(state.st_mtime, UTC)
-                    yield ObjectInfo(name, state.st_size, modified)
+                    if stat.S_ISREG(state.st_mode):
+                        name = shown(path.relative_to(self._root).as_posix())
+                        modified = datetime.fromtimestamp(state.st_mtime, UTC)
+                        yield ObjectInfo(name, state.st_size, modified)
 
     @contextmanager
     def _written(self, path: Path, content: Content) -> Iterator[tuple[Path, int]]:
@@ -197,6 +210,28 @@ def _begin_write_back(descriptor: int, start: int, length: int) -> None:
     """
     with suppress(OSError, AttributeError):  # a hint; macOS has none
         os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A file to read; what was put in its place waits for no writer."""
+    _refuse_special(path.stat())
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+
+
+def _refuse_special(state: os.stat_result) -> None:
+    """A folder, a pipe, a socket or a device, which may have no end, is no object."""
+    if not stat.S_ISREG(state.st_mode):
+        raise FileNotFoundError
+
+
+def within(content: bytes, name: str, most: int | None) -> bytes:
+    """The content itself. Raises IntegrityError where it is longer than it may be."""
+    if most is not None and len(content) > most:
+        raise IntegrityError(
+            f"{name} in the store is longer than what was put there ({most} bytes at most): put"
+            " its backup back, or remove it"
+        )
+    return content
 
 
 def intended(name: str) -> str:

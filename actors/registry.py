@@ -328,14 +328,18 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
 
     def rotate_key(self, tenant: str) -> str:
         """A fresh primary key of the keyring, for all that is wrapped from now on, the keys of
-        data sets among it; its id. `upkeep.rewrap` is for the artifacts."""
-        self._refuse_older_keyring()
-        name = self._keyring.rotate()
-        self._recognise_keys()
+        data sets among it; its id, which no other key of this registry ever had. `upkeep.rewrap`
+        is for the artifacts."""
+        name = self._keyring.rotate(self._noted_keys())
         self.rewrap_unit_keys()
         with self._change() as tx:
             self._note(tx, tenant, SDK, "key.rotate", name)
         return name
+
+    def rewrap_unit_keys(self) -> dict[str, str]:
+        """The same, once all keys are noted: the keyring may have been rotated elsewhere."""
+        self._recognise_keys()
+        return super().rewrap_unit_keys()
 
     def rewrapped(self, tenant: str, artifact_id: str, wrapped: bytes) -> bytes | None:
         """The same data key under the primary key; None where it is already."""
@@ -355,6 +359,7 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
         Raises:
             InvalidRequestError: it is in use, the primary one, or unknown; or an artifact was
                 saved since the keys were read.
+            IntegrityError: the key of a data set does not open: its keyring may need this one.
         """
         in_use = [*wrapped_under.values()].count(key_id)
         if in_use and key_id != self._keyring.primary:
@@ -362,7 +367,11 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
                 f"key {key_id!r} still opens {in_use} artifacts: `tg-tinker keys rotate"
                 " --resume` wraps them under the primary key"
             )
-        self.rewrap_unit_keys()
+        if problems := self.rewrap_unit_keys():
+            raise IntegrityError(
+                f"nobody can tell which key opens that of {', '.join(problems)}: put the newest"
+                " keyring, or the database's backup, back; nothing was changed"
+            )
         with self._change() as tx:  # a save is entered before it, or finds the key gone
             if not wrapped_under.keys() >= {name for _, _, name in self.all_artifacts()}:
                 raise InvalidRequestError(
@@ -373,7 +382,7 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
             self._keyring.retire(key_id)  # last: where it fails there is no row
 
     def key_ids(self) -> list[str]:
-        """Of the keyring, oldest first; the last is the primary one."""
+        """Of the keyring, oldest first."""
         return self._keyring.key_ids
 
     def key_of(self, wrapped: bytes) -> str:

@@ -19,11 +19,15 @@ from pathlib import Path
 from actors.cloud import Bucket
 from actors.filesystems import RetryPolicy
 from actors.objects import Content, LocalFolder, Objects, intended
-from tg_tinker.errors import InvalidRequestError, NotFoundError, StorageError
+from tg_tinker.errors import IntegrityError, InvalidRequestError, NotFoundError, StorageError
 from tg_tinker.location import check_component, is_component, parse
 
 MANIFEST = "manifest.json"
 _TENANTS = "t"
+
+MOST = 16 * 2**20
+"""Bytes of a manifest, a wrapped key or a head. The longest of ours, a head with all entries of a
+ledger that a store missed, has a few hundred thousand."""
 
 PARALLEL = 4
 """Files of an artifact that are written at the same time."""
@@ -88,8 +92,18 @@ class ArtifactStore:
             self._discard(tenant, artifact_id)
             raise
 
-    def read(self, tenant: str, artifact_id: str, name: str) -> bytes:
-        return self._read(f"{_folder(tenant, artifact_id)}/{check_component(name)}", artifact_id)
+    def read(
+        self, tenant: str, artifact_id: str, name: str, size: int | None = None
+    ) -> bytes:  # fmt: skip
+        """A file of an artifact; None is of any size, which a manifest never is.
+
+        Raises:
+            NotFoundError: it is not there.
+            IntegrityError: it has more than `size` bytes.
+        """
+        most = MOST if name == MANIFEST else size
+        name = f"{_folder(tenant, artifact_id)}/{check_component(name)}"
+        return self._read(name, artifact_id, most)
 
     def read_key(self, tenant: str, artifact_id: str) -> bytes:
         return self._read(_key_name(tenant, artifact_id), artifact_id)
@@ -146,9 +160,9 @@ class ArtifactStore:
     def read_head(self, name: str) -> str:
         """What may be a head, a line: anybody who can write to the store may have put it there."""
         try:
-            content = self.objects.read(name)
-        except InvalidRequestError:
-            return ""  # no head: TG-Tinker gives no such name
+            content = self.objects.read(name, MOST)
+        except (InvalidRequestError, IntegrityError):
+            return ""  # no head: TG-Tinker gives no such name, and writes none so long
         return content.decode("ascii", "replace").removesuffix("\n")
 
     def delete(self, tenant: str, artifact_id: str) -> None:
@@ -191,9 +205,9 @@ class ArtifactStore:
             return f"; parts of it may be left in {folder} of the store and do not count"
         return ""
 
-    def _read(self, name: str, artifact_id: str) -> bytes:
+    def _read(self, name: str, artifact_id: str, most: int | None = MOST) -> bytes:
         try:
-            return self.objects.read(name)
+            return self.objects.read(name, most)
         except NotFoundError:
             file = name.rpartition("/")[2]
             raise NotFoundError(

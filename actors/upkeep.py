@@ -65,15 +65,34 @@ def delete_expired(registry: Registry, root: str, tenant: str) -> Iterator[tuple
             yield artifact_id, ""
 
 
+def rotate(registry: Registry, root: str, tenant: str) -> str:
+    """See `Registry.rotate_key`.
+
+    Raises:
+        RollbackError, StorageError: see `audit_heads.meet`; nothing was changed.
+    """
+    store = ArtifactStore(root)
+    meet_all(registry, store)
+    key_id = registry.rotate_key(tenant)
+    keep_newest(registry, store, tenant)
+    return key_id
+
+
 def rewrap(registry: Registry, root: str) -> Iterator[tuple[str, str]]:
     """Wraps the data key of every artifact under the primary key; (id, what is wrong) of each.
-    First those of the data sets: a keyring that is read-only was rotated elsewhere.
+    First those of the data sets, of which only what is wrong is told: a keyring that is read-only
+    was rotated elsewhere.
 
     Only key files are written, each in one step: broken off anywhere, every artifact opens as
     before, and the next call finds what is left.
+
+    Raises:
+        RollbackError, StorageError: see `audit_heads.meet`: an older database could put old key
+            files in the place of new ones. Nothing was changed.
     """
-    registry.rewrap_unit_keys()
     store = ArtifactStore(root)
+    meet_all(registry, store)
+    yield from registry.rewrap_unit_keys().items()
     for tenant, artifact_id, stored_as in registry.all_artifacts():
         try:
             wrapped = store.read_key(tenant, stored_as)
@@ -88,10 +107,11 @@ def rewrap(registry: Registry, root: str) -> Iterator[tuple[str, str]]:
 
 
 def uses(registry: Registry, root: str) -> KeyUses:
-    """How many artifacts each key opens, and those of which nobody can tell."""
+    """How many artifacts each key opens, those of which nobody can tell, and keys that are lost."""
     wrapped, unreadable = _wrapped_under(registry, root)
     counts = dict.fromkeys(registry.key_ids(), 0) | Counter(wrapped.values())
-    return KeyUses(registry.key_info()[0], counts, unreadable)
+    missing = tuple(registry.missing_keys())
+    return KeyUses(registry.key_info()[0], counts, unreadable, missing)
 
 
 def _wrapped_under(registry: Registry, root: str) -> tuple[dict[str, str], dict[str, str]]:

@@ -168,9 +168,9 @@ class Broken(LocalFolder):
         self._refuse("put")
         return size
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, most: int | None = None) -> bytes:
         self._refuse("read")
-        return b"other" if self._fails == "differ" else super().read(name)
+        return b"other" if self._fails == "differ" else super().read(name, most)
 
     def delete(self, name: str) -> None:
         self._refuse("delete")

@@ -331,8 +331,10 @@ class Forgetful(ArtifactStore):
 
     damaged = ""
 
-    def read(self, tenant: str, artifact_id: str, name: str) -> bytes:
-        found = super().read(tenant, artifact_id, name)
+    def read(
+        self, tenant: str, artifact_id: str, name: str, size: int | None = None
+    ) -> bytes:  # fmt: skip
+        found = super().read(tenant, artifact_id, name, size)
         if artifact_id.endswith(".2") and name == self.damaged:
             return found[:-1] + bytes([found[-1] ^ 1])
         return found

@@ -24,6 +24,9 @@ SECRET = "hunter2-XYZ"
         ("~/folder", Path.home() / "folder"),
         ("/x/a b", Path("/x/a b")),
         ("C:/x", Path.cwd() / "C:/x"),
+        ("./s3:x", Path.cwd() / "s3:x"),
+        ("a/b:c", Path.cwd() / "a/b:c"),
+        ("/a:b", Path("/a:b")),
         ("file:///x/a%20b", Path("/x/a b")),
         ("file://localhost/x", Path("/x")),
         ("s3://bucket", Location("s3", "bucket", "", 0, "")),
@@ -78,6 +81,15 @@ def test_paths_of_hdfs_are_absolute_and_others_begin_with_the_bucket() -> None:
         f"/x\x1b]0;{SECRET}",
         f"file:///x%1b{SECRET}",
         f"~nobody-of-this-name/{SECRET}",
+        f"s3:{SECRET}",
+        f"user:{SECRET}@host/p",
+        f"host:9000/{SECRET}",
+        f"user@host:{SECRET}",
+        f" s3://bucket/{SECRET}",
+        f"s3://bucket/{SECRET} ",
+        f" /x/{SECRET}",
+        f"/x/{SECRET}\t",
+        f"file:{SECRET}",
     ],
 )
 def test_a_uri_with_a_secret_or_of_another_form_is_refused_and_not_repeated(root: str) -> None:
@@ -85,6 +97,11 @@ def test_a_uri_with_a_secret_or_of_another_form_is_refused_and_not_repeated(root
         ArtifactStore(root)
     assert SECRET not in str(info.value)
     assert info.value.details == {}
+
+
+def test_what_looks_like_a_uri_and_is_meant_as_a_folder_is_told_how_to_say_so() -> None:
+    with pytest.raises(InvalidRequestError, match=r"blanks at its ends.*colon.* begins with \./"):
+        parse("s3:bucket")
 
 
 def test_the_sdk_refuses_such_a_uri_before_it_starts_anything(

@@ -6,6 +6,8 @@ import errno
 import gc
 import os
 import signal
+import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -37,7 +39,7 @@ from tests.storage_servers import (
     s3_store,
 )
 from tg_tinker import TrainingConfig
-from tg_tinker.errors import InvalidRequestError, NotFoundError, StorageError
+from tg_tinker.errors import IntegrityError, InvalidRequestError, NotFoundError, StorageError
 
 MIB = 2**20
 SHORT = RetryPolicy(connect_s=1, request_s=1, attempts=2, deadline_s=20)
@@ -177,6 +179,14 @@ class TestEveryStore:
         assert objects.read("once") == b"abcdef"
         assert objects.put("none", iter(())) == 0
         assert objects.read("none") == b""
+
+    def test_no_more_is_read_than_an_object_may_have(self, objects: Objects) -> None:
+        objects.put("t/head", b"12345")
+        assert objects.read("t/head", 5) == b"12345"
+        with pytest.raises(IntegrityError, match=r"t/head in the store is longer .* \(4 bytes"):
+            objects.read("t/head", 4)
+        objects.put("t/empty", b"")
+        assert objects.read("t/empty", 0) == b""
 
     def test_an_object_exists_only_once_it_is_whole(self, objects: Objects) -> None:
         """Also where the first pieces are more than a store takes in one request."""
@@ -922,6 +932,71 @@ def test_what_a_killed_write_left_is_listed_and_goes_with_its_folder(tmp_path: P
     objects.delete_all("a/b")
     assert names(objects) == []
     assert not (tmp_path / "a/b").exists()
+
+
+def special(folder: Path) -> Iterator[Path]:
+    """What a file may be that is none."""
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "pipe")
+    yield folder / "pipe"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "socket"))
+    yield folder / "socket"
+    with suppress(PermissionError):  # a container may make none
+        os.mknod(folder / "zero", stat.S_IFCHR | 0o600, os.makedev(1, 5))
+        yield folder / "zero"
+
+
+def test_what_is_no_plain_file_is_no_object_and_holds_nobody_up(tmp_path: Path) -> None:
+    store = LocalFolder(tmp_path)
+    for path in special(tmp_path / "t"):
+        name = f"t/{path.name}"
+        for read in (store.read, store.size):
+            with pytest.raises(NotFoundError, match=f"{name} is not in the store"):
+                read(name)
+    assert store.list_below() == []
+    store.delete_all("t")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_head_or_key_without_end_is_refused_before_memory_is(tmp_path: Path) -> None:
+    """A file with a hole costs whoever puts it there nothing."""
+    store = ArtifactStore(str(tmp_path))
+    store.write_artifact(TENANT, ARTIFACT, FILES, KEY, lambda: CONTENT_OF_MANIFEST)
+    store.write_audit_head(TENANT, "1-ff", "{}")
+    folder = tmp_path / f"t/{TENANT}"
+    for path in (folder / "audit/1-ff.json", folder / f"keys/{ARTIFACT}.json",
+                 folder / f"a/{ARTIFACT}/{MANIFEST}", folder / f"a/{ARTIFACT}/a.enc"):  # fmt: skip
+        os.truncate(path, 2**40)
+    assert store.read_head(f"t/{TENANT}/audit/1-ff.json") == ""
+    calls: list[Callable[[], bytes]] = [
+        lambda: store.read_key(TENANT, ARTIFACT),
+        lambda: store.read(TENANT, ARTIFACT, MANIFEST),
+        lambda: store.read(TENANT, ARTIFACT, "a.enc", 5000),
+    ]
+    for call in calls:
+        with pytest.raises(IntegrityError, match="longer than what was put there"):
+            call()
+
+
+def test_names_that_a_stranger_gave_are_listed_as_text(tmp_path: Path) -> None:
+    """Not as what a terminal obeys, and not as bytes that are no text."""
+    folder = tmp_path / "t" / TENANT / "audit"
+    folder.mkdir(parents=True)
+    for name in (
+        b"\x1b[2J\x1b]0;owned\x07.json",
+        b"\xff.json",
+        "a\u202eb".encode(),
+        "\u00e4".encode(),
+    ):
+        Path(os.fsdecode(bytes(folder) + b"/" + name)).touch()
+    store = ArtifactStore(str(tmp_path))
+    found = [info.name for info in store.objects.list_below()]
+    assert len(found) == 4
+    assert all(name.isprintable() for name in found)
+    assert f"t/{TENANT}/audit/\\x1b[2J\\x1b]0;owned\\x07.json" in found
+    assert f"t/{TENANT}/audit/\u00e4" in found
+    assert [store.read_head(name) for name in store.audit_heads(TENANT)] == [""] * 4
 
 
 def test_folders_are_for_their_owner_only(tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import resource
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from typer.testing import CliRunner
 from actors import upkeep
 from actors.artifacts import Draft, publish, write
 from actors.home import DATABASE, KEYRING
+from actors.keyring import next_name
 from actors.keys import FileKeyring, new_text
 from actors.registry import Registry
 from actors.state import to_files
@@ -31,6 +34,7 @@ from tg_tinker import (
     InvalidRequestError,
     LoRAConfig,
     OptimizerConfig,
+    RollbackError,
     ServiceClient,
     StorageError,
     TrainingConfig,
@@ -166,20 +170,175 @@ def test_another_keyring_whose_keys_have_the_same_names_is_refused(service: Serv
     assert_same(service.fetch(artifact), checkpoint())
 
 
-def test_an_older_copy_of_the_keyring_is_not_rotated(service: Service) -> None:
-    """Its new k2 would be another one than the k2 that is known: nothing would open any more."""
+def test_a_keyring_with_none_of_the_keys_that_are_known_is_refused(service: Service) -> None:
+    keyring = service.home / KEYRING
+    keyring.write_text(new_text().replace("k1", "k7"))
+    with pytest.raises(IntegrityError, match=r"has k7 and none of .*\(k1\).*backup back"):
+        reopened(service)
+
+
+def reopened(service: Service) -> Registry:
+    """As a process that starts now."""
+    return Registry(f"sqlite:///{service.home / DATABASE}", service.home / KEYRING)
+
+
+def test_an_older_copy_of_the_keyring_is_told_and_its_next_key_has_a_name_of_its_own(
+    service: Service,
+) -> None:
+    """A second k2 would be another one than the k2 that is known: nothing would open any more."""
+    keyring, root = service.home / KEYRING, str(service.root)
+    service.registry.register_dataset(TENANT, "chats", 8.0, 1e-5, "example")
+    kept = service.publish()
+    old = keyring.read_text()
+    service.registry.rotate_key(TENANT)
+    lost, newest = service.publish(), keyring.read_text()
+    keyring.write_text(old)
+    registry = reopened(service)
+    assert upkeep.uses(registry, root).missing == ("k2",)
+    assert upkeep.rotate(registry, root, TENANT) == "k3"
+    registry = reopened(service)
+    found = upkeep.uses(registry, root)
+    assert (found.primary, found.missing, {*found.unreadable}) == ("k3", (), {lost})
+    problems = dict(upkeep.rewrap(registry, root))
+    assert problems[kept] == ""
+    assert all("needs key 'k2'" in problems[name] for name in (lost, "data set chats"))
+    with pytest.raises(IntegrityError, match=r"data set chats.*nothing was changed"):
+        registry.retire_key(TENANT, "k1", {})
+    assert registry.key_ids() == ["k1", "k3"]
+    keyring.write_text(newest)
+    assert reopened(service).missing_keys() == ["k3"]
+
+
+def test_what_was_retired_is_not_missed_and_its_name_not_given_again(service: Service) -> None:
+    service.registry.rotate_key(TENANT)
+    upkeep.retire(service.registry, str(service.root), TENANT, "k1")
+    assert service.registry.missing_keys() == []
+    assert service.registry.rotate_key(TENANT) == "k3"
+    assert reopened(service).missing_keys() == []
+
+
+def test_a_key_for_a_secret_manager_clashes_with_none_that_its_keyring_may_have_lost(
+    service: Service,
+) -> None:
     keyring = service.home / KEYRING
     old = keyring.read_text()
     service.registry.rotate_key(TENANT)
-    newest = keyring.read_text()
     keyring.write_text(old)
-    with pytest.raises(IntegrityError, match="older copy: it lacks k2"):
-        service.registry.rotate_key(TENANT)
-    assert keyring.read_text() == old
-    keyring.write_text(newest)
-    assert service.registry.rotate_key(TENANT) == "k3"
-    upkeep.retire(service.registry, str(service.root), TENANT, "k1")
-    assert service.registry.rotate_key(TENANT) == "k4"  # what was retired is not missed
+    keyring.write_text(new_text(after=str(keyring)))
+    registry = reopened(service)
+    assert registry.key_info()[0] not in ("k1", "k2")
+    assert registry.key_ids()[0] == "k1"
+
+
+@pytest.mark.parametrize(
+    ("used", "name"),
+    [
+        ([], "k1"), (["k1", "k3"], "k4"), (["k1", "k999999999"], "k2"),
+        (["k2", "k999999999"], "k1"), (["k1", "k" + "9" * 5000], "k2"), (["k1", "k"], "k2"),
+        (["k1", "k\u0669", "k\u00b2", "versions/7"], "k2"), (["k1", "k07", "k-7", "K8"], "k2"),
+    ],
+)  # fmt: skip
+def test_the_next_key_has_a_free_name_whatever_names_were_used(used: list[str], name: str) -> None:
+    assert next_name(used) == name
+
+
+def test_a_keyring_with_the_highest_number_still_rotates(service: Service) -> None:
+    keyring = service.home / KEYRING
+    text = json.loads(keyring.read_text())
+    text["keys"]["k999999999"], text["primary"] = KEY, "k999999999"
+    keyring.write_text(json.dumps(text))
+    registry = reopened(service)
+    assert [registry.rotate_key(TENANT), registry.rotate_key(TENANT)] == ["k2", "k3"]
+    assert reopened(service).key_ids() == ["k1", "k999999999", "k2", "k3"]
+
+
+def test_the_primary_key_is_the_one_that_is_named_so(service: Service) -> None:
+    """Somebody may put an older key first again, while a newer one is looked into."""
+    keyring = service.home / KEYRING
+    service.registry.rotate_key(TENANT)
+    keyring.write_text(json.dumps(json.loads(keyring.read_text()) | {"primary": "k1"}))
+    assert upkeep.uses(reopened(service), str(service.root)).primary == "k1"
+
+
+def test_a_key_that_only_a_data_set_needs_is_not_lost_with_it(service: Service) -> None:
+    """Its keyring was rotated elsewhere, and nothing wrapped its key since."""
+    service.registry.register_dataset(TENANT, "chats", 8.0, 1e-5, "example")
+    units = service.registry.unit_key(TENANT, "chats")
+    FileKeyring(service.home / KEYRING).rotate()
+    service.registry.retire_key(TENANT, "k1", {})
+    registry = reopened(service)
+    assert registry.key_ids() == ["k2"]
+    assert registry.unit_key(TENANT, "chats") == units
+
+
+@pytest.mark.parametrize(
+    "call", [lambda *of: upkeep.rotate(*of, TENANT), lambda *of: [*upkeep.rewrap(*of)]]
+)
+def test_an_older_database_rotates_and_rewraps_nothing(
+    service: Service, call: Callable[[Registry, str], object]
+) -> None:
+    service.publish()
+    database = service.home / DATABASE
+    service.registry.close()
+    older = database.read_bytes()
+    registry = replace(service, registry=reopened(service))
+    registry.publish()
+    registry.registry.close()
+    database.write_bytes(older)
+    FileKeyring(service.home / KEYRING).rotate()  # so there is something to wrap
+    before = {path: path.read_bytes() for path in (service.home / KEYRING, *service.files())}
+    again = reopened(service)
+    with pytest.raises(RollbackError):
+        call(again, str(service.root))
+    assert {path: path.read_bytes() for path in before} == before
+    assert "key.rotate" not in "".join(again.audit_rows(TENANT, 0, 1000))
+
+
+class Shell:
+    """What `keys` asks of a service, on a real registry and store."""
+
+    def __init__(self, service: Service) -> None:
+        self._of = (service.registry, str(service.root))
+        self.list_keys = lambda: upkeep.uses(*self._of)
+        self.rotate_key = lambda: upkeep.rotate(*self._of, TENANT)
+        self.rewrap_keys = lambda: upkeep.rewrap(*self._of)
+        self.retire_key = lambda key_id: upkeep.retire(*self._of, TENANT, key_id)
+
+    def __enter__(self) -> Shell:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def told(shell: Shell, *words: str, answer: str | None = None) -> Any:
+    return CliRunner().invoke(main, ["keys", *words], obj=lambda: shell, input=answer)
+
+
+def test_the_keys_are_listed_rotated_and_retired_by_commands(service: Service) -> None:
+    shell = Shell(service)
+    service.publish()
+    service.publish()
+    rows = [line.split() for line in told(shell, "list").stdout.splitlines()]
+    assert rows == [["key", "artifacts"], ["k1", "primary", "2"]]
+    assert "key k2 is the primary one now" in told(shell, "rotate").output
+    rows = [line.split() for line in told(shell, "list").stdout.splitlines()]
+    assert rows[1:] == [["k1", "older", "0"], ["k2", "primary", "2"]]
+    found = told(shell, "retire", "k9", "--yes")
+    assert (found.exit_code, "choose among ['k1']" in found.output) == (1, True)
+    assert told(shell, "retire", "k1", answer="n\n").exit_code == 1
+    shell.list_keys = lambda: pytest.fail("every key file was read to ask for one name")
+    assert told(shell, "retire", "k1", answer="y\n").exit_code == 0
+    assert service.registry.key_ids() == ["k2"]
+
+
+def test_a_list_of_an_older_keyring_ends_with_1_and_says_what_to_do(service: Service) -> None:
+    old = (service.home / KEYRING).read_text()
+    service.registry.rotate_key(TENANT)
+    (service.home / KEYRING).write_text(old)
+    found = told(Shell(service), "list")
+    assert found.exit_code == 1
+    assert "older copy, it lacks k2. Put the newest copy back" in found.stderr
+    assert "k1" in found.stdout
 
 
 def test_a_program_that_decrypts_an_artifact_writes_no_core_file(
@@ -326,6 +485,22 @@ def test_every_artifact_is_checked_whatever_the_others_are(service: Service) -> 
     found = dict(upkeep.verify(service.registry, str(service.root), TENANT))
     assert [bool(found[artifact]) for artifact in known] == [False, True, True, False]
     assert "is not what was published" in found[known[1]]
+
+
+def test_what_a_stranger_puts_in_the_place_of_files_holds_no_check_up(service: Service) -> None:
+    """A pipe without a writer, a file without an end."""
+    whole, pipe, endless = (service.publish() for _ in range(3))
+    key = service.root / f"t/{TENANT}/keys/{pipe}.json"
+    key.unlink()
+    os.mkfifo(key)
+    os.truncate(service.root / f"t/{TENANT}/a/{endless}/adapter_model.safetensors.enc", 2**40)
+    os.mkfifo(service.root / f"t/{TENANT}/audit/9-{'f' * 64}.json")
+    registry = reopened(service)  # which has not met the store
+    found = dict(upkeep.verify(registry, str(service.root), TENANT))
+    assert found[whole] == ""
+    assert f"{pipe}.json is not in the store" in found[pipe]
+    assert "longer than what was put there" in found[endless]
+    assert {*upkeep.uses(registry, str(service.root)).unreadable} == {pipe}
 
 
 # --- saves beside training, through a real service -----------------------------------------------

@@ -9,8 +9,6 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from tg_tinker.errors import NotFoundError
-
 keys = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -31,7 +29,8 @@ keys = typer.Typer(
 def list_keys(ctx: typer.Context) -> None:
     """List the keys of the keyring and how many artifacts each opens, oldest first.
 
-    Ends with status 1 if an artifact's key file is gone or damaged.
+    Ends with status 1 if an artifact's key file is gone or damaged, or if the
+    keyring is an older copy.
 
       [cyan]tg-tinker keys list[/]
     """
@@ -44,7 +43,13 @@ def list_keys(ctx: typer.Context) -> None:
     print_table(("key", "", "artifacts"), rows)
     for artifact_id, problem in found.unreadable.items():
         typer.echo(f"{artifact_id}: {problem}", err=True)
-    raise typer.Exit(bool(found.unreadable))
+    if found.missing:
+        typer.echo(
+            f"PROBLEM: this keyring is an older copy, it lacks {', '.join(found.missing)}. Put the"
+            " newest copy back; if it is lost, `tg-tinker keys rotate` goes on without it",
+            err=True,
+        )
+    raise typer.Exit(bool(found.unreadable or found.missing))
 
 
 @keys.command()
@@ -89,9 +94,6 @@ def retire(
     from tg_tinker.cli import connector
 
     with connector(ctx)() as service:
-        known = service.list_keys().artifacts
-        if key_id not in known:
-            raise NotFoundError(f"the keyring has no key {key_id!r}: it has {', '.join(known)}")
         if not yes:
             typer.confirm(f"Destroy {key_id}? What only it opens is lost", abort=True)
         service.retire_key(key_id)

@@ -18,6 +18,8 @@ from tg_tinker.location import local_path
 
 SETTING = "TG_TINKER_KEYRING"
 _ENVIRONMENT = "env:"
+_KEY = re.compile(r".*[A-Za-z0-9+/_-]{43}=.*|[A-Za-z0-9+_-]{43,}", re.DOTALL)
+"""32 bytes in base64, whatever stands around them; or a word as long, such as 64 hex digits."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def place_of(keyring: str | os.PathLike[str]) -> Path | Variable:
     if variable != text and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
         return Variable(variable)
     service = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", text)  # kms:..., vault:..., env: without a name
-    path = None if service or is_keyring(text) else local_path(text)
+    path = None if service or is_keyring(text) or _KEY.fullmatch(text) else local_path(text)
     if path is None:
         raise InvalidRequestError(
             "a keyring is the path of a file, or env:NAME for an environment variable that holds"

@@ -52,17 +52,18 @@ class Location:
 
 
 def parse(root: str) -> Path | Location:
-    """What `store=` names: text without a scheme is a local folder, from here or from `~`.
+    """What `store=` names: text without a colon before its first slash is a local folder, from here
+    or from `~`.
 
     Raises:
         InvalidRequestError: not one of `FORMS`. The text is not repeated: it may hold a secret.
     """
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", root)  # C:/ is a folder
-    if not scheme:
+    name, colon, rest = root.partition("/")[0].partition(":")
+    if not colon or len(name) < 2:  # C:/ is a folder
         if (folder := local_path(root)) is None:
             raise _refused("file")
         return folder
-    name, rest = scheme[1], root[scheme.end() - 1 :]
+    rest = root.removeprefix(f"{name}:")
     if name == "file":
         return _folder(root)
     authority, _, prefix = rest.removeprefix("//").partition("/")
@@ -88,9 +89,9 @@ def as_text(root: str) -> str:
 
 
 def local_path(text: str) -> Path | None:
-    """A path from the root, from here or from `~`; None with control characters in it, or of an
-    unknown user."""
-    if not text.isprintable():
+    """A path from the root, from here or from `~`; None with control characters in it, with blanks
+    at its ends, or of an unknown user."""
+    if not text.isprintable() or text != text.strip():
         return None
     try:
         return Path(text).expanduser().absolute()
@@ -107,6 +108,12 @@ def check_name(name: str) -> str:
     for component in name.split("/"):
         check_component(component)
     return name
+
+
+def shown(name: str) -> str:
+    """A name that a stranger may have given, for a terminal: what does not print is escaped. One
+    that `check_name` takes is itself, and what is escaped here it refuses."""
+    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def check_component(name: str) -> str:
@@ -144,5 +151,6 @@ def _refused(scheme: str) -> InvalidRequestError:
     forms = FORMS.get(scheme) or ", ".join(FORMS.values())
     return InvalidRequestError(
         f"a store is a local folder or has the form {forms}, as text, without user, password,"
-        " query or special characters: credentials come from the environment of the process"
+        " query, special characters or blanks at its ends: credentials come from the environment"
+        " of the process. A folder with a colon in its name begins with ./ or /"
     )

@@ -329,8 +329,14 @@ class ServiceClient(ClientCalls, ArtifactCalls, RegistryCalls):
         return found
 
     def rotate_key(self) -> str:
-        """Makes a fresh primary key and returns its id; then call `rewrap_keys`."""
-        key_id: str = self._registry.rotate_key(self._tenant)
+        """Makes a fresh primary key and returns its id; then call `rewrap_keys`.
+
+        Raises:
+            InvalidRequestError: the keyring is in the environment: it is rotated where it comes
+                from.
+            RollbackError: the registry is an older copy; nothing was changed.
+        """
+        key_id: str = provided("rotate_key")(self._registry, self._store, self._tenant)
         return key_id
 
     def rewrap_keys(self) -> Iterator[tuple[str, str]]:
@@ -339,7 +345,11 @@ class ServiceClient(ClientCalls, ArtifactCalls, RegistryCalls):
         No data is touched, and what is broken off is finished by the next call.
 
         Yields:
-            An artifact's id, and what went wrong: empty where nothing did.
+            An artifact's id, and what went wrong: empty where nothing did. Or a data set, whose key
+            does not open.
+
+        Raises:
+            RollbackError: the registry is an older copy; nothing was changed.
         """
         yield from provided("rewrap_keys")(self._registry, self._store)
 

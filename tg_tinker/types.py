@@ -203,11 +203,14 @@ class KeyUses:
         primary: id of the key that new artifacts are wrapped under.
         artifacts: how many artifacts each key opens, by its id, oldest first.
         unreadable: what is wrong with key files that do not say which, by artifact.
+        missing: keys that the registry has used and that are newer than all of the keyring: it is
+            an older copy.
     """
 
     primary: str
     artifacts: dict[str, int]
     unreadable: dict[str, str]
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
