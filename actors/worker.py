@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from actors.checkpoints import Schedule, prune
 from actors.engine import Session
 from actors.imports import imported
 from actors.ledger_heads import HeadKeeper
+from actors.memory import check_room
 from actors.model import Base, Progress, compute_dtype, use_threads
 from actors.private import PrivateSession
 from actors.registry import Registry
@@ -103,8 +105,9 @@ class Worker:
             self._budget = Budget.planned(*where, config, dtype)
             self._budget.heads = self.heads
         base = Base.load(
-            config.model_ref, cache=place.model_cache, dtype=config.dtype, progress=progress
-        )
+            config.model_ref, cache=place.model_cache, dtype=config.dtype, progress=progress,
+            check_room=partial(check_room, config),
+        )  # fmt: skip
         self._snapshots: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._changing = threading.Lock()  # held while weights change or are copied
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="saving")  # in the order of calls

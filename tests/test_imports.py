@@ -26,7 +26,7 @@ LINE = ("tg_tinker", "actors", "serve_app")
 DOORS = {
     "ray": {
         "tg_tinker/cluster.py", "actors/training_actor.py", "actors/registry_actor.py",
-        "actors/storage_actor.py", "actors/doctor_nodes.py",
+        "actors/storage_actor.py", "actors/doctor_nodes.py", "actors/spare.py",
         "serve_app/application.py", "serve_app/deploy.py", "serve_app/http.py",
         "serve_app/metrics.py",
     },
