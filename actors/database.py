@@ -11,7 +11,7 @@ Parameters never show in errors. Tables are declared in the rooms of their dutie
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,12 @@ _NOT_OURS = ("42501", "42P01")
 
 REPLACED = "replaced"
 """`details["reason"]` of the `StorageError` of a registry that another one has fenced."""
+
+DAMAGED = "damaged"
+"""The same of the `StorageError` of a file that is none of SQLite's, or no whole one."""
+
+_BROKEN = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
+_DURABLE = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON")
 
 METADATA = sa.MetaData()
 
@@ -57,8 +63,20 @@ _OWN = sa.select(OWNER.c.generation).with_for_update()
 class Database:
     """One database, opened; the tables must be declared before."""
 
+    _looks_only = False
+    """Whether the database, its tables and its mode stay as they are."""
+
     def __init__(self, database: str) -> None:
-        self._engine, self._reader = _opened(database)
+        check = _check_of(database)  # opening makes a -wal
+        self._engine, self._reader = _opened(database, self._looks_only)
+        with self._reading() as connection:
+            if check and connection.exec_driver_sql(check).scalar() != "ok":
+                raise _damaged()
+            refuse_older(connection)
+        if not self._looks_only:
+            self._take()
+
+    def _take(self) -> None:
         with typed_refusal(), self._engine.begin() as tx:
             if tx.dialect.name == "postgresql":
                 postgres.hold_for_opening(tx)
@@ -109,6 +127,8 @@ def typed_refusal() -> Iterator[None]:
     try:
         yield
     except sa.exc.DBAPIError as error:
+        if getattr(error.orig, "sqlite_errorname", "") in _BROKEN:
+            raise _damaged() from None
         state = getattr(error.orig, "sqlstate", None)
         defect = isinstance(error, sa.exc.IntegrityError | sa.exc.ProgrammingError)
         if defect and state not in _NOT_OURS:
@@ -124,14 +144,36 @@ def typed_refusal() -> Iterator[None]:
         ) from None
 
 
-def _opened(database: str) -> tuple[sa.Engine, sa.Engine]:
+def _opened(database: str, looks_only: bool) -> tuple[sa.Engine, sa.Engine]:
     """The engine of changes, and that of reading."""
     if not database.startswith(SQLITE):
         engine = postgres.open_engine(database)
-        return engine, postgres.reading(engine)
+        reader = postgres.reading(engine)
+        return reader if looks_only else engine, reader
     engine = sa.create_engine(database, hide_parameters=True)
-    _make_sqlite_durable(engine, database)
+    _prepare_sqlite(engine, database, ("query_only=ON",) if looks_only else _DURABLE)
     return engine, engine.execution_options(reading=True)
+
+
+def _check_of(database: str) -> str:
+    """What to ask SQLite, whose file others may copy, cut and mix, before anything else.
+
+    A -wal that is there may be of another copy. That shows only where tables and indexes are
+    compared: 0.26 s for 100 MB. After a clean end, 0.06 s.
+    """
+    if not database.startswith(SQLITE):
+        return ""
+    whole = Path(f"{database.removeprefix(f'{SQLITE}/')}-wal").exists()
+    return f"PRAGMA {'integrity' if whole else 'quick'}_check(1)"
+
+
+def _damaged() -> StorageError:
+    return StorageError(
+        "the registry's database is damaged, or lies beside the -wal of another copy. Move"
+        " registry.db, registry.db-wal and registry.db-shm out of the way, and put a backup back"
+        " with `tg-tinker registry restore`",
+        details={"reason": DAMAGED},
+    )
 
 
 def _generation(tx: sa.Connection) -> int:
@@ -154,8 +196,8 @@ def refuse_older(connection: sa.Connection) -> None:
             )
 
 
-def _make_sqlite_durable(engine: sa.Engine, database: str) -> None:
-    """WAL with synchronous=FULL, immediate transactions; the file must exist (`home.create`)."""
+def _prepare_sqlite(engine: sa.Engine, database: str, pragmas: Sequence[str]) -> None:
+    """Immediate transactions; the file must exist (`home.create`)."""
     path = Path(database.removeprefix("sqlite:///"))
     if not path.exists():
         raise StorageError(
@@ -166,7 +208,7 @@ def _make_sqlite_durable(engine: sa.Engine, database: str) -> None:
     @sa.event.listens_for(engine, "connect")
     def _connected(connection: Any, record: Any) -> None:
         connection.isolation_level = None  # SQLAlchemy's `begin` below says BEGIN, not sqlite3
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        for pragma in pragmas:
             connection.execute(f"PRAGMA {pragma}")
 
     @sa.event.listens_for(engine, "begin")

@@ -1,5 +1,7 @@
 """What to look at before data is trusted to this machine. It starts nothing and changes nothing but
-a probe in the store, which it removes; where a cluster runs it joins it and asks each machine.
+a probe in the store, which it removes: the database is opened by an `Onlooker`. SQLite itself may
+take what a crash left in a -wal into the file. Where a cluster runs it joins it and asks each
+machine.
 
 Each check answers with at most one finding; a new check is one more line of `examine`. What
 concerns clusters is in `doctor_cluster` and `doctor_nodes`.
@@ -19,16 +21,17 @@ from pathlib import Path
 
 from actors import doctor_cluster, signing
 from actors.audit_heads import tenants, unknown_in
+from actors.database import DAMAGED
 from actors.filesystems import RetryPolicy
 from actors.findings import OK, PROBLEM, WARNING, Finding
 from actors.home import DATABASE
 from actors.keys import open_keyring
-from actors.registry import Registry
+from actors.registry import Onlooker
 from actors.store import ArtifactStore, open_objects
 from tg_tinker import node
 from tg_tinker.cluster import running_cluster
 from tg_tinker.databases import default_database
-from tg_tinker.errors import TGTinkerError
+from tg_tinker.errors import IntegrityError, TGTinkerError
 from tg_tinker.keyrings import SETTING, Variable, audit_folder, place_of
 from tg_tinker.location import parse
 
@@ -51,6 +54,7 @@ def examine(home: Path, keyring: str, store: str, proc: Path = Path("/proc")) ->
     yield _audit_key(audit_folder(place, home))
     yield _apart(place, store)
     yield _store(store)
+    yield _known_keys(home, place)
     yield _registry(home, place, store)
     yield _space(home, store)
     yield _statistics()
@@ -146,16 +150,38 @@ def _store_to_be(folder: Path) -> Finding:
     return Finding("store", OK, f"{folder} does not exist yet, the first save makes it")
 
 
-def _registry(home: Path, place: Path | Variable, store: str) -> Finding:
-    """Whether the home's database is older than what the store knows of it."""
-    database, name = home / DATABASE, "registry"
-    if not database.is_file() or not database.stat().st_size:
-        return Finding(name, OK, "no database in this home yet, or one elsewhere: not compared")
-    keys = audit_folder(place, home)
+def _known_keys(home: Path, place: Path | Variable) -> Finding:
+    """Whether the keyring is the newest one that the home's database was used with."""
+    name = "keyring and registry"
+    if not _has_rows(home):
+        return Finding(name, OK, _NO_ROWS)
     try:
-        with closing(Registry(default_database(home), str(place), keys)) as registry:
+        with closing(_looked_at(home, place)) as registry:
+            missing = registry.missing_keys()
+    except IntegrityError as error:
+        return Finding(name, PROBLEM, error.message)
+    except TGTinkerError as error:
+        return Finding(name, WARNING, f"not compared: {error.message}")
+    if missing:
+        message = (
+            f"the keyring is an older copy, it lacks {', '.join(missing)}: put the newest one back;"
+            " if it is lost, `tg-tinker keys rotate` goes on without it"
+        )
+        return Finding(name, PROBLEM, message)
+    return Finding(name, OK, "the keyring has the newest key that the database knows")
+
+
+def _registry(home: Path, place: Path | Variable, store: str) -> Finding:
+    """Whether the home's database is whole, and not older than what the store knows of it."""
+    database, name = home / DATABASE, "registry"
+    if not _has_rows(home):
+        return Finding(name, OK, _NO_ROWS)
+    try:
+        with closing(_looked_at(home, place)) as registry:
             behind = _behind(registry, ArtifactStore(store, RetryPolicy(attempts=1)))
     except TGTinkerError as error:
+        if error.details.get("reason") == DAMAGED:
+            return Finding(name, PROBLEM, error.message)
         return Finding(name, WARNING, f"not compared with the store: {error.message}")
     if not behind:
         return Finding(name, OK, f"{database} knows all that the store knows of it")
@@ -167,7 +193,19 @@ def _registry(home: Path, place: Path | Variable, store: str) -> Finding:
     return Finding(name, PROBLEM, message)
 
 
-def _behind(registry: Registry, store: ArtifactStore) -> list[str]:
+_NO_ROWS = "no database in this home yet, or one elsewhere: not compared"
+
+
+def _has_rows(home: Path) -> bool:
+    database = home / DATABASE
+    return database.is_file() and database.stat().st_size > 0
+
+
+def _looked_at(home: Path, place: Path | Variable) -> Onlooker:
+    return Onlooker(default_database(home), str(place), audit_folder(place, home))
+
+
+def _behind(registry: Onlooker, store: ArtifactStore) -> list[str]:
     """Tenants of whose audit log the store has heads that the registry does not know."""
     return [
         tenant

@@ -15,7 +15,7 @@ from cryptography import x509
 
 from actors.findings import OK, PROBLEM, WARNING, Finding
 from actors.home import DATABASE
-from actors.registry import Registry
+from actors.registry import Onlooker
 from tg_tinker.databases import default_database
 from tg_tinker.errors import TGTinkerError
 from tg_tinker.keyrings import Variable, audit_folder
@@ -49,7 +49,7 @@ def _tenants(home: Path, place: Path | Variable) -> Finding:
     if database.is_file() and database.stat().st_size:  # to open an empty one would fill it
         with suppress(TGTinkerError):  # the check of the registry says why
             folder = audit_folder(place, home)
-            with closing(Registry(default_database(home), str(place), folder)) as registry:
+            with closing(Onlooker(default_database(home), str(place), folder)) as registry:
                 known = registry.logged_tenants()
     if len(known) > 1:
         return Finding("tenants", WARNING, f"{len(known)} in this registry, and {_ONE_DOMAIN}")

@@ -34,14 +34,22 @@ class KeyNames(Database):
         Raises:
             IntegrityError: this is not the keyring that the registry was used with.
         """
-        derived = (self._keyring.derive(_PURPOSE, name) for name in self._keyring.key_ids)
-        found = {name: value.hex() for name, value in derived}
+        found = self._fingerprints_here()
         with self._change() as tx:
             known = _fingerprints(tx)
             _refuse_another(found, known)
             for place, name in enumerate(name for name in found if name not in known):
                 row = {"id": name, "fingerprint": found[name], "place": len(known) + place}
                 tx.execute(_KEYS.insert().values(row))
+
+    def _compare_keys(self) -> None:
+        """The same, and notes nothing."""
+        with self._reading() as connection:
+            _refuse_another(self._fingerprints_here(), _fingerprints(connection))
+
+    def _fingerprints_here(self) -> dict[str, str]:
+        derived = (self._keyring.derive(_PURPOSE, name) for name in self._keyring.key_ids)
+        return {name: value.hex() for name, value in derived}
 
     def _noted_keys(self) -> list[str]:
         """Names of all keys that were ever seen, the oldest first."""

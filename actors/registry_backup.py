@@ -72,7 +72,6 @@ class _Copied(Database):
             SQLITE, creator=lambda: sqlite3.connect(there, uri=True), hide_parameters=True
         )
         with typed_refusal(), engine.connect() as old, self._change() as new:
-            old.exec_driver_sql("BEGIN")  # the file may be that of a registry in use
             _check_whole(old, path)
             _refuse_rows(new)
             _copy(old, new)
@@ -125,9 +124,23 @@ def _has_rows(connection: sa.Connection, table: sa.Table) -> bool:
 
 
 def _check_whole(old: sa.Connection, path: Path) -> None:
+    try:
+        old.exec_driver_sql("BEGIN")  # the file may be that of a registry in use
+        sound = old.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
+        missing = METADATA.tables.keys() - {*sa.inspect(old).get_table_names()}
+    except sa.exc.DatabaseError:
+        sound, missing = False, set()
+    if not sound:
+        raise StorageError(
+            f"{path} is no backup of a registry, or it is damaged: use another one; nothing was"
+            " changed"
+        )
     refuse_older(old)
-    if old.exec_driver_sql("PRAGMA integrity_check").scalar() != "ok":
-        raise StorageError(f"the backup {path} is damaged: use another one")
+    if missing:
+        raise StorageError(
+            f"{path} is no backup of a registry, it has no table {min(missing)}: use another one;"
+            " nothing was changed"
+        )
 
 
 @contextmanager

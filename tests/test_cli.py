@@ -276,6 +276,44 @@ def test_init_makes_a_home(tmp_path: Path) -> None:
     assert str(tmp_path / "home") in found.stdout
 
 
+def homeless() -> list[tuple[str, ...]]:
+    """Every command that asks a service and begins nothing, with arguments that it takes."""
+    given = {
+        "clients info": ("c",), "clients park": ("c",), "clients close": ("c", "--yes"),
+        "artifacts export": ("a", "folder"), "artifacts delete": ("a", "--yes"),
+        "artifacts show": ("a",), "artifacts label": ("a", "x=y"), "artifacts copy": ("a",),
+        "artifacts expire": ("a", "--never"), "artifacts reseal": ("a",),
+        "artifacts shred": ("a", "--yes"),
+        "keys retire": ("k1", "--yes"), "audit-log export": ("file",), "api-keys revoke": ("k",),
+        "registry backup": ("file.db",),
+    }  # fmt: skip
+    plain = (
+        "runs", "clients list", "artifacts list", "artifacts verify", "artifacts sweep",
+        "keys list", "keys rotate", "privacy report", "privacy certificate", "privacy ledger",
+        "privacy book-missing", "audit-log show", "audit-log verify", "api-keys list",
+        "registry check", "registry accept", "doctor",
+    )  # fmt: skip
+    every = [(name, ()) for name in plain] + [*given.items()]
+    return [(*name.split(), *arguments) for name, arguments in every]
+
+
+@pytest.mark.parametrize("words", homeless(), ids=" ".join)
+def test_what_only_looks_makes_no_home_at_a_mistyped_place(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TG_TINKER_KEYRING", raising=False)
+    for place in (tmp_path / "none", tmp_path / "other"):
+        (tmp_path / "other").mkdir(mode=0o700, exist_ok=True)
+        found = CliRunner().invoke(
+            main, list(words), env={"TG_TINKER_HOME": str(place), "RAY_ADDRESS": "local"}
+        )
+        assert found.exit_code == 1
+        assert not isinstance(found.exception, AssertionError)
+        assert "tg-tinker init" in " ".join(found.output.split())
+    assert [path.name for path in tmp_path.rglob("*")] == ["other"]
+
+
 def test_version_is_that_of_the_package() -> None:
     found = call("version").stdout.strip()
     assert found == f"tg-tinker {importlib.metadata.version('tg-tinker')}"

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import resource
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -18,13 +19,14 @@ from typer.testing import CliRunner
 from actors import doctor, doctor_cluster, doctor_nodes
 from actors.doctor import OK, PROBLEM, SCARCE, TOO_LITTLE, WARNING, Finding, examine
 from actors.home import DATABASE, KEYRING, create
-from actors.keys import new_text
+from actors.keys import FileKeyring, new_text
 from actors.objects import LocalFolder
 from actors.registry import Registry
 from actors.signing import PUBLIC_KEY, SIGNING_KEY
 from tests.storage_servers import s3_store
 from tests.test_node import certificates
 from tg_tinker.cli import main
+from tg_tinker.config import TrainingConfig
 from tg_tinker.databases import default_database
 from tg_tinker.errors import ClusterUnavailableError, StorageError
 from tg_tinker.keyrings import SETTING
@@ -60,7 +62,7 @@ def found(
     home: Path, keyring: str | None = None, store: str | None = None, proc: Path = Path("/proc")
 ) -> dict[str, Finding]:
     findings = [*examine(home, keyring or str(home / KEYRING), store or str(home / "store"), proc)]
-    assert len({finding.check for finding in findings}) == len(findings) == 16
+    assert len({finding.check for finding in findings}) == len(findings) == 17
     assert {finding.status for finding in findings} <= {OK, WARNING, PROBLEM}
     assert all(finding.message for finding in findings)
     return {finding.check: finding for finding in findings}
@@ -132,6 +134,52 @@ def test_a_keyring_in_the_environment_is_a_warning_and_is_not_shown(
     said = str([*checks.values(), *found(home, where).values()])
     assert key not in said
     assert repr(base64.b64decode(key)) not in said
+
+
+def used(home: Path) -> Registry:
+    """The registry of a home in which something was done."""
+    registry = Registry(default_database(home), str(home / KEYRING))
+    registry.create_run("clinic", TrainingConfig(model_ref="m").model_dump_json())
+    return registry
+
+
+def test_a_keyring_that_is_older_or_another_one_is_a_problem(home: Path) -> None:
+    registry, keyring = used(home), home / KEYRING
+    older = keyring.read_text()
+    registry.rotate_key("clinic")
+    registry.close()
+    assert found(home)["keyring and registry"].status == OK
+    for text, said in (
+        (older, r"older copy, it lacks k2: put the newest"),
+        (new_text(), "another one than the 'k1'"),
+        (new_text().replace("k1", "k7"), "none of the keys"),
+    ):
+        keyring.write_text(text)
+        finding = found(home)["keyring and registry"]
+        assert finding.status == PROBLEM
+        assert said in finding.message
+    keyring.chmod(0o640)
+    assert found(home)["keyring and registry"].status == WARNING
+
+
+def test_it_leaves_the_database_as_it_is(home: Path, tmp_path: Path) -> None:
+    used(home).close()
+    with sqlite3.connect(home / DATABASE) as connection:  # as a copy is, and of an older version
+        connection.execute("DROP TABLE orphans")
+        connection.execute("PRAGMA journal_mode=DELETE")
+    connection.close()
+    FileKeyring(home / KEYRING).rotate()
+    before = tree(tmp_path)
+    checks = found(home)
+    assert checks["keyring and registry"].status == checks["registry"].status == OK
+    assert tree(tmp_path) == before
+
+
+def test_a_damaged_database_is_a_problem(home: Path) -> None:
+    used(home).close()
+    (home / DATABASE).write_bytes((home / DATABASE).read_bytes()[:-4096])
+    finding = found(home)["registry"]
+    assert (finding.status, "registry restore" in finding.message) == (PROBLEM, True)
 
 
 # --- keyring and store apart ---------------------------------------------------------------------
@@ -452,7 +500,7 @@ def test_warnings_end_with_0_and_a_problem_with_1(home: Path) -> None:
 
 def test_json_holds_the_same(home: Path) -> None:
     listed = json.loads(call("--json").stdout)
-    assert [set(one) for one in listed] == [{"check", "status", "message"}] * 16
+    assert [set(one) for one in listed] == [{"check", "status", "message"}] * 17
     (home / DATABASE).chmod(0o644)
     (home / SIGNING_KEY).unlink()
     found = call("--json")
@@ -481,6 +529,7 @@ def test_a_keyring_that_names_nothing_is_one_line_on_stderr(home: Path) -> None:
 def test_it_starts_no_cluster(home: Path) -> None:
     code = (
         "import sys; from actors import doctor; from pathlib import Path;"
+        "doctor.running_cluster = lambda: None;"  # that of another program on this machine
         f"list(doctor.examine(Path({str(home)!r}), {str(home / KEYRING)!r}, {str(home)!r}));"
         "print({'ray', 'torch'} & set(sys.modules))"
     )

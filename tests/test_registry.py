@@ -15,8 +15,10 @@ import sqlalchemy as sa
 from databases import url_of
 
 from actors.capabilities import Capability
+from actors.database import DAMAGED, METADATA
 from actors.home import DATABASE, KEYRING, STORE, create
-from actors.registry import Registry
+from actors.keys import FileKeyring
+from actors.registry import Onlooker, Registry
 from tg_tinker import TrainingConfig
 from tg_tinker.errors import (
     ActorLostError,
@@ -376,13 +378,6 @@ def test_a_missing_database_is_refused_and_not_made_anew(place: Path) -> None:
 
 
 @on_sqlite
-def test_a_database_of_other_bytes_is_a_typed_error(place: Path) -> None:
-    (place / DATABASE).write_bytes(b"no database at all " * 500)
-    with pytest.raises(StorageError, match="refused"):
-        open_registry(place)
-
-
-@on_sqlite
 def test_a_database_of_an_older_version_is_told_and_left_alone(place: Path) -> None:
     with sqlite3.connect(place / DATABASE) as database:
         database.execute("CREATE TABLE artifacts (id TEXT PRIMARY KEY)")
@@ -426,6 +421,90 @@ def test_a_refused_statement_shows_none_of_its_values(place: Path, run: str) -> 
         with pytest.raises(StorageError, match="database refused") as caught:
             attempt()
         assert SECRET not in everything_said(caught.value)
+
+
+def mixed(database: Path, place: Path) -> None:
+    """An older copy, put in the place of a database whose -wal is still there."""
+    older, wal = b"", b""
+    for runs in (20, 200, 2):
+        registry = open_registry(place)
+        for _ in range(runs):
+            registry.create_run(US, CONFIG)
+        wal = database.with_name(f"{database.name}-wal").read_bytes()
+        registry.close()  # which takes the -wal into the database
+        older = older or database.read_bytes()
+    database.write_bytes(older)
+    database.with_name(f"{database.name}-wal").write_bytes(wal)
+
+
+def cut(database: Path, place: Path) -> None:
+    open_registry(place).close()
+    database.write_bytes(database.read_bytes()[:-4096])
+
+
+def text(database: Path, place: Path) -> None:
+    database.write_text("not a database at all " * 50)
+
+
+@on_sqlite
+@pytest.mark.parametrize("damage", [mixed, cut, text])
+def test_a_file_that_is_damaged_or_mixed_is_refused_when_it_is_opened(
+    place: Path, damage: Callable[[Path, Path], None]
+) -> None:
+    damage(place / DATABASE, place)
+    for kind in (Registry, Onlooker):
+        with pytest.raises(StorageError, match=r"damaged, or .* -wal .* registry restore") as told:
+            kind(url_of(place), place / KEYRING)
+        assert told.value.details == {"reason": DAMAGED}
+
+
+def dump(registry: Registry) -> dict[str, list[str]]:
+    with registry._reading() as connection:
+        tables = sa.inspect(connection).get_table_names()
+        return {
+            name: sorted(map(repr, connection.execute(METADATA.tables[name].select())))
+            for name in tables
+        }
+
+
+def test_an_onlooker_changes_neither_rows_nor_tables_nor_known_keys(
+    registry: Registry, run: str, place: Path
+) -> None:
+    with registry._change() as tx:
+        tx.exec_driver_sql(f"DROP TABLE orphans{CASCADE[tx.dialect.name]}")
+    FileKeyring(place / KEYRING).rotate()
+    before = dump(registry)
+    looks = Onlooker(url_of(place), place / KEYRING)
+    assert [info.training_client_id for info in looks.runs(US)] == [run]
+    assert (looks.missing_keys(), looks.key_ids()) == ([], ["k1", "k2"])
+    with pytest.raises(StorageError):
+        looks.create_run(US, CONFIG)
+    looks.close()
+    assert dump(registry) == before
+
+
+@on_sqlite
+def test_an_onlooker_leaves_a_copy_of_a_database_as_a_copy(
+    registry: Registry, run: str, place: Path
+) -> None:
+    """A registry would turn it into one with a -wal."""
+    registry.close()
+    with sqlite3.connect(place / DATABASE) as connection:
+        connection.execute(f"VACUUM INTO '{place / 'copy.db'}'")
+    before = (place / "copy.db").read_bytes()
+    looks = Onlooker(f"sqlite:///{place / 'copy.db'}", place / KEYRING)
+    assert [info.training_client_id for info in looks.runs(US)] == [run]
+    looks.close()
+    assert (place / "copy.db").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [2**31, 2**63, 10**11, 10**30])
+def test_a_place_of_a_number_that_no_chain_reaches_is_unknown(
+    registry: Registry, run: str, number: int
+) -> None:
+    """Anybody who writes to the store may name an object so; PostgreSQL takes no such number."""
+    places = [f"{number}-{'f' * 64}", registry.audit_head(US).place]
+    assert registry.unknown_rows(US, places) == places[:1]
 
 
 def test_a_broken_rule_of_the_database_shows_no_values_either(registry: Registry, run: str) -> None:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from actors.budget import Budget
 from actors.database import METADATA
+from actors.home import create
 from actors.registry import Registry
 from actors.registry_backup import backup, restore
 from tg_tinker import InvalidRequestError, StorageError
@@ -134,6 +135,23 @@ def test_what_fails_leaves_no_file_and_changes_no_database(budget: Budget, tmp_p
     with pytest.raises(StorageError):
         restore(tmp_path / "cut.db", f"sqlite:///{tmp_path / 'new.db'}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.db", "cut.db", "home"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"my notes\n" * 500, b"", None], ids=["text", "empty", "other"]
+)
+def test_a_file_that_is_no_backup_is_named_and_not_the_registry(
+    each_database: None, tmp_path: Path, content: bytes | None
+) -> None:
+    file = tmp_path / "notes"
+    if content is None:
+        with sqlite3.connect(file) as other:
+            other.execute("CREATE TABLE recipes (name TEXT)")
+    else:
+        file.write_bytes(content)
+    create(tmp_path / "home")
+    with pytest.raises(StorageError, match=f"{file} is no backup of a registry.*another one"):
+        restore(file, url_of(tmp_path / "home"))
 
 
 def test_the_commands_tell_where_each_chain_ends(

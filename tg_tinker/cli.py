@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -176,7 +176,7 @@ def demo(
         model, data, epsilon, no_privacy, steps, batch_size, learning_rate, rank, max_length,
         output, resume, seed,
     )  # fmt: skip
-    raise typer.Exit(run_demo(options, connect=connector(ctx), program=_program()))
+    raise typer.Exit(run_demo(options, connect=connector(ctx, begins=True), program=_program()))
 
 
 @main.command()
@@ -341,10 +341,19 @@ def _report(ctx: typer.Context, dataset_id: str) -> PrivacyReport:
         return service.privacy_report(dataset_id)
 
 
-def connector(ctx: typer.Context) -> Callable[..., ServiceClient]:
-    from tg_tinker.service import ServiceClient
+def connector(ctx: typer.Context, *, begins: bool = False) -> Callable[..., ServiceClient]:
+    """What connects a command to the service.
 
-    return ctx.obj or ServiceClient
+    Args:
+        begins: it begins something, so it may make a home where there is none.
+    """
+    from tg_tinker.service import ServiceClient, check_home
+
+    if ctx.obj:
+        return cast("Callable[..., ServiceClient]", ctx.obj)
+    if not begins:
+        check_home()
+    return ServiceClient
 
 
 def print_table(

@@ -214,7 +214,7 @@ def import_adapter(
     """
     from tg_tinker.cli import connector
 
-    with connector(ctx)() as service, _working("starting") as status:
+    with connector(ctx, begins=True)() as service, _working("starting") as status:
         item = service.import_adapter(path, model, progress=status.update)
     typer.echo(item.artifact_id)
 

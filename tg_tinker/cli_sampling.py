@@ -86,7 +86,7 @@ def serve(
         return
     check_serving(model, host, port)
     console, stopped = Console(stderr=True), threading.Event()
-    with connector(ctx)() as service:
+    with connector(ctx, begins=True)() as service:
         # Not before: Ray, when it starts, sets one of its own that prints frames.
         signal.signal(signal.SIGTERM, lambda *_: stopped.set())
         with console.status("loading the model"):
@@ -230,7 +230,7 @@ def create_key(
 
     [cyan]tg-tinker api-keys create --label laptop --model ARTIFACT_ID[/]
     """
-    with _connected(ctx) as service:
+    with _connected(ctx, begins=True) as service:
         token, info = service.create_api_key(label, model or (), days)
         unknown = set(model or ()) - _names(service)
     for name in sorted(unknown):
@@ -273,11 +273,12 @@ def revoke_key(
 
 
 @contextlib.contextmanager
-def _connected(ctx: typer.Context) -> Iterator[ServiceClient]:
+def _connected(ctx: typer.Context, begins: bool = False) -> Iterator[ServiceClient]:
     """The service, and a line that says what takes time."""
     from tg_tinker.cli import connector
 
-    with Console(stderr=True).status("opening the registry"), connector(ctx)() as service:
+    connect = connector(ctx, begins=begins)
+    with Console(stderr=True).status("opening the registry"), connect() as service:
         yield service
 
 

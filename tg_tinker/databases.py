@@ -19,8 +19,13 @@ OPTIONS = (
 
 
 def default_database(home: Path) -> str:
-    """The file `registry.db` in a home directory."""
-    return f"{SQLITE}/{home / 'registry.db'}"
+    """The file in a home directory."""
+    return f"{SQLITE}/{database_file(home)}"
+
+
+def database_file(home: Path) -> Path:
+    """Which every home has, even one whose registry is elsewhere."""
+    return home / "registry.db"
 
 
 def check_database(url: str) -> str:

@@ -55,7 +55,8 @@ Entry = dict[str, Any]
 VERSION = 1
 GENESIS = "0" * 64
 CHAIN = ("seq", "prev", "hash")
-_AT = re.compile(r"(0|[1-9]\d{0,11})-([0-9a-f]{64})", re.ASCII)
+# Nine digits: a number that no chain reaches, and that every database takes.
+_AT = re.compile(r"(0|[1-9]\d{0,8})-([0-9a-f]{64})", re.ASCII)
 
 _REFUSALS = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,

@@ -21,7 +21,7 @@ from tg_tinker.audit_files import keep_head, paged, read_head, read_public_key
 from tg_tinker.audit_log import AuditHead, AuditRow, empty, parse_rows, verify
 from tg_tinker.cluster import Cluster, provided, running_cluster
 from tg_tinker.config import DPConfig, TrainingConfig
-from tg_tinker.databases import check_database, default_database
+from tg_tinker.databases import check_database, database_file, default_database
 from tg_tinker.errors import (
     ClusterUnavailableError,
     InvalidRequestError,
@@ -46,6 +46,20 @@ _log = logging.getLogger("tg_tinker")
 def home_directory() -> Path:
     """`TG_TINKER_HOME`, or `~/.tg-tinker`: registry, store, keyring and converted models."""
     return Path(os.environ.get("TG_TINKER_HOME") or "~/.tg-tinker").expanduser().absolute()
+
+
+def check_home() -> None:
+    """For who only looks: a home that is made for it would say that there is nothing.
+
+    Raises:
+        StorageError: there is none.
+    """
+    home = home_directory()
+    if not database_file(home).exists():
+        raise StorageError(
+            f"there is no home of TG-Tinker at {home}: correct TG_TINKER_HOME, put a lost"
+            f" {database_file(home).name} back, or run `tg-tinker init` to make a home"
+        )
 
 
 def init_home(home: Path | None = None, keyring: str | None = None) -> Path:
