@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,7 +24,7 @@ from test_serving import scraped
 
 from actors.home import create
 from actors.registry import Registry
-from serve_app.http import api
+from serve_app.http import MOST_WAITING, api
 from serve_app.sources import Sources
 from tg_tinker import (
     DPConfig,
@@ -223,6 +225,19 @@ def test_a_key_of_the_other_tenant_that_is_not_whole_answers_as_one_that_never_w
             first, second = (ask(both.url, method, path, token, body) for token in tokens)
             assert first == second
             assert first.status == (200 if path == "/healthz" else 401)
+
+
+@pytest.mark.slow
+def test_one_tenant_takes_no_place_of_the_other_to_wait_for_a_step(both: Both) -> None:
+    def wait(key: str, run: str) -> int:
+        body = {"model": f"{run}@>=99999", "prompt": "abc"}
+        return ask(both.url, "POST", "/v1/completions", key, body).status
+
+    with ThreadPoolExecutor(MOST_WAITING + 1) as pool:
+        mine = [pool.submit(wait, both.key, both.own.id) for _ in range(MOST_WAITING)]
+        time.sleep(2)  # each waits for ten seconds
+        assert wait(both.their_key, both.theirs.runs[0]) == 409
+        assert {one.result() for one in mine} <= {409, 429}
 
 
 @pytest.mark.slow
