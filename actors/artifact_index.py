@@ -204,8 +204,7 @@ class ArtifactIndex(Orphans):
         ):
             if _is_entered(tx, tenant, artifact_id, stored_as, manifest):
                 return self.artifact(tenant, artifact_id)
-            row = _openable(tx, tenant, artifact_id)
-            if row.stored_as != before:
+            if _openable(tx, tenant, artifact_id).stored_as != before:
                 raise InvalidRequestError(
                     f"artifact {artifact_id} was resealed by somebody else at the same time: it is"
                     " under a fresh key; repeat the call for another one"
@@ -216,17 +215,30 @@ class ArtifactIndex(Orphans):
                     " as it was; repeat the call"
                 )
             self._refuse_buried(tx, tenant, stored_as)
-            values = {
-                "stored_as": stored_as, "size_bytes": size_bytes,
-                "manifest_sha256": _digest(manifest),
-                "names_given": max(row.names_given, _number(stored_as)),
-            }  # fmt: skip
-            tx.execute(_artifacts.update().where(_artifacts.c.id == artifact_id).values(values))
-            details: Details = {
-                "stored_as": stored_as, "size_bytes": size_bytes, "manifest": _digest(manifest),
-            }  # fmt: skip
-            self._note(tx, tenant, SDK, "artifact.reseal", artifact_id, details)
+            self._switch(tx, tenant, artifact_id, stored_as, size_bytes, manifest)
         return self.artifact(tenant, artifact_id)
+
+    def _adopt(
+        self, tenant: str, artifact_id: str, stored_as: str, size_bytes: int, manifest: bytes
+    ) -> None:
+        """`finish_reseal` of files that a lost database knew. It is not opened, so it may have
+        expired."""
+        with self._change() as tx:
+            given = max(_row(tx, tenant, artifact_id).names_given, _number(stored_as))
+            this = _artifacts.c.id == artifact_id
+            tx.execute(_artifacts.update().where(this).values(names_given=given))
+            self._refuse_buried(tx, tenant, stored_as)
+            self._switch(tx, tenant, artifact_id, stored_as, size_bytes, manifest)
+
+    def _switch(
+        self, tx: sa.Connection, tenant: str, artifact_id: str, stored_as: str, size_bytes: int,
+        manifest: bytes,
+    ) -> None:  # fmt: skip
+        digest = _digest(manifest)
+        values = {"stored_as": stored_as, "size_bytes": size_bytes, "manifest_sha256": digest}
+        tx.execute(_artifacts.update().where(_artifacts.c.id == artifact_id).values(values))
+        details: Details = {"stored_as": stored_as, "size_bytes": size_bytes, "manifest": digest}
+        self._note(tx, tenant, SDK, "artifact.reseal", artifact_id, details)
 
     def stored_as(self, tenant: str, artifact_id: str) -> str:
         """The name under which its files and its wrapped key lie in the store."""

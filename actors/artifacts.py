@@ -17,16 +17,15 @@ from typing import TypeVar
 
 from actors.audit_heads import keep_newest, meet
 from actors.capabilities import Capability
-from actors.manifest import Manifest, SealedFile
+from actors.manifest import DATA_KEY, Manifest, SealedFile
 from actors.process import no_core_files
-from actors.registry import DATA_KEY, Registry
+from actors.registry import Registry
 from actors.state import WEIGHTS, from_files
 from actors.store import MANIFEST, ArtifactStore
 from tg_tinker.envelope import (
     ALGORITHM,
     FORMAT_VERSION,
     Buffer,
-    check_commitment,
     commitment,
     context_of,
     sealed_parts,
@@ -225,30 +224,25 @@ def _opened(
     tenant = capability.tenant
     content = store.read(tenant, stored_as, MANIFEST)
     registry.check_manifest(tenant, artifact_id, content)
+    manifest = Manifest.parse(content, tenant, artifact_id)
     wrapped = store.read_key(tenant, stored_as)
-    return unlocked(registry, store, capability, artifact_id, content, wrapped)
-
-
-def unlocked(
-    registry: Registry, store: ArtifactStore, capability: Capability, artifact_id: str,
-    content: bytes, wrapped: bytes,
-) -> tuple[Manifest, bytes]:  # fmt: skip
-    """A manifest that the holder of the data key made for this artifact, and that key. Whether it
-    is the published one is for `Registry.check_manifest`."""
-    manifest = Manifest.parse(content, capability.tenant, artifact_id)
     key = registry.open_data_key(capability, artifact_id, wrapped, store.root)
-    committed = bytes.fromhex(manifest.commitment)
-    check_commitment(key, context_of(capability.tenant, artifact_id, DATA_KEY), committed)
-    manifest.check(key)
+    manifest.verify(key)
     return manifest, key
 
 
 def _file(store: ArtifactStore, stored_as: str, manifest: Manifest, key: bytes, name: str) -> bytes:
-    tenant, artifact_id, entry = manifest.tenant, manifest.artifact_id, manifest.files[name]
-    sealed = store.read(tenant, stored_as, name, entry.size)
+    context = context_of(manifest.tenant, manifest.artifact_id, name.removesuffix(".enc"))
+    return unseal(key, sealed_file(store, stored_as, manifest, name), context)
+
+
+def sealed_file(store: ArtifactStore, stored_as: str, manifest: Manifest, name: str) -> bytes:
+    """A file as it lies in the store. Raises IntegrityError unless it is what the manifest says."""
+    entry = manifest.files[name]
+    sealed = store.read(manifest.tenant, stored_as, name, entry.size)
     if len(sealed) != entry.size or hashlib.sha256(sealed).hexdigest() != entry.sha256:
-        raise IntegrityError(f"{name} of artifact {artifact_id} is not what was published")
-    return unseal(key, sealed, context_of(tenant, artifact_id, name.removesuffix(".enc")))
+        raise IntegrityError(f"{name} of artifact {manifest.artifact_id} is not what was published")
+    return sealed
 
 
 def delete(
@@ -324,12 +318,13 @@ def export_adapter(
         WEIGHTS: files[WEIGHTS],
         "adapter_config.json": json.dumps(adapter_config, indent=2).encode(),
     }
+    registry.record_export(tenant, artifact_id)  # what is not in the audit log is not exported
     try:
         target.mkdir(parents=True, exist_ok=True, mode=0o700)
         for name, content in outputs.items():
+            (target / name).touch(mode=0o600)
             (target / name).write_bytes(content)
-        registry.record_export(tenant, artifact_id)
-    except BaseException as error:  # what is not in the audit log is not exported
+    except BaseException as error:
         for name in outputs:
             with suppress(OSError):
                 (target / name).unlink()

@@ -8,10 +8,12 @@ even look like a head.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from actors.audit_log import SDK
 from actors.registry import Registry
-from actors.store import ArtifactStore, place_in
+from actors.store import MOST_OF_A_HEAD, ArtifactStore, place_in
 from tg_tinker.audit_log import AuditHead
 from tg_tinker.errors import IntegrityError, StorageError
 
@@ -40,9 +42,14 @@ def keep_newest(registry: Registry, store: ArtifactStore, tenant: str) -> None:
         _log.warning("the store did not take a head of the audit log: %s", error.message)
 
 
-def keep_after(registry: Registry, root: str, tenant: str) -> None:
-    """`keep_newest` into the store at a folder or URI."""
-    keep_newest(registry, ArtifactStore(root), tenant)
+@contextmanager
+def covered(registry: Registry, root: str, tenant: str) -> Iterator[None]:
+    """Around a change that an older database must not undo: `meet` before, `keep_newest` after. A
+    head of an older copy that went on would have the newest one refused."""
+    store = ArtifactStore(root)
+    meet(registry, store, tenant)
+    yield
+    keep_newest(registry, store, tenant)
 
 
 def tenants(registry: Registry, store: ArtifactStore) -> list[str]:
@@ -59,7 +66,8 @@ def kept(root: str, tenant: str, public_key: bytes) -> list[AuditHead]:
     store, heads = ArtifactStore(root), []
     for name in store.audit_heads(tenant):
         try:
-            heads.append(AuditHead.authentic(store.read_head(name), tenant, public_key))
+            line = store.read_head(name, MOST_OF_A_HEAD)
+            heads.append(AuditHead.authentic(line, tenant, public_key))
         except IntegrityError as error:
             raise IntegrityError(
                 f"{name} in the artifact store is not evidence of this audit log: {error.message}."
@@ -105,8 +113,9 @@ def compare(registry: Registry, store: ArtifactStore, tenant: str, who: str = SD
 def unknown_in(registry: Registry, store: ArtifactStore, tenant: str) -> dict[str, str]:
     """What objects hold that by their names are heads which the log does not know."""
     names = store.audit_heads(tenant)
-    unknown = set(registry.unknown_rows(tenant, [place_in(name) for name in names]))
-    return {name: store.read_head(name) for name in names if place_in(name) in unknown}
+    places = set(registry.unknown_rows(tenant, [place_in(name) for name in names]))
+    unknown = [name for name in names if place_in(name) in places]
+    return {name: store.read_head(name, MOST_OF_A_HEAD) for name in unknown}
 
 
 def _stated(line: str) -> str | None:

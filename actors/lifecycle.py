@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from contextlib import suppress
 
 from actors.artifacts import (
     Draft,
@@ -18,13 +17,14 @@ from actors.artifacts import (
     enter,
     fetch,
     remove,
-    unlocked,
+    sealed_file,
     written,
 )
 from actors.audit_heads import keep_newest
+from actors.manifest import Manifest
 from actors.registry import Registry
 from actors.store import MANIFEST, ArtifactStore
-from tg_tinker.errors import IntegrityError, NotFoundError, StorageError
+from tg_tinker.errors import IntegrityError, NotFoundError, StorageError, TGTinkerError
 from tg_tinker.types import ArtifactInfo
 
 NOT_REACHED = (
@@ -96,30 +96,29 @@ def reseal(registry: Registry, root: str, tenant: str, artifact_id: str) -> Arti
 
 def readopt(
     registry: Registry, store: ArtifactStore, tenant: str, artifact_id: str, whole: Iterable[str]
-) -> bool:
-    """Finds an artifact again that was resealed after the copy of the database was made.
-
-    The copy knows it under the name that it had before. Only a manifest counts that the holder of
-    its data key made, so nobody who writes to the store can put another in its place.
+) -> None:
+    """Finds an artifact again that was resealed after the copy of the database was made, which
+    knows it under the name that it had before.
 
     Args:
         whole: names in the store of what has manifest and key.
+
+    Raises:
+        NotFoundError: there is nothing of it.
+        IntegrityError: why what is there is not taken, of the newest.
     """
-    keeper, before = registry.keeper(tenant), registry.stored_as(tenant, artifact_id)
+    problems: list[TGTinkerError] = []
     for stored_as in _resealed(artifact_id, whole):
-        with suppress(IntegrityError, NotFoundError):
+        try:
             content = store.read(tenant, stored_as, MANIFEST)
+            manifest = Manifest.parse(content, tenant, artifact_id)
+            for name in manifest.files:
+                sealed_file(store, stored_as, manifest, name)
             wrapped = store.read_key(tenant, stored_as)
-            manifest, _ = unlocked(registry, store, keeper, artifact_id, content, wrapped)
-            if (again := registry.rewrapped(tenant, artifact_id, wrapped)) is not None:
-                store.write_key(tenant, stored_as, again)
-            size = len(content) + sum(file.size for file in manifest.files.values())
-            registry.finish_reseal(
-                tenant, artifact_id, before, stored_as, size, content,
-                registry.key_of(again or wrapped),
-            )  # fmt: skip
-            return True
-    return False
+            return registry.adopt(tenant, artifact_id, stored_as, content, wrapped)
+        except (IntegrityError, NotFoundError) as error:
+            problems.append(error)
+    raise next(iter(problems), NotFoundError("its files are gone"))
 
 
 def _resealed(artifact_id: str, whole: Iterable[str]) -> list[str]:

@@ -17,8 +17,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tg_tinker.envelope import ALGORITHM, FORMAT_VERSION, manifest_key
+from tg_tinker.envelope import (
+    ALGORITHM,
+    FORMAT_VERSION,
+    check_commitment,
+    context_of,
+    manifest_key,
+)
 from tg_tinker.errors import IntegrityError
+
+DATA_KEY = "data key"
+"""What the context of a wrapped data key has in place of a file's name."""
 
 _FIELDS = {"algorithm", "artifact", "commitment", "files", "format", "tag", "tenant"}
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -48,6 +57,12 @@ class Manifest:
         """The file, with its tag under the data key."""
         described = self._described()
         return _canonical(described | {"tag": _tag(key, described)})
+
+    def verify(self, key: bytes) -> None:
+        """Raises IntegrityError unless this is the key that it commits to, whose holder made it."""
+        context = context_of(self.tenant, self.artifact_id, DATA_KEY)
+        check_commitment(key, context, bytes.fromhex(self.commitment))
+        self.check(key)
 
     def check(self, key: bytes) -> None:
         """Raises IntegrityError unless the holder of this data key wrote it."""

@@ -139,7 +139,8 @@ class LocalFolder:
 
     def list_folders(self, folder: str) -> list[str]:
         with _typed("list", folder), suppress(FileNotFoundError):
-            return sorted(one.name for one in self._path(folder).iterdir() if one.is_dir())
+            found = self._path(folder).iterdir()
+            return sorted(one.name for one in found if one.is_dir() and not one.is_symlink())
         return []
 
     def delete(self, name: str) -> None:

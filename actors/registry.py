@@ -28,6 +28,7 @@ from actors.database import RUNS
 from actors.head_checks import HeadChecks
 from actors.key_names import KeyNames
 from actors.keys import open_keyring
+from actors.manifest import DATA_KEY, Manifest
 from actors.store_checks import StoreChecks
 from tg_tinker.envelope import context_of, new_key
 from tg_tinker.errors import (
@@ -40,8 +41,6 @@ from tg_tinker.errors import (
 )
 from tg_tinker.types import CLOSED, NOT_STARTED, PARKED, TrainingClientInfo
 
-DATA_KEY = "data key"
-"""What the context of a wrapped data key has in place of a file's name."""
 _BECAME = {"active": "run.resume", "completed": "run.complete", "failed": "run.fail"}
 
 
@@ -297,6 +296,23 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
             with self._change() as tx:  # before the key is out
                 self._note(tx, tenant, shown.who, "artifact.load", artifact_id)
             return key
+
+    def adopt(
+        self, tenant: str, artifact_id: str, stored_as: str, manifest: bytes, wrapped: bytes
+    ) -> None:
+        """An artifact is from now on what lies under another name, which was resealed by a database
+        that is lost. Only what the holder of its data key sealed counts: nobody who writes to the
+        store can put another in its place, and all its sealings have one content.
+
+        Raises:
+            IntegrityError: it is none of this artifact's, or of no key of this keyring.
+            NotFoundError: it is deleted.
+        """
+        parsed = Manifest.parse(manifest, tenant, artifact_id)
+        context = context_of(tenant, artifact_id, DATA_KEY)
+        parsed.verify(self._keyring.unwrap(_stored(wrapped), context))
+        size = len(manifest) + sum(file.size for file in parsed.files.values())
+        self._adopt(tenant, artifact_id, stored_as, size, manifest)
 
     @contextmanager
     def _admitted(self, shown: Capability, event: str, artifact_id: str) -> Iterator[str | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from actors.audit_heads import keep_in, meet, unknown_in
+from actors.audit_heads import keep_in, meet, tenants, unknown_in
 from actors.ledger_heads import meet as meet_ledger
 from actors.lifecycle import readopt
 from actors.registry import Registry
@@ -24,8 +24,14 @@ def check(registry: Registry, root: str, tenant: str, home: Path) -> RegistryChe
 
     Raises:
         StorageError: the store does not answer.
+        NotFoundError: others are known, and this tenant is not.
     """
     store = ArtifactStore(root)
+    if (known_tenants := tenants(registry, store)) and tenant not in known_tenants:
+        raise NotFoundError(
+            f"neither the database nor the store has anything of a tenant {tenant!r}: they know"
+            f" {', '.join(known_tenants)}"
+        )
     unknown = unknown_in(registry, store, tenant)
     kept, damaged = _kept(home, tenant)
     missing, others = registry.judge_heads(tenant, unknown | kept)
@@ -59,14 +65,30 @@ def accept(registry: Registry, root: str, tenant: str, home: Path) -> RegistryAc
     if registry.accepting_rows(tenant):
         _keep_acceptance(registry, store, tenant)
     meet(registry, store, tenant)
-    whole = store.whole(tenant)
-    known = [one for owner, *one in registry.all_artifacts() if owner == tenant]
-    there = {
-        artifact_id: name in whole or readopt(registry, store, tenant, artifact_id, whole)
-        for artifact_id, name in known
+    buried = {name for name, seen in registry.orphans(tenant).items() if seen.buried}
+    whole = store.whole(tenant) - buried
+    problems = {
+        artifact_id: _problem(registry, store, tenant, artifact_id, stored_as, whole)
+        for owner, artifact_id, stored_as in registry.all_artifacts()
+        if owner == tenant
     }
-    openable = tuple(one for one, found in there.items() if found)
-    return RegistryAcceptance(row, openable, tuple(one for one in there if one not in openable))
+    openable = tuple(one for one, problem in problems.items() if not problem)
+    return RegistryAcceptance(row, openable, {k: why for k, why in problems.items() if why})
+
+
+def _problem(
+    registry: Registry, store: ArtifactStore, tenant: str, artifact_id: str, stored_as: str,
+    whole: set[str],
+) -> str:  # fmt: skip
+    """Why an artifact does not open, empty where it does; one that was resealed since is found."""
+    try:
+        if stored_as in whole:
+            registry.rewrapped(tenant, artifact_id, store.read_key(tenant, stored_as))  # opens it
+        else:
+            readopt(registry, store, tenant, artifact_id, whole)
+    except (IntegrityError, NotFoundError) as error:
+        return error.message
+    return ""
 
 
 def _keep_acceptance(registry: Registry, store: ArtifactStore, tenant: str) -> None:

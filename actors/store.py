@@ -29,6 +29,9 @@ MOST = 16 * 2**20
 """Bytes of a manifest, a wrapped key or a head. The longest of ours, a head with all entries of a
 ledger that a store missed, has a few hundred thousand."""
 
+MOST_OF_A_HEAD = 4096
+"""Bytes of a head of an audit log, which has a few hundred."""
+
 PARALLEL = 4
 """Files of an artifact that are written at the same time."""
 
@@ -157,10 +160,10 @@ class ArtifactStore:
         """The same of all ledgers: see `ledger_in`."""
         return self._whole_below(_ledgers(tenant))
 
-    def read_head(self, name: str) -> str:
+    def read_head(self, name: str, most: int = MOST) -> str:
         """What may be a head, a line: anybody who can write to the store may have put it there."""
         try:
-            content = self.objects.read(name, MOST)
+            content = self.objects.read(name, most)
         except (InvalidRequestError, IntegrityError):
             return ""  # no head: TG-Tinker gives no such name, and writes none so long
         return content.decode("ascii", "replace").removesuffix("\n")

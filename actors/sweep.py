@@ -30,6 +30,11 @@ _OWNED = re.compile(
     rf"a/{_FOLDER}/(?:{re.escape(MANIFEST)}|[A-Za-z0-9_][A-Za-z0-9._-]*\.enc)|keys/{_FOLDER}\.json"
 )
 _CLOCK = "clock"
+_KEPT = (
+    "its artifact has lost its files, and these may be what is left of it: `tg-tinker registry"
+    " accept` finds them after an older database was put back, `tg-tinker artifacts delete --lost`"
+    " forgets the artifact"
+)
 _HEADS = ("audit/", "ledgers/")
 """Signed heads: no artifact's, and never touched."""
 
@@ -81,13 +86,17 @@ def sweep(
     """
     _check_heads(registry, store, tenant)
     now, files = _looked(store.objects, tenant)
-    orphans, unknown = _judged(files, registry.reachable(tenant))  # asked after the listing
+    reachable = registry.reachable(tenant)  # asked after the listing
+    found, unknown = _judged(files, reachable)
+    lost = _lost(files, reachable)
+    orphans = [orphan for orphan in found if _id_of(orphan.name) not in lost]
     known = registry.orphans(tenant)
     new = {orphan.name: orphan.fingerprint for orphan in orphans
            if _is_new(orphan, known.get(orphan.name), now)}  # fmt: skip
     if not dry_run:
         registry.note_orphans(tenant, new, now)
     yield from (Orphan(info.name, 1, info.size, "unknown") for info in unknown)
+    yield from (_told(one, "kept", _KEPT) for one in found if _id_of(one.name) in lost)
     for orphan in orphans:
         if orphan.name in new or not _is_due(known[orphan.name], now, min_age_s):
             yield _told(orphan, "waiting")
@@ -150,6 +159,22 @@ def _owner(name: str) -> tuple[str | None, bool]:
         if found := _OWNED.fullmatch(whole):
             return found[1] or found[2], whole != name
     return None, False
+
+
+def _lost(files: Iterable[ObjectInfo], reachable: Iterable[str]) -> set[str]:
+    """Ids of artifacts that lack their manifest or key under the name that the registry knows: a
+    database that was put back knows one that was resealed since by an older name."""
+    names = {info.name for info in files}
+    return {
+        _id_of(name)
+        for name in reachable
+        if not {f"a/{name}/{MANIFEST}", f"keys/{name}.json"} <= names
+    }
+
+
+def _id_of(name: str) -> str:
+    """Of the artifact that a name in the store is of."""
+    return name.partition(".")[0]
 
 
 def _is_new(orphan: _Found, seen: Seen | None, now: float) -> bool:

@@ -177,7 +177,7 @@ def test_the_newest_database_under_its_own_heads_is_let_through(old: Restored) -
 def test_from_the_acceptance_on_all_goes_on_and_every_new_process_knows(old: Restored) -> None:
     refused(old, USES["read"])
     accepted = old.accept()
-    assert accepted == RegistryAcceptance(len(old.rows()), (old.kept, old.deleted), ())
+    assert accepted == RegistryAcceptance(len(old.rows()), (old.kept, old.deleted), {})
     row = old.rows()[-1]
     assert (row.event, row.outcome, row.who) == (ACCEPT, "ok", "sdk")
     with pytest.raises(RollbackError):  # two went on from one: the newest copy learns it, too
@@ -197,7 +197,7 @@ def test_an_acceptance_names_what_opens_again_and_what_has_lost_its_files(old: R
     epoch = old.registry.claim(theirs)
     old.registry.publish(THEM, theirs, epoch, "art-theirs", 1, 1, False, b"{}", "k1")
     accepted = old.accept()
-    assert (accepted.openable, accepted.lost) == ((old.kept,), (old.deleted,))
+    assert (accepted.openable, [*accepted.lost]) == ((old.kept,), [old.deleted])
 
 
 def test_a_database_that_goes_back_under_a_living_registry_is_noticed(
@@ -456,7 +456,7 @@ class Fake:
 
     def accept_registry(self) -> RegistryAcceptance:
         self.accepted += 1
-        return RegistryAcceptance(60, ("art-1",), ("art-2",))
+        return RegistryAcceptance(60, ("art-1",), {"art-2": "its files are gone"})
 
 
 SOUND = RegistryCheck(52, 50, 3, {}, {"t/x/audit/y": "it is none"}, {}, {}, (12,))
@@ -497,18 +497,19 @@ def test_nothing_is_accepted_unasked(words: tuple[str, ...], typed: str, done: i
     service = Fake(LOST)
     found = call(service, "accept", *words, typed=typed)
     assert (service.accepted, found.exit_code) == (done, 1 - done)
-    for said in ("at row 60", "opens again: art-1", "are gone: art-2", "book-missing"):
+    for said in ("at row 60", "opens again: art-1", "art-2: its files are gone", "book-missing"):
         assert (said in found.output) is bool(done)
 
 
 def test_an_acceptance_that_the_store_did_not_take_is_finished_unasked() -> None:
-    service = Fake(replace(SOUND, stored=11))
-    assert (call(service, "accept", "--tenant", THEM).exit_code, service.accepted) == (0, 1)
-    assert service.tenant == THEM
+    for found in (replace(SOUND, stored=11), SOUND):  # it may have been broken off later, too
+        service = Fake(found)
+        assert (call(service, "accept", "--tenant", THEM).exit_code, service.accepted) == (0, 1)
+        assert service.tenant == THEM
 
 
 def test_where_nothing_is_lost_nothing_is_accepted() -> None:
-    service = Fake(SOUND)
+    service = Fake(replace(SOUND, accepted=()))
     assert "nothing to accept" in call(service, "accept", "--yes").output
     assert service.accepted == 0
 

@@ -63,7 +63,7 @@ def accept(
     with connector(ctx)(tenant=tenant) as service:
         found = service.check_registry()
         _tell(found)
-        if not (found.missing or found.unfinished):
+        if not (found.missing or found.accepted):
             typer.echo("nothing to accept")
             return
         asked = bool(found.missing) and not yes
@@ -115,9 +115,13 @@ def _tell_accepted(accepted: RegistryAcceptance) -> None:
         typer.echo(f"accepted at row {accepted.row} of the audit log")
     for artifact in accepted.openable:
         typer.echo(f"opens again: {artifact}")
-    for artifact in accepted.lost:
+    for artifact, why in accepted.lost.items():
+        typer.echo(f"does not open: {artifact}: {why}")
+    if accepted.lost:
         typer.echo(
-            f"its files are gone: {artifact} (`tg-tinker artifacts delete --lost` forgets it)"
+            "Put back what these need, keys or files, and accept again. What is lost for good is"
+            " forgotten by `tg-tinker artifacts delete --lost`; until then a sweep leaves alone"
+            " what may be left of it"
         )
     typer.echo(
         "If some of these were deleted after the copy was made, delete them again: `tg-tinker"

@@ -319,10 +319,10 @@ class ServiceClient(ClientCalls, ArtifactCalls, RegistryCalls):
         """
         if days is not None and not 0 < days < 36_500:
             raise InvalidRequestError(f"days={days} is out of range: it must be in (0, 36500)")
-        made: tuple[str, ApiKeyInfo] = self._registry.create_api_key(
-            self._tenant, label, list(models), days
-        )
-        provided("keep_newest_audit_head")(self._registry, self._store, self._tenant)
+        with provided("covered_change")(self._registry, self._store, self._tenant):
+            made: tuple[str, ApiKeyInfo] = self._registry.create_api_key(
+                self._tenant, label, list(models), days
+            )
         return made
 
     def list_api_keys(self) -> list[ApiKeyInfo]:
@@ -332,8 +332,8 @@ class ServiceClient(ClientCalls, ArtifactCalls, RegistryCalls):
 
     def revoke_api_key(self, key_id: str) -> None:
         """Ends a key; servers notice within seconds. `NotFoundError` if there is none."""
-        self._registry.revoke_api_key(self._tenant, key_id)
-        provided("keep_newest_audit_head")(self._registry, self._store, self._tenant)
+        with provided("covered_change")(self._registry, self._store, self._tenant):
+            self._registry.revoke_api_key(self._tenant, key_id)
 
     # --- keys --------------------------------------------------------------------------------
 

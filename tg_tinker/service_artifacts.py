@@ -90,8 +90,8 @@ class ArtifactCalls:
             InvalidRequestError: a time that is past, or without a time zone.
         """
         _check_time(when)
-        changed: ArtifactInfo = self._registry.set_expiry(self._tenant, artifact_id, when)
-        provided("keep_newest_audit_head")(self._registry, self._store, self._tenant)
+        with provided("covered_change")(self._registry, self._store, self._tenant):
+            changed: ArtifactInfo = self._registry.set_expiry(self._tenant, artifact_id, when)
         return changed
 
     def delete_expired(self) -> Iterator[tuple[str, str]]:

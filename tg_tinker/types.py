@@ -184,8 +184,9 @@ class Orphan:
         name: id of the artifact that they would be of, or a file's own name below the tenant.
         state: `waiting` for a later sweep to find them the same; `due`, in a dry run; `removed`;
             `refused` by the store, and tried again by the next sweep; `unknown`: a file that
-            TG-Tinker does not name so, and leaves alone.
-        problem: what the store said; empty unless refused.
+            TG-Tinker does not name so, and leaves alone; `kept`: maybe what is left of an artifact
+            that lost its files.
+        problem: what the store said, or what to do; empty unless refused or kept.
     """
 
     name: str
@@ -347,9 +348,10 @@ class RegistryAcceptance:
         openable: artifacts that the copy knows and whose files are there, also under the name that
             a later reseal gave them. Which of them had been deleted meanwhile it cannot know:
             delete those again.
-        lost: artifacts that the copy knows and whose files are gone.
+        lost: artifacts that the copy knows and that do not open, and why: mostly, their files are
+            gone.
     """
 
     row: int
     openable: tuple[str, ...]
-    lost: tuple[str, ...]
+    lost: Mapping[str, str]
