@@ -292,6 +292,13 @@ class ArtifactIndex(Orphans):
             rows = connection.execute(query.where(*_LIVING))
             return [(row.tenant, row.id, row.stored_as) for row in rows]
 
+    def entries(self, tenant: str) -> dict[str, tuple[str, str]]:
+        """Manifest digest and expiry, as the audit log has them, of those not deleted, by id."""
+        query = sa.select(_artifacts).where(_artifacts.c.tenant == tenant, *_LIVING)
+        with self._reading() as connection:
+            rows = connection.execute(query.order_by(*_ORDER))
+            return {row.id: (row.manifest_sha256, _until(row.expires_at)) for row in rows}
+
     def gone(self, artifact_ids: Sequence[str]) -> list[str]:
         """Those of any tenant that nothing may open (any more): deleted, expired or unknown."""
         known = sa.select(_artifacts.c.id).where(_artifacts.c.id.in_(artifact_ids), *_LIVING)
@@ -341,7 +348,7 @@ class ArtifactIndex(Orphans):
             _row(tx, tenant, artifact_id)
             this = _artifacts.c.id == artifact_id
             tx.execute(_artifacts.update().where(this).values(expires_at=moment))
-            details: Details = {"expires_at": "never" if moment is None else _at(moment)}
+            details: Details = {"expires_at": _until(moment)}
             self._note(tx, tenant, SDK, "artifact.expiry", artifact_id, details)
         return self.artifact(tenant, artifact_id)
 
@@ -526,6 +533,10 @@ def _now() -> float:
 
 def _digest(manifest: bytes) -> str:
     return hashlib.sha256(manifest).hexdigest()
+
+
+def _until(moment: float | None) -> str:
+    return "never" if moment is None else _at(moment)
 
 
 def _at(moment: float) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from actors.artifacts import delete, fetch
 from actors.audit_heads import keep_newest, meet, meet_all
+from actors.log_checks import differences
 from actors.registry import Registry
 from actors.state import from_files
 from actors.store import ArtifactStore
@@ -18,7 +19,8 @@ from tg_tinker.types import KeyUses
 def verify(
     registry: Registry, root: str, tenant: str, artifact_id: str | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Reads artifacts again, as `load_state` would; (id, what is wrong), empty where nothing.
+    """Reads artifacts again, as `load_state` would, and holds them against the audit log; (id, what
+    is wrong), empty where nothing.
 
     One that is damaged does not keep the others from being checked.
 
@@ -31,7 +33,11 @@ def verify(
     """
     store, reader = ArtifactStore(root), registry.reader(tenant)
     meet(registry, store, tenant)
+    changed = differences(registry, tenant)
     for one in _to_verify(registry, tenant, artifact_id):
+        if one in changed:
+            yield one, changed[one]
+            continue
         try:
             state = from_files(fetch(registry, store, reader, one)).state
             registry.check_lineage(tenant, state.lineage.ledgers, one)

@@ -451,3 +451,39 @@ def test_a_stranger_s_link_among_the_tenants_is_none(service: Service) -> None:
     service.registry.rotate_key(TENANT)
     [*upkeep.rewrap(service.registry, str(service.root))]
     upkeep.retire(service.registry, str(service.root), TENANT, "k1")
+
+
+# --- artifacts against the log -------------------------------------------------------------------
+
+
+def test_verify_tells_what_was_undone_in_the_database(service: Service, tmp_path: Path) -> None:
+    registry, root = service.registry, str(service.root)
+    artifact = service.publish()
+    copied = lifecycle.copy(registry, root, TENANT, artifact).artifact_id
+    for one in (artifact, copied):
+        registry.set_expiry(TENANT, one, datetime.now(UTC) + timedelta(days=1))
+        registry.set_expiry(TENANT, one, None)
+    lifecycle.reseal(registry, root, TENANT, artifact)
+
+    def found() -> dict[str, str]:
+        return dict(upkeep.verify(registry, root, TENANT))
+
+    def edit(change: str) -> None:
+        with registry._change() as tx:
+            tx.exec_driver_sql(f"UPDATE artifacts SET {change} WHERE id = '{artifact}'")  # noqa: S608
+
+    assert found() == {artifact: "", copied: ""}
+    edit("expires_at = 9e9")
+    assert "another expiry" in found()[artifact]
+    edit("expires_at = NULL")
+    digest = registry.entries(TENANT)[artifact][0]
+    edit("manifest_sha256 = 'f'")
+    assert "another manifest" in found()[artifact]
+    edit(f"manifest_sha256 = '{digest}'")
+    assert found()[artifact] == ""
+    shutil.copytree(service.root, tmp_path / "store")
+    lifecycle.shred(registry, root, TENANT, artifact)
+    shutil.copytree(tmp_path / "store", service.root, dirs_exist_ok=True)
+    edit("deleted_at = NULL")
+    assert f"deleted at row {registry.audit_head(TENANT).seq}" in found()[artifact]
+    assert found()[copied] == ""

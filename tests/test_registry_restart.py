@@ -192,7 +192,8 @@ def test_the_transport_key_follows_from_nothing_that_lies_on_disk(
 
 READ = {
     "all_artifacts", "api_keys", "artifact", "artifacts", "audit_head", "audit_rows", "capability",
-    "check_manifest", "dataset_ids", "expired", "gone", "keeper", "key_ids", "key_info", "key_of",
+    "check_manifest", "dataset_ids", "entries", "expired", "gone", "keeper", "key_ids", "key_info",
+    "key_of",
     "ledger_entries", "ledger_head", "ledger_name", "new_data_key", "no_heads", "openable",
     "orphans", "privacy_info", "reachable", "reaches", "reader", "rewrapped", "run", "runs",
     "accepting_rows", "judge_heads", "logged_tenants", "lost_ledgers", "met", "missed_rows",
@@ -212,7 +213,14 @@ SAME = {
 }  # fmt: skip
 """Again they change nothing, or come to the same: two claims raise the epoch, the later counts."""
 
-NOTED_AGAIN = {"begin_reseal", "open_data_key", "record_export", "record_import", "record_sample"}
+NOTED_AGAIN = {
+    "adopt",
+    "begin_reseal",
+    "open_data_key",
+    "record_export",
+    "record_import",
+    "record_sample",
+}
 """They leave another row of the audit log, or skip a name in the store."""
 
 
