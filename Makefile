@@ -32,7 +32,7 @@ lint: .venv/dev  ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/dev ## ratios beside the plain padded PEFT loop, goals, cost against size (15 minutes; ARGS=--help)
+bench: .venv/dev ## ratios beside the plain padded PEFT loop, goals, cost against size (14 minutes; ARGS=--help)
 	$(BENCH) $(ARGS)
 
 bench-peers: .venv/dev ## the same through the SDK beside SkyRL, which it installs into .venv-peers (2 GB)

@@ -204,7 +204,8 @@ class ArtifactIndex(Orphans):
         ):
             if _is_entered(tx, tenant, artifact_id, stored_as, manifest):
                 return self.artifact(tenant, artifact_id)
-            if _openable(tx, tenant, artifact_id).stored_as != before:
+            row = _openable(tx, tenant, artifact_id)
+            if row.stored_as != before:
                 raise InvalidRequestError(
                     f"artifact {artifact_id} was resealed by somebody else at the same time: it is"
                     " under a fresh key; repeat the call for another one"
@@ -218,6 +219,7 @@ class ArtifactIndex(Orphans):
             values = {
                 "stored_as": stored_as, "size_bytes": size_bytes,
                 "manifest_sha256": _digest(manifest),
+                "names_given": max(row.names_given, _number(stored_as)),
             }  # fmt: skip
             tx.execute(_artifacts.update().where(_artifacts.c.id == artifact_id).values(values))
             details: Details = {
@@ -484,6 +486,11 @@ def _info(row: Any, labels: Mapping[str, dict[str, str]]) -> ArtifactInfo:
         labels=labels.get(row.id, {}),
         expires_at=None if row.expires_at is None else datetime.fromtimestamp(row.expires_at, UTC),
     )
+
+
+def _number(stored_as: str) -> int:
+    """Of the name that a resealed artifact has in the store."""
+    return int(stored_as.rpartition(".")[2])
 
 
 def _now() -> float:

@@ -225,11 +225,20 @@ def _opened(
     tenant = capability.tenant
     content = store.read(tenant, stored_as, MANIFEST)
     registry.check_manifest(tenant, artifact_id, content)
-    manifest = Manifest.parse(content, tenant, artifact_id)
     wrapped = store.read_key(tenant, stored_as)
+    return unlocked(registry, store, capability, artifact_id, content, wrapped)
+
+
+def unlocked(
+    registry: Registry, store: ArtifactStore, capability: Capability, artifact_id: str,
+    content: bytes, wrapped: bytes,
+) -> tuple[Manifest, bytes]:  # fmt: skip
+    """A manifest that the holder of the data key made for this artifact, and that key. Whether it
+    is the published one is for `Registry.check_manifest`."""
+    manifest = Manifest.parse(content, capability.tenant, artifact_id)
     key = registry.open_data_key(capability, artifact_id, wrapped, store.root)
     committed = bytes.fromhex(manifest.commitment)
-    check_commitment(key, context_of(tenant, artifact_id, DATA_KEY), committed)
+    check_commitment(key, context_of(capability.tenant, artifact_id, DATA_KEY), committed)
     manifest.check(key)
     return manifest, key
 
@@ -243,12 +252,14 @@ def _file(store: ArtifactStore, stored_as: str, manifest: Manifest, key: bytes, 
 
 
 def delete(
-    registry: Registry, store: str, tenant: str, artifact_id: str, event: str = "artifact.delete"
-) -> None:
+    registry: Registry, store: str, tenant: str, artifact_id: str,
+    event: str = "artifact.delete", lost: bool = False,
+) -> None:  # fmt: skip
     """Entry first, so that no copy of the files counts any more; then manifest, key, files.
 
     Args:
         event: what the audit log calls it.
+        lost: also where this store has no file of it.
 
     Raises:
         NotFoundError: unknown, deleted already, or in another store; nothing was deleted.
@@ -256,7 +267,10 @@ def delete(
         StorageError: the store refused: the artifact is gone, some of its files are not.
     """
     folder = ArtifactStore(store)
-    check_deletable(registry, folder, tenant, artifact_id)
+    if lost:
+        meet(registry, folder, tenant)
+    else:
+        check_deletable(registry, folder, tenant, artifact_id)
     remove(registry, folder, tenant, artifact_id, event)
 
 
@@ -285,7 +299,8 @@ def check_deletable(
     here = store.holds(tenant, stored_as)
     if not here and registry.stored_as(tenant, artifact_id) == stored_as:  # not just resealed
         raise NotFoundError(
-            f"artifact {artifact_id} has no file in this store: open the one that it was saved to"
+            f"artifact {artifact_id} has no file in this store: open the one that it was saved to."
+            f" If its files are lost, `tg-tinker artifacts delete --lost {artifact_id}`"
         )
 
 

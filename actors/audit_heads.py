@@ -8,7 +8,6 @@ even look like a head.
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
 
 from actors.audit_log import SDK
 from actors.registry import Registry
@@ -34,9 +33,21 @@ def keep_in(store: ArtifactStore, head: AuditHead) -> None:
 
 def keep_newest(registry: Registry, store: ArtifactStore, tenant: str) -> None:
     """After something that is done and on record: a store that refuses costs nothing of it, and the
-    next head covers its row."""
-    with suppress(StorageError):
+    next head covers its row. Until then an older database would not be noticed by that row."""
+    try:
         keep_in(store, registry.audit_head(tenant))
+    except StorageError as error:
+        _log.warning("the store did not take a head of the audit log: %s", error.message)
+
+
+def keep_after(registry: Registry, root: str, tenant: str) -> None:
+    """`keep_newest` into the store at a folder or URI."""
+    keep_newest(registry, ArtifactStore(root), tenant)
+
+
+def tenants(registry: Registry, store: ArtifactStore) -> list[str]:
+    """All that the database or the store knows: an older database may have lost some."""
+    return sorted({*registry.logged_tenants(), *store.tenants()})
 
 
 def kept(root: str, tenant: str, public_key: bytes) -> list[AuditHead]:
@@ -48,17 +59,19 @@ def kept(root: str, tenant: str, public_key: bytes) -> list[AuditHead]:
     store, heads = ArtifactStore(root), []
     for name in store.audit_heads(tenant):
         try:
-            head = AuditHead.parse(store.read_head(name))
-            head.check(public_key)
-            if head.tenant != tenant:
-                raise IntegrityError("it is of another tenant's log")
+            heads.append(AuditHead.authentic(store.read_head(name), tenant, public_key))
         except IntegrityError as error:
             raise IntegrityError(
                 f"{name} in the artifact store is not evidence of this audit log: {error.message}."
                 " If no other registry uses this store, remove that object and verify again"
             ) from None
-        heads.append(head)
     return heads
+
+
+def meet_all(registry: Registry, store: ArtifactStore) -> None:
+    """`meet` for every tenant: before what concerns all of them."""
+    for tenant in tenants(registry, store):
+        meet(registry, store, tenant)
 
 
 def meet(registry: Registry, store: ArtifactStore, tenant: str, who: str = SDK) -> None:

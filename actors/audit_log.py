@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 
@@ -17,7 +17,16 @@ import sqlalchemy as sa
 
 from actors.database import METADATA, RUNS, Database
 from actors.keys import KeyProvider
-from tg_tinker.audit_log import ACCEPT, GENESIS, AuditHead, AuditRow, accepted_by, chained
+from tg_tinker.audit_log import (
+    ACCEPT,
+    GENESIS,
+    AuditHead,
+    AuditRow,
+    acceptance,
+    accepted_by,
+    chained,
+)
+from tg_tinker.envelope import public_key_of
 from tg_tinker.errors import NotFoundError, StorageError, TGTinkerError
 from tg_tinker.ledger import is_place, parse_place, place_of
 
@@ -29,6 +38,8 @@ REFUSAL_EVERY_S = 60.0
 
 MOST_ROWS = 10_000
 """Of one page."""
+
+_NOTED = "audit rows of this transaction"
 
 _rows = sa.Table(
     "audit_rows",
@@ -64,6 +75,7 @@ class AuditLog(Database):
     def __init__(self, database: str) -> None:
         super().__init__(database)
         self._refused: dict[tuple[str, ...], tuple[float, int]] = {}  # when noted, left out since
+        self._reached: dict[str, tuple[int, str]] = {}  # number and hash of a tenant's newest row
 
     def audit_rows(self, tenant: str, since: int, limit: int) -> list[str]:
         """Rows after row `since`, oldest first, at most `limit` of them, as canonical JSON."""
@@ -76,19 +88,21 @@ class AuditLog(Database):
         with self._reading() as connection:
             return list(connection.execute(query).scalars())
 
-    def unknown_rows(self, tenant: str, places: Sequence[str]) -> list[str]:
-        """Those places, ``SEQ-HASH``, that the log neither goes through nor accepts the loss of,
-        or that are none."""
+    def missed_rows(self, tenant: str, places: Sequence[str]) -> list[str]:
+        """Those places, ``SEQ-HASH``, that the log does not go through, or that are none."""
         with self._reading() as connection:
-            missed = [place for place in places if place != _place_at(connection, tenant, place)]
-            rows = _accepting(connection, tenant) if missed else []
-        accepted = {place for row in rows for place in accepted_by(row)}
+            return [place for place in places if place != _place_at(connection, tenant, place)]
+
+    def unknown_rows(self, tenant: str, places: Sequence[str]) -> list[str]:
+        """Those of them whose loss it does not accept either."""
+        if not (missed := self.missed_rows(tenant, places)):
+            return []
+        accepted = {place for lost in self._acceptances(tenant).values() for place in lost}
         return [place for place in missed if place not in accepted]
 
     def accepting_rows(self, tenant: str) -> list[int]:
         """Numbers of the rows that accept an older copy of the database."""
-        with self._reading() as connection:
-            return [row.seq for row in _accepting(connection, tenant)]
+        return [*self._acceptances(tenant)]
 
     def logged_tenants(self) -> list[str]:
         """Those that have an audit log."""
@@ -97,10 +111,7 @@ class AuditLog(Database):
 
     def audit_head(self, tenant: str) -> AuditHead:
         """Where the log ends now, signed."""
-        with self._reading() as connection:
-            last = _last(connection, tenant)
-        seq, end = (0, GENESIS) if last is None else (last.seq, last.hash)
-        return AuditHead(tenant, seq, end, _now()).signed(self._signing_key)
+        return AuditHead(tenant, *self._end(tenant), _now()).signed(self._signing_key)
 
     def record_sample(
         self, tenant: str | None, who: str, version: str, prompts: int, tokens: int, outcome: str
@@ -131,16 +142,49 @@ class AuditLog(Database):
 
     # --- inside ------------------------------------------------------------------------------
 
+    @contextmanager
+    def _change(self) -> Iterator[sa.Connection]:
+        """As `Database`'s. Where it took the logs is remembered once it is durable."""
+        with super()._change() as tx:
+            noted: dict[str, tuple[int, str]] = {}
+            tx.info[_NOTED] = noted
+            yield tx
+        for tenant, end in noted.items():
+            self._reached[tenant] = max(end, self._reached.get(tenant, end))
+
     def _note(
         self, tx: sa.Connection, tenant: str, who: str, event: str, subject: str,
         details: Details | None = None, outcome: str = "ok",
-    ) -> None:  # fmt: skip
-        """Appends a row within the transaction of what it records."""
+    ) -> int:  # fmt: skip
+        """Appends a row within the transaction of what it records; its number."""
         row = chained(
             _last(tx, tenant), time=_now(), tenant=tenant, who=who, event=event, subject=subject,
             outcome=outcome, details=details or {},
         )  # fmt: skip
         tx.execute(_INSERT, {"tenant": tenant, "seq": row.seq, "row": row.line()})
+        tx.info[_NOTED][tenant] = row.seq, row.hash
+        return row.seq
+
+    def _note_acceptance(self, tx: sa.Connection, tenant: str, places: Iterable[str]) -> int:
+        """Appends the row that lets heads be whose rows are lost; its number."""
+        last = _last(tx, tenant)
+        previous = GENESIS if last is None else last.hash
+        details = acceptance(places, tenant, previous, self._signing_key)
+        return self._note(tx, tenant, SDK, ACCEPT, "", details)
+
+    def _acceptances(self, tenant: str) -> dict[int, list[str]]:
+        """What each row that accepts lets be, by number."""
+        key = public_key_of(self._signing_key)
+        with self._reading() as connection:
+            lines = connection.execute(_ACCEPTED, {"tenant": tenant}).scalars()
+            rows = [AuditRow.parse(line) for line in lines]
+        return {row.seq: places for row in rows if (places := accepted_by(row, key))}
+
+    def _end(self, tenant: str) -> tuple[int, str]:
+        """Number and hash of the last row."""
+        with self._reading() as connection:
+            last = _last(connection, tenant)
+        return (0, GENESIS) if last is None else (last.seq, last.hash)
 
     @contextmanager
     def _refusals_noted(self, tenant: str, who: str, event: str, subject: str) -> Iterator[None]:
@@ -184,11 +228,6 @@ def _hmac(key: bytes, name: str, value: str) -> str:
 def _last(connection: sa.Connection, tenant: str) -> AuditRow | None:
     row = connection.execute(_LAST, {"tenant": tenant}).scalar()
     return None if row is None else AuditRow.parse(row)
-
-
-def _accepting(connection: sa.Connection, tenant: str) -> list[AuditRow]:
-    rows = map(AuditRow.parse, connection.execute(_ACCEPTED, {"tenant": tenant}).scalars())
-    return [row for row in rows if accepted_by(row)]
 
 
 def _place_at(connection: sa.Connection, tenant: str, place: str) -> str | None:

@@ -24,6 +24,7 @@ from actors.filesystems import (
     cause_of,
     failures,
     files_below,
+    folders_in,
     open_filesystem,
 )
 from actors.objects import SMALL, Content, ObjectInfo, pieces_of, within
@@ -82,6 +83,10 @@ class Bucket:
             )
             for info in infos
         )
+
+    def list_folders(self, folder: str) -> list[str]:
+        path = self._path(folder)
+        return sorted(self._repeat("list", folder, lambda: folders_in(self._files, path)))
 
     def delete(self, name: str) -> None:
         path = self._path(name)

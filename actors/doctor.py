@@ -1,8 +1,10 @@
 """What to look at before data is trusted to this machine. It starts nothing and changes nothing but
 a probe in the store, which it removes: the database is opened by an `Onlooker`. SQLite itself may
-take what a crash left in a -wal into the file.
+take what a crash left in a -wal into the file. Where a cluster runs it joins it and asks each
+machine.
 
-Each check answers with at most one finding; a new check is one more line of `examine`.
+Each check answers with at most one finding; a new check is one more line of `examine`. What
+concerns clusters is in `doctor_cluster` and `doctor_nodes`.
 """
 
 from __future__ import annotations
@@ -16,33 +18,27 @@ import stat
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import NamedTuple
 
-from actors import signing
-from actors.audit_heads import unknown_in
+from actors import doctor_cluster, signing
+from actors.audit_heads import tenants, unknown_in
 from actors.database import DAMAGED
 from actors.filesystems import RetryPolicy
+from actors.findings import OK, PROBLEM, WARNING, Finding
 from actors.home import DATABASE
 from actors.keys import open_keyring
 from actors.registry import Onlooker
 from actors.store import ArtifactStore, open_objects
+from tg_tinker import node
 from tg_tinker.cluster import running_cluster
 from tg_tinker.databases import default_database
 from tg_tinker.errors import IntegrityError, TGTinkerError
 from tg_tinker.keyrings import SETTING, Variable, audit_folder, place_of
 from tg_tinker.location import parse
 
-OK, WARNING, PROBLEM = "ok", "warning", "problem"
 SCARCE, TOO_LITTLE = 10 * 2**30, 2**30
 """Free bytes: a few saves of a large model, and none."""
 
 _PROBE = b"written by tg-tinker doctor, to be removed at once"
-
-
-class Finding(NamedTuple):
-    check: str
-    status: str  # OK, WARNING or PROBLEM
-    message: str  # what was found, and what to do about it
 
 
 def examine(home: Path, keyring: str, store: str, proc: Path = Path("/proc")) -> Iterator[Finding]:
@@ -64,6 +60,8 @@ def examine(home: Path, keyring: str, store: str, proc: Path = Path("/proc")) ->
     yield _statistics()
     yield _swap(proc)
     yield _core_dumps(proc)
+    yield from doctor_cluster.examine(home, place, proc)
+    yield from _nodes(home)
 
 
 def _home(home: Path) -> Finding:
@@ -211,7 +209,7 @@ def _behind(registry: Onlooker, store: ArtifactStore) -> list[str]:
     """Tenants of whose audit log the store has heads that the registry does not know."""
     return [
         tenant
-        for tenant in registry.logged_tenants()
+        for tenant in tenants(registry, store)
         if registry.judge_heads(tenant, unknown_in(registry, store, tenant))[0]
     ]
 
@@ -282,6 +280,21 @@ def _core_dumps(proc: Path) -> Finding:
         message = "your own programs, which hold batches, may write one: `ulimit -c 0` before them"
         return Finding(name, WARNING, message)
     return Finding(name, OK, "none are written")
+
+
+def _nodes(home: Path) -> Iterator[Finding]:
+    """What the machines of a running cluster say of themselves."""
+    found = node.read(home)
+    address = found.address if found is not None else running_cluster()
+    if address is None:
+        for name in ("versions", "clocks"):
+            yield Finding(name, OK, "no cluster runs here: nothing to compare")
+        return
+    if found is not None:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # as it was started, before Ray reads it
+    from actors import doctor_nodes  # loads Ray
+
+    yield from doctor_nodes.examine(address)
 
 
 def _existing(path: Path) -> Path:

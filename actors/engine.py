@@ -191,7 +191,7 @@ class Session:
         Raises:
             ArtifactMismatchError: another base model, rank, target layers or optimizer.
         """
-        self._check_fits(state)
+        self.check_fits(state)
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(state.weights[name])
@@ -199,6 +199,22 @@ class Session:
         self.step, self.lineage = state.step, state.lineage
         self._open_window()
         return self._warnings(state)
+
+    def check_fits(self, state: SessionState) -> None:
+        """Raises what `load` would refuse it with, and changes nothing."""
+        mine = self._geometry()
+        if state.optimizer is None:
+            mine = mine | {"optimizer": state.geometry.get("optimizer")}
+        for part, ours in mine.items():
+            theirs = state.geometry.get(part)
+            if ours != theirs:
+                raise ArtifactMismatchError(
+                    f"the artifact's {part} differs: {_difference(theirs, ours)}. Nothing was"
+                    " loaded; create a client with the artifact's configuration",
+                    details={"part": part},
+                )
+        if any(list(t.shape) != mine["shapes"].get(n) for n, t in state.weights.items()):
+            raise ArtifactMismatchError("the artifact's tensors do not have their stated shapes")
 
     # --- inside ------------------------------------------------------------------------------
 
@@ -308,21 +324,6 @@ class Session:
             "torch": torch.__version__,
             "matmul": library(next(iter(self._parameters.values()))),
         }
-
-    def _check_fits(self, state: SessionState) -> None:
-        mine = self._geometry()
-        if state.optimizer is None:
-            mine = mine | {"optimizer": state.geometry.get("optimizer")}
-        for part, ours in mine.items():
-            theirs = state.geometry.get(part)
-            if ours != theirs:
-                raise ArtifactMismatchError(
-                    f"the artifact's {part} differs: {_difference(theirs, ours)}. Nothing was"
-                    " loaded; create a client with the artifact's configuration",
-                    details={"part": part},
-                )
-        if any(list(t.shape) != mine["shapes"].get(n) for n, t in state.weights.items()):
-            raise ArtifactMismatchError("the artifact's tensors do not have their stated shapes")
 
     def _warnings(self, state: SessionState) -> tuple[str, ...]:
         found = []

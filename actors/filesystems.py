@@ -146,6 +146,14 @@ def files_below(filesystem: Any, path: str) -> list[Any]:
     return [info for info in filesystem.get_file_info(selector) if info.is_file]
 
 
+def folders_in(filesystem: Any, path: str) -> list[str]:
+    """Names of the folders directly in a folder."""
+    from pyarrow.fs import FileSelector, FileType
+
+    found = filesystem.get_file_info(FileSelector(path, allow_not_found=True))
+    return [info.base_name for info in found if info.type == FileType.Directory]
+
+
 # --- errors --------------------------------------------------------------------------------------
 
 

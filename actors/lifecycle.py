@@ -7,6 +7,10 @@ that nothing reaches.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+
 from actors.artifacts import (
     Draft,
     check_deletable,
@@ -14,12 +18,13 @@ from actors.artifacts import (
     enter,
     fetch,
     remove,
+    unlocked,
     written,
 )
 from actors.audit_heads import keep_newest
 from actors.registry import Registry
-from actors.store import ArtifactStore
-from tg_tinker.errors import StorageError
+from actors.store import MANIFEST, ArtifactStore
+from tg_tinker.errors import IntegrityError, NotFoundError, StorageError
 from tg_tinker.types import ArtifactInfo
 
 NOT_REACHED = (
@@ -87,6 +92,40 @@ def reseal(registry: Registry, root: str, tenant: str, artifact_id: str) -> Arti
     keep_newest(registry, store, tenant)
     _remove_old(store, tenant, before)
     return info
+
+
+def readopt(
+    registry: Registry, store: ArtifactStore, tenant: str, artifact_id: str, whole: Iterable[str]
+) -> bool:
+    """Finds an artifact again that was resealed after the copy of the database was made.
+
+    The copy knows it under the name that it had before. Only a manifest counts that the holder of
+    its data key made, so nobody who writes to the store can put another in its place.
+
+    Args:
+        whole: names in the store of what has manifest and key.
+    """
+    keeper, before = registry.keeper(tenant), registry.stored_as(tenant, artifact_id)
+    for stored_as in _resealed(artifact_id, whole):
+        with suppress(IntegrityError, NotFoundError):
+            content = store.read(tenant, stored_as, MANIFEST)
+            wrapped = store.read_key(tenant, stored_as)
+            manifest, _ = unlocked(registry, store, keeper, artifact_id, content, wrapped)
+            if (again := registry.rewrapped(tenant, artifact_id, wrapped)) is not None:
+                store.write_key(tenant, stored_as, again)
+            size = len(content) + sum(file.size for file in manifest.files.values())
+            registry.finish_reseal(
+                tenant, artifact_id, before, stored_as, size, content,
+                registry.key_of(again or wrapped),
+            )  # fmt: skip
+            return True
+    return False
+
+
+def _resealed(artifact_id: str, whole: Iterable[str]) -> list[str]:
+    """Names that an artifact may have since it was resealed, the newest first."""
+    names = [name for name in whole if re.fullmatch(rf"{artifact_id}\.[1-9][0-9]{{0,8}}", name)]
+    return sorted(names, key=lambda name: -int(name.rpartition(".")[2]))
 
 
 def shred(registry: Registry, root: str, tenant: str, artifact_id: str) -> list[str]:

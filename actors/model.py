@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ from actors import attention
 from actors.batching import FlatStream, flatten
 from actors.losses import head_losses, token_losses
 from actors.matmul import use_fast_layers
+from actors.memory import check_conversion, stored_shapes
 from actors.slots import Layout
 from actors.stages import Stage, stage
 from tg_tinker.batch import Example
@@ -41,6 +44,7 @@ from tg_tinker.errors import InvalidRequestError, NotFoundError, StorageError, T
 from tg_tinker.text import read_tokenizer
 
 Progress = Callable[[str], None]
+CheckRoom = Callable[[Path, torch.dtype], None]
 Parameters = dict[str, torch.nn.Parameter]
 
 transformers.AttentionInterface.register(
@@ -96,23 +100,33 @@ class Base:
         cache: Path,
         dtype: str = "auto",
         progress: Progress = lambda message: None,
+        check_room: CheckRoom = lambda directory, dtype: None,
     ) -> Base:
         """Finds, converts where needed, loads and probes a model.
+
+        Args:
+            check_room: called with the safetensors directory before weights are loaded from it.
 
         Raises:
             NotFoundError: no such file or directory, or the hub has (or gives) no such model.
             InvalidRequestError: the files are damaged, or of an architecture that cannot train.
             StorageError: no room for the converted copy.
+            PlacementError: no memory to convert it.
         """
         with _explained(model_ref):
-            return cls._load(model_ref, cache, dtype, progress)
+            return cls._load(model_ref, cache, dtype, progress, check_room)
 
     @classmethod
-    def _load(cls, model_ref: str, cache: Path, dtype: str, progress: Progress) -> Base:
+    def _load(
+        cls, model_ref: str, cache: Path, dtype: str, progress: Progress, check_room: CheckRoom
+    ) -> Base:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         target = getattr(torch, compute_dtype(dtype))
         directory = _prepare(model_ref, target, cache, progress)
-        progress("loading the weights")
+        check_room(directory, target)
+        size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+        progress(f"loading the weights ({size / 1e9:.2g} GB)")
+        digest = _beside(_digest, directory)
         model = _from_directory(directory, target, attention.NAME).to(device)
         flat = _rows_are_separate(model)
         if not flat:
@@ -122,7 +136,7 @@ class Base:
         config = model.config.get_text_config()
         return cls(
             model=model.requires_grad_(False),
-            digest=_digest(directory),
+            digest=digest.result(),
             directory=directory,
             vocab_size=model.get_input_embeddings().num_embeddings,
             context_length=getattr(config, "max_position_embeddings", None) or 2**31,
@@ -311,7 +325,9 @@ def _prepare(model_ref: str, dtype: torch.dtype, cache: Path, progress: Progress
     name = str(dtype).removeprefix("torch.")
     target = cache / f"v{_CACHE_VERSION}-{identity[:32]}-{name}"
     if not target.exists():
-        progress(f"converting to {name} safetensors, once (about 30 s for 135M parameters)")
+        values = _stored_values(source)
+        check_conversion(values, dtype)
+        progress(f"converting {values / 1e6:,.0f} million parameters to {name} safetensors, once")
         _convert(source, dtype, target)
     return target
 
@@ -381,6 +397,14 @@ def _stored_dtypes(directory: Path) -> set[torch.dtype]:
     return {names.get(name, torch.float64) for name in found}
 
 
+def _stored_values(source: Path) -> int:
+    if source.is_dir():
+        return sum(map(math.prod, stored_shapes(source).values()))
+    from gguf import GGUFReader
+
+    return sum(int(tensor.n_elements) for tensor in GGUFReader(source).tensors)
+
+
 def _convert(source: Path, dtype: torch.dtype, target: Path) -> None:
     """Writes `target` whole or not at all: a directory of another name, renamed at the end."""
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -429,6 +453,15 @@ def _from_directory(directory: Path, dtype: torch.dtype, implementation: str | N
             raise
         # This architecture takes no foreign attention: the probe will find rows mixed.
         return AutoModelForCausalLM.from_pretrained(directory, **options).eval()
+
+
+def _beside(work: Callable[[Path], str], directory: Path) -> Future[str]:
+    """Runs `work` in a thread of its own: hashing takes no part of Python's lock."""
+    with_one = ThreadPoolExecutor(1)
+    try:
+        return with_one.submit(work, directory)
+    finally:
+        with_one.shutdown(wait=False)
 
 
 def _digest(directory: Path) -> str:

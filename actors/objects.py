@@ -85,6 +85,9 @@ class Objects(Protocol):
         such a name begins with a dot, and no other method takes it but `delete` and `delete_all`.
         """
 
+    def list_folders(self, folder: str) -> list[str]:
+        """Names of the folders directly in a folder; none if there is no such folder."""
+
     def delete(self, name: str) -> None:
         """Removes an object, or what a killed `put` left; none there is fine."""
 
@@ -133,6 +136,11 @@ class LocalFolder:
     def list_below(self, folder: str = "") -> list[ObjectInfo]:
         with _typed("list", folder or "its root"):
             return sorted(self._infos(self._path(folder) if folder else self._root))
+
+    def list_folders(self, folder: str) -> list[str]:
+        with _typed("list", folder), suppress(FileNotFoundError):
+            return sorted(one.name for one in self._path(folder).iterdir() if one.is_dir())
+        return []
 
     def delete(self, name: str) -> None:
         check_name(intended(name))

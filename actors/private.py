@@ -238,14 +238,17 @@ class PrivateSession(Session):
         Raises:
             LineageError: see `Lineage.refuse_unguarded`.
         """
-        state.lineage.refuse_unguarded(self.dp.allow_nonprivate_init)
-        self._check_fits(state)
+        self.check_fits(state)
         self.budget.link(state.lineage.ledgers)  # on record before any weight changes
         self._pending.total.wipe()
         warnings = super().load(state)
         if self.lineage.guarantee == "none":
             warnings += ("these weights have no privacy guarantee, and nor will this run's",)
         return warnings
+
+    def check_fits(self, state: SessionState) -> None:
+        state.lineage.refuse_unguarded(self.dp.allow_nonprivate_init)
+        super().check_fits(state)
 
     # --- inside ------------------------------------------------------------------------------
 

@@ -22,10 +22,15 @@ times slower. At 1,000 spins two share the cores without loss."""
 def harden() -> None:
     """No core file (it would hold keys and texts), private new files, threads that soon sleep."""
     os.umask(0o077)
-    for name, value in SPIN.items():
-        os.environ.setdefault(name, value)
+    spin_briefly()
     no_core_files()
     logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def spin_briefly() -> None:
+    """Sets `SPIN` where the user has not; without effect once torch is loaded."""
+    for name, value in SPIN.items():
+        os.environ.setdefault(name, value)
 
 
 def no_core_files() -> None:

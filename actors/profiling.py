@@ -6,19 +6,19 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from actors import home
-from actors.budget import Budget
-from actors.engine import Session
-from actors.model import Base, use_threads
-from actors.private import PrivateSession
-from actors.registry import Registry
-from actors.stages import Stage, measured
+from actors.process import spin_briefly
 from tg_tinker.batch import Example
 from tg_tinker.config import TrainingConfig
 from tg_tinker.databases import default_database
+
+if TYPE_CHECKING:
+    from actors.engine import Session
+    from actors.model import Base
 
 OTHER = "other"
 
@@ -34,6 +34,10 @@ def profile_steps(
     Raises:
         InvalidRequestError, NotFoundError: as `Base.load` and the session do.
     """
+    spin_briefly()  # first: the next lines load torch, which looks once
+    from actors.model import Base, use_threads
+    from actors.stages import Stage, measured
+
     use_threads(config.resources.num_threads)
     base = Base.load(config.model_ref, cache=cache, dtype=config.dtype, progress=progress)
     with tempfile.TemporaryDirectory() as scratch:
@@ -56,6 +60,11 @@ def _step(session: Session, batch: list[Example]) -> None:
 
 
 def _session(base: Base, config: TrainingConfig, place: Path) -> Session:
+    from actors.budget import Budget
+    from actors.engine import Session
+    from actors.private import PrivateSession
+    from actors.registry import Registry
+
     if not config.private:
         return Session(base, config)
     home.create(place)

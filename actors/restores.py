@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from actors.audit_heads import keep_in, unknown_in
-from actors.ledger_heads import meet
+from actors.audit_heads import keep_in, meet, unknown_in
+from actors.ledger_heads import meet as meet_ledger
+from actors.lifecycle import readopt
 from actors.registry import Registry
-from actors.store import ArtifactStore
+from actors.store import ArtifactStore, ledger_in, place_in
 from tg_tinker.audit_files import read_head
-from tg_tinker.audit_log import AuditHead
-from tg_tinker.errors import IntegrityError
+from tg_tinker.errors import IntegrityError, NotFoundError, StorageError
+from tg_tinker.ledger import parse_place
 from tg_tinker.ledger_files import KeptHead
 from tg_tinker.types import RegistryAcceptance, RegistryCheck
 
@@ -25,13 +26,18 @@ def check(registry: Registry, root: str, tenant: str, home: Path) -> RegistryChe
         StorageError: the store does not answer.
     """
     store = ArtifactStore(root)
-    missing, foreign = registry.judge_heads(tenant, _unknown(registry, store, tenant, home))
-    found = len(store.audit_heads(tenant)) + len(_kept(home, tenant))
+    unknown = unknown_in(registry, store, tenant)
+    kept, damaged = _kept(home, tenant)
+    missing, others = registry.judge_heads(tenant, unknown | kept)
+    known = [place_in(name) for name in store.audit_heads(tenant) if name not in unknown]
+    stored = {*known}.difference(registry.missed_rows(tenant, known))
     return RegistryCheck(
         rows=registry.audit_head(tenant).seq,
-        heads=found - len(missing) - len(foreign),
+        stored=max((parse_place(place)[0] for place in stored), default=0),
+        heads=len(known) + len(kept.keys() - missing.keys() - others.keys()),
         missing={name: head.seq for name, head in missing.items()},
-        foreign=foreign,
+        foreign={name: why for name, why in others.items() if name not in kept},
+        damaged=damaged | {name: why for name, why in others.items() if name in kept},
         ledgers=_ledgers(registry, store, tenant, home),
         accepted=tuple(registry.accepting_rows(tenant)),
     )
@@ -40,35 +46,50 @@ def check(registry: Registry, root: str, tenant: str, home: Path) -> RegistryChe
 def accept(registry: Registry, root: str, tenant: str, home: Path) -> RegistryAcceptance:
     """Goes on from a database that has lost what heads in the store and the home are of.
 
+    Broken off anywhere, the next call finishes it.
+
     Raises:
-        StorageError: the store does not answer; nothing was accepted, or the next head tells it.
+        StorageError: the store does not answer. Either nothing was accepted, or, as the message
+            then says, the row is written and the store has no head of it yet.
     """
     store = ArtifactStore(root)
-    missing, _ = registry.judge_heads(tenant, _unknown(registry, store, tenant, home))
-    whole = store.whole(tenant)
+    lines = unknown_in(registry, store, tenant) | _kept(home, tenant)[0]
+    missing, _ = registry.judge_heads(tenant, lines)
     row = registry.accept_heads(tenant, [head.line() for head in missing.values()])
-    if row:
-        keep_in(store, registry.audit_head(tenant))  # the newest copy would not go on unnoticed
-    here: dict[bool, list[str]] = {True: [], False: []}
-    for owner, artifact_id, stored_as in registry.all_artifacts():
-        if owner == tenant:
-            here[stored_as in whole].append(artifact_id)
-    return RegistryAcceptance(row, tuple(here[True]), tuple(here[False]))
-
-
-def _unknown(registry: Registry, store: ArtifactStore, tenant: str, home: Path) -> dict[str, str]:
-    """What may be heads that the log does not know, from the store and the home, by name."""
-    return unknown_in(registry, store, tenant) | {
-        name: line
-        for name, line in _kept(home, tenant).items()
-        if registry.unknown_rows(tenant, [AuditHead.parse(line).place])
+    if registry.accepting_rows(tenant):
+        _keep_acceptance(registry, store, tenant)
+    meet(registry, store, tenant)
+    whole = store.whole(tenant)
+    known = [one for owner, *one in registry.all_artifacts() if owner == tenant]
+    there = {
+        artifact_id: name in whole or readopt(registry, store, tenant, artifact_id, whole)
+        for artifact_id, name in known
     }
+    openable = tuple(one for one, found in there.items() if found)
+    return RegistryAcceptance(row, openable, tuple(one for one in there if one not in openable))
 
 
-def _kept(home: Path, tenant: str) -> dict[str, str]:
-    """The head that the home keeps, if any."""
+def _keep_acceptance(registry: Registry, store: ArtifactStore, tenant: str) -> None:
+    """The newest copy, if it is found after all, would else go on unnoticed."""
+    try:
+        keep_in(store, registry.audit_head(tenant))
+    except StorageError as error:
+        raise StorageError(
+            "the acceptance is in the audit log, and the store did not take its head: repeat the"
+            f" call. {error.message}",
+            details=error.details,
+        ) from None
+
+
+def _kept(home: Path, tenant: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The head that the home keeps, by its path; or why it is none."""
     path = home / f"audit-head-{tenant}"
-    return {str(path): read_head(path).line()} if path.exists() else {}
+    if not path.exists():
+        return {}, {}
+    try:
+        return {str(path): read_head(path).line()}, {}
+    except (IntegrityError, NotFoundError) as error:
+        return {}, {str(path): error.message}
 
 
 def _ledgers(registry: Registry, store: ArtifactStore, tenant: str, home: Path) -> dict[str, str]:
@@ -76,10 +97,12 @@ def _ledgers(registry: Registry, store: ArtifactStore, tenant: str, home: Path) 
     for dataset in registry.dataset_ids(tenant):
         known.add(registry.ledger_name(tenant, dataset))
         try:
-            meet(registry, store.root, tenant, dataset, KeptHead(home, tenant, dataset).lines)
+            meet_ledger(
+                registry, store.root, tenant, dataset, KeptHead(home, tenant, dataset).lines
+            )
         except IntegrityError as error:
             problems[dataset] = error.message
-    others = [name for name in store.all_ledger_heads(tenant) if name.split("/")[3] not in known]
+    others = [name for name in store.all_ledger_heads(tenant) if ledger_in(name) not in known]
     for lost in registry.lost_ledgers(tenant, [store.read_head(name) for name in others]):
         problems[lost] = (
             "it is of a data set that this registry has lost: `tg-tinker privacy book-missing` and"

@@ -13,6 +13,8 @@ import ray
 
 from actors.process import forget_keyrings, harden, reply_of
 from actors.store import ArtifactStore
+from tg_tinker.cluster import ask
+from tg_tinker.errors import ActorLostError, ClusterUnavailableError, StorageError
 from tg_tinker.wire import Reply
 
 if TYPE_CHECKING:
@@ -72,11 +74,14 @@ def writer(namespace: str, root: str) -> Any:
     myself = ray.get_runtime_context().current_actor
 
     def write(store: ArtifactStore, draft: Draft) -> None:
-        written: Reply = ray.get(
-            actor.write.remote(
-                root, draft.tenant, draft.artifact_id, draft.names, draft.wrapped_key, myself
-            )
-        )
+        arguments = root, draft.tenant, draft.artifact_id, draft.names, draft.wrapped_key, myself
+        try:
+            written: Reply = ask(actor.write, *arguments)
+        except (ActorLostError, ClusterUnavailableError):  # neither is what this run's caller lost
+            raise StorageError(
+                "the storage actor was lost while it wrote, or is on its way back: nothing was"
+                " saved; save again"
+            ) from None
         written.unwrap()
 
     return write

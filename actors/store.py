@@ -20,9 +20,10 @@ from actors.cloud import Bucket
 from actors.filesystems import RetryPolicy
 from actors.objects import Content, LocalFolder, Objects, intended
 from tg_tinker.errors import IntegrityError, InvalidRequestError, NotFoundError, StorageError
-from tg_tinker.location import check_component, parse
+from tg_tinker.location import check_component, is_component, parse
 
 MANIFEST = "manifest.json"
+_TENANTS = "t"
 
 MOST = 16 * 2**20
 """Bytes of a manifest, a wrapped key or a head. The longest of ours, a head with all entries of a
@@ -107,10 +108,16 @@ class ArtifactStore:
     def read_key(self, tenant: str, artifact_id: str) -> bytes:
         return self._read(_key_name(tenant, artifact_id), artifact_id)
 
+    def tenants(self) -> list[str]:
+        """Those that have, or had, anything here."""
+        return [name for name in self.objects.list_folders(_TENANTS) if is_component(name)]
+
     def whole(self, tenant: str) -> set[str]:
-        """Names of all artifacts whose manifest is there."""
+        """Names of all artifacts whose manifest and wrapped key are there."""
         names = (info.name.split("/") for info in self.objects.list_below(_artifacts(tenant)))
-        return {parts[-2] for parts in names if parts[-1] == MANIFEST}
+        manifests = {parts[-2] for parts in names if parts[-1] == MANIFEST}
+        keys = (info.name.rpartition("/")[2] for info in self.objects.list_below(_keys(tenant)))
+        return manifests & {name.removesuffix(".json") for name in keys}
 
     def holds(self, tenant: str, artifact_id: str) -> bool:
         """Whether there is any file of an artifact, or its wrapped key."""
@@ -147,7 +154,7 @@ class ArtifactStore:
         return self._whole_below(_ledger(tenant, ledger))
 
     def all_ledger_heads(self, tenant: str) -> list[str]:
-        """The same of all ledgers; their pseudonym is the fourth part of a name."""
+        """The same of all ledgers: see `ledger_in`."""
         return self._whole_below(_ledgers(tenant))
 
     def read_head(self, name: str) -> str:
@@ -213,8 +220,13 @@ def place_in(name: str) -> str:
     return name.rpartition("/")[2].removesuffix(".json")
 
 
+def ledger_in(name: str) -> str:
+    """The pseudonym of the ledger that the name of a head's object states."""
+    return name.split("/")[3]
+
+
 def _artifacts(tenant: str) -> str:
-    return f"t/{check_component(tenant)}/a"
+    return f"{_TENANTS}/{check_component(tenant)}/a"
 
 
 def _folder(tenant: str, artifact_id: str) -> str:
@@ -222,16 +234,20 @@ def _folder(tenant: str, artifact_id: str) -> str:
 
 
 def _audit(tenant: str) -> str:
-    return f"t/{check_component(tenant)}/audit"
+    return f"{_TENANTS}/{check_component(tenant)}/audit"
 
 
 def _ledgers(tenant: str) -> str:
-    return f"t/{check_component(tenant)}/ledgers"
+    return f"{_TENANTS}/{check_component(tenant)}/ledgers"
 
 
 def _ledger(tenant: str, ledger: str) -> str:
     return f"{_ledgers(tenant)}/{check_component(ledger)}"
 
 
+def _keys(tenant: str) -> str:
+    return f"{_TENANTS}/{check_component(tenant)}/keys"
+
+
 def _key_name(tenant: str, artifact_id: str) -> str:
-    return f"t/{check_component(tenant)}/keys/{check_component(artifact_id)}.json"
+    return f"{_keys(tenant)}/{check_component(artifact_id)}.json"

@@ -13,6 +13,7 @@ from actors.audit_log import SDK, AuditLog
 from tg_tinker.audit_log import ACCEPT, AuditHead
 from tg_tinker.envelope import public_key_of
 from tg_tinker.errors import AccessDeniedError, IntegrityError, RollbackError
+from tg_tinker.ledger import place_of
 
 
 class StoreChecks(AuditLog):
@@ -21,15 +22,16 @@ class StoreChecks(AuditLog):
     def __init__(self, database: str) -> None:
         super().__init__(database)
         # In memory, on purpose: a database that is put back under a new process is held anew.
-        self._met: dict[tuple[str, str], str] = {}  # where the log ended when it was last asked
+        self._met: set[tuple[str, str]] = set()
 
     def met(self, tenant: str, store: str) -> bool:
-        """Whether this process has met a store, and the log has lost nothing since."""
-        seen = self._met.get((tenant, store))
-        if seen is None or self.unknown_rows(tenant, [seen]):
+        """Whether this process has met a store, and the log has lost nothing that it saw of it."""
+        reached = self._reached.get(tenant)
+        if reached is None or self.unknown_rows(tenant, [place_of(*reached)]):
+            self._met = {one for one in self._met if one[0] != tenant}
             return False
-        self._met[tenant, store] = self.audit_head(tenant).place
-        return True
+        self._reached[tenant] = max(reached, self._end(tenant))  # another process may have gone on
+        return (tenant, store) in self._met
 
     def meet_store(
         self, tenant: str, store: str, lines: Mapping[str, str], who: str = SDK
@@ -49,10 +51,11 @@ class StoreChecks(AuditLog):
         """
         with self._refusals_noted(tenant, who, "registry.check", ""):
             missing, others = self.judge_heads(tenant, lines)
-            end = self.audit_head(tenant)
+            end = self._end(tenant)
             if missing:
-                raise _rolled_back(*max(missing.items(), key=lambda item: item[1].seq), end)
-        self._met[tenant, store] = end.place
+                raise _rolled_back(*max(missing.items(), key=lambda item: item[1].seq), end[0])
+        self._reached[tenant] = end
+        self._met.add((tenant, store))
         return others
 
     def judge_heads(
@@ -60,10 +63,10 @@ class StoreChecks(AuditLog):
     ) -> tuple[dict[str, AuditHead], dict[str, str]]:
         """Of objects by name: heads of this log that it does not go through, and why others are
         no heads of it."""
-        heads, others = {}, {}
+        heads, others, key = {}, {}, public_key_of(self._signing_key)
         for name, line in lines.items():
             try:
-                heads[name] = self._own_head(tenant, line)
+                heads[name] = AuditHead.authentic(line, tenant, key)
             except IntegrityError as error:
                 others[name] = error.message
         places = [head.place for head in heads.values()]
@@ -80,13 +83,12 @@ class StoreChecks(AuditLog):
             IntegrityError: one is no head of this log.
         """
         with self._refusals_noted(tenant, SDK, ACCEPT, ""):
-            places = {self._own_head(tenant, line).place for line in lines}
-            unknown = sorted(self.unknown_rows(tenant, [*places]))
-            if not unknown:
+            key = public_key_of(self._signing_key)
+            places = {AuditHead.authentic(line, tenant, key).place for line in lines}
+            if not (unknown := self.unknown_rows(tenant, [*places])):
                 return 0
             with self._change() as tx:
-                self._note(tx, tenant, SDK, ACCEPT, "", {"heads": " ".join(unknown)})
-        return self.audit_head(tenant).seq
+                return self._note_acceptance(tx, tenant, unknown)
 
     def _refuse_unmet(self, tenant: str, store: str) -> None:
         """Where a data key is handed out, so that nobody can forget to ask."""
@@ -96,22 +98,15 @@ class StoreChecks(AuditLog):
                 " its database changed meanwhile: repeat the call"
             )
 
-    def _own_head(self, tenant: str, line: str) -> AuditHead:
-        """Raises IntegrityError for what is no head of this log, signed here."""
-        head = AuditHead.parse(line)
-        head.check(public_key_of(self._signing_key))
-        if head.tenant != tenant:
-            raise IntegrityError("it is of another tenant's log")
-        return head
 
-
-def _rolled_back(name: str, head: AuditHead, end: AuditHead) -> RollbackError:
-    where = "it has another row there" if head.seq <= end.seq else f"it ends at row {end.seq}"
+def _rolled_back(name: str, head: AuditHead, end: int) -> RollbackError:
+    where = "it has another row there" if head.seq <= end else f"it ends at row {end}"
     return RollbackError(
-        f"the store has a head of row {head.seq} of the audit log, {name}, that this registry does"
-        f" not know, {where}: its database is an older copy, or another one was in use meanwhile."
+        f"the store has a head of row {head.seq} of the audit log of tenant {head.tenant}, {name},"
+        f" that this registry does not know, {where}: its database is an older copy, or another"
+        " one was in use meanwhile."
         " Nothing was opened or changed. Put the newest copy of the database back; if it is lost,"
         " `tg-tinker registry check` tells what is missing, and `tg-tinker registry accept` goes"
         " on without it",
-        details={"object": name, "row": head.seq, "last_row": end.seq},
+        details={"object": name, "row": head.seq, "last_row": end},
     )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from actors import spare
 from actors.calls import Calls
 from actors.process import forget_keyrings, harden, reply_of
 from tg_tinker.cluster import ActorInfo, RemoteRegistry
@@ -195,6 +196,7 @@ class TrainingActor:
 
     def _load(self) -> Any:
         self._progress = "importing torch and transformers"
+        spare.imported()
         from actors.home import MODELS
         from actors.storage_actor import writer
         from actors.worker import Place, Worker
@@ -218,6 +220,7 @@ class TrainingActor:
             self._used = time.monotonic()
             threading.Thread(target=self._park_when_idle, args=(after_s,), daemon=True).start()
         self._set_progress("ready")
+        threading.Thread(target=spare.leave_spare, daemon=True).start()
         return info
 
     def _park_when_idle(self, after_s: float) -> None:
@@ -275,4 +278,5 @@ def start(
         lifetime="detached",
         num_cpus=num_cpus,
         num_gpus=num_gpus,
+        runtime_env=spare.ENVIRONMENT,
     ).remote(namespace, tenant, run_id, epoch, config, store, home, registry, capability, resume)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from actors.artifacts import delete, fetch
-from actors.audit_heads import keep_newest, meet
+from actors.audit_heads import keep_newest, meet, meet_all
 from actors.registry import Registry
 from actors.state import from_files
 from actors.store import ArtifactStore
@@ -72,7 +72,7 @@ def rotate(registry: Registry, root: str, tenant: str) -> str:
         RollbackError, StorageError: see `audit_heads.meet`; nothing was changed.
     """
     store = ArtifactStore(root)
-    _meet_all(registry, store)
+    meet_all(registry, store)
     key_id = registry.rotate_key(tenant)
     keep_newest(registry, store, tenant)
     return key_id
@@ -91,7 +91,7 @@ def rewrap(registry: Registry, root: str) -> Iterator[tuple[str, str]]:
             files in the place of new ones. Nothing was changed.
     """
     store = ArtifactStore(root)
-    _meet_all(registry, store)
+    meet_all(registry, store)
     yield from registry.rewrap_unit_keys().items()
     for tenant, artifact_id, stored_as in registry.all_artifacts():
         try:
@@ -104,11 +104,6 @@ def rewrap(registry: Registry, root: str) -> Iterator[tuple[str, str]]:
             yield artifact_id, error.message
         else:
             yield artifact_id, ""
-
-
-def _meet_all(registry: Registry, store: ArtifactStore) -> None:
-    for tenant in registry.logged_tenants():
-        meet(registry, store, tenant)
 
 
 def uses(registry: Registry, root: str) -> KeyUses:
@@ -145,8 +140,7 @@ def retire(registry: Registry, root: str, tenant: str, key_id: str) -> None:
             need it.
     """
     store = ArtifactStore(root)
-    for one in {tenant, *registry.logged_tenants()}:
-        meet(registry, store, one)
+    meet_all(registry, store)
     wrapped, unreadable = _wrapped_under(registry, root)
     if unreadable:  # the backup of such a file may need the very key
         raise IntegrityError(
@@ -155,3 +149,4 @@ def retire(registry: Registry, root: str, tenant: str, key_id: str) -> None:
             " delete these artifacts; nothing was changed"
         )
     registry.retire_key(tenant, key_id, wrapped)
+    keep_newest(registry, store, tenant)

@@ -12,17 +12,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from actors.artifacts import Draft, Write, fetch, publish, write
-from actors.audit_heads import meet
+from actors.audit_heads import keep_newest, meet
 from actors.budget import Budget
 from actors.capabilities import Capability
 from actors.checkpoints import Schedule, prune
 from actors.engine import Session
 from actors.imports import imported
 from actors.ledger_heads import HeadKeeper
+from actors.memory import check_room
 from actors.model import Base, Progress, compute_dtype, use_threads
 from actors.private import PrivateSession
 from actors.registry import Registry
@@ -89,6 +91,7 @@ class Worker:
         self._registry = registry
         self._store = ArtifactStore(place.store)
         meet(registry, self._store, place.tenant, self._who)  # else it would find out at a save
+        keep_newest(registry, self._store, place.tenant)  # an older database would not know it
         self._threads = use_threads(config.resources.num_threads)
         self._budget: Budget | None = None
         self.heads: HeadKeeper | None = None
@@ -102,8 +105,9 @@ class Worker:
             self._budget = Budget.planned(*where, config, dtype)
             self._budget.heads = self.heads
         base = Base.load(
-            config.model_ref, cache=place.model_cache, dtype=config.dtype, progress=progress
-        )
+            config.model_ref, cache=place.model_cache, dtype=config.dtype, progress=progress,
+            check_room=partial(check_room, config),
+        )  # fmt: skip
         self._snapshots: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._changing = threading.Lock()  # held while weights change or are copied
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="saving")  # in the order of calls
@@ -356,8 +360,10 @@ class Worker:
         """Takes over an adapter from elsewhere, as PEFT's files; see `imported` for refusals."""
         check_cancelled()
         state = imported(config, weights, self.session.live_state(include_optimizer=False))
-        self._take_over(state)  # first: where it refuses, nothing was imported
+        self.session.check_fits(state)  # what is refused was not imported
+        # Before a weight changes: an import that cannot be noted does not happen.
         self._registry.record_import(self._place.tenant, self._who, self._place.run_id)
+        self._take_over(state)
 
     # --- inside ------------------------------------------------------------------------------
 

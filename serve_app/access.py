@@ -12,9 +12,12 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
+from actors.audit_heads import meet
 from actors.audit_log import ANYONE
 from actors.registry import Registry
+from actors.store import ArtifactStore
 from tg_tinker.errors import AccessDeniedError, InvalidRequestError, QueueFullError
+from tg_tinker.types import ApiKeyInfo
 
 OPEN = "open"
 """Id of the key that nobody needs."""
@@ -71,10 +74,15 @@ def _refuse_rebinding(host: str) -> None:
 
 
 class Access:
-    """The keys of all tenants, as one server sees them."""
+    """The keys of all tenants, as one server sees them.
 
-    def __init__(self, registry: Registry, options: HttpOptions) -> None:
-        self._registry, self._options = registry, options
+    Args:
+        store: root of the artifact store, whose heads tell whether the registry is an older copy:
+            there a key that was revoked since would live again.
+    """
+
+    def __init__(self, registry: Registry, options: HttpOptions, store: str) -> None:
+        self._registry, self._options, self._store = registry, options, ArtifactStore(store)
         self._pool = ThreadPoolExecutor(8, thread_name_prefix="access")  # waits for nothing else
         self._known: dict[str, tuple[float, Caller]] = {}
         self._at_once: Counter[str] = Counter()
@@ -85,6 +93,7 @@ class Access:
 
         Raises:
             AccessDeniedError: no key, or one that opens nothing.
+            RollbackError, StorageError: see `audit_heads.meet`.
         """
         if self._options.open and not await self._has_keys():
             _refuse_rebinding(request.headers.get("host", ""))
@@ -98,8 +107,7 @@ class Access:
         until, caller = self._known.get(token, (0.0, None))
         if caller is None or until < time.monotonic():
             self._known.pop(token, None)
-            check = self._registry.check_api_key, token, self._options.tenant
-            tenant, info = await self._in_thread(*check)
+            tenant, info = await self._in_thread(self._checked, token)
             caller = Caller(tenant, info.key_id, info.models)
             self._known[token] = time.monotonic() + _KNOWN_S, caller
         return caller
@@ -129,10 +137,18 @@ class Access:
     def leave(self, caller: Caller) -> None:
         self._at_once[caller.key_id] -= 1
 
+    def _checked(self, token: str) -> tuple[str, ApiKeyInfo]:
+        tenant, info = self._registry.check_api_key(token, self._options.tenant)
+        meet(self._registry, self._store, tenant, f"api-key {info.key_id}")
+        return tenant, info
+
+    def _key_made(self) -> bool:
+        meet(self._registry, self._store, self._options.tenant, ANYONE)
+        return self._registry.wants_api_keys(self._options.tenant)
+
     async def _has_keys(self) -> bool:
         """Whether the tenant has made a key since the server started open."""
         if self._keys_known_until < time.monotonic():
-            ask = self._registry.wants_api_keys, self._options.tenant
-            self._keys_exist = await self._in_thread(*ask)
+            self._keys_exist = await self._in_thread(self._key_made)
             self._keys_known_until = time.monotonic() + _KNOWN_S
         return self._keys_exist

@@ -8,6 +8,7 @@ OpenAI's `/v1/completions`, `/v1/chat/completions` and `/v1/models`, our own `/v
 # strings here (no `from __future__ import annotations`), and nothing is defined after the class.
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -50,7 +51,7 @@ BODY_S = 10.0
 """How long a body may take to arrive."""
 
 WAIT_S, POLL_S, MOST_WAITING = 10.0, 0.2, 32
-"""How long `RUN@>=STEP` waits for its step, how often it looks, how many wait at a time."""
+"""How long `RUN@>=STEP` waits for its step, how often it looks, how many of a tenant wait."""
 
 _Body = TypeVar("_Body", CompletionBody, ChatBody, SampleBody)
 
@@ -68,9 +69,9 @@ class HttpReplica(Replica):
         forget_keyrings()
         super().__init__(*arguments)
         self._options = options
-        self._access = Access(self.registry.typed, options)
+        self._access = Access(self.registry.typed, options, self.sources.store)
         self._lookups = ThreadPoolExecutor(8, thread_name_prefix="lookup")
-        self._waiting = 0
+        self._waiting: Counter[str] = Counter()  # by tenant: one fills no other's places
 
     # --- routes ------------------------------------------------------------------------------
 
@@ -195,15 +196,15 @@ class HttpReplica(Replica):
                 except VersionGoneError as gone:
                     if not gone.details.get("later") or time.monotonic() > deadline:
                         raise
-                if not waits and self._waiting >= MOST_WAITING:
+                if not waits and self._waiting[caller.tenant] >= MOST_WAITING:
                     raise QueueFullError(
                         f"{MOST_WAITING} requests wait for steps to come already: ask again later"
                     )
-                self._waiting += not waits
+                self._waiting[caller.tenant] += not waits
                 waits = True
                 await asyncio.sleep(POLL_S)
         finally:
-            self._waiting -= waits
+            self._waiting[caller.tenant] -= waits
 
     async def _followed(
         self, caller: Caller, running: Running

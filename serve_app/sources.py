@@ -52,7 +52,7 @@ class Sources:
         self, registry: Registry, key: bytes, namespace: str, store: str, model_ref: str
     ) -> None:
         self._registry, self._key, self._namespace = registry, key, namespace
-        self._store, self._model_ref = store, model_ref
+        self.store, self._model_ref = store, model_ref
 
     def of_snapshot(self, reference: SnapshotRef) -> Source:
         """What a training client has taken."""
@@ -136,7 +136,7 @@ class Sources:
         lora = TrainingConfig.model_validate_json(stored).lora_config
 
         def get() -> Snapshot:
-            store = ArtifactStore(self._store)
+            store = ArtifactStore(self.store)
             reader = self._registry.reader(tenant, who)
             files = fetch(self._registry, store, reader, artifact_id)
             return of_state(artifact_id, from_files(files).state, lora)

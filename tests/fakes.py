@@ -439,7 +439,7 @@ class FakeService(ServiceClient):
     def get_artifact(self, artifact_id: str) -> ArtifactInfo:
         return self.artifact(artifact_id)
 
-    def delete_artifact(self, artifact_id: str) -> None:
+    def delete_artifact(self, artifact_id: str, *, lost: bool = False) -> None:
         del self.artifacts[self.artifact(artifact_id).artifact_id]
 
     def export_adapter(self, artifact_id: str, path: Any) -> Path:

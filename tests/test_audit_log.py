@@ -660,6 +660,11 @@ def test_verification_says_since_which_head(service: LocalService, place: Path) 
     assert kept_by(service) in ([first, second], [second, first])
 
 
+def test_a_head_is_known_also_where_no_row_followed_it(service: LocalService) -> None:
+    first = service.verify_audit_log()
+    assert service.verify_audit_log().since == first
+
+
 def kept_by(service: LocalService) -> list[AuditHead]:
     public_key = (service._home / "audit.pub").read_bytes()
     return audit_heads.kept(service._store, US, public_key)

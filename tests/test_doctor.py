@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from actors import doctor
+from actors import doctor, doctor_cluster, doctor_nodes
 from actors.doctor import OK, PROBLEM, SCARCE, TOO_LITTLE, WARNING, Finding, examine
 from actors.home import DATABASE, KEYRING, create
 from actors.keys import FileKeyring, new_text
@@ -24,10 +24,11 @@ from actors.objects import LocalFolder
 from actors.registry import Registry
 from actors.signing import PUBLIC_KEY, SIGNING_KEY
 from tests.storage_servers import s3_store
+from tests.test_node import certificates
 from tg_tinker.cli import main
 from tg_tinker.config import TrainingConfig
 from tg_tinker.databases import default_database
-from tg_tinker.errors import StorageError
+from tg_tinker.errors import ClusterUnavailableError, StorageError
 from tg_tinker.keyrings import SETTING
 
 VARIABLE = "CLINIC_KEYS"
@@ -38,8 +39,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     create(tmp_path / "home")
     monkeypatch.setenv("TG_TINKER_HOME", str(tmp_path / "home"))
     monkeypatch.delenv(SETTING, raising=False)
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_USE_TLS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
     # Of this machine the tests want to know nothing.
     monkeypatch.setattr(doctor, "running_cluster", lambda: None)
+    monkeypatch.setattr(doctor_cluster, "_outside", lambda proc: set())
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=SCARCE))
     return tmp_path / "home"
 
@@ -57,7 +62,7 @@ def found(
     home: Path, keyring: str | None = None, store: str | None = None, proc: Path = Path("/proc")
 ) -> dict[str, Finding]:
     findings = [*examine(home, keyring or str(home / KEYRING), store or str(home / "store"), proc)]
-    assert len({finding.check for finding in findings}) == len(findings) == 11
+    assert len({finding.check for finding in findings}) == len(findings) == 17
     assert {finding.status for finding in findings} <= {OK, WARNING, PROBLEM}
     assert all(finding.message for finding in findings)
     return {finding.check: finding for finding in findings}
@@ -361,6 +366,121 @@ def test_usage_statistics_that_may_leave_are_a_warning(
     assert found(home)["usage statistics"].status == status
 
 
+# --- a cluster on this machine --------------------------------------------------------------------
+
+
+def test_several_tenants_in_one_registry_are_told_what_a_tenant_is(home: Path) -> None:
+    assert found(home)["tenants"].status == OK
+    registry = Registry(default_database(home), home / KEYRING)
+    for tenant in ("north", "south"):
+        registry.create_run(tenant, json.dumps({"model_ref": "m"}))
+    finding = found(home)["tenants"]
+    assert finding.status == WARNING
+    assert finding.message.startswith("2 in this registry")
+    assert "whoever runs programs on the cluster reads the data of all" in finding.message
+
+
+@pytest.mark.parametrize(
+    ("mode", "status"), [(None, OK), (0o600, OK), (0o640, PROBLEM), (0o604, PROBLEM)]
+)
+def test_a_token_that_others_may_read_is_a_problem(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int | None, status: str
+) -> None:
+    elsewhere = tmp_path / "token"
+    for path in (tmp_path / "user/.ray/auth_token", elsewhere):
+        if mode is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("hunter2")
+            path.chmod(mode)
+        finding = found(home)["token"]
+        assert finding.status == status
+        assert str(path) in finding.message
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(elsewhere))
+
+
+def test_a_token_in_the_environment_is_a_warning_and_is_not_shown(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "hunter2")
+    finding = found(home)["token"]
+    assert finding.status == WARNING
+    assert "hunter2" not in finding.message
+
+
+def test_tls_files_must_be_there_fit_be_closed_and_be_good_for_a_while(tmp_path: Path) -> None:
+    assert doctor_cluster._tls({}).status == OK
+    for days, status in ((90, OK), (13, WARNING), (-1, PROBLEM)):
+        environment = certificates(tmp_path, days)
+        assert doctor_cluster._tls(environment).status == status
+    environment = certificates(tmp_path)
+    (tmp_path / "key.pem").chmod(0o640)
+    assert "0640" in doctor_cluster._tls(environment).message
+    other = tmp_path / "other"
+    other.mkdir()
+    foreign = environment | {"RAY_TLS_SERVER_KEY": certificates(other)["RAY_TLS_SERVER_KEY"]}
+    (tmp_path / "key.pem").unlink()
+    for wrong in (foreign, environment, environment | {"RAY_TLS_CA_CERT": ""}):
+        assert doctor_cluster._tls(wrong).status == PROBLEM
+
+
+ADDRESSES = {
+    "loopback": ("tcp", "0100007F"), "loopback of 6": ("tcp6", f"{'0' * 24}01000000"),
+    "all": ("tcp", "00000000"), "all of 6": ("tcp6", "0" * 32), "own": ("tcp", "0302000A"),
+}  # fmt: skip
+
+
+def listening(proc: Path, program: str, address: str, mode: str, state: str = "0A") -> None:
+    """A process of Ray that listens there, as the kernel shows it."""
+    (proc / "41/fd").mkdir(parents=True)
+    (proc / "net").mkdir()
+    (proc / "41/cmdline").write_bytes(f"/ray/{program}\0--x".encode())
+    (proc / "41/environ").write_bytes(f"A=1\0RAY_AUTH_MODE={mode}\0".encode())
+    (proc / "41/fd/7").symlink_to("socket:[4711]")
+    (proc / "42").mkdir()  # another user's, say
+    file, where = ADDRESSES[address]
+    row = f"0: {where}:18EB 0:0 {state} 0:0 00:0 0 1000 0 4711 1 0 100 0 0 10 0"
+    (proc / "net" / file).write_text(f"  sl  local_address ...\n{row}\n")
+
+
+@pytest.mark.parametrize("program", ["gcs_server", "raylet", "dashboard.py"])
+@pytest.mark.parametrize("address", ADDRESSES)
+@pytest.mark.parametrize("mode", ["token", "Token", "disabled", ""])
+def test_what_listens_beyond_this_machine_without_a_token_is_a_problem(
+    proc: Path, program: str, address: str, mode: str
+) -> None:
+    listening(proc, program, address, mode)
+    finding = doctor_cluster._exposure(proc)
+    if "loopback" in address:
+        assert finding.status == OK
+    elif mode.lower() != "token":
+        assert finding.status == PROBLEM
+        assert program.partition("_")[0].removesuffix(".py") in finding.message.lower()
+    else:  # the dashboard takes its token in clear
+        assert finding.status == (WARNING if program == "dashboard.py" else OK)
+
+
+@pytest.mark.parametrize(("program", "state"), [("python", "0A"), ("raylet", "01")])
+def test_other_programs_and_sockets_that_do_not_listen_are_left_alone(
+    proc: Path, program: str, state: str
+) -> None:
+    listening(proc, program, "all", "", state)
+    assert doctor_cluster._exposure(proc).status == OK
+
+
+def test_a_cluster_that_cannot_be_joined_is_not_called_alike(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise ClusterUnavailableError("this cluster wants another token")
+
+    monkeypatch.setattr(doctor, "running_cluster", lambda: "host:1")
+    monkeypatch.setattr(doctor_nodes, "Cluster", refuse)
+    checks = found(home)
+    for name in ("versions", "clocks"):
+        assert checks[name].status == WARNING
+        assert "another token" in checks[name].message
+
+
 # --- the command ---------------------------------------------------------------------------------
 
 
@@ -380,7 +500,7 @@ def test_warnings_end_with_0_and_a_problem_with_1(home: Path) -> None:
 
 def test_json_holds_the_same(home: Path) -> None:
     listed = json.loads(call("--json").stdout)
-    assert [set(one) for one in listed] == [{"check", "status", "message"}] * 11
+    assert [set(one) for one in listed] == [{"check", "status", "message"}] * 17
     (home / DATABASE).chmod(0o644)
     (home / SIGNING_KEY).unlink()
     found = call("--json")
@@ -409,6 +529,7 @@ def test_a_keyring_that_names_nothing_is_one_line_on_stderr(home: Path) -> None:
 def test_it_starts_no_cluster(home: Path) -> None:
     code = (
         "import sys; from actors import doctor; from pathlib import Path;"
+        "doctor.running_cluster = lambda: None;"  # that of another program on this machine
         f"list(doctor.examine(Path({str(home)!r}), {str(home / KEYRING)!r}, {str(home)!r}));"
         "print({'ray', 'torch'} & set(sys.modules))"
     )

@@ -446,8 +446,8 @@ def test_an_open_server_answers_until_there_is_a_key() -> None:
     """The rule itself, on the class: a second server would need a second address."""
     known: list[str] = []
     asked: Any = SimpleNamespace(headers={"host": "localhost:8000"})
-    registry: Any = SimpleNamespace(wants_api_keys=lambda tenant: bool(known))
-    access = Access(registry, HttpOptions(open=True))
+    registry: Any = SimpleNamespace(wants_api_keys=lambda _: bool(known), met=lambda *_: True)
+    access = Access(registry, HttpOptions(open=True), "nowhere")
     assert asyncio.run(access.caller(asked)).tenant == "default"
     known.append("one")
     access._keys_known_until = 0.0  # five seconds later
@@ -456,7 +456,8 @@ def test_an_open_server_answers_until_there_is_a_key() -> None:
 
 
 def test_an_open_server_knows_only_the_names_of_this_machine() -> None:
-    access = Access(SimpleNamespace(wants_api_keys=lambda tenant: False), HttpOptions(open=True))  # type: ignore[arg-type]
+    registry: Any = SimpleNamespace(wants_api_keys=lambda _: False, met=lambda *_: True)
+    access = Access(registry, HttpOptions(open=True), "nowhere")
     for host in ("localhost:8000", "127.0.0.1", "[::1]:80"):
         asked: Any = SimpleNamespace(headers={"host": host})
         assert asyncio.run(access.caller(asked)).key_id == "open"

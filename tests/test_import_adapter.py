@@ -29,6 +29,7 @@ from tg_tinker import (
     LoRAConfig,
     NotFoundError,
     ServiceClient,
+    StorageError,
     TrainingConfig,
 )
 from tg_tinker.cli import main
@@ -276,6 +277,10 @@ def refusing(state: Any) -> None:
     raise ArtifactMismatchError("no")
 
 
+def no_room(*_: object) -> None:
+    raise StorageError("the disk is full")
+
+
 def test_a_refused_adapter_leaves_the_run_as_it_was(
     service: Service, tiny_model: Path, copied: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -286,9 +291,13 @@ def test_a_refused_adapter_leaves_the_run_as_it_was(
     place = Place(TENANT, service.run, service.epoch, str(service.root), tmp_path, capability)
     worker = Worker(place, config, service.registry, lambda _: None)
     before = worker.session.state()
-    with monkeypatch.context() as patch:  # noted once it is done, not before it may be refused
-        patch.setattr(worker.session, "load", refusing)
+    with monkeypatch.context() as patch:  # what is refused was not imported
+        patch.setattr(worker.session, "check_fits", refusing)
         with pytest.raises(ArtifactMismatchError):
+            worker.load_adapter(lambda: None, files.config, files.weights)
+    with monkeypatch.context() as patch:  # and what cannot be noted is not imported
+        patch.setattr(service.registry, "record_import", no_room)
+        with pytest.raises(StorageError):
             worker.load_adapter(lambda: None, files.config, files.weights)
     bad = save(damaged(load_file(copied / WEIGHTS), "nan"))
     with pytest.raises(InvalidRequestError):

@@ -181,7 +181,7 @@ def test_two_machines_without_tls_are_refused_unless_overridden(
     assert "127.0.0.2" in said
 
 
-def certificates(folder: Path) -> dict[str, str]:
+def certificates(folder: Path, days: float = 90) -> dict[str, str]:
     """One authority and one certificate for all addresses of this machine, as Ray's TLS wants."""
     now = datetime.datetime.now(datetime.UTC)
     key = ec.generate_private_key(ec.SECP256R1())
@@ -190,8 +190,8 @@ def certificates(folder: Path) -> dict[str, str]:
     addresses = [x509.IPAddress(ipaddress.ip_address(a)) for a in ("127.0.0.1", "127.0.0.2", own)]
     made = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
+        .not_valid_before(now - datetime.timedelta(days=30))
+        .not_valid_after(now + datetime.timedelta(days=days))
         .add_extension(x509.SubjectAlternativeName([*addresses, x509.DNSName("localhost")]), False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
         .sign(key, hashes.SHA256())
@@ -200,6 +200,7 @@ def certificates(folder: Path) -> dict[str, str]:
     (folder / "cert.pem").write_bytes(made.public_bytes(pem))
     private = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     (folder / "key.pem").write_bytes(key.private_bytes(pem, *private))
+    (folder / "key.pem").chmod(0o600)
     return {
         "RAY_USE_TLS": "1", "RAY_TLS_SERVER_CERT": str(folder / "cert.pem"),
         "RAY_TLS_SERVER_KEY": str(folder / "key.pem"), "RAY_TLS_CA_CERT": str(folder / "cert.pem"),
@@ -272,6 +273,9 @@ def test_the_cluster_file_passes_rays_own_schema() -> None:
     config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
     validate_config(prepare_config(config))
     for command in (config["head_start_ray_commands"][1], config["worker_start_ray_commands"][1]):
-        assert {"RAY_AUTH_MODE=token", "RAY_USE_TLS=1", "RAY_USAGE_STATS_ENABLED=0"} <= {
-            *command.split()
-        }
+        assert {
+            "RAY_AUTH_MODE=token",
+            "RAY_USE_TLS=1",
+            "RAY_USAGE_STATS_ENABLED=0",
+            "RAY_metric_cardinality_level=low",
+        } <= {*command.split()}

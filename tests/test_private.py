@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +139,44 @@ def test_activation_checkpointing_changes_nothing(tiny_model: Path, mode: str) -
     assert_close(sums(s), expected, 2e-5)
 
 
-def test_the_resource_option_turns_checkpointing_on(tiny_model: Path) -> None:
-    s = private_session(tiny_model, resources=ResourceConfig(activation_checkpointing=True))
-    assert s.base.model.is_activation_checkpointing
+LONG = [[(7 * place + row) % 257 for place in range(1100 + row)] for row in (1, 90)]
+"""Two rows that no stream of 1,024 tokens holds: each recomputes its activations unasked."""
+
+
+@pytest.fixture(scope="module")
+def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("long"), max_position_embeddings=2048)
+
+
+@contextmanager
+def entries(module: torch.nn.Module) -> Iterator[list[int]]:
+    """How many tokens came into this module, each time that it was entered."""
+    found: list[int] = []
+    hook = module.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].shape[1]))
+    yield found
+    hook.remove()
+
+
+@pytest.mark.parametrize("what", [LORA, EVERYTHING], ids=["lora", "all"])
+@pytest.mark.parametrize(
+    ("asked", "ids"),
+    [(True, ROWS), (True, [*LONG, *ROWS]), (False, [*LONG, *ROWS])],
+    ids=["asked", "asked-and-long", "long"],
+)
+def test_recomputed_activations_are_clipped_as_the_oracle_clips(
+    long_model: Path, what: Any, asked: bool, ids: list[list[int]]
+) -> None:
+    resources = ResourceConfig(activation_checkpointing=asked)
+    s = private_session(long_model, dp={"max_grad_norm": 12.0}, resources=resources, **what)
+    perturb(s)
+    assert (s._recorder is not None) == (what is LORA)  # else the fast way would not be tested
+    with entries(s.base.model.get_decoder().layers[0].mlp) as entered:
+        s.forward_backward(rows(ids))
+    lengths = [len(row) for row in ids]
+    streams = lengths if what is EVERYTHING else [*lengths[:-8], sum(lengths[-8:])]
+    assert Counter(entered) == Counter(n for n in streams for _ in range(1 + (asked or n > 1024)))
+    assert_close(sums(s), oracle_sum(s, [[row] for row in rows(ids)]), 1e-5)
+    assert 0 < sum(norm > 12 for norm in s._pending.total.norms_before) < len(ids)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

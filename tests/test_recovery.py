@@ -19,6 +19,7 @@ from tg_tinker import (
     InvalidRequestError,
     LoRAConfig,
     ServiceClient,
+    StorageError,
     TrainingClient,
     TrainingConfig,
     cluster,
@@ -179,6 +180,49 @@ def test_manual_recovery_waits_and_two_that_bring_a_run_back_at_once_share_one_n
         service.create_training_client(config(tiny_model), recover="never")  # type: ignore[arg-type]
     with pytest.raises(InvalidRequestError, match="closed"):
         tc.recover()
+
+
+def test_a_save_whose_storage_actor_is_killed_fails_and_the_next_one_is_whole(
+    service: ServiceClient, tiny_model: Path
+) -> None:
+    import ray
+
+    def doomed(writer: int) -> Any:
+        def install(actor: Any) -> None:
+            import os
+            import signal
+
+            from actors.artifacts import Draft
+
+            real = Draft.parts
+
+            def dying(draft: Any, name: str) -> Any:
+                Draft.parts = real  # type: ignore[method-assign]
+                os.kill(writer, signal.SIGKILL)
+                return real(draft, name)
+
+            Draft.parts = dying  # type: ignore[method-assign]
+
+        return install
+
+    with service.create_training_client(config(tiny_model)) as tc:
+        train(tc, 1)
+        storage = ray.get_actor("tg_tinker.storage", namespace=service._cluster.namespace)
+        pid = ray.get(storage.__ray_call__.remote(lambda self: os.getpid()))
+        ray.get(tc._link.actor.__ray_call__.remote(doomed(pid)))
+        with pytest.raises(StorageError, match="save again"):
+            tc.save_state()
+        assert service.list_artifacts(run=tc.id) == []
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                saved = tc.save_state().artifact_id
+                break
+            except StorageError:  # it is on its way back
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        assert [*service.verify_artifacts(saved)] == [(saved, "")]
+        assert tc.info().epoch == 1
 
 
 # --- a frozen actor ---------------------------------------------------------------------------

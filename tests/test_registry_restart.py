@@ -195,7 +195,8 @@ READ = {
     "check_manifest", "dataset_ids", "expired", "gone", "keeper", "key_ids", "key_info", "key_of",
     "ledger_entries", "ledger_head", "ledger_name", "new_data_key", "no_heads", "openable",
     "orphans", "privacy_info", "reachable", "reaches", "reader", "rewrapped", "run", "runs",
-    "accepting_rows", "judge_heads", "logged_tenants", "lost_ledgers", "met", "missing_keys",
+    "accepting_rows", "judge_heads", "logged_tenants", "lost_ledgers", "met", "missed_rows",
+    "missing_keys",
     "resume_point", "stored_as", "unit_key", "unknown_places", "unknown_rows", "wants_api_keys",
 }  # fmt: skip
 """They change nothing."""

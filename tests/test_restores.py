@@ -40,12 +40,14 @@ from tg_tinker import (
     TrainingConfig,
 )
 from tg_tinker.audit_files import read_head
-from tg_tinker.audit_log import ACCEPT, AuditHead, AuditRow, chained, parse_rows, verify
+from tg_tinker.audit_log import ACCEPT, AuditHead, AuditRow, acceptance, chained, parse_rows, verify
 from tg_tinker.cli import main
-from tg_tinker.envelope import new_key, new_signing_key
+from tg_tinker.envelope import new_key, new_signing_key, public_key_of
 from tg_tinker.ledger_heads import LedgerHead
 
 THEM = "bank"
+KEY = new_signing_key()
+PUBLIC = public_key_of(KEY)
 
 
 @dataclass(frozen=True)
@@ -201,18 +203,38 @@ def test_an_acceptance_names_what_opens_again_and_what_has_lost_its_files(old: R
 def test_a_database_that_goes_back_under_a_living_registry_is_noticed(
     service: Service, tmp_path: Path
 ) -> None:
+    """Right after the last row that it wrote: it does not have to be asked in between."""
     artifact = service.publish()
     database = old_copy(service, tmp_path / "old.db")
+    shutil.copytree(service.root, tmp_path / "store")
+    lifecycle.shred(service.registry, str(service.root), TENANT, artifact)
+    shutil.copytree(tmp_path / "store", service.root, dirs_exist_ok=True)
+    put_back(database, service)
+    for use in (loaded, USES["save"], USES["export"]):
+        with pytest.raises(RollbackError):
+            use(service, artifact)
+
+
+def test_it_is_noticed_in_every_store_that_was_met(service: Service, tmp_path: Path) -> None:
+    artifact, other = service.publish(), ArtifactStore(str(tmp_path / "other"))
+    database = old_copy(service, tmp_path / "old.db")
+    meet(service.registry, other, TENANT)
     service.publish()
-    assert service.fetch(artifact)
+    keep(other.root, service.registry.audit_head(TENANT))
+    shutil.rmtree(service.root / f"t/{TENANT}/audit")
+    put_back(database, service)
+    assert service.fetch(artifact)  # this store has no head any more
+    with pytest.raises(RollbackError):
+        replace(service, store=other).fetch(artifact)
+
+
+def put_back(database: Path, service: Service) -> None:
+    """A copy of the database under the living registry."""
     with (
         closing(sqlite3.connect(database)) as source,
         closing(sqlite3.connect(service.home / DATABASE)) as live,
     ):
         source.backup(live)
-    for use in (loaded, USES["save"], USES["export"]):
-        with pytest.raises(RollbackError):
-            use(service, artifact)
 
 
 # --- where a key is handed out -------------------------------------------------------------------
@@ -329,7 +351,9 @@ def branch(ours: list[AuditRow], *events: str) -> list[AuditRow]:
             chained(
                 rows[-1] if rows else None, time="2026-01-01T00:00:00.000000+00:00", tenant=TENANT,
                 who="sdk", event=name, subject="", outcome="ok",
-                details={"heads": heads} if heads else {},
+                details=acceptance(
+                    heads.split(), TENANT, rows[-1].hash, KEY
+                ) if heads else {},
             )
         )  # fmt: skip
     return rows
@@ -343,22 +367,23 @@ def test_an_acceptance_is_verified_from_the_log_alone_and_told() -> None:
     shared = branch([], "a", "b")
     lost = [head_of(row) for row in branch(shared, "c", "d", "e", "f")[2:]]
     rows = branch(shared, "x", f"{ACCEPT} {lost[0].place} {lost[3].place}", "y")
-    found = verify(rows, own=[head_of(shared[0]), lost[0], lost[3]])
+    found = verify(rows, own=[head_of(shared[0]), lost[0], lost[3]], public_key=PUBLIC)
     assert (found.seq, found.accepted, found.since) == (5, (4,), head_of(shared[0]))
     assert "an older copy was accepted at row 4" in str(found)
     for missing in (lost[1], lost[2]):
         with pytest.raises(IntegrityError, match=f"forked: row {missing.seq}"):
-            verify(rows, own=[missing])
+            verify(rows, own=[missing], public_key=PUBLIC)
     with pytest.raises(IntegrityError, match=r"ends at row 5.*accepted that at row 4"):
-        verify(rows, known=[lost[3]], own=[lost[3]])  # in other hands it is not let be
+        # In other hands it is not let be.
+        verify(rows, known=[lost[3]], own=[lost[3]], public_key=PUBLIC)
     with pytest.raises(IntegrityError, match=r"forked: row 3.*accepted that at row 4"):
-        verify(rows, known=[lost[0]])
+        verify(rows, known=[lost[0]], public_key=PUBLIC)
     refused = [replace(row, outcome="storage") for row in rows]
     with pytest.raises(IntegrityError, match="row 1 of the audit log was changed"):
         verify(refused, own=[lost[0]])
     with pytest.raises(IntegrityError, match="forked: row 3"):
-        verify(branch(shared, "x", f"other {lost[0].place}", "y"), own=[lost[0]])
-    assert verify(rows[4:], since=head_of(rows[3])).accepted == ()
+        verify(branch(shared, "x", f"other {lost[0].place}", "y"), own=[lost[0]], public_key=PUBLIC)
+    assert verify(rows[4:], since=head_of(rows[3]), public_key=PUBLIC).accepted == ()
 
 
 def test_the_audit_log_verifies_after_an_acceptance_and_says_so(place: Path) -> None:
@@ -416,7 +441,8 @@ class Fake:
     def __init__(self, found: RegistryCheck) -> None:
         self.found, self.accepted = found, 0
 
-    def __call__(self) -> Fake:
+    def __call__(self, tenant: str) -> Fake:
+        self.tenant = tenant
         return self
 
     def __enter__(self) -> Fake:
@@ -433,7 +459,7 @@ class Fake:
         return RegistryAcceptance(60, ("art-1",), ("art-2",))
 
 
-SOUND = RegistryCheck(52, 3, {}, {"t/x/audit/y": "it is none"}, {}, (12,))
+SOUND = RegistryCheck(52, 50, 3, {}, {"t/x/audit/y": "it is none"}, {}, {}, (12,))
 LOST = replace(SOUND, missing={f"t/x/audit/{n}": n for n in range(60, 80)}, ledgers={"d": "behind"})
 
 
@@ -444,14 +470,24 @@ def call(service: Fake, *words: str, typed: str = "") -> Any:
 def test_the_command_tells_what_is_missing_and_ends_with_its_status() -> None:
     found = call(Fake(SOUND), "check")
     assert found.exit_code == 0
-    for said in ("52 rows", "3 heads", "accepted at row 12", "passed over: t/x/audit/y", "ok: "):
+    for said in (
+        "52 rows",
+        "3 heads",
+        "row 50",
+        "accepted at row 12",
+        "passed over: t/x/audit/y",
+        "ok: ",
+    ):
         assert said in found.output
     found = call(Fake(LOST), "check")
     assert found.exit_code == 1
     for said in ("row 79", "10 heads more", "newest copy", "registry accept", "ledger d: behind"):
         assert said in found.output
     assert "ok: " not in found.output
-    assert call(Fake(replace(SOUND, ledgers={"d": "behind"})), "check").exit_code == 1
+    for problem in ({"ledgers": {"d": "behind"}}, {"damaged": {"head": "torn"}}, {"stored": 11}):
+        service = Fake(replace(SOUND, **problem))  # type: ignore[arg-type]
+        found = call(service, "check", "--tenant", THEM)
+        assert (found.exit_code, "PROBLEM" in found.output, service.tenant) == (1, True, THEM)
 
 
 @pytest.mark.parametrize(("words", "typed", "done"), [
@@ -465,10 +501,52 @@ def test_nothing_is_accepted_unasked(words: tuple[str, ...], typed: str, done: i
         assert (said in found.output) is bool(done)
 
 
+def test_an_acceptance_that_the_store_did_not_take_is_finished_unasked() -> None:
+    service = Fake(replace(SOUND, stored=11))
+    assert (call(service, "accept", "--tenant", THEM).exit_code, service.accepted) == (0, 1)
+    assert service.tenant == THEM
+
+
 def test_where_nothing_is_lost_nothing_is_accepted() -> None:
     service = Fake(SOUND)
     assert "nothing to accept" in call(service, "accept", "--yes").output
     assert service.accepted == 0
+
+
+def theirs(service: Service) -> str:
+    """An artifact of another tenant in the same store."""
+    registry, config = service.registry, TrainingConfig(model_ref="m").model_dump_json()
+    run = registry.create_run(THEM, config)
+    shown = registry.capability(THEM, run, epoch := registry.claim(run))
+    return replace(service, run=run, epoch=epoch, capability=shown).publish()
+
+
+def test_a_tenant_that_only_the_store_knows_keeps_its_key(service: Service, tmp_path: Path) -> None:
+    """To the copy the key opens nothing, for it never heard of the tenant."""
+    artifact = service.publish()
+    database = old_copy(service, tmp_path / "old.db")
+    found = theirs(service)
+    service.registry.rotate_key(TENANT)
+    assert [*upkeep.rewrap(service.registry, str(service.root))] == [(artifact, ""), (found, "")]
+    copied = tmp_path / "store" / f"t/{TENANT}"  # TENANT has the heads of that day
+    shutil.copytree(service.root / f"t/{TENANT}", copied)
+    older = on(service, database)
+    with pytest.raises(RollbackError, match=f"tenant {THEM}"):
+        upkeep.retire(older.registry, str(service.root), TENANT, "k1")
+    assert older.registry.key_ids() == ["k1", "k2"]
+    assert doctored(service, database).status == PROBLEM
+    assert THEM in doctored(service, database).message
+
+
+def doctored(service: Service, database: Path) -> Any:
+    """What doctor says of a home with this database."""
+    with closing(sqlite3.connect(service.home / DATABASE)) as live:
+        live.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    home = service.home.parent / "doctored"
+    shutil.copytree(service.home, home, dirs_exist_ok=True)
+    shutil.copy(database, home / DATABASE)
+    found = examine(home, str(home / KEYRING), str(service.root))
+    return next(one for one in found if one.check == "registry")
 
 
 def test_doctor_tells_an_older_database(service: Service, tmp_path: Path) -> None:

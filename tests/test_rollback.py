@@ -18,6 +18,7 @@ import pytest
 from helpers import assert_equal, weights
 from privacy_helpers import ROWS, new_budget, private_config, registry, rows
 
+from actors import restores
 from actors.budget import Budget
 from actors.ledger_heads import EVERY, HeadKeeper, book_missing, meet
 from actors.registry import Registry
@@ -348,7 +349,7 @@ def test_the_first_and_every_few_charges_leave_a_head(home: Home) -> None:
 def without_room_for_heads(home: Home) -> Path:
     """A file where the folder of heads would be: the store takes them once it is removed."""
     blocked = Path(home.root) / f"t/{US}/ledgers"
-    blocked.parent.mkdir(parents=True)
+    blocked.parent.mkdir(parents=True, exist_ok=True)
     blocked.touch()
     return blocked
 
@@ -759,3 +760,21 @@ def test_a_home_that_cannot_be_written_loses_no_result(
     assert "cannot keep" in caplog.text
     with pytest.raises(StorageError):
         KeptHead(home.path, US, DATA)
+
+
+def test_check_names_the_data_set_whose_ledger_is_behind(home: Home) -> None:
+    budget = home.budget()
+    old = home.copied()
+    spend(budget, 1)
+    home.keep()
+    found = restores.check(old.registry, home.root, US, home.path)
+    assert ([*found.ledgers], found.sound) == ([DATA], False)
+    assert restores.check(home.registry, home.root, US, home.path).ledgers == {}
+
+
+def test_a_head_of_another_tenant_s_ledger_is_no_loss(home: Home) -> None:
+    home.registry.register_dataset("bank", DATA, 8.0, 1e-5, "example")
+    line = home.registry.ledger_head("bank", DATA, -1)
+    name = home.registry.ledger_name("bank", DATA)
+    assert home.registry.lost_ledgers(US, [line]) == []
+    assert home.registry.lost_ledgers("bank", [line]) == [name]

@@ -35,6 +35,7 @@ from tests.storage_servers import (
     abfss_store,
     answer,
     gs_store,
+    moto_store,
     no_such_bucket,
     s3_store,
 )
@@ -64,6 +65,11 @@ def served(
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     yield from served(s3_store, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    yield from served(moto_store, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -464,7 +470,7 @@ def test_wrong_credentials_are_refused_by_azure_too(
         ArtifactStore(f"{abfss.uri}/denied").objects.put("x", b"1")
 
 
-@pytest.mark.parametrize("kind", ["s3", "gs", "abfss"])
+@pytest.mark.parametrize("kind", ["s3", "moto", "gs", "abfss"])
 def test_a_missing_bucket_is_refused_by_every_operation_and_not_created(
     kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,10 +63,12 @@ def verify_export(path: Path, public_key: bytes, known: AuditHead | None = None)
     signed = read_head(path)
     signed.check(public_key)
     earlier = [] if known is None else [known]
-    reached = verify(read_rows(path), since=empty(signed.tenant), known=[*earlier, signed])
+    reached = verify(
+        read_rows(path), since=empty(signed.tenant), known=[*earlier, signed], public_key=public_key
+    )
     if reached.seq != signed.seq:
         raise IntegrityError(f"rows follow after row {signed.seq}, which the signed head is of")
-    return replace(signed, since=known)
+    return replace(signed, since=known, accepted=reached.accepted)
 
 
 def read_rows(path: Path) -> Iterator[AuditRow]:

@@ -16,7 +16,8 @@ head was made of. Without one it proves only that the rows fit each other.
 
 An operator whose newest database is lost may go on from an older copy. A row `registry.accept`
 then names the heads of what was lost (`accepted_by`): who operates the service lets them be, who
-kept one in other hands is refused and told of the row.
+kept one in other hands is refused and told of the row. Rows need no key, so this one is signed:
+who can write to the database cannot let an older copy pass.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ ACCEPT = "registry.accept"
 """The event of a row that accepts an older copy of the database."""
 
 _DOMAIN = b"tg-tinker audit head v1\n"
+_ACCEPT_DOMAIN = b"tg-tinker registry accept v1\n"
 _ROW = ("seq", "time", "tenant", "who", "event", "subject", "outcome", "details", "previous")
 _HEAD = ("tenant", "seq", "hash", "time")
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -131,6 +133,16 @@ class AuditHead:
             raise IntegrityError("this is not a signed head of an audit log in canonical JSON")
         return head
 
+    @classmethod
+    def authentic(cls, line: str, tenant: str, public_key: bytes) -> AuditHead:
+        """A head of this tenant's log, as the holder of the signing key stated it. Raises
+        IntegrityError for anything else."""
+        head = cls.parse(line)
+        head.check(public_key)
+        if head.tenant != tenant:
+            raise IntegrityError("it is of another tenant's log")
+        return head
+
     @property
     def place(self) -> str:
         """``SEQ-HASH`` of the last row."""
@@ -202,16 +214,31 @@ def parse_rows(lines: Iterable[str], after: int = 0) -> Iterator[AuditRow]:
         yield row
 
 
-def accepted_by(row: AuditRow) -> list[str]:
-    """Places of the heads whose loss was accepted with this row."""
-    if (row.event, row.outcome) != (ACCEPT, "ok"):
+def acceptance(
+    places: Iterable[str], tenant: str, previous: str, signing_key: bytes
+) -> dict[str, str | int]:
+    """Details of a row `registry.accept` that lets these heads be, after the row of that hash."""
+    heads = " ".join(sorted(places))
+    signature = sign(signing_key, _acceptance(tenant, previous, heads)).hex()
+    return {"heads": heads, "signature": signature}
+
+
+def accepted_by(row: AuditRow, public_key: bytes) -> list[str]:
+    """Places of the heads whose loss the holder of the signing key accepted with this row."""
+    if row.event != ACCEPT:
         return []
-    return str(row.details.get("heads", "")).split()
+    heads, signature = (str(row.details.get(name, "")) for name in ("heads", "signature"))
+    try:
+        message = _acceptance(row.tenant, row.previous, heads)
+        check_signature(public_key, bytes.fromhex(signature), message)
+    except (IntegrityError, ValueError):  # anybody who can write to the database made that row
+        return []
+    return heads.split()
 
 
 def verify(
     rows: Iterable[AuditRow], since: AuditHead | None = None, known: Iterable[AuditHead] = (),
-    own: Iterable[AuditHead] = (),
+    own: Iterable[AuditHead] = (), public_key: bytes = b"",
 ) -> AuditHead:  # fmt: skip
     """The head that the rows reach; its `since` is the oldest head that they were held against.
 
@@ -220,6 +247,7 @@ def verify(
         since: where they begin. None: at the beginning of the log.
         known: heads that the chain must go through.
         own: heads in the operator's hands: the chain goes through them, or accepts their loss.
+        public_key: of the rows that accept; without it none does.
 
     Raises:
         IntegrityError: names the first row that was changed, left out, added or moved, or the
@@ -233,7 +261,7 @@ def verify(
     for row in rows:
         at = _next(at, row)
         passed |= {at.place} & wanted
-        accepted |= dict.fromkeys(accepted_by(row), row.seq)
+        accepted |= dict.fromkeys(accepted_by(row, public_key), row.seq)
     for head in sorted(heads, key=lambda head: head.seq):
         let_be = head.place in passed or (head not in strict and head.place in accepted)
         if head.seq >= start.seq and not let_be:
@@ -251,6 +279,11 @@ def _tenant_of(heads: list[AuditHead]) -> str:
     if len(tenants) > 1:
         raise IntegrityError("the known heads are of different tenants' audit logs")
     return next(iter(tenants), "")
+
+
+def _acceptance(tenant: str, previous: str, heads: str) -> bytes:
+    body = {"heads": heads, "previous": previous, "tenant": tenant}
+    return _ACCEPT_DOMAIN + _canonical(body).encode()
 
 
 def _missed(head: AuditHead, end: AuditHead, accepted_at: int | None) -> IntegrityError:

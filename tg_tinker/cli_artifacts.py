@@ -249,6 +249,9 @@ def delete(
     expired: Annotated[
         bool, typer.Option("--expired", help="All whose time is over, instead of one.")
     ] = False,
+    lost: Annotated[
+        bool, typer.Option("--lost", help="Also if this store has no file of it any more.")
+    ] = False,
     yes: _Yes = False,
 ) -> None:
     """Delete an artifact and its key; nothing can bring it back.
@@ -268,7 +271,7 @@ def delete(
             typer.confirm(f"Delete {artifact_id or 'all that have expired'} for good?", abort=True)
         if artifact_id is None:
             raise typer.Exit(bool(report(service.delete_expired(), "deleting artifacts")))
-        service.delete_artifact(artifact_id)
+        service.delete_artifact(artifact_id, lost=lost)
     typer.echo(f"Deleted {artifact_id}")
 
 

@@ -18,10 +18,11 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
 ) -> None:
-    """Check keys, store and machine, and say what to do; starts no cluster.
+    """Check keys, store, machine and cluster, and say what to do; starts none.
 
-    A small probe is written into the store and removed again. Exit status 1 is
-    a problem; warnings alone are 0.
+    A small probe is written into the store and removed again; a cluster that
+    runs is joined, to ask each machine. Exit status 1 is a problem; warnings
+    alone are 0.
 
       [cyan]tg-tinker doctor[/]
       [cyan]tg-tinker doctor --store s3://bucket/prefix --keyring env:TENANT_KEYS[/]

@@ -24,8 +24,11 @@ _SHOWN = 10
 """Heads that are named."""
 
 
+_Tenant = Annotated[str, typer.Option(help="Whose audit log, ledgers and artifacts.")]
+
+
 @commands.command()
-def check(ctx: typer.Context) -> None:
+def check(ctx: typer.Context, tenant: _Tenant = "default") -> None:
     """Hold the database against all that the store and this home know of it.
 
     Ends with status 1 if it is an older copy, or if a ledger is behind.
@@ -34,7 +37,7 @@ def check(ctx: typer.Context) -> None:
     """
     from tg_tinker.cli import connector
 
-    with connector(ctx)() as service:
+    with connector(ctx)(tenant=tenant) as service:
         found = service.check_registry()
     _tell(found)
     raise typer.Exit(not found.sound)
@@ -43,6 +46,7 @@ def check(ctx: typer.Context) -> None:
 @commands.command()
 def accept(
     ctx: typer.Context,
+    tenant: _Tenant = "default",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Go on from an older copy of the database, when no newer one is left.
@@ -56,25 +60,39 @@ def accept(
     """
     from tg_tinker.cli import connector
 
-    with connector(ctx)() as service:
+    with connector(ctx)(tenant=tenant) as service:
         found = service.check_registry()
         _tell(found)
-        if not found.missing:
+        if not (found.missing or found.unfinished):
             typer.echo("nothing to accept")
             return
-        if not yes and typer.prompt("Type accept to go on without what is lost") != "accept":
+        asked = bool(found.missing) and not yes
+        if asked and typer.prompt("Type accept to go on without what is lost") != "accept":
             typer.echo("nothing was accepted")
             raise typer.Exit(1)
         _tell_accepted(service.accept_registry())
 
 
 def _tell(found: RegistryCheck) -> None:
-    typer.echo(f"audit log: {found.rows} rows, {found.heads} heads known")
+    typer.echo(
+        f"audit log: {found.rows} rows, {found.heads} heads known, the newest in the store of row"
+        f" {found.stored}"
+    )
     for row in found.accepted:
         typer.echo(f"an older copy was accepted at row {row}")
     for name, why in found.foreign.items():
         typer.echo(
             f"passed over: {name}: {why}. Remove it, or find out which registry put it there"
+        )
+    for name, why in found.damaged.items():
+        typer.echo(
+            f"PROBLEM: {name} is no head of this audit log: {why}. Put its backup back; if there is"
+            " none, remove it, and `tg-tinker audit-log verify` keeps a new one"
+        )
+    if found.unfinished:
+        typer.echo(
+            "PROBLEM: the store did not take the head of the last acceptance: `tg-tinker registry"
+            " accept` writes it"
         )
     missing = sorted(found.missing.items(), key=lambda item: -item[1])
     for name, row in missing[:_SHOWN]:
@@ -93,11 +111,14 @@ def _tell(found: RegistryCheck) -> None:
 
 
 def _tell_accepted(accepted: RegistryAcceptance) -> None:
-    typer.echo(f"accepted at row {accepted.row} of the audit log")
+    if accepted.row:
+        typer.echo(f"accepted at row {accepted.row} of the audit log")
     for artifact in accepted.openable:
         typer.echo(f"opens again: {artifact}")
     for artifact in accepted.lost:
-        typer.echo(f"its files are gone: {artifact}")
+        typer.echo(
+            f"its files are gone: {artifact} (`tg-tinker artifacts delete --lost` forgets it)"
+        )
     typer.echo(
         "If some of these were deleted after the copy was made, delete them again: `tg-tinker"
         " artifacts delete`. What was saved since is not known any more, and `tg-tinker artifacts"

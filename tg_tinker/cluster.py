@@ -37,6 +37,8 @@ from tg_tinker.wire import Reply, SampleRequest, SnapshotRef
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # A handle asked after its service closed must fail, not start a cluster of Ray's own choice.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+# Else Ray's own series name each actor, and with it each run, to whoever reaches their port.
+os.environ.setdefault("RAY_metric_cardinality_level", "low")
 # Serve brings gRPC along, whose fork handlers meddle with the start of the next embedded cluster.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 

@@ -124,12 +124,17 @@ def check_component(name: str) -> str:
             other than ASCII letters, digits, dots, dashes and underscores. So no name leaves the
             store, and none meets the hidden files of a local folder.
     """
-    if not _COMPONENT.fullmatch(name):
+    if not is_component(name):
         raise InvalidRequestError(
             f"{name[:80]!r} is no name in a store: use letters, digits, dots, dashes and"
             " underscores, 1 to 200 of them and no dot in front"
         )
     return name
+
+
+def is_component(name: str) -> bool:
+    """Whether `check_component` takes it."""
+    return _COMPONENT.fullmatch(name) is not None
 
 
 def _folder(uri: str) -> Path:

@@ -28,6 +28,7 @@ STARTS_WITHIN_S, ENDS_WITHIN_S = 90.0, 30.0
 _ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_metric_cardinality_level": "low",  # no names of runs in metrics
     # Else the end waits half a minute for training actors to end by themselves.
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
 }
@@ -139,6 +140,11 @@ def end(node: Node) -> None:
 def tls_is_on(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether Ray encrypts its own connections in programs with this environment."""
     return environment.get("RAY_USE_TLS") == "1"
+
+
+def tls_files(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """Where Ray looks for this machine's certificate, its key, and the authority."""
+    return tuple(environment.get(name, "") for name in _TLS_FILES)
 
 
 def check_encrypted(host: str, environment: Mapping[str, str] = os.environ) -> None:

@@ -322,6 +322,7 @@ class ServiceClient(ClientCalls, ArtifactCalls, RegistryCalls):
         made: tuple[str, ApiKeyInfo] = self._registry.create_api_key(
             self._tenant, label, list(models), days
         )
+        provided("keep_newest_audit_head")(self._registry, self._store, self._tenant)
         return made
 
     def list_api_keys(self) -> list[ApiKeyInfo]:
@@ -332,6 +333,7 @@ class ServiceClient(ClientCalls, ArtifactCalls, RegistryCalls):
     def revoke_api_key(self, key_id: str) -> None:
         """Ends a key; servers notice within seconds. `NotFoundError` if there is none."""
         self._registry.revoke_api_key(self._tenant, key_id)
+        provided("keep_newest_audit_head")(self._registry, self._store, self._tenant)
 
     # --- keys --------------------------------------------------------------------------------
 
@@ -417,10 +419,11 @@ class ServiceClient(ClientCalls, ArtifactCalls, RegistryCalls):
         own += provided("audit_heads")(self._store, self._tenant, public_key)
         known = [now] if head is None else [head, now]
         rows = paged(self.audit_log)
-        found = verify(rows, since=empty(self._tenant), known=known, own=own)
+        found = verify(rows, since=empty(self._tenant), known=known, own=own, public_key=public_key)
         provided("keep_audit_head")(self._store, now)
         keep_head(kept, now)
-        since = None if found.since is now else found.since
+        known_already = [one for one in own if one.place == now.place]
+        since = next(iter(known_already), None) if found.since is now else found.since
         return replace(now, since=since, accepted=found.accepted)
 
     # --- life --------------------------------------------------------------------------------

@@ -95,6 +95,7 @@ class ArtifactCalls:
         """
         _check_time(when)
         changed: ArtifactInfo = self._registry.set_expiry(self._tenant, artifact_id, when)
+        provided("keep_newest_audit_head")(self._registry, self._store, self._tenant)
         return changed
 
     def delete_expired(self) -> Iterator[tuple[str, str]]:
@@ -135,9 +136,19 @@ class ArtifactCalls:
         )
         return resealed
 
-    def delete_artifact(self, artifact_id: str) -> None:
-        """Deletes an artifact for good: its entry, its key, its files."""
-        provided("delete_artifact")(self._registry, self._store, self._tenant, artifact_id)
+    def delete_artifact(self, artifact_id: str, *, lost: bool = False) -> None:
+        """Deletes an artifact for good: its entry, its key, its files.
+
+        Args:
+            lost: also if this store has no file of it any more. Else that is refused, as the files
+                of an artifact in another store would stay.
+
+        Raises:
+            NotFoundError: there is none of this id, or no file of it in this store.
+        """
+        provided("delete_artifact")(
+            self._registry, self._store, self._tenant, artifact_id, lost=lost
+        )
 
     def shred_artifact(self, artifact_id: str) -> list[str]:
         """Deletes an artifact, its key first; returns what that does not reach, as sentences.

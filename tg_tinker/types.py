@@ -305,27 +305,37 @@ class RegistryCheck:
 
     Attributes:
         rows: of the audit log.
+        stored: number of the newest row that a head in the store is of, and that the log knows; 0
+            where there is none. Of later rows an older copy may be put back unnoticed.
         heads: of the log that were found and that it knows.
         missing: those that it does not know, by object in the store or file of the home: the
             number of their row. The database is an older copy, or another one.
         foreign: objects in the store that are no heads of this log, and why. They count for
             nothing here; a sweep refuses to start beside the heads of another registry.
+        damaged: what the home keeps of the log and is no head of it, and why: its evidence is lost.
         ledgers: what is wrong with the ledgers of data sets, by data set; by pseudonym where the
             database has lost the data set itself.
         accepted: numbers of the rows that accepted an older copy.
     """
 
     rows: int
+    stored: int
     heads: int
     missing: dict[str, int]
     foreign: dict[str, str]
+    damaged: dict[str, str]
     ledgers: dict[str, str]
     accepted: tuple[int, ...]
 
     @property
     def sound(self) -> bool:
-        """Whether nothing is refused."""
-        return not self.missing and not self.ledgers
+        """Whether nothing is refused, and no evidence is damaged."""
+        return not (self.missing or self.damaged or self.ledgers or self.unfinished)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the store has not taken the head of an acceptance: accept again."""
+        return self.stored < max(self.accepted, default=0)
 
 
 @dataclass(frozen=True)
@@ -334,8 +344,9 @@ class RegistryAcceptance:
 
     Attributes:
         row: of the audit log, which says so; 0 where nothing had to be accepted.
-        openable: artifacts that the copy knows and whose files are there. Which of them had been
-            deleted meanwhile it cannot know: delete those again.
+        openable: artifacts that the copy knows and whose files are there, also under the name that
+            a later reseal gave them. Which of them had been deleted meanwhile it cannot know:
+            delete those again.
         lost: artifacts that the copy knows and whose files are gone.
     """
 

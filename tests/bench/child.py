@@ -3,7 +3,8 @@
 Memory: before its first step the process has touched all its weights and made one step on sixteen
 tokens, so that libraries and optimizer state are there. It hands free memory back to the system,
 notes what is resident (`rest`), resets the kernel's high-water mark (`clear_refs`) and makes two
-whole steps; `bytes` is the mark above rest, `process_bytes` the mark itself.
+whole steps; `bytes` is the mark above rest, `process_bytes` the mark itself, `seconds` the time of
+the second step, which is as warm as any later one.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ from typing import Any
 from bench.loops import Loop, LoopSpec, Rows, build
 
 
-def peak(work: Callable[[], object]) -> dict[str, int]:
+def peak(work: Callable[[], object]) -> dict[str, float]:
     """Bytes: resident at rest, and the process's highest while it does this work twice."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     rest = resident("VmRSS")
     work()
+    started = time.perf_counter()
     work()
+    seconds = time.perf_counter() - started
     high = resident("VmHWM")
-    return {"rest": rest, "bytes": high - rest, "process_bytes": high}
+    return {"rest": rest, "bytes": high - rest, "process_bytes": high, "seconds": seconds}
 
 
 def resident(name: str) -> int:

@@ -17,14 +17,14 @@ WORKLOADS = (
     ),
     Workload(
         "sdk-row32", "one row of 32 tokens, private, through the SDK, awaited", PLAIN_LOOP,
-        partial(uniform, 1, 32), sdk, plain, repeats=15,
+        partial(uniform, 1, 32), sdk, plain, repeats=9,
     ),
 )  # fmt: skip
 
 BENCH = Bench(
     "sdk",
     "a step through the SDK and Ray beside the plain loop without them",
-    2,
+    1.5,
     partial(run_all, WORKLOADS),
     usual=True,
     workloads=tuple(one.name for one in WORKLOADS),

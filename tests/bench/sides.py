@@ -37,7 +37,10 @@ class Side:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
             env=os.environ | SPIN,
         )  # fmt: skip
-        self.ready = self._answer()
+
+    def wait(self) -> None:
+        """Until it has loaded its model."""
+        self._answer()
 
     def ask(self, what: str, rows: Rows) -> dict[str, Any]:
         assert self._process.stdin
@@ -78,11 +81,13 @@ def command(spec: LoopSpec) -> list[str]:
 
 @contextmanager
 def opened(commands: Mapping[str, Sequence[str]], logs: Path) -> Iterator[dict[str, Side]]:
-    """All sides of a workload, started one after the other; they end with the block."""
+    """All sides of a workload, started at once and ready; they end with the block."""
     logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         sides = {}
         for name, one in commands.items():
             sides[name] = Side(one, logs / f"{name}.log")
             stack.callback(sides[name].close)
+        for side in sides.values():
+            side.wait()
         yield sides

@@ -1,16 +1,15 @@
 """What a private step costs at other sizes: tokens in a batch, rows at equal tokens, rank.
 
 Each rank is a process of its own; sizes take turns within every repeat, and a cost is that of its
-repeat's neighbours. Memory is measured first, sizes ascending, as `child` says.
+repeat's neighbours. Memory is measured in the first, sizes ascending, as `child` says.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-
 import numpy as np
 
-from bench.loops import LoopSpec, Rows, uniform
+from actors.engine import MAX_STREAM_TOKENS
+from bench.loops import LoopSpec, uniform
 from bench.measure import Bench, Goal, Row, Run, Sheet, Spread, ratios, shown_progress
 from bench.sides import Side, command, opened
 from bench.workloads import OUTPUT
@@ -38,27 +37,23 @@ def sizes(quick: bool) -> list[Size]:
 
 def run(bench: Run) -> None:
     wanted = sizes(bench.quick)
-    with ExitStack() as stack:
-        sides = {rank: started(stack, bench.model, rank) for rank in {size[0] for size in wanted}}
-        memory = {s: sides[s[0]].ask("peak of train", rows_of(s))["bytes"] for s in wanted}
-        times: dict[Size, list[float]] = {size: [] for size in wanted}
-        for _ in shown_progress(bench.times(3), "sizes"):
-            for size in wanted:
-                times[size].append(sides[size[0]].ask("train", rows_of(size))["seconds"])
-    costs = {size: [t / tokens(size) for t in taken] for size, taken in times.items()}
+    specs = {r: LoopSpec("ours", bench.model, rank=r, private=True) for r, *_ in wanted}
+    commands = {f"rank{rank}": command(spec) for rank, spec in specs.items()}
+    with opened(commands, OUTPUT / "logs" / "size") as sides:
+        taken = [
+            {size: asked(sides, "train" if turn else "peak of train", size) for size in wanted}
+            for turn in shown_progress(bench.times(3), "sizes")
+        ]
+    memory = {size: found["bytes"] for size, found in taken[0].items()}
+    costs = {size: [turn[size]["seconds"] / tokens(size) for turn in taken] for size in wanted}
     bench.sheets.append(sheet(costs, memory))
     bench.rows.append(flatness(costs))
-    bench.sheets.append(slope({s: m for s, m in memory.items() if is_batch(s)}))
+    bench.sheets.append(slopes({s: m for s, m in memory.items() if is_batch(s)}))
 
 
-def started(stack: ExitStack, model: str, rank: int) -> Side:
-    spec = LoopSpec("ours", model, rank=rank, private=True)
-    logs = OUTPUT / "logs" / f"size-rank{rank}"
-    return stack.enter_context(opened({"ours": command(spec)}, logs))["ours"]
-
-
-def rows_of(size: Size) -> Rows:
-    return uniform(size[1], size[2])
+def asked(sides: dict[str, Side], what: str, size: Size) -> dict[str, float]:
+    rank, rows, length = size
+    return sides[f"rank{rank}"].ask(what, uniform(rows, length))
 
 
 def tokens(size: Size) -> int:
@@ -98,17 +93,28 @@ def flatness(costs: dict[Size, list[float]]) -> Row:
     )  # fmt: skip
 
 
-def slope(memory: dict[Size, int]) -> Sheet:
-    """A straight line through peak memory against the tokens of a batch."""
-    at = np.array([tokens(size) for size in memory], dtype=float)
-    found = np.array(list(memory.values()), dtype=float)
+def slopes(memory: dict[Size, int]) -> Sheet:
+    """Peak memory against the tokens of a batch: until it fills a micro-batch, and from there."""
+    peaks = {tokens(size): peak for size, peak in memory.items()}
+    parts = {
+        f"up to {MAX_STREAM_TOKENS}, one micro-batch": lambda n: n <= MAX_STREAM_TOKENS,
+        f"from {MAX_STREAM_TOKENS} on": lambda n: n >= MAX_STREAM_TOKENS,
+    }
+    rows = [
+        (name, *line({n: peaks[n] for n in peaks if within(n)})) for name, within in parts.items()
+    ]
+    headings = ("tokens of a batch", "at no token", "per token", "furthest from the line")
+    return Sheet("memory against size: rows of 128 tokens", headings, rows)
+
+
+def line(peaks: dict[int, int]) -> tuple[str, str, str]:
+    """Where the line through these points starts, its slope, and the worst distance from it."""
+    at, found = np.array([*peaks], dtype=float), np.array([*peaks.values()], dtype=float)
     gradient, start = np.polyfit(at, found, 1)
     worst = float(np.abs(found / (start + gradient * at) - 1).max())
-    row = (f"{start / 2**20:,.0f} MiB", f"{gradient / 2**10:.1f} KiB", f"{worst:.0%}")
-    headings = ("at no token", "per token of a batch", "furthest from the line")
-    return Sheet("memory against size: rows of 128 tokens", headings, [row])
+    return f"{start / 2**20:,.0f} MiB", f"{gradient / 2**10:,.0f} KiB", f"{worst:.0%}"
 
 
 BENCH = Bench(
-    "size", "cost against size: tokens, rows, rank", 5, run, usual=True, workloads=("flat",)
+    "size", "cost against size: tokens, rows, rank", 3.5, run, usual=True, workloads=("flat",)
 )

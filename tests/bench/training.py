@@ -25,15 +25,15 @@ WORKLOADS = (
     ),
     Workload(
         "row32", "one row of 32 tokens, private", PLAIN_LOOP, partial(uniform, 1, 32),
-        private, plain, repeats=15,
+        private, plain, repeats=9,
     ),
     Workload(
         "row4096", "4096 tokens in one row, private", PLAIN_LOOP, partial(uniform, 1, 4096),
-        private, plain, speed=Goal(1.0), memory=Goal(0.5, at_least=False), repeats=3,
+        private, plain, speed=Goal(1.0), memory=Goal(0.5, at_least=False), repeats=2,
     ),
     Workload(
         "eval", "eval mode, ragged chats", "plain no-grad padded loop", ragged,
-        ours, plain, work="evaluate", speed=Goal(1.6), repeats=9, quick=True,
+        ours, plain, work="evaluate", speed=Goal(1.6), quick=True,
     ),
     Workload(
         "full", "full fine-tuning, uniform 8x128, not private", "plain transformers loop", uniform,
@@ -48,7 +48,7 @@ WORKLOADS = (
 BENCH = Bench(
     "training",
     "a step beside the plain loop: the goals",
-    7,
+    8.5,
     partial(run_all, WORKLOADS),
     usual=True,
     workloads=tuple(one.name for one in WORKLOADS),

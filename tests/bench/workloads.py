@@ -30,7 +30,7 @@ class Workload:
         speed: the goal of the time ratio; None where the issue names none.
         memory: the goal of the ratio of both processes' peak memory, ours / theirs.
         shows_memory: gives memory its rows where there is no goal.
-        repeats: timed turns of each side.
+        repeats: timed turns of each side; in the first of them memory is measured too.
         quick: part of `--quick`.
     """
 
@@ -72,8 +72,8 @@ def compared(one: Workload, run: Run) -> list[Row]:
     with opened(commands, OUTPUT / "logs" / one.name) as sides, Turns(sides, one, repeats) as turns:
         check_losses({name: found["loss"] for name, found in turns.take("evaluate", rows).items()})
         peaks = turns.take(f"peak of {one.work}", rows)
-        taken = [turns.take(one.work, rows) for _ in range(repeats)]
-    times = {name: [turn[name]["seconds"] for turn in taken] for name in sides}
+        later = [turns.take(one.work, rows) for _ in range(repeats - 1)]
+    times = {name: [turn[name]["seconds"] for turn in (peaks, *later)] for name in sides}
     found = [time_row(one, times)]
     if one.memory or one.shows_memory:
         found += memory_rows(one, peaks["ours"], peaks["theirs"])
@@ -86,7 +86,7 @@ class Turns(Progress):
     def __init__(self, sides: dict[str, Side], one: Workload, repeats: int) -> None:
         super().__init__(console=SCREEN)
         self._sides = sides
-        self._bar = self.add_task(one.name, total=len(sides) * (repeats + 2))
+        self._bar = self.add_task(one.name, total=len(sides) * (repeats + 1))
 
     def take(self, what: str, rows: Rows) -> dict[str, dict[str, Any]]:
         """An answer of each."""

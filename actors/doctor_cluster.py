@@ -1,0 +1,166 @@
+"""Who could get into a cluster from this machine: Ray's token, its TLS, what listens, and what a
+tenant is. Files, variables and the kernel's own lists are read; nobody is called."""
+
+from __future__ import annotations
+
+import os
+import ssl
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import closing, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+
+from actors.findings import OK, PROBLEM, WARNING, Finding
+from actors.home import DATABASE
+from actors.registry import Onlooker
+from tg_tinker.databases import default_database
+from tg_tinker.errors import TGTinkerError
+from tg_tinker.keyrings import Variable, audit_folder
+from tg_tinker.node import tls_files, tls_is_on
+
+SOON = timedelta(days=14)
+"""Before the end of a certificate."""
+
+_ONE_DOMAIN = (
+    "a tenant is a label: whoever runs programs on the cluster reads the data of all. Give others"
+    " API keys for HTTP, where tenants are kept apart"
+)
+_SERVERS = {"gcs_server": "GCS", "raylet": "raylet", "dashboard.py": "dashboard"}
+"""Programs of Ray that take orders, by a part of their command line."""
+
+_LISTENS = "0A"
+"""As proc_net_tcp(5) has it."""
+
+
+def examine(home: Path, place: Path | Variable, proc: Path) -> Iterator[Finding]:
+    """See `doctor.examine`."""
+    yield _tenants(home, place)
+    yield _token()
+    yield _tls()
+    yield _exposure(proc)
+
+
+def _tenants(home: Path, place: Path | Variable) -> Finding:
+    known: list[str] = []
+    database = home / DATABASE
+    if database.is_file() and database.stat().st_size:  # to open an empty one would fill it
+        with suppress(TGTinkerError):  # the check of the registry says why
+            folder = audit_folder(place, home)
+            with closing(Onlooker(default_database(home), str(place), folder)) as registry:
+                known = registry.logged_tenants()
+    if len(known) > 1:
+        return Finding("tenants", WARNING, f"{len(known)} in this registry, and {_ONE_DOMAIN}")
+    return Finding("tenants", OK, f"one at most, or none that can be read; {_ONE_DOMAIN}")
+
+
+def _token() -> Finding:
+    """Whoever has it may run code as this user."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        message = (
+            "RAY_AUTH_TOKEN is in the environment, which /proc shows to root and to your own"
+            " programs: put it into a file of mode 0600 that RAY_AUTH_TOKEN_PATH names"
+        )
+        return Finding("token", WARNING, message)
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named).expanduser() if named else Path.home() / ".ray" / "auth_token"
+    if not path.is_file():
+        return Finding("token", OK, f"none at {path} yet: `tg-tinker up` makes one")
+    if wrong := _open_to_others(path):
+        return Finding("token", PROBLEM, wrong)
+    return Finding("token", OK, f"{path}, closed to others")
+
+
+def _tls(environment: Mapping[str, str] = os.environ) -> Finding:
+    if not tls_is_on(environment):
+        return Finding("TLS", OK, "off, which is for one machine alone: several are refused")
+    try:
+        certificate, key, authority = tls_files(environment)
+        ssl.create_default_context(cafile=authority).load_cert_chain(certificate, key)
+        ends = min(_ends(certificate), _ends(authority))
+    except (TGTinkerError, OSError, ValueError) as error:  # ssl's own among them
+        message = f"its files are not usable ({type(error).__name__}): see docs/deployment.md"
+        return Finding("TLS", PROBLEM, message)
+    if wrong := _open_to_others(Path(key)):
+        return Finding("TLS", PROBLEM, wrong)
+    left, until = ends - datetime.now(UTC), f"the certificates are good until {ends:%Y-%m-%d}"
+    if left < SOON:
+        status = WARNING if left > timedelta(0) else PROBLEM
+        message = f"{until}: make new ones on every machine, then start the cluster again"
+        return Finding("TLS", status, message)
+    return Finding("TLS", OK, f"on, {until}")
+
+
+def _ends(path: str) -> datetime:
+    """Of the first of the certificates in a file to end."""
+    found = x509.load_pem_x509_certificates(Path(path).read_bytes())
+    return min(certificate.not_valid_after_utc for certificate in found)
+
+
+def _open_to_others(path: Path) -> str:
+    mode = stat.S_IMODE(path.stat().st_mode)
+    return f"{path} has mode {mode:04o}, others may read it: chmod 600 it" if mode & 0o077 else ""
+
+
+def _exposure(proc: Path) -> Finding:
+    """Ray's servers of this user that other machines reach."""
+    outside = _outside(proc)
+    reached = {
+        (name, _variable(process, "RAY_AUTH_MODE").lower() == "token")
+        for process in proc.glob("[0-9]*")
+        if (name := _server(process)) and _sockets(process) & outside
+    }
+    if any(not token for _, token in reached):
+        names = ", ".join(sorted(name for name, token in reached if not token))
+        message = (
+            f"{names} of Ray listens beyond this machine without a token, so whoever reaches it"
+            " may run code here: end it, and start Ray with RAY_AUTH_MODE=token (`tg-tinker up`)"
+        )
+        return Finding("exposure", PROBLEM, message)
+    if ("dashboard", True) in reached:
+        message = (
+            "the dashboard listens beyond this machine, not under TLS: start Ray with"
+            " --dashboard-host=127.0.0.1 and reach it through ssh"
+        )
+        return Finding("exposure", WARNING, message)
+    if reached:
+        return Finding("exposure", OK, "Ray listens beyond this machine and wants its token")
+    return Finding("exposure", OK, "no Ray of this user listens beyond this machine")
+
+
+def _outside(proc: Path) -> set[str]:
+    """Inodes of the sockets that listen on more than the loopback."""
+    found = set()
+    for name, loopback in (("tcp", ("0100007F",)), ("tcp6", (f"{'0' * 24}01000000",))):
+        with suppress(OSError):
+            for line in (proc / "net" / name).read_text().splitlines()[1:]:
+                _, local, _, state, *rest = line.split()
+                if state == _LISTENS and local.partition(":")[0] not in loopback:
+                    found.add(rest[5])
+    return found
+
+
+def _server(process: Path) -> str:
+    """What of Ray a process is; empty where it is nothing of that, or another user's."""
+    with suppress(OSError):
+        words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        program = [Path(word).name for word in words[:3]]
+        return next((_SERVERS[name] for name in program if name in _SERVERS), "")
+    return ""
+
+
+def _sockets(process: Path) -> set[str]:
+    with suppress(OSError):
+        links = [str(one.readlink()) for one in (process / "fd").iterdir()]
+        return {link[8:-1] for link in links if link.startswith("socket:[")}
+    return set()
+
+
+def _variable(process: Path, name: str) -> str:
+    with suppress(OSError):
+        for line in (process / "environ").read_bytes().decode(errors="replace").split("\0"):
+            if line.startswith(f"{name}="):
+                return line.partition("=")[2]
+    return ""

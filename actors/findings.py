@@ -1,0 +1,13 @@
+"""What `tg-tinker doctor` finds, a line each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+OK, WARNING, PROBLEM = "ok", "warning", "problem"
+
+
+class Finding(NamedTuple):
+    check: str
+    status: str  # OK, WARNING or PROBLEM
+    message: str  # what was found, and what to do about it
