@@ -19,7 +19,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from actors.audit_log import SDK, Details
-from actors.database import METADATA, RUNS
+from actors.database import METADATA, RUNS, check_epoch
 from actors.orphans import Orphans
 from tg_tinker.errors import (
     ActorLostError,
@@ -417,20 +417,6 @@ def last_artifact(connection: sa.Connection, run_id: str) -> str | None:
         .limit(1)
     )
     return connection.execute(query).scalar_one_or_none()
-
-
-def check_epoch(tx: sa.Connection, tenant: str, run_id: str, epoch: int) -> None:
-    """Refuses an actor that is not its run's newest one."""
-    current = tx.execute(
-        sa.select(RUNS.c.epoch).where(RUNS.c.id == run_id, RUNS.c.tenant == tenant)
-    ).scalar()
-    if current is None:
-        raise NotFoundError(f"no training client {run_id!r} of this tenant")
-    if current != epoch:
-        raise ActorLostError(
-            f"this actor (epoch {epoch}) was replaced by epoch {current}: it may not publish or"
-            " load; use get_training_client to reach the new one"
-        )
 
 
 def _is_entered(

@@ -18,13 +18,12 @@ from datetime import UTC, datetime
 import sqlalchemy as sa
 
 from actors.audit_log import SDK, AuditLog
-from actors.database import METADATA, RUNS
+from actors.database import METADATA, RUNS, check_epoch
 from actors.plausibility import looks_drawn
 from tg_tinker.accounting import gaussian_epsilon, largest_count
 from tg_tinker.config import TrainingConfig
 from tg_tinker.envelope import context_of, new_key
 from tg_tinker.errors import (
-    ActorLostError,
     DPBudgetExceededError,
     IntegrityError,
     InvalidRequestError,
@@ -248,7 +247,7 @@ class Budgets(AuditLog):
         with self._change() as tx:
             if (again := _receipt(tx, charge_id)) is not None:
                 return again
-            _check_epoch(tx, run_id, epoch)
+            check_epoch(tx, tenant, run_id, epoch)
             ledger = self._known(tx, tenant, dataset)
             before = ledger.epsilon
             count = _count(tx, ledger.accounts[run_id], run_id, units)
@@ -298,7 +297,7 @@ class Budgets(AuditLog):
             )
             if plausible:
                 return
-            _check_epoch(tx, run_id, epoch)
+            check_epoch(tx, tenant, run_id, epoch)
             limit = _own_uses(account, most)
             body = {"type": "fall_back", "run": run_id, "count": most, "limit": limit}
             self._append(tx, tenant, dataset, ledger, body, f"{run_id}@{epoch}")
@@ -425,15 +424,6 @@ def _receipt(connection: sa.Connection, charge_id: str) -> Charge | None:
     known = sa.select(_charges.c.receipt).where(_charges.c.id == charge_id)
     receipt = connection.execute(known).scalar()
     return None if receipt is None else Charge(**json.loads(receipt))
-
-
-def _check_epoch(tx: sa.Connection, run_id: str, epoch: int) -> None:
-    current = tx.execute(sa.select(RUNS.c.epoch).where(RUNS.c.id == run_id)).scalar()
-    if current != epoch:
-        raise ActorLostError(
-            f"this actor (epoch {epoch}) was replaced by epoch {current}: it may not charge; use"
-            " get_training_client to reach the new one"
-        )
 
 
 def _count(tx: sa.Connection, account: Account, run_id: str, units: Sequence[bytes]) -> int:

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 
 from actors import postgres
 from tg_tinker.databases import SQLITE
-from tg_tinker.errors import StorageError
+from tg_tinker.errors import ActorLostError, NotFoundError, StorageError
 
 _NOT_OURS = ("42501", "42P01")
 """SQLSTATE of a missing privilege and of a lost table: PostgreSQL calls both defects of ours."""
@@ -181,6 +181,20 @@ def _generation(tx: sa.Connection) -> int:
     if tx.execute(_OWN).scalar() is None:
         tx.execute(OWNER.insert().values(id=1, generation=0))
     return int(tx.execute(_OWN).scalar_one())
+
+
+def check_epoch(tx: sa.Connection, tenant: str, run_id: str, epoch: int) -> None:
+    """Refuses an actor that is not its run's newest one."""
+    current = tx.execute(
+        sa.select(RUNS.c.epoch).where(RUNS.c.id == run_id, RUNS.c.tenant == tenant)
+    ).scalar()
+    if current is None:
+        raise NotFoundError(f"no training client {run_id!r} of this tenant")
+    if current != epoch:
+        raise ActorLostError(
+            f"this actor (epoch {epoch}) was replaced by epoch {current}: it may not charge,"
+            " publish or load; use get_training_client to reach the new one"
+        )
 
 
 def refuse_older(connection: sa.Connection) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import secrets
 import stat
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import NoReturn, Protocol
 from actors.keyring import Keyring, Keys, next_name, random_name
 from actors.objects import sync
 from tg_tinker.errors import IntegrityError, InvalidRequestError, StorageError
+from tg_tinker.files import written
 from tg_tinker.keyrings import Variable, place_of
 
 
@@ -142,7 +142,7 @@ class FileKeyring(Keyring):
     @classmethod
     def create(cls, path: Path) -> FileKeyring:
         """A keyring with one fresh key; never touches one that exists."""
-        with _written(path, Keys.new()) as partial:
+        with written(path, Keys.new().text().encode()) as partial:
             path.hardlink_to(partial)  # fails if the keyring exists: no key is ever overwritten
         return cls(path)
 
@@ -158,7 +158,7 @@ class FileKeyring(Keyring):
             with _locked(self._path.parent):
                 keys = change(self._keys)
                 _remove_partials(self._path)
-                with _written(self._path, keys) as partial:
+                with written(self._path, keys.text().encode()) as partial:
                     partial.replace(self._path)
                 _make_durable(self._path)
         except OSError as error:
@@ -266,24 +266,9 @@ def _make_durable(path: Path) -> None:
 
 
 def _remove_partials(path: Path) -> None:
-    """What killed processes left of `_written`, which holds keys in clear. Only under the lock:
+    """What killed processes left of `written`, which holds keys in clear. Only under the lock:
     there nobody else is writing one."""
     ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}")
     for found in path.parent.iterdir():
         if ours.fullmatch(found.name):
             found.unlink()
-
-
-@contextmanager
-def _written(path: Path, keys: Keys) -> Iterator[Path]:
-    """A durable keyring file of mode 0600 beside `path`; gone afterwards unless renamed."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(keys.text())
-            file.flush()
-            os.fsync(file.fileno())
-        yield partial
-    finally:
-        partial.unlink(missing_ok=True)

@@ -21,10 +21,10 @@ import sqlalchemy as sa
 
 from actors import signing
 from actors.api_keys import ApiKeys
-from actors.artifact_index import ArtifactIndex, check_epoch, last_artifact, resume_point
+from actors.artifact_index import ArtifactIndex, last_artifact, resume_point
 from actors.audit_log import ANYONE, SDK
 from actors.capabilities import KEEPER, READER, RUN, Capability, Issuer
-from actors.database import RUNS
+from actors.database import RUNS, check_epoch
 from actors.head_checks import HeadChecks
 from actors.key_names import KeyNames
 from actors.keys import open_keyring

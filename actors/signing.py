@@ -6,13 +6,13 @@ audit.pub    PEM; give it to whoever shall verify exported logs
 
 from __future__ import annotations
 
-import os
-import secrets
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from tg_tinker.envelope import new_signing_key, public_key_of
 from tg_tinker.errors import IntegrityError, StorageError
+from tg_tinker.files import written
 
 SIGNING_KEY, PUBLIC_KEY = "audit.key", "audit.pub"
 
@@ -54,15 +54,5 @@ def load(folder: Path) -> bytes:
 
 def _write_new(path: Path, content: bytes) -> None:
     """Durable and whole, unless there is one."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+    with written(path, content) as partial, suppress(FileExistsError):
         path.hardlink_to(partial)
-    except FileExistsError:
-        return
-    finally:
-        partial.unlink()

@@ -13,6 +13,7 @@ from privacy_helpers import new_budget, private_config, registry
 from actors.budget import Budget
 from actors.registry import Registry
 from tg_tinker import (
+    ActorLostError,
     DPBudgetExceededError,
     DPConfig,
     InvalidRequestError,
@@ -100,6 +101,21 @@ def test_two_clients_of_one_data_set_spend_one_budget() -> None:
     with pytest.raises(DPBudgetExceededError, match="cannot pay"):
         charge(second, units(1))
     assert ledger_of(first).epsilon == made[-1].total_epsilon
+
+
+@pytest.mark.parametrize("contract", ["participation", "client_poisson"])
+def test_an_actor_that_was_replaced_charges_nothing_and_changes_no_contract(contract: str) -> None:
+    """500 rows where 50 were to be expected were not drawn: the run would be counted otherwise."""
+    dp: dict[str, Any] = {"noise_multiplier": 20.0}
+    if contract == "client_poisson":
+        dp |= {"sampling": "client_poisson", "dataset_size": 500, "accountant_type": "rdp"}
+    budget = opened(registry(), dp=dp, batch_size=50)
+    charge(budget, units(*range(50)))
+    before = budget.registry.ledger_entries(budget.tenant, budget.dataset)
+    budget.registry.claim(budget.run_id)
+    with pytest.raises(ActorLostError, match="may not charge"):
+        charge(budget, units(*range(500)))
+    assert budget.registry.ledger_entries(budget.tenant, budget.dataset) == before
 
 
 def test_two_contracts_on_one_data_set_are_filtered_and_add_up() -> None:

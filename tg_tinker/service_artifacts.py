@@ -20,7 +20,11 @@ MOST_LISTED = 10_000
 
 
 class ArtifactCalls:
-    """Lists, opens, changes and removes artifacts of one tenant, in one store."""
+    """Lists, opens, changes and removes artifacts of one tenant, in one store.
+
+    What is copied, resealed, exported or verified is decrypted in the program that calls. That
+    process then writes no core file any more: its RLIMIT_CORE is 0 for good, soft and hard.
+    """
 
     _registry: Any
     _store: str
