@@ -23,9 +23,9 @@ demo: .venv/demo ## privately fine-tune SmolLM2-135M on docstrings, sample, save
 test: .venv/dev  ## all tests, the real model included (under 20 minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-soak: .venv/dev  ## faults for longer: artifacts, kill -9 at every point, lost messages (45 minutes)
+soak: .venv/dev  ## faults for longer: artifacts, kill -9 at every point, lost messages, all at random (80 minutes)
 	TG_TINKER_SOAK=1 $(BIN)/python -m pytest --timeout 3600 tests/test_artifact_machine.py tests/test_artifact_edits.py \
-		tests/test_kill_points.py tests/test_lost_messages.py $(ARGS)
+		tests/test_kill_points.py tests/test_lost_messages.py tests/test_soak.py $(ARGS)
 
 lint: .venv/dev  ## ruff and mypy --strict
 	$(BIN)/ruff check .

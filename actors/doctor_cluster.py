@@ -3,9 +3,11 @@ tenant is. Files, variables and the kernel's own lists are read; nobody is calle
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import ssl
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
@@ -112,11 +114,11 @@ def _exposure(proc: Path) -> Finding:
         for process in proc.glob("[0-9]*")
         if (name := _server(process)) and _sockets(process) & outside
     }
-    if any(not token for _, token in reached):
-        names = ", ".join(sorted(name for name, token in reached if not token))
+    if names := sorted(name for name, token in reached if not token):
         message = (
-            f"{names} of Ray listens beyond this machine without a token, so whoever reaches it"
-            " may run code here: end it, and start Ray with RAY_AUTH_MODE=token (`tg-tinker up`)"
+            f"{', '.join(names)} of Ray listens beyond this machine without a token, so whoever"
+            " reaches it may run code here: end it, and start Ray with RAY_AUTH_MODE=token"
+            " (`tg-tinker up`)"
         )
         return Finding("exposure", PROBLEM, message)
     if ("dashboard", True) in reached:
@@ -125,21 +127,29 @@ def _exposure(proc: Path) -> Finding:
             " --dashboard-host=127.0.0.1 and reach it through ssh"
         )
         return Finding("exposure", WARNING, message)
-    if reached:
-        return Finding("exposure", OK, "Ray listens beyond this machine and wants its token")
-    return Finding("exposure", OK, "no Ray of this user listens beyond this machine")
+    said = "Ray wants its token of whoever reaches it" if reached else "no Ray of this user does so"
+    return Finding("exposure", OK, f"listening beyond this machine: {said}")
 
 
 def _outside(proc: Path) -> set[str]:
     """Inodes of the sockets that listen on more than the loopback."""
     found = set()
-    for name, loopback in (("tcp", ("0100007F",)), ("tcp6", (f"{'0' * 24}01000000",))):
+    for name in ("tcp", "tcp6"):
         with suppress(OSError):
             for line in (proc / "net" / name).read_text().splitlines()[1:]:
                 _, local, _, state, *rest = line.split()
-                if state == _LISTENS and local.partition(":")[0] not in loopback:
+                if state == _LISTENS and not _is_loopback(local.partition(":")[0]):
                     found.add(rest[5])
     return found
+
+
+def _is_loopback(text: str) -> bool:
+    """Of an address in words of four bytes, each in this machine's order."""
+    words = [bytes.fromhex(text[at : at + 8]) for at in range(0, len(text), 8)]
+    packed = b"".join(word[:: 1 if sys.byteorder == "big" else -1] for word in words)
+    address = ipaddress.ip_address(packed)
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
 
 
 def _server(process: Path) -> str:

@@ -424,7 +424,10 @@ def test_tls_files_must_be_there_fit_be_closed_and_be_good_for_a_while(tmp_path:
 
 
 ADDRESSES = {
-    "loopback": ("tcp", "0100007F"), "loopback of 6": ("tcp6", f"{'0' * 24}01000000"),
+    "loopback": ("tcp", "0100007F"), "another loopback": ("tcp", "0200007F"),
+    "mapped loopback": ("tcp6", f"{'0' * 16}FFFF00000100007F"),
+    "mapped own": ("tcp6", f"{'0' * 16}FFFF00000302000A"),
+    "loopback of 6": ("tcp6", f"{'0' * 24}01000000"),
     "all": ("tcp", "00000000"), "all of 6": ("tcp6", "0" * 32), "own": ("tcp", "0302000A"),
 }  # fmt: skip
 

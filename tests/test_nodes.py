@@ -22,7 +22,7 @@ import ray
 from ray.cluster_utils import Cluster
 from test_recovery import config, fingerprints, lost, train
 
-from actors import doctor_nodes
+from actors import doctor_cluster, doctor_nodes
 from actors.findings import OK, PROBLEM, WARNING
 from tg_tinker import ResourceConfig, ServiceClient, TrainingClient, TrainingConfig
 from tg_tinker.service import init_home
@@ -230,6 +230,19 @@ def test_doctor_compares_the_versions_and_clocks_of_all_nodes(
     assert versions.status == PROBLEM
     assert f"torch {mine['torch']} on" in versions.message
     assert "(here 0.1)" in versions.message
+
+
+def test_doctor_sees_what_of_ray_listens_and_how_it_was_started(nodes: Nodes) -> None:
+    """The parts of `exposure`: other clusters may run on this machine."""
+    outside = doctor_cluster._outside(Path("/proc"))
+    for kind, name in (("gcs_server", "GCS"), ("raylet", "raylet"), ("dashboard", "dashboard")):
+        (started,) = nodes.head.all_processes[kind]
+        process = Path("/proc") / str(started.process.pid)
+        assert doctor_cluster._server(process) == name
+        assert doctor_cluster._variable(process, "RAY_AUTH_MODE") == "token"
+        # Ray listens at the address that it took for its own; the dashboard at the loopback.
+        beyond = name != "dashboard" and not nodes.address.startswith("127.")
+        assert bool(doctor_cluster._sockets(process) & outside) == beyond
 
 
 def test_a_clock_that_is_off_is_told_and_a_slow_answer_is_not() -> None:
