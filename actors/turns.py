@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,6 @@ from actors.database import together
 from actors.process import reply_of
 from actors.registry import Registry
 from tg_tinker.cluster import ONCE
-from tg_tinker.errors import StorageError
 from tg_tinker.wire import Reply
 
 MOST_TOGETHER = 16
@@ -63,22 +63,23 @@ class Turns:
             one.reply = reply
 
     def _replies(self, calls: list[Call]) -> list[Reply]:
-        once = any(name in ONCE for name, _ in calls)
-        if self._registry is not None and len(calls) > 1 and not once:
-            try:
-                with together(self._registry):
-                    return [self._reply(call) for call in calls]
-            except StorageError:
-                pass  # each learns by itself whether it was the cause: all may be made twice
+        if len(calls) > 1 and not any(name in ONCE for name, _ in calls):
+            with suppress(Exception):  # each learns by itself whether it was the cause
+                return self._joint(calls)
         return [self._reply(call) for call in calls]
+
+    def _joint(self, calls: list[Call]) -> list[Reply]:
+        """Of calls that may all be made twice."""
+        self._registry = self._registry or self._open()
+        with together(self._registry):
+            return [self._reply(call) for call in calls]
 
     def _reply(self, call: Call) -> Reply:
         name, arguments = call
         return reply_of(lambda: self._method(name)(*arguments))
 
     def _method(self, name: str) -> Any:
-        if self._registry is None:
-            self._registry = self._open()
+        self._registry = self._registry or self._open()
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._registry, name)
