@@ -410,13 +410,7 @@ def last_artifact(connection: sa.Connection, run_id: str) -> str | None:
 
     A copy counts by when its source was saved: copying an early state loses no steps.
     """
-    query = (
-        sa.select(_artifacts.c.id)
-        .where(_artifacts.c.run_id == run_id, *_LIVING, _unexpired())
-        .order_by(_artifacts.c.saved_at.desc())
-        .limit(1)
-    )
-    return connection.execute(query).scalar_one_or_none()
+    return connection.execute(_LAST, {"run": run_id, "now": time.time()}).scalar_one_or_none()
 
 
 def _is_entered(
@@ -428,8 +422,18 @@ def _is_entered(
     return tx.execute(sa.select(_artifacts.c.id).where(*this, *files)).first() is not None
 
 
-def _unexpired() -> sa.ColumnElement[bool]:
-    return sa.or_(_artifacts.c.expires_at.is_(None), _artifacts.c.expires_at > time.time())
+def _unexpired(now: Any = None) -> sa.ColumnElement[bool]:
+    now = time.time() if now is None else now
+    return sa.or_(_artifacts.c.expires_at.is_(None), _artifacts.c.expires_at > now)
+
+
+# Made once, see `registry`; at the end, since it needs the conditions above.
+_LAST = (
+    sa.select(_artifacts.c.id)
+    .where(_artifacts.c.run_id == sa.bindparam("run"), *_LIVING, _unexpired(sa.bindparam("now")))
+    .order_by(_artifacts.c.saved_at.desc())
+    .limit(1)
+)
 
 
 def _row(connection: sa.Connection, tenant: str, artifact_id: str) -> Any:

@@ -149,6 +149,9 @@ class AuditLog(Database):
             noted: dict[str, tuple[int, str]] = {}
             tx.info[_NOTED] = noted
             yield tx
+        self._once_durable(lambda: self._remember(noted))
+
+    def _remember(self, noted: dict[str, tuple[int, str]]) -> None:
         for tenant, end in noted.items():
             self._reached[tenant] = max(end, self._reached.get(tenant, end))
 
@@ -209,7 +212,7 @@ class AuditLog(Database):
         with self._change() as tx:
             details: Details = {"left_out": left_out} if left_out else {}
             self._note(tx, tenant, who, event, subject, details, code)
-        self._refused[same] = now, 0
+        self._once_durable(lambda: self._refused.update({same: (now, 0)}))
 
     def _step_details(self, run_id: str, step: int, calls: Sequence[tuple[str, str]]) -> Details:
         """The hashes of a step's calls as HMACs under a key of the run: a plain hash of a batch

@@ -172,12 +172,11 @@ class Budgets(AuditLog):
             LedgerMismatchError: the ledger does not go through `known`; nothing was charged.
             ActorLostError: a newer actor owns the run; nothing was charged.
         """
-        if (again := self._receipt_of(charge_id)) is not None:
-            return again
         with self._refusals_noted(tenant, f"{run_id}@{epoch}", "budget.charge", dataset):
-            self._check_places(tenant, {dataset: known})
-            self._fall_back_if_implausible(tenant, dataset, run_id, epoch, len(units))
-            return self._charge(tenant, dataset, run_id, epoch, charge_id, units, noised, calls)
+            step = tenant, dataset, run_id, epoch, charge_id, units, noised, calls, known
+            while (charge := self._charge(*step)) is None:
+                pass  # the run counts by participation now, also if the step is then refused
+            return charge
 
     def release_reservation(self, tenant: str, dataset: str, run_id: str) -> None:
         """Frees what a run planned and has not used; it may go on where the budget allows."""
@@ -236,19 +235,23 @@ class Budgets(AuditLog):
             )
         return at_limit
 
-    def _receipt_of(self, charge_id: str) -> Charge | None:
-        with self._reading() as connection:
-            return _receipt(connection, charge_id)
-
     def _charge(
         self, tenant: str, dataset: str, run_id: str, epoch: int, charge_id: str,
         units: Sequence[bytes], noised: bool, calls: Sequence[tuple[str, str]],
-    ) -> Charge:  # fmt: skip
+        known: Sequence[str],
+    ) -> Charge | None:  # fmt: skip
+        """None where the run fell back instead."""
         with self._change() as tx:
             if (again := _receipt(tx, charge_id)) is not None:
                 return again
-            check_epoch(tx, tenant, run_id, epoch)
             ledger = self._known(tx, tenant, dataset)
+            for place in known:
+                ledger.check_place(place, dataset)
+            check_epoch(tx, tenant, run_id, epoch)
+            if (limits := _refuted(tx, ledger.accounts[run_id], run_id, len(units))) is not None:
+                body: Entry = {"type": "fall_back", "run": run_id} | limits
+                self._append(tx, tenant, dataset, ledger, body, f"{run_id}@{epoch}")
+                return None
             before = ledger.epsilon
             count = _count(tx, ledger.accounts[run_id], run_id, units)
             body = {
@@ -276,31 +279,6 @@ class Budgets(AuditLog):
                 )
             )  # fmt: skip
             return charge
-
-    def _fall_back_if_implausible(
-        self, tenant: str, dataset: str, run_id: str, epoch: int, size: int
-    ) -> None:
-        """An asserted sample that does not look like one is counted by participation from here
-        on, all its steps. A transaction of its own: it stays when the step is then refused."""
-        with self._reading() as connection:
-            account = self._known(connection, tenant, dataset).accounts[run_id]
-        if account.contract != "client_poisson":
-            return
-        with self._change() as tx:
-            ledger = self._known(tx, tenant, dataset)
-            account = ledger.accounts[run_id]
-            sizes = sa.select(_charges.c.size).where(_charges.c.run_id == run_id)
-            distinct, most = _units_and_most_used(tx, run_id)
-            sizes_so_far = [*tx.execute(sizes).scalars()]
-            plausible = looks_drawn(
-                [*sizes_so_far, size], distinct, account.facts["dataset_size"], account.rate
-            )
-            if plausible:
-                return
-            check_epoch(tx, tenant, run_id, epoch)
-            limit = _own_uses(account, most)
-            body = {"type": "fall_back", "run": run_id, "count": most, "limit": limit}
-            self._append(tx, tenant, dataset, ledger, body, f"{run_id}@{epoch}")
 
     def _evidence(
         self, tx: sa.Connection, tenant: str, dataset: str, run_id: str,
@@ -445,6 +423,19 @@ def _count(tx: sa.Connection, account: Account, run_id: str, units: Sequence[byt
     if account.contract == "client_poisson":
         return account.count + 1
     return max(account.count, *(uses.get(unit, 0) + 1 for unit in units), 0)
+
+
+def _refuted(tx: sa.Connection, account: Account, run_id: str, size: int) -> Entry | None:
+    """Count and limit of a run whose asserted sample, with this step of it, does not look like
+    one: all its steps are counted by participation from here on. None if it does, or is none."""
+    if account.contract != "client_poisson":
+        return None
+    sizes = sa.select(_charges.c.size).where(_charges.c.run_id == run_id)
+    distinct, most = _units_and_most_used(tx, run_id)
+    so_far = [*tx.execute(sizes).scalars(), size]
+    if looks_drawn(so_far, distinct, account.facts["dataset_size"], account.rate):
+        return None
+    return {"count": most, "limit": _own_uses(account, most)}
 
 
 def _own_uses(account: Account, used: int) -> int | None:

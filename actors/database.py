@@ -6,13 +6,15 @@ PostgreSQL the row is the lock, and what is read after it is what was committed 
 transactions would need every change to be repeatable from outside; this needs nothing of it.
 
 The row's generation fences: a registry that found another one than it began with changes nothing.
+Changes that follow one another may share a transaction, see `together`.
 Parameters never show in errors. Tables are declared in the rooms of their duties.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,16 @@ OWNER = sa.Table(
 _OWN = sa.select(OWNER.c.generation).with_for_update()
 
 
+@dataclass
+class _Group:
+    """Changes that share a transaction, which begins with the first of them."""
+
+    ends: ExitStack = field(default_factory=ExitStack)
+    tx: sa.Connection | None = None
+    spoiled: bool = False
+    then: list[Callable[[], None]] = field(default_factory=list)
+
+
 class Database:
     """One database, opened; the tables must be declared before."""
 
@@ -67,6 +79,7 @@ class Database:
     """Whether the database, its tables and its mode stay as they are."""
 
     def __init__(self, database: str) -> None:
+        self._group: _Group | None = None
         check = _check_of(database)  # opening makes a -wal
         self._engine, self._reader = _opened(database, self._looks_only)
         with self._reading() as connection:
@@ -95,14 +108,39 @@ class Database:
         Raises:
             StorageError: another registry has taken over; or see `typed_refusal`.
         """
-        with typed_refusal(), self._engine.begin() as connection:
+        with typed_refusal():
+            if (group := self._group) is None:
+                with self._begun() as connection:
+                    yield connection
+                return
+            if group.tx is None:
+                group.tx = group.ends.enter_context(self._begun())
+            with _spoiling(group), group.tx.begin_nested():
+                yield group.tx
+
+    @contextmanager
+    def _begun(self) -> Iterator[sa.Connection]:
+        with self._engine.begin() as connection:
             self._check_own(connection)
             yield connection
 
     @contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
-        with typed_refusal(), self._reader.connect() as connection:
-            yield connection
+        """What was committed; within `together` also what its changes have made so far."""
+        with typed_refusal():
+            if (group := self._group) is None or group.tx is None:
+                with self._reader.connect() as connection:
+                    yield connection
+                return
+            with _spoiling(group):
+                yield group.tx
+
+    def _once_durable(self, then: Callable[[], None]) -> None:
+        """After a change: what must not be remembered of one that is undone."""
+        if self._group is None:
+            then()
+        else:
+            self._group.then.append(then)
 
     def _fence_others(self) -> None:
         """From now on registries that were opened earlier change nothing."""
@@ -119,6 +157,43 @@ class Database:
                 " if that one has ended, restart this one",
                 details={"reason": REPLACED},
             )
+
+
+@contextmanager
+def together(database: Database) -> Iterator[None]:
+    """Until it ends, the changes are one transaction; then they are durable. One that is refused
+    is undone alone. For a database that one thread uses.
+
+    Raises:
+        StorageError: a statement failed, and nothing was changed; or the end did, and nobody knows.
+            Nothing that was learnt inside may be told to anybody.
+    """
+    group = database._group = _Group()
+    try:
+        with typed_refusal(), group.ends:
+            yield
+            _refuse_spoiled(group)
+    finally:
+        database._group = None
+    for then in group.then:
+        then()
+
+
+@contextmanager
+def _spoiling(group: _Group) -> Iterator[None]:
+    """After a statement that failed nobody knows which of those before it the database keeps:
+    SQLite may have ended the transaction, PostgreSQL undoes it when it is told to commit."""
+    _refuse_spoiled(group)  # outside of any transaction a change would be durable at once
+    try:
+        yield
+    except sa.exc.DBAPIError:
+        group.spoiled = True
+        raise
+
+
+def _refuse_spoiled(group: _Group) -> None:
+    if group.spoiled:
+        raise StorageError("another call's statement failed, and the transaction with it: repeat")
 
 
 @contextmanager

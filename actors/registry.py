@@ -41,6 +41,9 @@ from tg_tinker.errors import (
 )
 from tg_tinker.types import CLOSED, NOT_STARTED, PARKED, TrainingClientInfo
 
+# Made once: SQLAlchemy takes longer to put a statement together than the database to run it.
+_RUN = sa.select(RUNS).where(RUNS.c.id == sa.bindparam("run"))
+_SET = RUNS.update().where(RUNS.c.id == sa.bindparam("run"))
 _BECAME = {"active": "run.resume", "completed": "run.complete", "failed": "run.fail"}
 
 
@@ -124,10 +127,9 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
         """
         who = f"{run_id}@{epoch}"
         with self._change() as tx:
-            run = tx.execute(sa.select(RUNS).where(RUNS.c.id == run_id)).one_or_none()
+            run = tx.execute(_RUN, {"run": run_id}).one_or_none()
             if run is not None and run.epoch == epoch:
-                values = {"step": step, "status": status}
-                tx.execute(RUNS.update().where(RUNS.c.id == run_id).values(values))
+                tx.execute(_SET, {"run": run_id, "step": step, "status": status})
                 if calls is not None and step != run.step:
                     details = self._step_details(run_id, step, calls)
                     self._note(tx, run.tenant, who, "step", run_id, details)
@@ -422,9 +424,8 @@ class Onlooker(Registry):
 
 def _run(connection: sa.Connection, tenant: str, run_id: str) -> Any:
     """The row of a tenant's run."""
-    query = sa.select(RUNS).where(RUNS.c.id == run_id, RUNS.c.tenant == tenant)
-    row = connection.execute(query).one_or_none()
-    if row is None:
+    row = connection.execute(_RUN, {"run": run_id}).one_or_none()
+    if row is None or row.tenant != tenant:
         raise NotFoundError(
             f"no training client {run_id!r}: service.list_training_clients() names them"
         )

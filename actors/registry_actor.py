@@ -18,6 +18,7 @@ import ray
 from actors import signing
 from actors.process import harden, reply_of
 from actors.registry import Registry
+from actors.turns import Turns
 from tg_tinker.cluster import REGISTRY_NAME, ask_again
 from tg_tinker.databases import check_database
 from tg_tinker.envelope import derive_key, open_payload, seal_payload
@@ -25,20 +26,25 @@ from tg_tinker.errors import InvalidRequestError
 from tg_tinker.keyrings import place_of
 from tg_tinker.wire import Reply
 
+MOST_WAITING = 64
+"""Calls that the actor has taken; others wait in Ray."""
+
 HEAD_NODE = {"node:__internal_head__": 0.001}
 """There are the database's file, the keyring, and the environment that has its password."""
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)
+@ray.remote(  # type: ignore[call-overload]
+    num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=MOST_WAITING
+)
 class RegistryActor:
-    """Answers one sealed call at a time."""
+    """Answers sealed calls, see `Turns`."""
 
     def __init__(self, database: str, keyring: str, audit_keys: str, life: str, sole: bool) -> None:
         harden()
         self._places = (database, keyring, Path(audit_keys))
-        self._life, self._sole = life, sole
-        self._registry: Registry | None = None
+        self._life = life
         self._known_key = b""
+        self._turns = Turns(lambda: Registry(*self._places, sole=sole))
 
     def serves(self, database: str, keyring: str) -> bool:
         return (database, place_of(keyring)) == (self._places[0], place_of(self._places[1]))
@@ -48,21 +54,14 @@ class RegistryActor:
 
     def call(self, sealed: bytes) -> bytes:
         """Calls a public method of `Registry`: (name, arguments) in, a `Reply` out."""
-        name, arguments = open_payload(self._key(), sealed)
-        return seal_payload(self._key(), reply_of(lambda: self._method(name)(*arguments)))
+        reply = self._turns.take(open_payload(self._key(), sealed))
+        return seal_payload(self._key(), reply)
 
     def _key(self) -> bytes:
         if not self._known_key:  # here, so that a damaged signing key is a typed error
             purpose = f"tg-tinker transport v1\n{self._life}".encode()
             self._known_key = derive_key(signing.load(self._places[2]), purpose)
         return self._known_key
-
-    def _method(self, name: str) -> Any:
-        if self._registry is None:  # here, so that a mended keyring or disk is seen
-            self._registry = Registry(*self._places, sole=self._sole)
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._registry, name)
 
 
 def start(namespace: str, database: str, keyring: str, audit_keys: str, sole: bool) -> Any:
