@@ -7,8 +7,8 @@ import importlib
 from bench.measure import Bench
 
 ROOMS = (
-    "training", "size", "sdk", "privacy", "sampling", "serving", "audit", "sealing", "storage",
-    "utility", "peers",
+    "training", "size", "sdk", "start", "privacy", "sampling", "serving", "audit", "sealing",
+    "storage", "utility", "peers",
 )  # fmt: skip
 
 
