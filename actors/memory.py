@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 from collections.abc import Mapping
@@ -106,7 +107,8 @@ def stored_shapes(directory: Path) -> Shapes:
     """From the headers of a directory's safetensors."""
     found = {}
     for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
+        # Not "pt": it maps the file to be written, which Linux refuses above all memory.
+        with safe_open(file, "np") as opened:
             for name in opened.keys():  # noqa: SIM118
                 found[name] = tuple(opened.get_slice(name).get_shape())
     return found
@@ -165,6 +167,13 @@ def check_conversion(values: int, dtype: torch.dtype) -> None:
             " convert it on a larger machine, or take a smaller one",
             details={"needed": needed, "available": free},
         )
+
+
+def give_back() -> None:
+    """What was freed and the allocator keeps, to the system: after a large step it is gigabytes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def _gb(size: int) -> str:

@@ -391,7 +391,7 @@ def _stored_dtypes(directory: Path) -> set[torch.dtype]:
         )
     found = set()
     for file in files:
-        with safe_open(file, "pt") as opened:
+        with safe_open(file, "np") as opened:  # as `stored_shapes`
             found |= {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     return {names.get(name, torch.float64) for name in found}

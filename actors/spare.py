@@ -8,7 +8,6 @@ one is missing or fails, the next actor imports by itself, as the first one does
 
 from __future__ import annotations
 
-import importlib
 import threading
 from contextlib import suppress
 from typing import Any
@@ -28,6 +27,9 @@ ENVIRONMENT: dict[str, Any] = {
     "env_vars": {ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.warm", **SPIN}
 }
 """Of every training actor."""
+
+COLD: dict[str, Any] = {"env_vars": {ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR: ""}}
+"""Of actors that a training actor starts, which would inherit its environment."""
 
 _imports: threading.Thread | None = None
 
@@ -49,7 +51,7 @@ def imported() -> None:
 
 
 def _import() -> None:
-    importlib.import_module("actors.worker")
+    import actors.worker  # noqa: F401
 
 
 def leave_spare() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.process import forget_keyrings, harden, reply_of
+from actors.spare import COLD
 from actors.store import ArtifactStore
 from tg_tinker.cluster import ask
 from tg_tinker.errors import ActorLostError, ClusterUnavailableError, StorageError
@@ -69,7 +70,11 @@ class StorageActor:
 def writer(namespace: str, root: str) -> Any:
     """`artifacts.Write` by the storage actor, for the training actor that calls this."""
     actor = StorageActor.options(  # type: ignore[attr-defined]
-        name=NAME, namespace=namespace, lifetime="detached", get_if_exists=True
+        name=NAME,
+        namespace=namespace,
+        lifetime="detached",
+        get_if_exists=True,
+        runtime_env=COLD,
     ).remote()
     myself = ray.get_runtime_context().current_actor
 

@@ -23,7 +23,7 @@ from actors import spare
 from actors.calls import Calls
 from actors.process import forget_keyrings, harden, reply_of
 from tg_tinker.cluster import ActorInfo, RemoteRegistry
-from tg_tinker.config import TrainingConfig
+from tg_tinker.config import ResourceConfig, TrainingConfig
 from tg_tinker.envelope import open_payload, seal_payload
 from tg_tinker.errors import ActorLostError, ServiceError, TGTinkerError
 from tg_tinker.types import PARKED
@@ -38,6 +38,9 @@ PIECE = 8 * 2**20
 SETTLE_S = 30.0
 """How long a client that closes waits for the registry to hear of its last step, and for the store
 to take the ledger's head."""
+
+IDLE_S = 3.0
+"""Without a call for so long, memory is handed back; the next step takes a moment more."""
 
 _control = ray.method(concurrency_group="control")
 _sealing = ray.method(concurrency_group="sealing")
@@ -63,7 +66,7 @@ class TrainingActor:
         self._capability = open_payload(self._key, capability)
         self._calls = Calls(epoch)
         self._worker: Worker | None = None
-        self._progress = "starting"
+        self._said: list[str] = []
         self._loading: Reply | None = None
         self._recorded: concurrent.futures.Future[Any] | None = None
         self._replaced = False
@@ -96,8 +99,9 @@ class TrainingActor:
         return True
 
     @_control
-    def progress(self) -> str:
-        return self._progress
+    def progress(self, heard: int) -> list[str]:
+        """What was said of loading after the first `heard` remarks."""
+        return self._said[heard:]
 
     @_control
     def description(self) -> bytes | None:
@@ -195,7 +199,7 @@ class TrainingActor:
             raise ActorLostError(f"this actor (epoch {self._epoch}) was replaced by a newer one")
 
     def _load(self) -> Any:
-        self._progress = "importing torch and transformers"
+        self._set_progress("importing torch and transformers")
         spare.imported()
         from actors.home import MODELS
         from actors.storage_actor import writer
@@ -220,8 +224,21 @@ class TrainingActor:
             self._used = time.monotonic()
             threading.Thread(target=self._park_when_idle, args=(after_s,), daemon=True).start()
         self._set_progress("ready")
-        threading.Thread(target=spare.leave_spare, daemon=True).start()
+        threading.Thread(target=self._while_idle, daemon=True).start()
         return info
+
+    def _while_idle(self) -> None:
+        """Hands memory that the last calls have freed back to the system, for other clients."""
+        from actors.memory import give_back
+
+        spare.leave_spare()
+        given_back = 0.0
+        while True:
+            time.sleep(IDLE_S)
+            used = self._used
+            if used != given_back and time.monotonic() - used > IDLE_S:
+                give_back()
+                given_back = used
 
     def _park_when_idle(self, after_s: float) -> None:
         """Sends `park` to itself, in line with the calls of others; refused, it tries later."""
@@ -238,7 +255,7 @@ class TrainingActor:
         return self._ready_worker().saved(begun.unwrap(), wait)
 
     def _set_progress(self, message: str) -> None:
-        self._progress = message
+        self._said.append(message)
 
     def _ready_worker(self) -> Worker:
         if self._worker is None:
@@ -264,7 +281,7 @@ class TrainingActor:
 
 def start(
     namespace: str, tenant: str, run_id: str, epoch: int, config: str, store: str, home: str,
-    registry: Any, capability: bytes, resume: str | None, num_cpus: float, num_gpus: float,
+    registry: Any, capability: bytes, resume: str | None, resources: ResourceConfig,
 ) -> Any:  # fmt: skip
     """A new training actor under the run's name and epoch.
 
@@ -276,7 +293,9 @@ def start(
         name=f"{run_id}@{epoch}",
         namespace=namespace,
         lifetime="detached",
-        num_cpus=num_cpus,
-        num_gpus=num_gpus,
+        num_cpus=resources.num_cpus or 0,
+        num_gpus=resources.num_gpus or 0,
+        resources=resources.custom_resources,
+        label_selector=resources.node_labels,
         runtime_env=spare.ENVIRONMENT,
     ).remote(namespace, tenant, run_id, epoch, config, store, home, registry, capability, resume)

@@ -8,8 +8,8 @@ import ipaddress
 import logging
 import re
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import ray
@@ -57,6 +57,8 @@ class Place:
         model_ref, dtype: of the base model, as `TrainingConfig` has them; with the namespace they
             name its application.
         home, store: where converted models and artifacts lie.
+        resources, labels: of its nodes, as `ResourceConfig` has them; a pinned client has a sampler
+            of its own.
     """
 
     namespace: str
@@ -67,10 +69,14 @@ class Place:
     num_cpus: float
     num_gpus: float
     threads: int | None
+    resources: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        model = hashlib.sha256(f"{self.model_ref} {self.dtype}".encode()).hexdigest()[:12]
+        pins = {**self.resources, **self.labels}
+        known = f"{self.model_ref} {self.dtype}{f' {sorted(pins.items())}' if pins else ''}"
+        model = hashlib.sha256(known.encode()).hexdigest()[:12]
         return f"{APPLICATIONS}{self.namespace}-{model}"
 
 
@@ -180,6 +186,8 @@ def bound(place: Place, options: HttpOptions, replicas: int = 1) -> serve.Applic
         ray_actor_options={
             "num_cpus": place.num_cpus,
             "num_gpus": place.num_gpus,
+            **({"resources": dict(place.resources)} if place.resources else {}),
+            **({"label_selector": dict(place.labels)} if place.labels else {}),
             "runtime_env": {"env_vars": SPIN},  # before the process loads torch
         },
         logging_config=_QUIET,

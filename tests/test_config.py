@@ -99,6 +99,7 @@ OUT_OF_RANGE = [
     (ResourceConfig, "num_cpus", [-1, math.nan]),
     (ResourceConfig, "num_gpus", [-0.5, math.inf]),
     (ResourceConfig, "num_threads", [0, -1]),
+    (ResourceConfig, "custom_resources", [{"a": 0}, {"a": -1.0}, {"a": math.inf}]),
     (TrainingConfig, "batch_size", [0, -8, 2.5]),
     (TrainingConfig, "gradient_accumulation_steps", [0]),
     (TrainingConfig, "max_steps", [0, -1]),
@@ -111,14 +112,15 @@ OUT_OF_RANGE = [
     [(config, field, value) for config, field, values in OUT_OF_RANGE for value in values],
 )
 def test_a_value_out_of_range_is_named_with_its_field(
-    config: type[BaseModel], field: str, value: float
+    config: type[BaseModel], field: str, value: float | dict[str, float]
 ) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         config(**{**least(config), field: value})
     said = str(caught.value)
     shown = "delta" if field == "target_delta" else field
     assert shown in said.partition(": ")[2].partition(":")[0]
-    assert said.endswith(f"got {value}")
+    number = value["a"] if isinstance(value, dict) else value
+    assert said.endswith(f"got {number}")
 
 
 AT_THE_BOUND = [

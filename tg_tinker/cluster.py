@@ -19,6 +19,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, cast
 
+from tg_tinker.config import ResourceConfig
 from tg_tinker.envelope import open_payload, seal_payload
 from tg_tinker.errors import (
     ActorLostError,
@@ -141,25 +142,16 @@ class Cluster:
             nodes = [node for node in _ray().nodes() if node["Alive"]]
         return [f"http://{n['NodeManagerAddress']}:{n['MetricsExportPort']}/metrics" for n in nodes]
 
-    def start_training(self, num_cpus: float, num_gpus: float, **arguments: Any) -> Any:
+    def start_training(self, resources: ResourceConfig, **arguments: Any) -> Any:
         """A placed training actor.
 
         Raises:
             PlacementError: the cluster is too small, or has no room within the deadline.
         """
-        totals = self.resources()
-        for name, wanted in (("CPU", num_cpus), ("GPU", num_gpus)):
-            total = totals.get(name, 0)
-            if wanted > total:
-                raise PlacementError(
-                    f"the client wants {wanted:g} {name}s, the whole cluster has {total:g}: ask"
-                    " for less in ResourceConfig or add nodes",
-                    details={"resource": name, "wanted": wanted, "total": total},
-                )
+        num_cpus, num_gpus = resources.num_cpus or 0, resources.num_gpus or 0
+        self._refuse_impossible(resources)
         with _translated():
-            actor = provided("training")(
-                self.namespace, num_cpus=num_cpus, num_gpus=num_gpus, **arguments
-            )
+            actor = provided("training")(self.namespace, resources=resources, **arguments)
         placed = False
         try:
             with _translated():
@@ -170,12 +162,33 @@ class Cluster:
                 kill(actor)
         if not placed:
             raise PlacementError(
-                f"no node had {num_cpus:g} CPUs and {num_gpus:g} GPUs free within"
+                f"no node had {num_cpus:g} CPUs and {num_gpus:g} GPUs free{_pins(resources)} within"
                 f" {self.placement_timeout_s:g} s. Held now: {self._holders()}. Close a client or"
                 " ask for less in ResourceConfig",
                 details={"num_cpus": num_cpus, "num_gpus": num_gpus},
             )
         return actor
+
+    def _refuse_impossible(self, resources: ResourceConfig) -> None:
+        """What no waiting would help."""
+        wanted = {"CPU": resources.num_cpus or 0, "GPU": resources.num_gpus or 0}
+        totals = self.resources()
+        for name, amount in (wanted | resources.custom_resources).items():
+            if amount > (total := totals.get(name, 0)):
+                raise PlacementError(
+                    f"the client wants {amount:g} {name}s, the whole cluster has {total:g}: ask"
+                    " for less in ResourceConfig or add nodes",
+                    details={"resource": name, "wanted": amount, "total": total},
+                )
+        with _translated():
+            nodes = [node for node in _ray().nodes() if node["Alive"]]
+        labels = resources.node_labels
+        if not any(labels.items() <= node["Labels"].items() for node in nodes):
+            raise PlacementError(
+                f"no node has the labels {labels}: start one with `ray start --labels`, or change"
+                " node_labels in ResourceConfig",
+                details={"node_labels": labels},
+            )
 
     def _holders(self) -> str:
         with _translated():
@@ -387,6 +400,11 @@ def fetch(ref: Any, timeout: float | None = None) -> Any:
     """
     with _translated():
         return _ray().get(ref, timeout=timeout)
+
+
+def _pins(resources: ResourceConfig) -> str:
+    pins = resources.custom_resources | resources.node_labels
+    return f" and {pins}" if pins else ""
 
 
 def kill(actor: Any) -> None:

@@ -30,6 +30,9 @@ from tg_tinker.errors import InvalidRequestError
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+ResourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,62}$")]
+LabelKey = Annotated[str, Field(pattern=r"^([a-z0-9.-]+/)?[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+LabelValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$")]
 
 
 class _Config(BaseModel):
@@ -157,7 +160,11 @@ class ResourceConfig(_Config):
 
     Attributes:
         num_cpus: CPUs reserved in Ray; None reserves none on a laptop and 1 on a cluster.
-        num_gpus: GPUs reserved, fractions allowed; None takes one where the cluster has one.
+        num_gpus: GPUs reserved, a fraction of one or whole ones; None takes one where the cluster
+            has one.
+        custom_resources: amounts of Ray resources of your own, such as ``{"team-a": 0.01}``.
+        node_labels: labels that the node must have, all of them. With either, the run and its
+            sampler are only placed where they fit.
         num_threads: torch threads; None uses all cores of a laptop, else the reservation.
         activation_checkpointing: keep few activations and compute them again in the backward
             pass: less memory, about a third more time.
@@ -167,9 +174,19 @@ class ResourceConfig(_Config):
 
     num_cpus: NonNegative | None = None
     num_gpus: NonNegative | None = None
+    custom_resources: dict[ResourceName, Positive] = Field(default_factory=dict)
+    node_labels: dict[LabelKey, LabelValue] = Field(default_factory=dict)
     num_threads: int | None = Field(None, ge=1)
     activation_checkpointing: bool = False
     park_after_minutes: Positive | None = None
+
+    @model_validator(mode="after")
+    def _what_ray_can_reserve(self) -> Self:
+        if self.num_gpus is not None and self.num_gpus > 1 and self.num_gpus % 1:
+            raise ValueError(f"num_gpus {self.num_gpus:g} must be a fraction of one, or whole GPUs")
+        for name in self.custom_resources.keys() & {"CPU", "GPU", "memory", "object_store_memory"}:
+            raise ValueError(f"custom_resources: {name} is Ray's own; see num_cpus and num_gpus")
+        return self
 
 
 class CheckpointConfig(_Config):

@@ -153,12 +153,14 @@ class TrainingLink:
 
     def load(self, progress: Callable[[str], None]) -> Any:
         """Loads the model, telling `progress` what takes time; a `ModelInfo`."""
-        ref, said = send(self.actor.load), ""
-        while not self.done(ref, wait_s=0.3):
-            now = ask(self.actor.progress)
-            if now != said:
-                progress(now)
-                said = now
+        ref, heard = send(self.actor.load), 0
+        loaded = False
+        while not loaded:
+            loaded = self.done(ref, wait_s=0.3)
+            remarks = ask(self.actor.progress, heard)
+            for remark in remarks:
+                progress(remark)
+            heard += len(remarks)
         return self._opened(fetch(ref)).unwrap()
 
     def description(self) -> Any:

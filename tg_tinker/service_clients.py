@@ -57,7 +57,8 @@ class ClientCalls:
 
         Args:
             config: what to train and how.
-            progress: told what is going on while the model is found, converted and loaded.
+            progress: told what is going on while the model is found, converted and loaded; None
+                logs it to `tg_tinker` as INFO.
             recover: once a call has raised `ActorLostError`, ``auto`` lets the next one bring the
                 run back from its last artifact, ``manual`` waits for `TrainingClient.recover`.
 
@@ -272,10 +273,11 @@ class ClientCalls:
         resume: str | None = None,
     ) -> Reached:
         """Starts an actor under an epoch just claimed; loads its model, and an artifact."""
+        tell = progress or partial(_log.info, "%s: %s", run_id)
+        tell("waiting for a place on the cluster")
         resources = self._resources(config.resources)
         actor = self._cluster.start_training(
-            num_cpus=resources.num_cpus or 0,
-            num_gpus=resources.num_gpus or 0,
+            resources=resources,
             tenant=self._tenant,
             run_id=run_id,
             epoch=epoch,
@@ -290,7 +292,7 @@ class ClientCalls:
         )
         link = self._link(actor, run_id, epoch, kept)
         try:
-            model: ModelInfo = link.load(progress or (lambda message: None))
+            model: ModelInfo = link.load(tell)
         except BaseException:
             kill(actor)
             raise
@@ -370,6 +372,8 @@ class ClientCalls:
             "store": self._store,
             "num_cpus": 0 if self._cluster.embedded else 1,
             "num_gpus": resources.num_gpus or 0,
+            "resources": resources.custom_resources,
+            "labels": resources.node_labels,
             "threads": resources.num_threads,
         }
 

@@ -7,7 +7,8 @@ import importlib
 from bench.measure import Bench
 
 ROOMS = (
-    "training", "size", "sdk", "privacy", "sampling", "serving", "audit", "registry", "sealing",
+    "training", "size", "sdk", "start", "privacy", "sampling", "serving", "audit", "registry",
+    "sealing",
     "storage", "utility", "peers",
 )  # fmt: skip
 

@@ -1,0 +1,354 @@
+"""The start of a client: where it may run, whether it fits, what it shares, and what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from conftest import make_model
+from helpers import RAGGED, examples, session
+
+from actors import memory
+from actors.memory import adapter_values, check_room, estimate, stored_shapes
+from actors.model import Base
+from actors.storage_actor import NAME
+from tg_tinker import (
+    InvalidRequestError,
+    LoRAConfig,
+    OptimizerConfig,
+    PlacementError,
+    ResourceConfig,
+    ServiceClient,
+    TrainingClient,
+    TrainingConfig,
+)
+from tg_tinker.service import init_home
+
+SECOND_PROGRAM = """
+import os, sys, ray
+from tg_tinker import LoRAConfig, ServiceClient, TrainingConfig
+
+with ServiceClient(address=sys.argv[1]) as service:
+    pin = {"node_labels": {"zone": "north"}}
+    config = TrainingConfig(model_ref=sys.argv[2], lora_config=LoRAConfig(rank=2), resources=pin)
+    with service.create_training_client(config) as tc:
+        print(ray.get(tc._link.actor.__ray_call__.remote(lambda self: os.getpid())))
+"""
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+
+def config_of(model: Path, lora: LoRAConfig | None, **more: Any) -> TrainingConfig:
+    return TrainingConfig(model_ref=str(model), lora_config=lora, **more)
+
+
+def sizes(model: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((model / "config.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize(
+    "lora", [LoRAConfig(rank=4), LoRAConfig(rank=3, target_modules="all-linear"), None]
+)
+def test_an_estimate_knows_what_a_session_trains(tiny_model: Path, lora: LoRAConfig | None) -> None:
+    real = session(tiny_model, lora_config=lora)
+    shapes = stored_shapes(tiny_model)
+    if lora is not None:
+        assert adapter_values(shapes, lora) == real.num_trainable
+    found = estimate(shapes, sizes(tiny_model), torch.float32, config_of(tiny_model, lora))
+    (file,) = tiny_model.glob("*.safetensors")
+    assert found.weights == file.stat().st_size - header_size(file)
+    assert found.gradients == 2 * 4 * real.num_trainable
+    assert found.optimizer == 2 * 4 * real.num_trainable
+    assert found.trained == (0 if lora is None else 4 * real.num_trainable)
+    assert found.activations > 0
+
+
+def header_size(file: Path) -> int:
+    return 8 + struct.unpack("<Q", file.read_bytes()[:8])[0]
+
+
+def test_optimizers_without_moments_need_less(tiny_model: Path) -> None:
+    def moments(**settings: Any) -> int:
+        config = config_of(tiny_model, None, optimizer=OptimizerConfig(**settings))
+        found = estimate(stored_shapes(tiny_model), sizes(tiny_model), torch.float32, config)
+        return found.optimizer
+
+    adam, momentum = moments(name="adam"), moments(name="sgd", momentum=0.9)
+    assert (moments(name="sgd"), moments(name="adafactor"), 2 * momentum) == (0, 0, adam)
+
+
+def test_what_fits_to_the_byte_is_taken_and_what_does_not_is_refused_with_the_numbers(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tiny_model, LoRAConfig(rank=4))
+    wanted = estimate(stored_shapes(tiny_model), sizes(tiny_model), torch.float32, config)
+    monkeypatch.setattr(memory, "host_memory", lambda: wanted.total)
+    check_room(config, tiny_model, torch.float32)
+    monkeypatch.setattr(memory, "host_memory", lambda: wanted.total - 1)
+    with pytest.raises(PlacementError, match=r"weights 0\.000") as refused:
+        check_room(config, tiny_model, torch.float32)
+    details = refused.value.details
+    assert (details["needed"], details["available"]) == (wanted.total, wanted.total - 1)
+    parts = ("weights", "trained", "gradients", "optimizer", "activations")
+    assert sum(details[part] for part in parts) == wanted.total
+
+
+def test_a_model_too_large_to_convert_is_refused_before_it_is_read(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "host_memory", lambda: 1000)
+    with pytest.raises(PlacementError, match="to be converted"):
+        Base.load(str(tiny_model), cache=tmp_path / "cache", dtype="bfloat16")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_free_memory_is_a_number_of_this_machine() -> None:
+    assert 0 < memory.host_memory() < psutil.virtual_memory().total
+
+
+def test_weights_are_pages_of_their_file_and_no_copies(tmp_path: Path) -> None:
+    """Also after a step: a client's own memory holds its adapter, never the base model."""
+    model = make_model(tmp_path, hidden_size=256, intermediate_size=1024)
+    of = session(model)
+    of.forward_backward(examples(RAGGED))
+    of.optim_step()
+    weights = sum(p.nbytes for p in of.base.model.parameters() if not p.requires_grad)
+    mapped, copied = pages_of(model / "model.safetensors")
+    assert mapped >= 0.9 * weights
+    assert copied == 0
+
+
+def pages_of(file: Path) -> tuple[int, int]:
+    """Bytes of a file that this process holds, and those of them that it has copied."""
+    found, inside = {"Rss:": 0, "Anonymous:": 0}, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *rest = line.split()
+        if not name.endswith(":"):
+            inside = rest[-1:] == [str(file)]
+        elif inside and name in found:
+            found[name] += 1024 * int(rest[0])
+    return found["Rss:"], found["Anonymous:"]
+
+
+# --- on a cluster of two nodes ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster_of_two() -> Iterator[str]:
+    """A head, and a node with a resource and a label of its own; its address."""
+    from ray.cluster_utils import Cluster
+
+    # Not where `ray start` leaves its address: other programs here would find this cluster.
+    folder = tempfile.mkdtemp(prefix="tg-", dir="/tmp")
+    head = {"num_cpus": 2, "include_dashboard": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
+        found = Cluster(initialize_head=True, head_node_args=head)
+    found.add_node(num_cpus=4, resources={"team-a": 1}, labels={"zone": "north"})
+    found.wait_for_nodes()
+    yield found.address
+    found.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def two(cluster_of_two: str, home: Path) -> Iterator[ServiceClient]:
+    import ray
+
+    init_home(home)
+    with ServiceClient(address=cluster_of_two) as service:
+        yield service
+    ray.shutdown()
+
+
+def create(service: ServiceClient, model: Path, **resources: Any) -> TrainingClient:
+    config = config_of(model, LoRAConfig(rank=2), resources=ResourceConfig(**resources))
+    return service.create_training_client(config)
+
+
+def asked(tc: TrainingClient, work: Any) -> Any:
+    import ray
+
+    return ray.get(tc._link.actor.__ray_call__.remote(work))
+
+
+def node_of(tc: TrainingClient) -> dict[str, Any]:
+    import ray
+
+    here = asked(tc, lambda self: ray.get_runtime_context().get_node_id())
+    (node,) = (node for node in ray.nodes() if node["NodeID"] == here)
+    return dict(node)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "pin", [{"custom_resources": {"team-a": 0.01}}, {"node_labels": {"zone": "north"}}]
+)
+def test_a_pinned_client_and_its_sampler_run_on_the_node_that_fits(
+    two: ServiceClient, tiny_model: Path, pin: dict[str, Any]
+) -> None:
+    from ray._private.state import actors
+
+    with create(two, tiny_model, **pin) as tc, create(two, tiny_model, **pin) as again:
+        nodes = [node_of(tc), node_of(again)]
+        assert [node["Labels"].get("zone") for node in nodes] == ["north", "north"]
+        tc.sample("ab", max_tokens=2)
+    samplers = [
+        actor["Address"]["NodeID"] for actor in actors().values()
+        if actor["ActorClassName"].startswith("ServeReplica") and actor["State"] == "ALIVE"
+    ]  # fmt: skip
+    assert samplers
+    assert set(samplers) == {nodes[0]["NodeID"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pin", "message"),
+    [
+        ({"custom_resources": {"team-a": 1.5}}, "wants 1.5 team-as, the whole cluster has 1"),
+        ({"custom_resources": {"team-b": 1}}, "wants 1 team-bs, the whole cluster has 0"),
+        ({"node_labels": {"zone": "south"}}, "no node has the labels .*south"),
+    ],
+)
+def test_a_pin_that_no_node_fits_is_refused_at_once(
+    two: ServiceClient, tiny_model: Path, pin: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(PlacementError, match=message):
+        create(two, tiny_model, **pin)
+
+
+@pytest.mark.slow
+def test_a_model_beyond_all_memory_is_refused_with_the_numbers(
+    two: ServiceClient, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Four terabytes on paper: a file with a hole."""
+    (tmp_path / "config.json").write_text((tiny_model / "config.json").read_text())
+    size = 4 * 2**40
+    header = json.dumps(
+        {"w": {"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, size]}}
+    ).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + size)
+    with pytest.raises(
+        PlacementError, match=r"needs at least 4.* GB \(weights 4.4e\+03"
+    ) as refused:
+        create(two, tmp_path)
+    assert refused.value.details["weights"] == size
+    assert refused.value.details["available"] < psutil.virtual_memory().total
+
+
+@pytest.mark.slow
+def test_a_start_tells_every_stage_in_order(two: ServiceClient, tiny_model: Path) -> None:
+    said: list[str] = []
+    config = config_of(tiny_model, LoRAConfig(rank=2), dtype="bfloat16")
+    with two.create_training_client(config, progress=said.append):
+        pass
+    begun = ("waiting", "importing", "hashing", "converting", "loading", "preparing", "ready")
+    assert [remark.split()[0] for remark in said] == [*begun]
+
+
+@pytest.mark.slow
+def test_the_next_client_gets_a_process_that_has_its_libraries_from_whatever_program(
+    two: ServiceClient, cluster_of_two: str, tiny_model: Path
+) -> None:
+    pin = {"node_labels": {"zone": "north"}}
+    with create(two, tiny_model, **pin) as first:
+        assert asked(first, lambda self: os.getpid()) not in spares()
+        waited = time.monotonic()
+        while not spares() and time.monotonic() - waited < 60:
+            time.sleep(0.2)
+        waiting = spares()
+        assert waiting
+        done = subprocess.run(
+            [sys.executable, "-c", SECOND_PROGRAM, cluster_of_two, str(tiny_model)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True,
+            text=True, timeout=120, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) in waiting
+
+
+@pytest.mark.slow
+def test_actors_that_carry_artifacts_import_no_libraries_of_training(
+    two: ServiceClient, tiny_model: Path
+) -> None:
+    import ray
+
+    with create(two, tiny_model):
+        storage = ray.get_actor(NAME, namespace="tg_tinker")
+        assert not ray.get(storage.__ray_call__.remote(lambda self: "torch" in sys.modules))
+
+
+def spares() -> set[int]:
+    """Idle processes of this cluster that were started for training actors."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        try:
+            kept = "ray::IDLE" in " ".join(process.cmdline())
+            if kept and "actors.spare.warm" in process.environ().values():
+                found.add(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_memory_that_a_step_has_freed_goes_back(two: ServiceClient, tiny_model: Path) -> None:
+    def hold_and_free(self: Any) -> None:
+        """Pieces below the allocator's threshold: freed, they stay in its heap."""
+        pieces = [bytearray(b"1") * 100_000 for _ in range(3000)]
+        self.kept = bytearray(b"1") * 100_000  # above them
+        del pieces
+
+    def resident(self: Any) -> int:
+        return psutil.Process().memory_info().rss
+
+    with create(two, tiny_model) as tc:
+        tc.forward_backward({"input_ids": [[7] * 8]}).result()
+        asked(tc, hold_and_free)
+        before, until = asked(tc, resident), time.monotonic() + 60
+        while (now := asked(tc, resident)) > before - 200e6 and time.monotonic() < until:
+            time.sleep(0.5)
+    assert now <= before - 200e6
+
+
+# --- the configuration -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_gpus": 1.5}, {"custom_resources": {"GPU": 1}}, {"custom_resources": {"a": 0}},
+        {"custom_resources": {"": 1}}, {"node_labels": {"zone": "!north"}},
+        {"node_labels": {"zone": "in(a,b)"}}, {"node_labels": {"": "x"}},
+    ],
+)  # fmt: skip
+def test_what_ray_cannot_reserve_is_refused_on_the_spot(values: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError):
+        ResourceConfig(**values)
+
+
+@pytest.mark.slow
+def test_the_deadline_names_the_pin(
+    two: ServiceClient, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {"custom_resources": {"team-a": 1}}
+    with create(two, tiny_model, **whole) as holder:
+        monkeypatch.setattr(two._cluster, "placement_timeout_s", 2.0)
+        with pytest.raises(PlacementError, match=rf"team-a.*{holder.id}"):
+            create(two, tiny_model, **whole)
