@@ -61,6 +61,12 @@ class Keys:
         return Keys(self.primary, {name: k for name, k in self.by_id.items() if name != key_id})
 
 
+def names_in(wrapped: bytes) -> set[str]:
+    """The name of a key that a wrapped data key states, if it has the form of ours."""
+    found = re.match(rb'\{"key_id": "(k[1-9][0-9]{0,8})"', wrapped)
+    return {found[1].decode()} if found else set()
+
+
 def next_name(used: Iterable[str]) -> str:
     """The name above all of these; the first one that is free where there is none above."""
     numbers = {int(name[1:]) for name in used if _NAME.fullmatch(name)}

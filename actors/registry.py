@@ -29,7 +29,7 @@ from actors.head_checks import HeadChecks
 from actors.key_names import KeyNames
 from actors.keys import open_keyring
 from actors.store_checks import StoreChecks
-from tg_tinker.envelope import context_of, new_key
+from tg_tinker.envelope import context_of, new_key, unwrap_key, wrap_key
 from tg_tinker.errors import (
     AccessDeniedError,
     ActorLostError,
@@ -63,6 +63,7 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
         self._keyring = open_keyring(keyring)
         self._signing_key = signing.load(audit_keys or Path(keyring).parent)
         self._issuer = Issuer(self._signing_key)
+        self._holding_key = new_key()
         super().__init__(database)
         if self._looks_only:
             self._compare_keys()
@@ -329,11 +330,11 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
         with self._reading() as connection:
             return connection.execute(query).scalar()
 
-    def rotate_key(self, tenant: str) -> str:
+    def rotate_key(self, tenant: str, used: Sequence[str] = ()) -> str:
         """A fresh primary key of the keyring, for all that is wrapped from now on, the keys of
-        data sets among it; its id, which no other key of this registry ever had. `upkeep.rewrap`
-        is for the artifacts."""
-        name = self._keyring.rotate(self._noted_keys())
+        data sets among it; its id, which no other key of this registry ever had, and none of
+        `used`. `upkeep.rewrap` is for the artifacts."""
+        name = self._keyring.rotate([*self._noted_keys(), *used])
         self.rewrap_unit_keys()
         with self._change() as tx:
             self._note(tx, tenant, SDK, "key.rotate", name)
@@ -351,6 +352,24 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
         if self.key_of(wrapped) == self._keyring.primary:
             return None
         return json.dumps(self._keyring.wrap(key, context)).encode()
+
+    def held_key(self, tenant: str, artifact_id: str, wrapped: bytes) -> bytes:
+        """The same data key for `rewrapped_held` of this registry alone, until it ends: not to be
+        stored."""
+        context = context_of(tenant, artifact_id, DATA_KEY)
+        key = self._keyring.unwrap(_stored(wrapped), context)
+        return wrap_key(self._holding_key, key, context)
+
+    def rewrapped_held(
+        self, tenant: str, artifact_id: str, held: bytes, under: str
+    ) -> bytes | None:
+        """What `held_key` gave under the primary key, though no other form of it may be left; None
+        where that is `under`."""
+        if under == self._keyring.primary:
+            return None
+        context = context_of(tenant, artifact_id, DATA_KEY)
+        wrapped = self._keyring.wrap(unwrap_key(self._holding_key, held, context), context)
+        return json.dumps(wrapped).encode()
 
     def retire_key(self, tenant: str, key_id: str, wrapped_under: Mapping[str, str]) -> None:
         """Forgets a key that nothing needs.

@@ -29,6 +29,9 @@ MOST = 16 * 2**20
 """Bytes of a manifest, a wrapped key or a head. The longest of ours, a head with all entries of a
 ledger that a store missed, has a few hundred thousand."""
 
+_MOST_OF_KEY = 1024
+"""Bytes of a wrapped data key: ours have about 160."""
+
 PARALLEL = 4
 """Files of an artifact that are written at the same time."""
 
@@ -116,8 +119,13 @@ class ArtifactStore:
         """Names of all artifacts whose manifest and wrapped key are there."""
         names = (info.name.split("/") for info in self.objects.list_below(_artifacts(tenant)))
         manifests = {parts[-2] for parts in names if parts[-1] == MANIFEST}
-        keys = (info.name.rpartition("/")[2] for info in self.objects.list_below(_keys(tenant)))
-        return manifests & {name.removesuffix(".json") for name in keys}
+        return manifests & self.with_key(tenant)
+
+    def with_key(self, tenant: str) -> set[str]:
+        """Names of all artifacts, entered or not, that have a file of a wrapped key's size."""
+        found = self.objects.list_below(_keys(tenant))
+        names = (info.name.rpartition("/")[2] for info in found if info.size <= _MOST_OF_KEY)
+        return {name.removesuffix(".json") for name in names}
 
     def holds(self, tenant: str, artifact_id: str) -> bool:
         """Whether there is any file of an artifact, or its wrapped key."""
