@@ -105,10 +105,12 @@ class Keyring:
 
     def unwrap(self, wrapped: dict[str, str], context: bytes) -> bytes:
         try:
-            key_id = str(wrapped["key_id"])
+            key_id = wrapped["key_id"]
             sealed = base64.b64decode(wrapped["wrapped"], validate=True)
             if base64.b64encode(sealed).decode() != wrapped["wrapped"] or len(wrapped) != 2:
                 raise ValueError  # base64 has unused bits: one key, one text
+            if not _NAME.fullmatch(key_id):
+                raise ValueError  # it is repeated below
         except (ValueError, KeyError, TypeError):
             raise IntegrityError("the wrapped data key is damaged: put its backup back") from None
         by_id = self._keys.by_id

@@ -38,6 +38,7 @@ from tg_tinker.errors import (
     NotFoundError,
     StorageError,
 )
+from tg_tinker.keyrings import check_key_id
 from tg_tinker.types import CLOSED, NOT_STARTED, PARKED, TrainingClientInfo
 
 DATA_KEY = "data key"
@@ -383,6 +384,7 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
                 saved since the keys were read.
             IntegrityError: the key of a data set does not open: its keyring may need this one.
         """
+        check_key_id(key_id)
         in_use = [*wrapped_under.values()].count(key_id)
         if in_use and key_id != self._keyring.primary:
             raise InvalidRequestError(

@@ -158,6 +158,14 @@ def test_a_key_that_the_ring_does_not_have_is_named_with_those_it_has(keyring: P
         ring.unwrap({**ring.wrap(new_key(), CONTEXT), "key_id": "k9"}, CONTEXT)
 
 
+@pytest.mark.parametrize("name", ["x" * 10**6, "k1\x1b[31m", "k", "K1", "k1\n", None, 1])
+def test_what_is_no_name_of_a_key_is_not_repeated(keyring: Path, name: Any) -> None:
+    """Anybody who writes to the store may have put it there."""
+    ring = FileKeyring(keyring)
+    with pytest.raises(IntegrityError, match=r"^the wrapped data key is damaged: put its backup"):
+        ring.unwrap({**ring.wrap(new_key(), CONTEXT), "key_id": name}, CONTEXT)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

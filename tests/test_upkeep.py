@@ -401,6 +401,19 @@ def test_the_keys_are_listed_rotated_and_retired_by_commands(service: Service) -
     assert service.registry.key_ids() == ["k2"]
 
 
+@pytest.mark.parametrize("yes", [[], ["--yes"]])
+@pytest.mark.parametrize("key", [KEY, KEY.rstrip("="), (b"k" * 32).hex(), "k1 \x1b[31m"])
+def test_a_key_in_the_place_of_its_name_is_not_repeated(
+    service: Service, key: str, yes: list[str]
+) -> None:
+    found = told(Shell(service), "retire", *yes, "--", key)
+    assert (found.exit_code, "no name of a key" in found.output) == (1, True)
+    assert key not in found.output
+    with pytest.raises(InvalidRequestError) as refused:
+        upkeep.retire(service.registry, str(service.root), TENANT, key)
+    assert key not in str(refused.value)
+
+
 def test_a_list_of_an_older_keyring_ends_with_1_and_says_what_to_do(service: Service) -> None:
     old = (service.home / KEYRING).read_text()
     service.registry.rotate_key(TENANT)

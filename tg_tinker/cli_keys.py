@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from tg_tinker.keyrings import check_key_id
 from tg_tinker.location import shown
 
 keys = typer.Typer(
@@ -95,6 +96,7 @@ def retire(
     """
     from tg_tinker.cli import connector
 
+    check_key_id(key_id)  # before it is repeated: it may be the key itself
     with connector(ctx)() as service:
         if not yes:
             typer.confirm(f"Destroy {key_id}? What only it opens is lost", abort=True)
