@@ -182,6 +182,10 @@ def test_only_what_has_expired_is_deleted_by_command(
     assert [info.artifact_id for info in calls.list_artifacts()] == [kept]
 
 
+def test_what_is_lost_is_deleted_by_its_name_alone(calls: Calls) -> None:
+    assert "that you name" in run(calls, "delete", "--expired", "--lost", "--yes", code=1)
+
+
 @pytest.mark.parametrize(
     "command", ["show", "label", "copy", "reseal", "shred", "delete", "verify"]
 )

@@ -265,6 +265,10 @@ def delete(
 
     if (artifact_id is None) != expired:
         raise InvalidRequestError("name one artifact, or say --expired")
+    if expired and lost:
+        raise InvalidRequestError(
+            "--lost is for one artifact that you name: what is nowhere any more is yours to confirm"
+        )
     with connector(ctx)() as service:
         if artifact_id is not None:
             service.get_artifact(artifact_id)  # nobody is asked about what is not there
