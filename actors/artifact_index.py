@@ -400,7 +400,8 @@ def resume_point(connection: sa.Connection, run: Any) -> tuple[str | None, int]:
             return artifact_id, int(step)
     raise ActorLostError(
         f"{run.id} cannot come back: the artifacts that it saved or loaded are deleted or expired."
-        " service.set_expiry(id, None) opens an expired one again; else create a new client",
+        " service.set_expiry(id, None), or `tg-tinker artifacts expire --never ID`, opens one that"
+        " has expired again; else create a new client",
         details={"epoch": run.epoch},
     )
 
@@ -451,7 +452,9 @@ def _openable(connection: sa.Connection, tenant: str, artifact_id: str) -> Any:
     if row.expires_at is not None and row.expires_at <= time.time():
         raise NotFoundError(
             f"artifact {artifact_id} expired at {_at(row.expires_at)} and is not opened any more:"
-            " service.set_expiry(id, None) keeps it, service.delete_expired() removes it",
+            " service.set_expiry(id, None), or `tg-tinker artifacts expire --never"
+            f" {artifact_id}`, keeps it; service.delete_expired(), or `tg-tinker artifacts delete"
+            " --expired`, removes it",
             code=EXPIRED,
         )
     return row

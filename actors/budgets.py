@@ -302,7 +302,7 @@ class Budgets(AuditLog):
 
     def rewrap_unit_keys(self) -> dict[str, str]:
         """Wraps the keys of all data sets under the keyring's primary key; those that do not open
-        stay as they are. Why they do not, by ``data set NAME``."""
+        stay as they are. Why they do not, by ``data set TENANT/NAME``."""
         problems = {}
         with self._change() as tx:
             for row in tx.execute(sa.select(_datasets)).all():
@@ -311,7 +311,9 @@ class Budgets(AuditLog):
                 try:
                     key = self._keyring.unwrap(json.loads(row.wrapped_key), context)
                 except IntegrityError as error:
-                    problems[f"data set {row.id}"] = error.message
+                    problems[f"data set {row.tenant}/{row.id}"] = error.message
+                except ValueError:
+                    problems[f"data set {row.tenant}/{row.id}"] = "its stored key is damaged"
                 else:
                     again = json.dumps(self._keyring.wrap(key, context))
                     tx.execute(_datasets.update().where(*this).values(wrapped_key=again))

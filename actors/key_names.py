@@ -73,13 +73,7 @@ def _fingerprints(connection: sa.Connection) -> dict[str, str]:
 
 def _refuse_another(found: Mapping[str, str], known: Mapping[str, str]) -> None:
     remedy = "correct `keyring`, or put the right keyring's backup back"
-    same = found.keys() & known.keys()
-    if known and not same:
-        raise IntegrityError(
-            f"this keyring has {', '.join(found)} and none of the keys that this registry was used"
-            f" with ({', '.join(known)}): {remedy}"
-        )
-    for name in same:
+    for name in found.keys() & known.keys():
         if found[name] != known[name]:
             raise IntegrityError(
                 f"key {name!r} of this keyring is another one than the {name!r} that this registry"

@@ -61,6 +61,12 @@ class Keys:
         return Keys(self.primary, {name: k for name, k in self.by_id.items() if name != key_id})
 
 
+def names_in(wrapped: bytes) -> set[str]:
+    """The name of a key that a wrapped data key states, if it has the form of ours."""
+    found = re.match(rb'\{"key_id": "(k[1-9][0-9]{0,8})"', wrapped)
+    return {found[1].decode()} if found else set()
+
+
 def next_name(used: Iterable[str]) -> str:
     """The name above all of these; the first one that is free where there is none above."""
     numbers = {int(name[1:]) for name in used if _NAME.fullmatch(name)}
@@ -99,10 +105,12 @@ class Keyring:
 
     def unwrap(self, wrapped: dict[str, str], context: bytes) -> bytes:
         try:
-            key_id = str(wrapped["key_id"])
+            key_id = wrapped["key_id"]
             sealed = base64.b64decode(wrapped["wrapped"], validate=True)
             if base64.b64encode(sealed).decode() != wrapped["wrapped"] or len(wrapped) != 2:
                 raise ValueError  # base64 has unused bits: one key, one text
+            if not _NAME.fullmatch(key_id):
+                raise ValueError  # it is repeated below
         except (ValueError, KeyError, TypeError):
             raise IntegrityError("the wrapped data key is damaged: put its backup back") from None
         by_id = self._keys.by_id

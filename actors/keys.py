@@ -9,6 +9,7 @@ import fcntl
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,9 @@ from actors.objects import sync
 from tg_tinker.errors import IntegrityError, InvalidRequestError, StorageError
 from tg_tinker.files import written
 from tg_tinker.keyrings import Variable, place_of
+
+_PATIENCE_S = 10.0
+"""Another process needs the keyring for milliseconds, and a transaction may be waiting."""
 
 
 class KeyProvider(Protocol):
@@ -119,8 +123,8 @@ class FileKeyring(Keyring):
     """Keys in a JSON file of mode 0600; refused when anyone else may read it.
 
     Several processes may use one file: each call reads it, and a change is made to what is there
-    under a lock on its folder, which must grant one (`flock`). So nobody wraps under a key that
-    another process has retired, or writes an older ring over a newer one.
+    under a lock on it (`flock`). So nobody wraps under a key that another process has retired, or
+    writes an older ring over a newer one.
 
     Raises:
         StorageError: from any call: the file is gone, or others may read it.
@@ -154,8 +158,9 @@ class FileKeyring(Keyring):
 
     def _change(self, change: Callable[[Keys], Keys]) -> Keys:
         """The file in one step, from what it holds at this moment."""
+        _read(self._path)  # what is wrong with it shows here first
         try:
-            with _locked(self._path.parent):
+            with _locked(self._path):
                 keys = change(self._keys)
                 _remove_partials(self._path)
                 with written(self._path, keys.text().encode()) as partial:
@@ -245,14 +250,40 @@ def _content_of(path: Path) -> bytes:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One at a time, of all threads and processes; the lock of a killed process is free."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _locked(path: Path) -> Iterator[None]:
+    """One at a time, of all threads and processes; the lock of a killed process is free.
+
+    It is on the keyring itself: its folder, or a file beside it, a stranger may be able to open,
+    and could lock for ever.
+    """
+    over = time.monotonic() + _PATIENCE_S
+    while (descriptor := _lock_on(path)) is None:
+        if time.monotonic() > over:
+            raise StorageError(
+                f"another process changes the keyring {path} for more than {_PATIENCE_S} s:"
+                " nothing was changed. See who has it open (`fuser`), then repeat"
+            )
+        time.sleep(0.02)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock_on(path: Path) -> int | None:
+    """A descriptor that locks the keyring of this moment; None while somebody else changes it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), path.stat()):  # each change makes another file
+            return descriptor
+    except BlockingIOError:
+        pass
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
 
 
 def _make_durable(path: Path) -> None:

@@ -30,7 +30,7 @@ from actors.key_names import KeyNames
 from actors.keys import open_keyring
 from actors.manifest import DATA_KEY, Manifest
 from actors.store_checks import StoreChecks
-from tg_tinker.envelope import context_of, new_key
+from tg_tinker.envelope import context_of, new_key, unwrap_key, wrap_key
 from tg_tinker.errors import (
     AccessDeniedError,
     ActorLostError,
@@ -39,6 +39,7 @@ from tg_tinker.errors import (
     NotFoundError,
     StorageError,
 )
+from tg_tinker.keyrings import check_key_id
 from tg_tinker.types import CLOSED, NOT_STARTED, PARKED, TrainingClientInfo
 
 # Made once: SQLAlchemy takes longer to put a statement together than the database to run it.
@@ -65,6 +66,7 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
         self._keyring = open_keyring(keyring)
         self._signing_key = signing.load(audit_keys or Path(keyring).parent)
         self._issuer = Issuer(self._signing_key)
+        self._holding_key = new_key()
         super().__init__(database)
         if self._looks_only:
             self._compare_keys()
@@ -347,11 +349,11 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
         with self._reading() as connection:
             return connection.execute(query).scalar()
 
-    def rotate_key(self, tenant: str) -> str:
+    def rotate_key(self, tenant: str, used: Sequence[str] = ()) -> str:
         """A fresh primary key of the keyring, for all that is wrapped from now on, the keys of
-        data sets among it; its id, which no other key of this registry ever had. `upkeep.rewrap`
-        is for the artifacts."""
-        name = self._keyring.rotate(self._noted_keys())
+        data sets among it; its id, which no other key of this registry ever had, and none of
+        `used`. `upkeep.rewrap` is for the artifacts."""
+        name = self._keyring.rotate([*self._noted_keys(), *used])
         self.rewrap_unit_keys()
         with self._change() as tx:
             self._note(tx, tenant, SDK, "key.rotate", name)
@@ -370,6 +372,24 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
             return None
         return json.dumps(self._keyring.wrap(key, context)).encode()
 
+    def held_key(self, tenant: str, artifact_id: str, wrapped: bytes) -> bytes:
+        """The same data key for `rewrapped_held` of this registry alone, until it ends: not to be
+        stored."""
+        context = context_of(tenant, artifact_id, DATA_KEY)
+        key = self._keyring.unwrap(_stored(wrapped), context)
+        return wrap_key(self._holding_key, key, context)
+
+    def rewrapped_held(
+        self, tenant: str, artifact_id: str, held: bytes, under: str
+    ) -> bytes | None:
+        """What `held_key` gave under the primary key, though no other form of it may be left; None
+        where that is `under`."""
+        if under == self._keyring.primary:
+            return None
+        context = context_of(tenant, artifact_id, DATA_KEY)
+        wrapped = self._keyring.wrap(unwrap_key(self._holding_key, held, context), context)
+        return json.dumps(wrapped).encode()
+
     def retire_key(self, tenant: str, key_id: str, wrapped_under: Mapping[str, str]) -> None:
         """Forgets a key that nothing needs.
 
@@ -382,6 +402,7 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
                 saved since the keys were read.
             IntegrityError: the key of a data set does not open: its keyring may need this one.
         """
+        check_key_id(key_id)
         in_use = [*wrapped_under.values()].count(key_id)
         if in_use and key_id != self._keyring.primary:
             raise InvalidRequestError(
@@ -396,8 +417,8 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
         with self._change() as tx:  # a save is entered before it, or finds the key gone
             if not wrapped_under.keys() >= {name for _, _, name in self.all_artifacts()}:
                 raise InvalidRequestError(
-                    f"an artifact was saved meanwhile, maybe under key {key_id!r}: nothing was"
-                    " changed; repeat the call"
+                    f"an artifact was saved meanwhile, maybe under key {key_id!r}: it was not"
+                    " retired; repeat the call"
                 )
             self._note(tx, tenant, SDK, "key.retire", key_id)
             self._keyring.retire(key_id)  # last: where it fails there is no row

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import quote
@@ -29,6 +29,9 @@ Reached = list[tuple[str, str, str]]
 
 _ROWS = 1000
 """Read and written at a time."""
+
+_SUFFIXES = ("", "-journal", "-wal", "-shm")
+"""Of a database's name, for all files that SQLite makes of it."""
 
 
 def backup(database: str, path: Path) -> Reached:
@@ -151,16 +154,15 @@ def _made(database: str) -> Iterator[None]:
         yield
         return
     file = Path(database.removeprefix(f"{SQLITE}/"))
-    there = file.exists()
+    made = [] if file.exists() else [path for path in _files_of(file) if not path.exists()]
     try:
         file.touch(0o600)
         yield
     except OSError as error:
+        _remove(made)
         raise StorageError(f"cannot write {file}: {error.strerror}") from None
     except BaseException:
-        if not there:
-            for left in file.parent.glob(f"{file.name}*"):
-                left.unlink()
+        _remove(made)
         raise
 
 
@@ -179,5 +181,14 @@ def _new_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from None
     finally:
-        for left in path.parent.glob(f"{partial.name}*"):
-            left.unlink()
+        _remove(_files_of(partial))
+
+
+def _files_of(database: Path) -> list[Path]:
+    return [database.with_name(database.name + suffix) for suffix in _SUFFIXES]
+
+
+def _remove(files: Sequence[Path]) -> None:
+    """Exactly these: the backup, or another one, may lie beside them as `registry.db.bak`."""
+    for file in files:
+        file.unlink(missing_ok=True)

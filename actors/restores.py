@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from actors.audit_heads import keep_in, meet, tenants, unknown_in
+from actors.audit_heads import keep_in, keep_newest, meet, tenants, unknown_in
 from actors.ledger_heads import meet as meet_ledger
 from actors.lifecycle import readopt
 from actors.registry import Registry
-from actors.store import ArtifactStore, ledger_in, place_in
+from actors.store import MOST_OF_A_HEAD, ArtifactStore, ledger_in, place_in
 from tg_tinker.audit_files import read_head
 from tg_tinker.errors import IntegrityError, NotFoundError, StorageError
 from tg_tinker.ledger import parse_place
@@ -35,11 +36,10 @@ def check(registry: Registry, root: str, tenant: str, home: Path) -> RegistryChe
     unknown = unknown_in(registry, store, tenant)
     kept, damaged = _kept(home, tenant)
     missing, others = registry.judge_heads(tenant, unknown | kept)
-    known = [place_in(name) for name in store.audit_heads(tenant) if name not in unknown]
-    stored = {*known}.difference(registry.missed_rows(tenant, known))
+    known = [name for name in store.audit_heads(tenant) if name not in unknown]
     return RegistryCheck(
         rows=registry.audit_head(tenant).seq,
-        stored=max((parse_place(place)[0] for place in stored), default=0),
+        stored=_stored(registry, store, tenant, known),
         heads=len(known) + len(kept.keys() - missing.keys() - others.keys()),
         missing={name: head.seq for name, head in missing.items()},
         foreign={name: why for name, why in others.items() if name not in kept},
@@ -72,6 +72,7 @@ def accept(registry: Registry, root: str, tenant: str, home: Path) -> RegistryAc
         for owner, artifact_id, stored_as in registry.all_artifacts()
         if owner == tenant
     }
+    keep_newest(registry, store, tenant)  # of what was found under another name
     openable = tuple(one for one, problem in problems.items() if not problem)
     return RegistryAcceptance(row, openable, {k: why for k, why in problems.items() if why})
 
@@ -101,6 +102,17 @@ def _keep_acceptance(registry: Registry, store: ArtifactStore, tenant: str) -> N
             f" call. {error.message}",
             details=error.details,
         ) from None
+
+
+def _stored(registry: Registry, store: ArtifactStore, tenant: str, names: Sequence[str]) -> int:
+    """Number of the newest row that a head in the store is of, 0 where there is none."""
+    places = {place_in(name): name for name in names}
+    passed = places.keys() - set(registry.missed_rows(tenant, [*places]))
+    for seq, place in sorted(((parse_place(one)[0], one) for one in passed), reverse=True):
+        line = store.read_head(places[place], MOST_OF_A_HEAD)
+        if not any(registry.judge_heads(tenant, {place: line})):  # a name alone proves nothing
+            return seq
+    return 0
 
 
 def _kept(home: Path, tenant: str) -> tuple[dict[str, str], dict[str, str]]:

@@ -32,6 +32,9 @@ ledger that a store missed, has a few hundred thousand."""
 MOST_OF_A_HEAD = 4096
 """Bytes of a head of an audit log, which has a few hundred."""
 
+_MOST_OF_KEY = 1024
+"""Bytes of a wrapped data key: ours have about 160."""
+
 PARALLEL = 4
 """Files of an artifact that are written at the same time."""
 
@@ -117,10 +120,14 @@ class ArtifactStore:
 
     def whole(self, tenant: str) -> set[str]:
         """Names of all artifacts whose manifest and wrapped key are there."""
-        names = (info.name.split("/") for info in self.objects.list_below(_artifacts(tenant)))
-        manifests = {parts[-2] for parts in names if parts[-1] == MANIFEST}
-        keys = (info.name.rpartition("/")[2] for info in self.objects.list_below(_keys(tenant)))
-        return manifests & {name.removesuffix(".json") for name in keys}
+        there = {info.name for info in self.objects.list_below(_artifacts(tenant))}
+        return {name for name in self.with_key(tenant) if _manifest(tenant, name) in there}
+
+    def with_key(self, tenant: str) -> set[str]:
+        """Names of all artifacts, entered or not, that have a file of a wrapped key's size."""
+        found = self.objects.list_below(_keys(tenant))
+        names = (info.name.rpartition("/")[2] for info in found if info.size <= _MOST_OF_KEY)
+        return {name.removesuffix(".json") for name in names}
 
     def holds(self, tenant: str, artifact_id: str) -> bool:
         """Whether there is any file of an artifact, or its wrapped key."""
@@ -234,6 +241,10 @@ def _artifacts(tenant: str) -> str:
 
 def _folder(tenant: str, artifact_id: str) -> str:
     return f"{_artifacts(tenant)}/{check_component(artifact_id)}"
+
+
+def _manifest(tenant: str, artifact_id: str) -> str:
+    return f"{_artifacts(tenant)}/{artifact_id}/{MANIFEST}"
 
 
 def _audit(tenant: str) -> str:

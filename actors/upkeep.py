@@ -5,14 +5,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 
 from actors.artifacts import delete, fetch
 from actors.audit_heads import keep_newest, meet, meet_all
+from actors.keyring import names_in
 from actors.log_checks import differences
 from actors.registry import Registry
 from actors.state import from_files
 from actors.store import ArtifactStore
-from tg_tinker.errors import IntegrityError, NotFoundError, TGTinkerError
+from tg_tinker.errors import IntegrityError, InvalidRequestError, NotFoundError, TGTinkerError
+from tg_tinker.location import is_component
 from tg_tinker.types import KeyUses
 
 
@@ -72,16 +75,27 @@ def delete_expired(registry: Registry, root: str, tenant: str) -> Iterator[tuple
 
 
 def rotate(registry: Registry, root: str, tenant: str) -> str:
-    """See `Registry.rotate_key`.
+    """See `Registry.rotate_key`. What is in the store counts as well: database and keyring may both
+    be older copies, and a second key of one name would hide the first.
 
     Raises:
         RollbackError, StorageError: see `audit_heads.meet`; nothing was changed.
     """
     store = ArtifactStore(root)
     meet_all(registry, store)
-    key_id = registry.rotate_key(tenant)
+    key_id = registry.rotate_key(tenant, _named_in(store))
     keep_newest(registry, store, tenant)
     return key_id
+
+
+def _named_in(store: ArtifactStore) -> list[str]:
+    """Ids of tenant keys that the key files of all tenants name, truly or not."""
+    named = set[str]()
+    for tenant in store.tenants():
+        for stored_as in filter(is_component, store.with_key(tenant)):
+            with suppress(NotFoundError, IntegrityError):
+                named |= names_in(store.read_key(tenant, stored_as))
+    return sorted(named)
 
 
 def rewrap(registry: Registry, root: str) -> Iterator[tuple[str, str]]:
@@ -101,15 +115,27 @@ def rewrap(registry: Registry, root: str) -> Iterator[tuple[str, str]]:
     yield from registry.rewrap_unit_keys().items()
     for tenant, artifact_id, stored_as in registry.all_artifacts():
         try:
-            wrapped = store.read_key(tenant, stored_as)
-            if (again := registry.rewrapped(tenant, artifact_id, wrapped)) is not None:
-                store.write_key(tenant, stored_as, again)
-                if not registry.reaches(tenant, stored_as):
-                    store.delete_key(tenant, stored_as)  # deleted meanwhile: it must not come back
+            _rewrap_one(registry, store, tenant, artifact_id, stored_as)
         except TGTinkerError as error:
             yield artifact_id, error.message
         else:
             yield artifact_id, ""
+
+
+def _rewrap_one(
+    registry: Registry, store: ArtifactStore, tenant: str, artifact_id: str, stored_as: str
+) -> None:
+    wrapped = store.read_key(tenant, stored_as)
+    held = registry.held_key(tenant, artifact_id, wrapped)
+    again = registry.rewrapped(tenant, artifact_id, wrapped)
+    while again is not None:
+        store.write_key(tenant, stored_as, again)
+        if not registry.reaches(tenant, stored_as):
+            store.delete_key(tenant, stored_as)  # deleted meanwhile: it must not come back
+            return
+        # Written late, it may have replaced a newer file, and its key and that of `wrapped` be
+        # destroyed. Only a key that is no more the primary one can be, or is about to be.
+        again = registry.rewrapped_held(tenant, artifact_id, held, registry.key_of(again))
 
 
 def uses(registry: Registry, root: str) -> KeyUses:
@@ -147,6 +173,10 @@ def retire(registry: Registry, root: str, tenant: str, key_id: str) -> None:
     """
     store = ArtifactStore(root)
     meet_all(registry, store)
+    if key_id == registry.key_info()[0]:  # before files are read: `_rewrap_one` relies on it
+        raise InvalidRequestError(
+            f"key {key_id!r} is the primary one, which cannot be retired: rotate first"
+        )
     wrapped, unreadable = _wrapped_under(registry, root)
     if unreadable:  # the backup of such a file may need the very key
         raise IntegrityError(

@@ -22,6 +22,7 @@ from tg_tinker.errors import (
     InvalidRequestError,
     NotFoundError,
     QueueFullError,
+    RollbackError,
     ServiceError,
     TGTinkerError,
     VersionGoneError,
@@ -37,6 +38,9 @@ _STATUS: tuple[tuple[type[TGTinkerError], int, str], ...] = (
     (ServiceError, 503, "server_error"),
     (TGTinkerError, 500, "server_error"),
 )
+
+_OLDER = "the registry of this server is an older copy of its database: tell who operates it"
+"""To the operator the error says more: objects in the store, a tenant, and what to do."""
 
 _MOST = 8
 """Problems of a body that are named."""
@@ -101,7 +105,8 @@ def _refused(request: Request, error: TGTinkerError) -> JSONResponse:
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     param = error.details.get("parameter")
-    return JSONResponse(error_body(error.message, kind, error.code, param), status, headers)
+    text = _OLDER if isinstance(error, RollbackError) else error.message
+    return JSONResponse(error_body(text, kind, error.code, param), status, headers)
 
 
 def _no_such_route(request: Request, error: HTTPException) -> JSONResponse:

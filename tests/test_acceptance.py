@@ -18,7 +18,7 @@ from test_artifacts import TENANT, Service, assert_same, checkpoint
 from test_artifacts import service as service  # a fixture
 from test_audit_log import US, LocalService, restored
 from test_audit_log import place as place  # a fixture
-from test_restores import Restored, loaded, old_copy, on, train
+from test_restores import Restored, loaded, old_copy, on, put_back, train
 from test_restores import old as old  # a fixture
 
 from actors import artifacts, audit_heads, lifecycle, restores, upkeep
@@ -28,6 +28,7 @@ from actors.store import ArtifactStore
 from actors.sweep import sweep
 from serve_app.access import Access, HttpOptions
 from tg_tinker import IntegrityError, NotFoundError, RollbackError, StorageError
+from tg_tinker.audit_files import verify_export, write_export
 from tg_tinker.audit_log import ACCEPT, AuditHead, AuditRow, acceptance, chained, parse_rows, verify
 from tg_tinker.envelope import new_signing_key, public_key_of
 
@@ -446,6 +447,7 @@ def test_a_stranger_s_long_objects_are_not_held_in_memory(
 
 def test_a_stranger_s_link_among_the_tenants_is_none(service: Service) -> None:
     service.publish()
+    (service.root / "t/no tenant").mkdir()
     (service.root / "t/evil").symlink_to("/")
     assert service.store.tenants() == [TENANT]
     service.registry.rotate_key(TENANT)
@@ -487,3 +489,67 @@ def test_verify_tells_what_was_undone_in_the_database(service: Service, tmp_path
     edit("deleted_at = NULL")
     assert f"deleted at row {registry.audit_head(TENANT).seq}" in found()[artifact]
     assert found()[copied] == ""
+
+
+# --- what a process remembers --------------------------------------------------------------------
+
+
+def test_rows_of_another_process_count_once_this_one_was_asked(
+    service: Service, tmp_path: Path
+) -> None:
+    artifact = service.publish()
+    database = old_copy(service, tmp_path / "old.db")
+    other = on(service, Path(str(service.registry._engine.url.database)))
+    other.publish()
+    assert service.fetch(artifact)  # it sees the other's row, and writes none that matters here
+    shutil.rmtree(service.root / f"t/{TENANT}/audit")
+    keep(str(service.root), other.registry.audit_head(TENANT))
+    service.registry._reached[TENANT] = service.registry._end(TENANT)
+    put_back(database, service)
+    with pytest.raises(RollbackError):
+        service.fetch(artifact)
+
+
+def test_of_two_changes_at_once_the_later_row_is_remembered(service: Service) -> None:
+    registry = service.registry
+    registry._remember({TENANT: (90, "a")})
+    registry._remember({TENANT: (80, "b")})
+    assert registry._reached[TENANT] == (90, "a")
+
+
+def test_a_head_in_the_store_counts_by_what_it_says_and_not_by_its_name(service: Service) -> None:
+    service.publish()
+    registry, root = service.registry, str(service.root)
+    stored = restores.check(registry, root, TENANT, service.home).stored
+    assert stored == registry.audit_head(TENANT).seq
+    for path in service.root.glob(f"t/{TENANT}/audit/*.json"):
+        path.write_text("junk\n")
+    assert restores.check(registry, root, TENANT, service.home).stored == 0
+
+
+def test_what_an_acceptance_finds_leaves_a_head(resealed: Restored) -> None:
+    resealed.accept()
+    assert resealed.check().stored == resealed.registry.audit_head(TENANT).seq
+
+
+def test_a_keyring_whose_older_keys_were_retired_opens_an_older_copy(
+    service: Service, tmp_path: Path
+) -> None:
+    artifact = service.publish()
+    database = old_copy(service, tmp_path / "old.db")
+    registry, root = service.registry, str(service.root)
+    upkeep.rotate(registry, root, TENANT)
+    [*upkeep.rewrap(registry, root)]
+    upkeep.retire(registry, root, TENANT, "k1")
+    older = on(service, database)
+    assert older.registry.missing_keys() == []  # k2 came after all that it knows
+    restores.accept(older.registry, root, TENANT, service.home)
+    assert older.fetch(artifact)
+
+
+def test_an_export_says_which_row_accepted_an_older_copy(old: Restored, tmp_path: Path) -> None:
+    row = old.accept().row
+    head, path = old.registry.audit_head(TENANT), tmp_path / "export.jsonl"
+    write_export(path, old.rows(), head)
+    key = public_key_of(old.registry._signing_key)
+    assert verify_export(path, key).accepted == (row,)

@@ -11,7 +11,10 @@ from test_artifacts import TENANT, Service, assert_same, checkpoint
 from test_artifacts import service as service  # a fixture
 from typer.testing import CliRunner
 
+from actors import upkeep
+from actors.database import METADATA
 from tg_tinker import InvalidRequestError, NotFoundError
+from tg_tinker.audit_log import AuditRow, chained
 from tg_tinker.cli import main
 from tg_tinker.service_artifacts import MOST_LISTED, ArtifactCalls
 
@@ -179,8 +182,80 @@ def test_only_what_has_expired_is_deleted_by_command(
     assert [info.artifact_id for info in calls.list_artifacts()] == [kept]
 
 
+def test_what_is_lost_is_deleted_by_its_name_alone(calls: Calls) -> None:
+    assert "that you name" in run(calls, "delete", "--expired", "--lost", "--yes", code=1)
+
+
 @pytest.mark.parametrize(
     "command", ["show", "label", "copy", "reseal", "shred", "delete", "verify"]
 )
 def test_an_unknown_artifact_is_one_line_and_no_question(calls: Calls, command: str) -> None:
     assert "list_artifacts" in run(calls, command, "art-none", code=1)
+
+
+# --- terminals -----------------------------------------------------------------------------------
+
+ESCAPE = "\x1b]0;title\x07\x1b[2J\u202e"
+"""It would rename the window, clear it, and turn the text around."""
+
+
+@dataclass
+class Everything(Calls):
+    """`ServiceClient`, as far as it lists what is in the database."""
+
+    def list_keys(self) -> Any:
+        return upkeep.uses(self._registry, self._store)
+
+    def list_api_keys(self) -> Any:
+        return self._registry.api_keys(self._tenant)
+
+    def audit_log(self, since: int, limit: int) -> Any:
+        return [*map(AuditRow.parse, self._registry.audit_rows(self._tenant, since, limit))]
+
+    def list_training_clients(self) -> Any:
+        return self._registry.runs(self._tenant)
+
+    def describe_training_client(self, client: str) -> Any:
+        return self._registry.run(self._tenant, client)[0]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "artifacts list", "artifacts show ART", "keys list", "api-keys list", "audit-log show",
+        "clients list", "clients info RUN", "runs",
+    ],
+)  # fmt: skip
+def test_texts_of_the_database_command_no_terminal(service: Service, words: str) -> None:
+    """Whoever writes to it may have put them there."""
+    artifact, registry = service.publish(), service.registry
+    registry.set_labels(TENANT, artifact, {"stage": "x"})
+    registry.create_api_key(TENANT, "laptop", [], None)
+    with registry._change() as tx:
+        newest = AuditRow.parse(registry.audit_rows(TENANT, 0, 1000)[-1])
+        texts = {"who": ESCAPE, "event": ESCAPE, "subject": ESCAPE, "outcome": ESCAPE}
+        row = chained(newest, time=newest.time, tenant=TENANT, details={}, **texts)
+        for table, values in (
+            ("artifact_labels", {"value": ESCAPE}), ("api_keys", {"label": ESCAPE}),
+            ("runs", {"status": ESCAPE, "ended": ESCAPE}),
+        ):  # fmt: skip
+            tx.execute(METADATA.tables[table].update().values(values))
+        for table, values in (
+            ("keys", {"id": ESCAPE, "fingerprint": "00", "place": 99}),
+            ("audit_rows", {"tenant": TENANT, "seq": row.seq, "row": row.line()}),
+        ):
+            tx.execute(METADATA.tables[table].insert().values(values))
+    asked = words.replace("ART", artifact).replace("RUN", service.run).split()
+    calls = Everything(registry, str(service.root))
+    said = CliRunner().invoke(main, asked, obj=lambda: calls)
+    assert r"\x1b]0;title\x07\x1b[2J\u202e" in said.output
+    assert not any(character in said.output for character in ESCAPE if not character.isprintable())
+
+
+def test_an_error_commands_no_terminal_and_keeps_its_lines(calls: Calls) -> None:
+    def fails(*_: object) -> None:
+        raise NotFoundError(f"no {ESCAPE}\nanother ä line")
+
+    calls.get_artifact = fails  # type: ignore[method-assign, assignment]
+    said = run(calls, "show", "art-1", code=1)
+    assert said == "error: no \\x1b]0;title\\x07\\x1b[2J\\u202e\nanother ä line\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -157,6 +158,14 @@ def test_a_key_that_the_ring_does_not_have_is_named_with_those_it_has(keyring: P
         ring.unwrap({**ring.wrap(new_key(), CONTEXT), "key_id": "k9"}, CONTEXT)
 
 
+@pytest.mark.parametrize("name", ["x" * 10**6, "k1\x1b[31m", "k", "K1", "k1\n", None, 1])
+def test_what_is_no_name_of_a_key_is_not_repeated(keyring: Path, name: Any) -> None:
+    """Anybody who writes to the store may have put it there."""
+    ring = FileKeyring(keyring)
+    with pytest.raises(IntegrityError, match=r"^the wrapped data key is damaged: put its backup"):
+        ring.unwrap({**ring.wrap(new_key(), CONTEXT), "key_id": name}, CONTEXT)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -230,7 +239,7 @@ def test_a_change_waits_for_that_of_another_process(keyring: Path) -> None:
     code += "fcntl.flock(d, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
     with (
         subprocess.Popen(
-            [sys.executable, "-c", code, str(keyring.parent)],
+            [sys.executable, "-c", code, str(keyring)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         ) as holder,
         ThreadPoolExecutor(1) as pool,
@@ -243,6 +252,32 @@ def test_a_change_waits_for_that_of_another_process(keyring: Path) -> None:
         assert FileKeyring(keyring).key_ids == ["k1"]  # reading does not wait
         holder.kill()
         assert rotation.result(30) == "k2"
+
+
+def test_a_lock_on_what_others_may_open_holds_up_no_change(
+    keyring: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user of the machine without any right to the keyring can look into a folder of 0755."""
+    monkeypatch.setattr("actors.keys._PATIENCE_S", 0.0)
+    keyring.parent.chmod(0o755)
+    stranger = os.open(keyring.parent, os.O_RDONLY)
+    fcntl.flock(stranger, fcntl.LOCK_EX)
+    ring = FileKeyring(keyring)
+    assert ring.rotate() == "k2"
+    ring.retire("k1")
+    assert {path.name: mode(path) for path in keyring.parent.iterdir()} == {"keyring": 0o600}
+    os.close(stranger)
+
+
+def test_a_lock_that_is_not_given_back_is_told(
+    keyring: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.keys._PATIENCE_S", 0.1)
+    with keyring.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(StorageError, match=r"another process changes.*nothing was changed"):
+            FileKeyring(keyring).rotate()
+    assert FileKeyring(keyring).rotate() == "k2"
 
 
 def test_a_keyring_that_is_damaged_lost_or_opened_later_is_refused_by_every_call(

@@ -137,6 +137,35 @@ def test_what_fails_leaves_no_file_and_changes_no_database(budget: Budget, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.db", "cut.db", "home"]
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "full")], ids=["keys", "disk"])
+def test_a_restore_that_fails_removes_what_it_made_and_nothing_beside_it(
+    budget: Budget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    file, new = tmp_path / "new.db.bak", tmp_path / "new.db"
+    backup(url_of(tmp_path / "home"), file)
+    (tmp_path / "new.db.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in (file, tmp_path / "new.db.txt")}
+
+    def fails(*_: object) -> None:
+        assert new.exists()
+        raise error
+
+    monkeypatch.setattr("actors.registry_backup._copy", fails)
+    with pytest.raises((KeyboardInterrupt, StorageError)):
+        restore(file, f"sqlite:///{new}")
+    assert {path: path.read_bytes() for path in tmp_path.glob("new.db*")} == before
+
+
+@pytest.mark.parametrize("name", ["b[1].db", "b*.db", "?"])
+def test_a_backup_of_any_name_is_the_only_file_it_leaves(
+    budget: Budget, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "backups"
+    folder.mkdir()
+    backup(url_of(tmp_path / "home"), folder / name)
+    assert [path.name for path in folder.iterdir()] == [name]
+
+
 @pytest.mark.parametrize(
     "content", [b"my notes\n" * 500, b"", None], ids=["text", "empty", "other"]
 )

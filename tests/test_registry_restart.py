@@ -197,7 +197,7 @@ READ = {
     "ledger_entries", "ledger_head", "ledger_name", "new_data_key", "no_heads", "openable",
     "orphans", "privacy_info", "reachable", "reaches", "reader", "rewrapped", "run", "runs",
     "accepting_rows", "judge_heads", "logged_tenants", "lost_ledgers", "met", "missed_rows",
-    "missing_keys",
+    "held_key", "missing_keys", "rewrapped_held",
     "resume_point", "stored_as", "unit_key", "unknown_places", "unknown_rows", "wants_api_keys",
 }  # fmt: skip
 """They change nothing."""

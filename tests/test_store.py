@@ -236,6 +236,12 @@ class TestEveryStore:
         assert names(objects, "a/b") == ["a/b/c", "a/b/d"]
         assert [info.size for info in objects.list_below("a")] == [5, 5, 3]
 
+    def test_folders_in_a_folder_are_listed_by_name(self, objects: Objects) -> None:
+        for name in ("t/b/a/x", "t/a/x", "t/a-b/x", "t/file", "other/x"):
+            objects.put(name, b"1")
+        assert objects.list_folders("t") == ["a", "a-b", "b"]
+        assert objects.list_folders("t/none") == []
+
     def test_a_folder_is_deleted_and_its_neighbours_stay(self, objects: Objects) -> None:
         for name in ("a/b/c", "a/b/d/e", "a/bc", "a/b-c/x"):
             objects.put(name, b"x")

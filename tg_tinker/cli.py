@@ -32,6 +32,7 @@ from tg_tinker import (
     cli_sampling,
 )
 from tg_tinker.errors import TGTinkerError
+from tg_tinker.location import shown, shown_lines
 
 if TYPE_CHECKING:
     from tg_tinker.privacy import PrivacyReport
@@ -48,7 +49,7 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except TGTinkerError as error:
             console = Console(stderr=True)
-            console.print(f"[red]error:[/] {escape(error.message)}", soft_wrap=True)
+            console.print(f"[red]error:[/] {escape(shown_lines(error.message))}", soft_wrap=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             raise typer.Exit(_INTERRUPTED) from None
@@ -220,7 +221,7 @@ def report(ctx: typer.Context, dataset_id: _Dataset = "default") -> None:
 
     [cyan]tg-tinker privacy report support-2026[/]
     """
-    typer.echo(str(_report(ctx, dataset_id)))
+    typer.echo(shown_lines(str(_report(ctx, dataset_id))))
 
 
 @privacy.command()
@@ -283,7 +284,7 @@ def verify(
 
     checked = read_ledger(file)
     checked.check_head(head)
-    typer.echo(str(checked))
+    typer.echo(shown_lines(str(checked)))
     typer.echo("verified: every entry follows from the one before, and every rule held")
     if checked.sampled:
         typer.echo("taken as stated: the epsilon tables of sampled runs, above that of one step")
@@ -359,11 +360,12 @@ def connector(ctx: typer.Context, *, begins: bool = False) -> Callable[..., Serv
 def print_table(
     columns: Sequence[str], rows: Sequence[tuple[str, ...]], maker: str = "`tg-tinker demo`"
 ) -> None:
-    """A table on a terminal; elsewhere the same, never cut to a width."""
+    """A table on a terminal; elsewhere the same, never cut to a width. No cell commands the
+    terminal: whoever writes to the database may have put it there."""
     console = Console() if sys.stdout.isatty() else Console(width=4000)
     table = Table(*columns, box=None, header_style="bold", pad_edge=False)
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(escape(shown(cell)) for cell in row))
     console.print(table if rows else f"none yet: {maker} makes one")
 
 

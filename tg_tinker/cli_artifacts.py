@@ -10,6 +10,7 @@ import typer
 
 from tg_tinker.cli_sweep import sweep
 from tg_tinker.errors import InvalidRequestError
+from tg_tinker.location import shown
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -94,7 +95,7 @@ def show(ctx: typer.Context, artifact_id: _Id) -> None:
         "expires": _expiry(item),
         "labels": _labels(item),
     }.items():
-        typer.echo(f"{name:<10} {value}")
+        typer.echo(f"{name:<10} {shown(str(value))}")
 
 
 @artifacts.command()
@@ -118,7 +119,7 @@ def label(
     wanted = parse_labels(labels or [])
     with connector(ctx)() as service:
         item = service.set_labels(artifact_id, wanted)
-    typer.echo(f"{artifact_id}: {_labels(item)}")
+    typer.echo(f"{artifact_id}: {shown(_labels(item))}")
 
 
 @artifacts.command()
@@ -264,6 +265,10 @@ def delete(
 
     if (artifact_id is None) != expired:
         raise InvalidRequestError("name one artifact, or say --expired")
+    if expired and lost:
+        raise InvalidRequestError(
+            "--lost is for one artifact that you name: what is nowhere any more is yours to confirm"
+        )
     with connector(ctx)() as service:
         if artifact_id is not None:
             service.get_artifact(artifact_id)  # nobody is asked about what is not there

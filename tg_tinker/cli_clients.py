@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from tg_tinker.location import shown
 from tg_tinker.types import CLOSED, NOT_STARTED
 
 clients = typer.Typer(
@@ -60,7 +61,7 @@ def info(ctx: typer.Context, client: _Client) -> None:
         ("epoch", found.epoch), ("created (UTC)", f"{found.created_at:%Y-%m-%d %H:%M}"),
         ("last artifact", found.last_artifact_id or "-"),
     ):  # fmt: skip
-        typer.echo(f"{name:14} {value}")
+        typer.echo(f"{name:14} {shown(str(value))}")
 
 
 @clients.command()

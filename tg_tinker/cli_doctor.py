@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from tg_tinker.location import shown_lines
+
 
 def doctor(
     store: Annotated[
@@ -39,5 +41,5 @@ def doctor(
         typer.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
     else:
         for finding in findings:
-            typer.echo(f"{finding.status:8} {finding.check}: {finding.message}")
+            typer.echo(f"{finding.status:8} {finding.check}: {shown_lines(finding.message)}")
     raise typer.Exit(any(finding.status == "problem" for finding in findings))

@@ -9,6 +9,9 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from tg_tinker.keyrings import check_key_id
+from tg_tinker.location import shown
+
 keys = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -42,11 +45,11 @@ def list_keys(ctx: typer.Context) -> None:
             for name, count in found.artifacts.items()]  # fmt: skip
     print_table(("key", "", "artifacts"), rows)
     for artifact_id, problem in found.unreadable.items():
-        typer.echo(f"{artifact_id}: {problem}", err=True)
+        typer.echo(shown(f"{artifact_id}: {problem}"), err=True)
     if found.missing:
         typer.echo(
-            f"PROBLEM: this keyring is an older copy, it lacks {', '.join(found.missing)}. Put the"
-            " newest copy back; if it is lost, `tg-tinker keys rotate` goes on without it",
+            f"PROBLEM: this keyring is an older copy, it lacks {shown(', '.join(found.missing))}."
+            " Put the newest copy back; if it is lost, `tg-tinker keys rotate` goes on without it",
             err=True,
         )
     raise typer.Exit(bool(found.unreadable or found.missing))
@@ -93,6 +96,7 @@ def retire(
     """
     from tg_tinker.cli import connector
 
+    check_key_id(key_id)  # before it is repeated: it may be the key itself
     with connector(ctx)() as service:
         if not yes:
             typer.confirm(f"Destroy {key_id}? What only it opens is lost", abort=True)
@@ -129,5 +133,5 @@ def report(outcomes: Iterator[tuple[str, str]], title: str) -> int:
         if problem:
             failed.append((name, problem))
     for name, problem in failed:
-        typer.echo(f"{name}: {problem}", err=True)
+        typer.echo(shown(f"{name}: {problem}"), err=True)
     return len(failed)

@@ -116,6 +116,11 @@ def shown(name: str) -> str:
     return name if name.isprintable() else ascii(name)[1:-1]
 
 
+def shown_lines(text: str) -> str:
+    """The same of a text that may have several lines."""
+    return "\n".join(map(shown, text.split("\n")))
+
+
 def check_component(name: str) -> str:
     """A name without a slash, itself.
 

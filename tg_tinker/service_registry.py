@@ -36,7 +36,8 @@ class RegistryCalls:
         was saved since is left over. Ledgers are not accepted: see `book_missing_charges`.
 
         Raises:
-            StorageError: the store does not answer; nothing was accepted.
+            StorageError: the store does not answer. Either nothing was accepted, or, as the message
+                then says, another call goes on.
         """
         accepted: RegistryAcceptance = provided("accept_registry")(
             self._registry, self._store, self._tenant, self._home
