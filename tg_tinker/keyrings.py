@@ -52,6 +52,21 @@ def place_of(keyring: str | os.PathLike[str]) -> Path | Variable:
     return path
 
 
+def check_key_id(text: str) -> str:
+    """What may name a key of a keyring, itself.
+
+    Raises:
+        InvalidRequestError: it is none. The text is not repeated: it may be the key.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,31}", text):
+        raise InvalidRequestError(
+            "this is no name of a key, which are like k1, so it cannot be retired; `tg-tinker keys"
+            " list` shows them. If it was a key, treat it as known to others: rotate, then retire"
+            " it by its name"
+        )
+    return text
+
+
 def default_place(home: Path) -> Path | Variable:
     """What `TG_TINKER_KEYRING` names, or the file `keyring` in the home directory."""
     return place_of(os.environ.get(SETTING) or home / "keyring")
