@@ -150,6 +150,9 @@ def folders_in(filesystem: Any, path: str) -> list[str]:
     """Names of the folders directly in a folder."""
     from pyarrow.fs import FileSelector, FileType
 
+    if filesystem.type_name == "gcs":  # arrow shows no folder there that has no object of its own
+        below = (info.path.removeprefix(f"{path}/") for info in files_below(filesystem, path))
+        return list({name.partition("/")[0] for name in below if "/" in name})
     found = filesystem.get_file_info(FileSelector(path, allow_not_found=True))
     return [info.base_name for info in found if info.type == FileType.Directory]
 
