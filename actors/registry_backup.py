@@ -21,7 +21,7 @@ from actors.database import METADATA, OWNER, Database, refuse_older, typed_refus
 from actors.objects import sync
 from tg_tinker.audit_log import AuditRow
 from tg_tinker.databases import SQLITE
-from tg_tinker.errors import InvalidRequestError, StorageError
+from tg_tinker.errors import IntegrityError, InvalidRequestError, StorageError
 from tg_tinker.ledger import place_of
 
 Reached = list[tuple[str, str, str]]
@@ -77,8 +77,9 @@ class _Copied(Database):
         with typed_refusal(), engine.connect() as old, self._change() as new:
             _check_whole(old, path)
             _refuse_rows(new)
-            _copy(old, new)
-            return _reached(old)
+            with _blamed(path):
+                _copy(old, new)
+                return _reached(old)
 
 
 def _copy(old: sa.Connection, new: sa.Connection) -> None:
@@ -134,16 +135,38 @@ def _check_whole(old: sa.Connection, path: Path) -> None:
     except sa.exc.DatabaseError:
         sound, missing = False, set()
     if not sound:
-        raise StorageError(
-            f"{path} is no backup of a registry, or it is damaged: use another one; nothing was"
-            " changed"
-        )
+        raise _damaged(path)
     refuse_older(old)
     if missing:
         raise StorageError(
             f"{path} is no backup of a registry, it has no table {min(missing)}: use another one;"
             " nothing was changed"
         )
+    try:
+        for table in METADATA.sorted_tables:
+            for _ in old.execute(sa.select(table)).partitions(_ROWS):
+                pass
+    except sa.exc.DatabaseError:
+        raise _damaged(path) from None
+
+
+@contextmanager
+def _blamed(path: Path) -> Iterator[None]:
+    """Rows that can be none of a registry are the backup's fault, not the database's."""
+    try:
+        yield
+    except (sa.exc.IntegrityError, sa.exc.DataError, IntegrityError):
+        raise _damaged(path) from None
+    except sa.exc.StatementError as error:
+        if isinstance(error, sa.exc.DBAPIError):
+            raise
+        raise _damaged(path) from None  # a value of another type than its column's
+
+
+def _damaged(path: Path) -> StorageError:
+    return StorageError(
+        f"{path} is no backup of a registry, or it is damaged: use another one; nothing was changed"
+    )
 
 
 @contextmanager

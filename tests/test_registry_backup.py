@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,28 @@ def test_a_file_that_is_no_backup_is_named_and_not_the_registry(
     create(tmp_path / "home")
     with pytest.raises(StorageError, match=f"{file} is no backup of a registry.*another one"):
         restore(file, url_of(tmp_path / "home"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE audit_rows SET row = 'no row'", "DELETE FROM runs",
+        "UPDATE runs SET created_at = 'Monday'", "UPDATE runs SET status = CAST(x'ff41' AS TEXT)",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a_backup_with_rows_that_are_none_is_named_and_leaves_the_database_empty(
+    budget: Budget, tmp_path: Path, postgres: Postgres, kind: str, damage: str
+) -> None:
+    file, url = tmp_path / "b.db", elsewhere(kind, tmp_path / "other.db", postgres)
+    backup(url_of(tmp_path / "home"), file)
+    whole = file.read_bytes()
+    with closing(sqlite3.connect(file)) as edited, edited:
+        edited.execute(damage)
+    with pytest.raises(StorageError, match=rf"{file} is no backup of a registry, or .* damaged"):
+        restore(file, url)
+    file.write_bytes(whole)
+    restore(file, url)
 
 
 def test_the_commands_tell_where_each_chain_ends(
