@@ -39,6 +39,7 @@ class Told(NamedTuple):
 
 def examine(address: str) -> Iterator[Finding]:
     """Joins the cluster for a moment, as any program does, and runs a task on each machine."""
+    joined = not ray.is_initialized()
     try:
         Cluster(address, "tg_tinker")
         told = [_told(node) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
@@ -46,6 +47,9 @@ def examine(address: str) -> Iterator[Finding]:
         for name in ("versions", "clocks"):
             yield Finding(name, WARNING, f"not compared: {error.message}")
         return
+    finally:
+        if joined:  # else the program would be of that cluster until it ends
+            ray.shutdown()
     yield _versions(told)
     yield _clocks(told)
 

@@ -154,7 +154,7 @@ def test_what_must_not_be_done_twice_fails_and_says_so(
     service.create_api_key("one")
     monkeypatch.setattr(registry.actor, "call", Killed())
     with pytest.raises(ClusterUnavailableError, match="whether it was done is not known"):
-        service.create_api_key("two")
+        registry.create_api_key("default", "two", [], None)
     monkeypatch.undo()
     assert len(service.list_api_keys()) == before + 1
 
