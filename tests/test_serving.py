@@ -168,27 +168,26 @@ def test_metrics_count_and_time_and_name_nobody(deployed: Deployed) -> None:
         assert len(drawn) == 11
         for name in drawn - {"ray_tg_tinker_waiting"}:
             assert scraped(deployed.service, name)
-        refused = "\n".join(scraped(deployed.service, "ray_tg_tinker_refused_total"))
-        assert 'reason="invalid_request"' in refused
-        assert 'reason="not_found"' in refused
+        for reason in ("invalid_request", "not_found"):
+            scraped(deployed.service, "ray_tg_tinker_refused_total", f'reason="{reason}"')
         everything = "\n".join(scraped(deployed.service, "ray_tg_tinker"))
         assert "ray_tg_tinker_waiting{" in everything
         for secret in (CANARY, tc.id, deployed.key, "default"):
             assert secret not in everything
 
 
-def scraped(service: ServiceClient, name: str) -> list[str]:
-    """Lines of a series, waiting for the next export of all processes."""
+def scraped(service: ServiceClient, name: str, label: str = "") -> list[str]:
+    """Lines of a series with this label, waiting for the next export of all processes."""
     deadline = time.monotonic() + 40
     while True:
         found = []
         for url in service.metrics_urls():
             with urllib.request.urlopen(url, timeout=10) as answer:
                 found += answer.read().decode().splitlines()
-        lines = [line for line in found if line.startswith(name)]
+        lines = [line for line in found if line.startswith(name) and label in line]
         if any(float(line.rpartition(" ")[2]) > 0 for line in lines):
             return lines
-        assert time.monotonic() < deadline, f"no {name} at the metrics endpoint"
+        assert time.monotonic() < deadline, f"no {name} {label} at the metrics endpoint"
         time.sleep(1)
 
 

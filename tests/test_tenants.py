@@ -123,8 +123,7 @@ def config(model: Path, dataset: str = "", **values: Any) -> TrainingConfig:
 
 @pytest.fixture(scope="module")
 def both(home: Path, tiny_model: Path) -> Iterator[Both]:
-    with ServiceClient(address="local") as mine:
-        neighbour = ServiceClient(tenant="neighbour")
+    with ServiceClient(address="local") as mine, ServiceClient(tenant="neighbour") as neighbour:
         key, _ = mine.create_api_key()
         url = mine.serve_http(str(tiny_model), port=free_port()).removesuffix("/v1")
         with mine.create_training_client(config(tiny_model)) as own:
