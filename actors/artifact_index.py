@@ -32,6 +32,9 @@ from tg_tinker.labels import check_labels
 from tg_tinker.types import ArtifactInfo
 from tg_tinker.wire import ArtifactQuery
 
+NEVER = "never"
+"""What the audit log has in the place of a time where an artifact does not expire."""
+
 EXPIRED = "artifact_expired"
 """The code of the `NotFoundError` that refuses to open one."""
 
@@ -529,7 +532,7 @@ def _digest(manifest: bytes) -> str:
 
 
 def _until(moment: float | None) -> str:
-    return "never" if moment is None else _at(moment)
+    return NEVER if moment is None else _at(moment)
 
 
 def _at(moment: float) -> str:

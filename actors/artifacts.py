@@ -261,10 +261,7 @@ def delete(
         StorageError: the store refused: the artifact is gone, some of its files are not.
     """
     folder = ArtifactStore(store)
-    if lost:
-        meet(registry, folder, tenant)
-    else:
-        check_deletable(registry, folder, tenant, artifact_id)
+    check_deletable(registry, folder, tenant, artifact_id, lost)
     remove(registry, folder, tenant, artifact_id, event)
 
 
@@ -279,10 +276,10 @@ def remove(
 
 
 def check_deletable(
-    registry: Registry, store: ArtifactStore, tenant: str, artifact_id: str
+    registry: Registry, store: ArtifactStore, tenant: str, artifact_id: str, lost: bool = False
 ) -> None:
     """In another store the files would stay, and in an older database the deletion would be lost.
-    An artifact that lost some of its files is here all the same.
+    An artifact that lost some of its files is here all the same; one that lost all, if `lost`.
 
     Raises:
         NotFoundError: unknown, deleted, or in another store.
@@ -290,7 +287,7 @@ def check_deletable(
     """
     meet(registry, store, tenant)
     stored_as = registry.stored_as(tenant, artifact_id)
-    here = store.holds(tenant, stored_as)
+    here = lost or store.holds(tenant, stored_as)
     if not here and registry.stored_as(tenant, artifact_id) == stored_as:  # not just resealed
         raise NotFoundError(
             f"artifact {artifact_id} has no file in this store: open the one that it was saved to."

@@ -26,8 +26,8 @@ class KeyNames(Database):
     _keyring: KeyProvider
 
     def _recognise_keys(self) -> None:
-        """Notes keys that are new, and refuses another one of a known name, or none of those that
-        are known: what would be saved under it, the right keyring would not open.
+        """Notes keys that are new, and refuses another one of a known name: what would be saved
+        under it, the right keyring would not open.
 
         A fingerprint is derived from the key as every derived key is, and opens nothing.
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from actors.artifact_index import NEVER
 from actors.audit_log import MOST_ROWS
 from actors.registry import Registry
 from tg_tinker.audit_log import AuditRow, parse_rows
-
-NEVER = "never"
-"""What a row has in the place of a time where an artifact does not expire."""
 
 
 class Entry(NamedTuple):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import time
+
+SOAK = bool(os.environ.get("TG_TINKER_SOAK"))
+"""Whether `make soak` runs: faults for longer."""
 
 
 def free_ports(count: int) -> list[int]:

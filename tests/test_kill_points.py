@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from privacy_helpers import ROWS
+from processes import SOAK
 
 from tg_tinker import (
     ActorLostError,
@@ -26,7 +27,6 @@ from tg_tinker.ledger import Ledger
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:a step has")]
 
-SOAK = bool(os.environ.get("TG_TINKER_SOAK"))
 ROUNDS = 20 if SOAK else 1
 POINTS = {
     "after the charge": ("step", 1, 0),
@@ -45,7 +45,6 @@ def doom(log: str, point: str) -> Callable[[Any], None]:
     """What the actor is made to run: it notes each draw of noise durably, and dies at the point."""
 
     def install(actor: Any) -> None:
-        import os
         import signal
 
         def dying(function: Any, *, after: bool = False) -> Any:

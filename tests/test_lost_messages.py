@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -12,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import free_port
+from processes import SOAK, free_port
 from test_node import Machine, machine, up
 
 from tg_tinker import node
 
 pytestmark = pytest.mark.slow
 
-SOAK = bool(os.environ.get("TG_TINKER_SOAK"))
 BATCHES = 100 if SOAK else 24
 PUSH = "CoreWorkerService.grpc_client.PushTask"
 """Carries each call of an actor, in the program that calls."""

@@ -59,7 +59,7 @@ def mock(key: bytes) -> Any:
 def queued(home: Path) -> Iterator[tuple[TrainingClient, TrainingLink]]:
     with ServiceClient("local"):
         key = new_key()
-        link = TrainingLink(mock(key), key, lambda error, seen: error)  # type: ignore
+        link = TrainingLink(mock(key), key, lambda error, seen: error)  # type: ignore[arg-type]
         model = ModelInfo(
             vocab_size=len(ROW), context_length=len(ROW), num_trainable=1, base_digest="",
             dtype="float32", device="cpu", flat_stream=True, num_threads=1,

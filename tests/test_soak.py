@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import ray
+from processes import SOAK
 from test_recovery import config, pid_of
 from test_registry_restart import pid as registry_pid
 
@@ -39,7 +40,6 @@ from tg_tinker.ledger import Ledger
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-SOAK = bool(os.environ.get("TG_TINKER_SOAK"))
 SECONDS = float(os.environ.get("TG_TINKER_SOAK_SECONDS") or (1800 if SOAK else 20))
 SEED = int(os.environ.get("TG_TINKER_SOAK_SEED") or 7)
 ANSWER_S = 120.0

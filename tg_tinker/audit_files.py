@@ -5,16 +5,14 @@ Each line is canonical JSON, ASCII, ended by a line feed.
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 from tg_tinker.audit_log import AuditHead, AuditRow, empty, parse_rows, verify
 from tg_tinker.errors import IntegrityError, InvalidRequestError, NotFoundError, StorageError
+from tg_tinker.files import written
 
 ROWS_AT_A_TIME = 1000
 
@@ -111,16 +109,10 @@ def keep_line(path: Path, line: str) -> None:
     Raises:
         StorageError: the disk is full or refuses.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with partial.open("w", encoding="ascii") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with written(path, f"{line}\n".encode("ascii")) as partial:
+            partial.replace(path)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise StorageError(f"cannot keep a head in {path}: {error.strerror}") from None
 
 

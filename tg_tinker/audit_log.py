@@ -254,7 +254,7 @@ def verify(
             head that the chain does not go through.
     """
     strict = [*([] if since is None else [since]), *known]
-    heads = [*strict, *own]
+    heads = [*own, *strict]  # of two of one row the operator's: it was known before
     start = at = since or empty(_tenant_of(heads))
     wanted = {head.place for head in heads}
     passed, accepted = {at.place}, dict[str, int]()

@@ -422,8 +422,7 @@ class ServiceClient(ClientCalls, ArtifactCalls, RegistryCalls):
         found = verify(rows, since=empty(self._tenant), known=known, own=own, public_key=public_key)
         provided("keep_audit_head")(self._store, now)
         keep_head(kept, now)
-        known_already = [one for one in own if one.place == now.place]
-        since = next(iter(known_already), None) if found.since is now else found.since
+        since = None if found.since is now else found.since
         return replace(now, since=since, accepted=found.accepted)
 
     # --- life --------------------------------------------------------------------------------
