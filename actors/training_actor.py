@@ -39,8 +39,9 @@ SETTLE_S = 30.0
 """How long a client that closes waits for the registry to hear of its last step, and for the store
 to take the ledger's head."""
 
-IDLE_S = 3.0
-"""Without a call for so long, memory is handed back; the next step takes a moment more."""
+IDLE_S = 10.0
+"""Without a call for so long, memory is handed back; the next step takes a tenth more. Longer than
+most loops take to prepare a batch."""
 
 _control = ray.method(concurrency_group="control")
 _sealing = ray.method(concurrency_group="sealing")

@@ -7,6 +7,7 @@ import json
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +18,10 @@ from bench.loops import IGNORED, LoopSpec, Ours, Plain, Rows, collate
 from bench.measure import Goal, Row, Run, Sheet, Spread, in_turns, ratios
 from bench.privacy import WORKLOADS as PRIVACY
 from bench.sdk import WORKLOADS as SDK
-from bench.sides import Side, SideError
+from bench.sides import Side, SideError, command
 from bench.size import BASIS, flatness, sizes, slopes
 from bench.training import WORKLOADS
-from bench.workloads import Workload, check_losses, compared, run_all
+from bench.workloads import Turns, Workload, check_losses, compared, run_all
 from helpers import RAGGED, assert_close, weights, window
 from rich.console import Console
 
@@ -237,7 +238,7 @@ def test_the_step_whose_memory_is_measured_is_the_first_timed_turn(
     )
     (row, *_) = compared(WORKLOADS[0], Run("m", repeats=2))
     assert asked[::2] == asked[1::2] == ["evaluate", "peak of train", "train"]
-    assert row.ratio == ratios([4, 6], [3, 5])
+    assert row.ratio == ratios([3, 6], [4, 5])
 
 
 def test_a_side_that_ends_says_why(tmp_path: Path) -> None:
@@ -270,6 +271,44 @@ def test_a_peer_that_cannot_be_installed_leaves_its_goals_open_with_the_reason(
         one.name: "no route to the registry" for one in peers.WORKLOADS
     }
     assert "OpenRL" in {name for name, _ in run.sheets[-1].rows}
+
+
+@pytest.mark.parametrize(("loss", "verdict"), [(2.0001, "missed"), (2.01, "not run")])
+def test_a_peer_that_computes_another_loss_has_no_ratio(loss: float, verdict: str) -> None:
+    class Answers:
+        def __init__(self, loss: float) -> None:
+            self._answer = {"seconds": 1.0, "loss": loss}
+
+        def ask(self, what: str, rows: Rows) -> dict[str, float]:
+            return self._answer
+
+    sides: Any = {"ours": Answers(2.0), "ours, private": Answers(2.0), "SkyRL": Answers(loss)}
+    run, one = Run("m", repeats=2), peers.WORKLOADS[0]
+    peers.measured(run, one, sides, peers.evaluated(one, sides))
+    assert [row.verdict for row in run.rows] == [verdict, "" if verdict == "missed" else verdict]
+
+
+def test_who_is_asked_first_changes_from_turn_to_turn() -> None:
+    asked: list[str] = []
+
+    class Named:
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def ask(self, what: str, rows: Rows) -> dict[str, float]:
+            asked.append(self._name)
+            return {}
+
+    sides: Any = {name: Named(name) for name in ("ours", "theirs")}
+    with Turns(sides, WORKLOADS[0], 2) as turns:
+        assert turns.take("train", []).keys() == turns.take("train", []).keys() == sides.keys()
+    assert asked == ["ours", "theirs", "theirs", "ours"]
+
+
+def test_only_our_own_engine_has_our_setting_of_threads() -> None:
+    spun = {kind: [word for word in command(LoopSpec(kind, "m")) if "SPIN" in word] for kind in
+            ("ours", "plain", "opacus", "sdk")}  # fmt: skip
+    assert spun == {"ours": ["GOMP_SPINCOUNT=1000"], "plain": [], "opacus": [], "sdk": []}
 
 
 # --- the program -----------------------------------------------------------------------------

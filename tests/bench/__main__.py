@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 
 from rich.console import Console
 
@@ -62,12 +63,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.quick and not options.only:
         wanted = {"training": frozenset()}
-    facts = machine.described()
+    facts, started = machine.described(), time.monotonic()
     found = Run(options.model or str(find_demo_model()), options.repeats, options.quick)
     for name, only in wanted.items():
         SCREEN.print(f"{name}: {known[name].about}", style="bold")
         found.only = only
         known[name].run(found)
+        facts["took"] = f"{(time.monotonic() - started) / 60:.1f} minutes"
         deliver(facts, found)
     if not options.only:
         found.rows += not_run()

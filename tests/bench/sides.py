@@ -9,7 +9,6 @@ for ours and the plain loop, `tinker_client` the one for peers.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +34,6 @@ class Side:
         self._log = log.open("w+b")
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-            env=os.environ | SPIN,
         )  # fmt: skip
 
     def wait(self) -> None:
@@ -76,7 +74,9 @@ class Side:
 
 
 def command(spec: LoopSpec) -> list[str]:
-    return [sys.executable, "-m", "bench.child", json.dumps(asdict(spec))]
+    """Threads wait as our actors let them in our engine alone: nobody's own loop sets that."""
+    spin = [f"{name}={value}" for name, value in SPIN.items() if spec.loop == "ours"]
+    return ["env", *spin, sys.executable, "-m", "bench.child", json.dumps(asdict(spec))]
 
 
 @contextmanager

@@ -116,7 +116,7 @@ def added(clients: list[TrainingClient]) -> Sheet:
         for tc in clients:
             tc.forward_backward({"input_ids": ids}).result()
             tc.optim_step().result()
-        time.sleep(3 * IDLE_S)
+        time.sleep(2.5 * IDLE_S)
         what = f"idle after a step of {len(ids)}x128"
         rows.append((what, *(f"{private(tc):.0f}" for tc in clients)))
     names = tuple(f"client {number}" for number in range(1, len(clients) + 1))

@@ -85,15 +85,16 @@ class Turns(Progress):
 
     def __init__(self, sides: dict[str, Side], one: Workload, repeats: int) -> None:
         super().__init__(console=SCREEN)
-        self._sides = sides
+        self._sides, self._order = sides, list(sides)
         self._bar = self.add_task(one.name, total=len(sides) * (repeats + 1))
 
     def take(self, what: str, rows: Rows) -> dict[str, dict[str, Any]]:
-        """An answer of each."""
+        """An answer of each; who is asked first changes from turn to turn."""
         found = {}
-        for name, side in self._sides.items():
-            found[name] = side.ask(what, rows)
+        for name in self._order:
+            found[name] = self._sides[name].ask(what, rows)
             self.advance(self._bar)
+        self._order.reverse()
         return found
 
 
