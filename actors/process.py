@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import resource
@@ -31,6 +32,13 @@ def spin_briefly() -> None:
     """Sets `SPIN` where the user has not; without effect once torch is loaded."""
     for name, value in SPIN.items():
         os.environ.setdefault(name, value)
+
+
+def settle_heap() -> None:
+    """What is there now stays: later collections pass it over. To go through the objects of torch's
+    or SQLAlchemy's modules stops every thread for some hundredths of a second, time and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def no_core_files() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from actors import signing
-from actors.process import harden, reply_of
+from actors.process import harden, reply_of, settle_heap
 from actors.registry import Registry
 from actors.turns import Turns
 from tg_tinker.cluster import REGISTRY_NAME, ask_again
@@ -45,6 +45,7 @@ class RegistryActor:
         self._life = life
         self._known_key = b""
         self._turns = Turns(lambda: Registry(*self._places, sole=sole))
+        settle_heap()
 
     def serves(self, database: str, keyring: str) -> bool:
         return (database, place_of(keyring)) == (self._places[0], place_of(self._places[1]))

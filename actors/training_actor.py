@@ -21,7 +21,7 @@ import ray
 
 from actors import spare
 from actors.calls import Calls
-from actors.process import forget_keyrings, harden, reply_of
+from actors.process import forget_keyrings, harden, reply_of, settle_heap
 from tg_tinker.cluster import ActorInfo, RemoteRegistry
 from tg_tinker.config import ResourceConfig, TrainingConfig
 from tg_tinker.envelope import open_payload, seal_payload
@@ -224,6 +224,7 @@ class TrainingActor:
             after_s = 60 * parsed.resources.park_after_minutes
             self._used = time.monotonic()
             threading.Thread(target=self._park_when_idle, args=(after_s,), daemon=True).start()
+        settle_heap()
         self._set_progress("ready")
         threading.Thread(target=self._while_idle, daemon=True).start()
         return info

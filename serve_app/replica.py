@@ -20,7 +20,7 @@ from actors.completion import Completions, join
 from actors.generation import Load
 from actors.home import MODELS
 from actors.model import use_threads
-from actors.process import reply_of
+from actors.process import reply_of, settle_heap
 from serve_app.engines import Engines, EngineThread, loader
 from serve_app.metrics import Watch, count_refusal, meters
 from serve_app.sources import Source, Sources
@@ -75,6 +75,7 @@ class Replica:
         use_threads(threads)
         self.engines = Engines(loader(model_ref, dtype, Path(home) / MODELS))
         self.tokenizer = load_tokenizer(self.engines.base.tokenizer_files())
+        settle_heap()
         self.sources = Sources(self.registry.typed, self._key, namespace, store, model_ref)
         # Pools of their own: what one waits for, the other may have to do.
         self._text = ThreadPoolExecutor(2, thread_name_prefix="text")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -292,6 +293,18 @@ def test_actors_that_carry_artifacts_import_no_libraries_of_training(
     with create(two, tiny_model):
         storage = ray.get_actor(NAME, namespace="tg_tinker")
         assert not ray.get(storage.__ray_call__.remote(lambda self: "torch" in sys.modules))
+
+
+@pytest.mark.slow
+def test_no_collection_goes_through_the_modules_of_an_actor_that_answers(
+    two: ServiceClient, tiny_model: Path
+) -> None:
+    import ray
+
+    with create(two, tiny_model) as client:
+        assert asked(client, lambda self: gc.get_freeze_count()) > 100_000  # torch and all
+        registry = two._registry.actor  # type: ignore[attr-defined]
+        assert ray.get(registry.__ray_call__.remote(lambda self: gc.get_freeze_count())) > 30_000
 
 
 def spares() -> set[int]:
