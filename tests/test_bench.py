@@ -331,6 +331,12 @@ def test_names_of_benches_and_workloads_are_distinct() -> None:
     assert len(names) == len(set(names))
 
 
+@pytest.mark.parametrize("repeats", ["0", "-1", "x"])
+def test_no_turn_at_all_is_refused(repeats: str) -> None:
+    with pytest.raises(SystemExit):
+        program.main(["--repeats", repeats])
+
+
 def test_an_unknown_name_is_refused_before_anything_is_measured(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -45,12 +45,18 @@ def parser(known: dict[str, Bench]) -> argparse.ArgumentParser:
     )  # fmt: skip
     found.add_argument("--all", action="store_true", help="every bench but peers (an hour)")
     found.add_argument("--quick", action="store_true", help="few workloads, two turns (2 minutes)")
-    found.add_argument("--repeats", type=int, metavar="N", help="timed turns of each side")
+    found.add_argument("--repeats", type=at_least_one, metavar="N", help="timed turns of each side")
     found.add_argument(
         "--markdown", action="store_true", help="print tables for docs/benchmarks.md"
     )
     found.add_argument("--model", help="as TrainingConfig takes it (default: SmolLM2-135M)")
     return found
+
+
+def at_least_one(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than one turn")
+    return number
 
 
 def main(arguments: list[str] | None = None) -> int:
