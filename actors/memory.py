@@ -66,11 +66,12 @@ def estimate(
     lora = config.lora_config
     trained = values if lora is None else adapter_values(shapes, lora)
     each = width if lora is None else 4  # adapters are float32
+    copies = 4 if config.private else 2  # a unit's, clipped, of this call, of the window
     moments = _MOMENTS.get(config.optimizer.name, int(config.optimizer.momentum > 0))
     return Estimate(
         weights=values * width,
         trained=0 if lora is None else trained * each,
-        gradients=2 * trained * each,
+        gradients=copies * trained * each,
         optimizer=moments * trained * each,
         activations=_activations(sizes, width),
     )

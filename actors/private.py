@@ -274,11 +274,9 @@ class PrivateSession(Session):
                 by_row, by_unit = self._unit_gradients(stream, here)
                 for name, part in rest.items():
                     by_unit[name][0] += part
-                goes_on = bool(owners) and owners[0] == here[-1]
-                rest = {n: tensor[-1].clone() for n, tensor in by_unit.items()} if goes_on else {}
-                whole = {n: tensor[:-1] if goes_on else tensor for n, tensor in by_unit.items()}
-                with stage(Stage.CLIP):
-                    total.add(UnitGradients(whole).clip(self.dp.max_grad_norm))
+                rest = _cut_last(by_unit) if owners and owners[0] == here[-1] else {}
+                with stage(Stage.CLIP):  # empties `by_unit`: the next stream makes its own
+                    total.add(UnitGradients(by_unit).clip(self.dp.max_grad_norm))
                 finite = torch.isfinite(by_row)
                 loss += float(by_row[finite].sum())
                 tokens += int(stream.label_counts()[finite.cpu()].sum())
@@ -420,6 +418,13 @@ class PrivateSession(Session):
             f" gradient_accumulation_steps is {self._divisor}: gradients are divided by the latter,"
             " so the noise is not scaled to your batches. Set batch_size to the rows of a step",
         )
+
+
+def _cut_last(by_unit: Tensors) -> Tensors:
+    """Takes away the last unit, whose rows go on in the next stream."""
+    last = {name: tensor[-1].clone() for name, tensor in by_unit.items()}
+    by_unit.update({name: tensor[:-1] for name, tensor in by_unit.items()})
+    return last
 
 
 def unit_bounds(stream: FlatStream, owners: Sequence[int]) -> tuple[int, ...]:

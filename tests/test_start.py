@@ -26,6 +26,7 @@ from actors.memory import adapter_values, check_room, estimate, stored_shapes
 from actors.model import Base
 from actors.storage_actor import NAME
 from tg_tinker import (
+    DPConfig,
     InvalidRequestError,
     LoRAConfig,
     OptimizerConfig,
@@ -73,6 +74,9 @@ def test_an_estimate_knows_what_a_session_trains(tiny_model: Path, lora: LoRACon
     (file,) = tiny_model.glob("*.safetensors")
     assert found.weights == file.stat().st_size - header_size(file)
     assert found.gradients == 2 * 4 * real.num_trainable
+    private = config_of(tiny_model, lora, batch_size=8, dp_config=DPConfig(noise_multiplier=1.0))
+    clipped = estimate(shapes, sizes(tiny_model), torch.float32, private)
+    assert clipped.gradients == 2 * found.gradients
     assert found.optimizer == 2 * 4 * real.num_trainable
     assert found.trained == (0 if lora is None else 4 * real.num_trainable)
     assert found.activations > 0
