@@ -54,6 +54,8 @@ class _HeadLosses(torch.autograd.Function):
             if slopes is not None:
                 errors = _errors(log_likelihoods, targets[chunk])
                 slopes[chunk] = multiply(errors.to(head.dtype), head.T)
+                del errors
+            del log_likelihoods  # or it would be there while the next chunk makes its own two
         ctx.save_for_backward(slopes, *((hidden, head, targets) if for_head else ()))
         return losses
 
@@ -64,13 +66,15 @@ class _HeadLosses(torch.autograd.Function):
         if not rest:
             return slopes * scale.to(slopes.dtype), None, None
         hidden, head, targets = rest
-        slopes, for_head = torch.empty_like(hidden), torch.zeros_like(head)
+        slopes = torch.empty_like(hidden)
+        for_head = torch.zeros_like(head, dtype=torch.float32)  # many chunks add up in it
         for chunk in _chunks(hidden, head):
             errors = _errors(_log_likelihoods(hidden[chunk], head), targets[chunk])
             errors = errors.mul_(scale[chunk]).to(head.dtype)
             slopes[chunk] = multiply(errors, head.T)
             for_head += weight_gradient(errors, hidden[chunk])
-        return slopes, for_head, None
+            del errors
+        return slopes, for_head.to(head.dtype), None
 
 
 def _chunks(hidden: torch.Tensor, head: torch.Tensor) -> list[slice]:
