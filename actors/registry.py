@@ -91,28 +91,27 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
         return run_id
 
     def claim(self, run_id: str, after: int | None = None) -> int:
-        """The next epoch of a run: from now on the actors of earlier ones can publish nothing.
+        """The next epoch of a run: from now on the actors of earlier ones can publish nothing, and
+        the run is at the step that it comes back in.
 
         Args:
             after: the epoch that whoever claims has found without an actor. Of two that bring a
                 run back at once, one gets it.
 
         Raises:
-            ActorLostError: somebody else claimed it since.
+            ActorLostError: somebody else claimed it since, or its artifacts are gone.
         """
         this = RUNS.c.id == run_id
         with self._change() as tx:
-            if (
-                after is not None
-                and tx.execute(sa.select(RUNS.c.epoch).where(this)).scalar() != after
-            ):
+            run = tx.execute(sa.select(RUNS).where(this)).one()
+            if after is not None and run.epoch != after:
                 raise ActorLostError(
                     f"{run_id} was taken over by somebody else: reach its new actor"
                 )
-            tx.execute(RUNS.update().where(this).values(epoch=RUNS.c.epoch + 1, ended=None))
-            run = tx.execute(sa.select(RUNS).where(this)).one()
-            self._note(tx, run.tenant, SDK, "run.claim", run_id, {"epoch": run.epoch})
-            return int(run.epoch)
+            epoch, (_, step) = run.epoch + 1, resume_point(tx, run)
+            tx.execute(RUNS.update().where(this).values(epoch=epoch, step=step, ended=None))
+            self._note(tx, run.tenant, SDK, "run.claim", run_id, {"epoch": epoch})
+            return int(epoch)
 
     def record(
         self, run_id: str, epoch: int, step: int, status: str,

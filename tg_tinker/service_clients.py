@@ -249,10 +249,11 @@ class ClientCalls:
         kept: KeptHead | None,
     ) -> Reached | None:
         """A new actor under the epoch after `last`; None where somebody else is quicker."""
-        resume, _ = self._registry.resume_point(self._tenant, run_id)
+        self._registry.resume_point(self._tenant, run_id)  # there is one, before anything changes
         epoch = 0
         try:
             epoch = self._registry.claim(run_id, last)
+            resume, _ = self._registry.resume_point(self._tenant, run_id)  # nobody saves any more
             self._cluster.kill_training(run_id, last)  # it may only be silent
             reached = self._open(run_id, epoch, config, progress, kept, resume)
         except ActorLostError:
