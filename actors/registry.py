@@ -30,6 +30,7 @@ from actors.key_names import KeyNames
 from actors.keys import open_keyring
 from actors.manifest import DATA_KEY, Manifest
 from actors.store_checks import StoreChecks
+from tg_tinker.config import TrainingConfig
 from tg_tinker.envelope import context_of, new_key, unwrap_key, wrap_key
 from tg_tinker.errors import (
     AccessDeniedError,
@@ -40,6 +41,7 @@ from tg_tinker.errors import (
     StorageError,
 )
 from tg_tinker.keyrings import check_key_id
+from tg_tinker.privacy import dataset_of
 from tg_tinker.types import CLOSED, NOT_STARTED, PARKED, TrainingClientInfo
 
 # Made once: SQLAlchemy takes longer to put a statement together than the database to run it.
@@ -157,9 +159,10 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
             self._note(tx, run.tenant, f"{run_id}@{epoch}", "run.park", run_id, {"step": run.step})
 
     def finish(self, run_id: str, epoch: int, status: str) -> None:
-        """Ends a run as `completed` or `failed`; its last actor can note nothing more.
+        """Ends a run as `completed` or `failed`; its last actor can note nothing more, and what it
+        planned and has not used of a budget is free.
 
-        Nothing happens to a run that a newer actor has taken over since.
+        Nothing happens to a run that is parked, or that a newer actor has taken over since.
         """
         this = (RUNS.c.id == run_id, RUNS.c.epoch == epoch)
         with self._change() as tx:
@@ -171,6 +174,9 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
             tx.execute(RUNS.update().where(*this).values(values))
             if status != run.status:
                 self._note(tx, run.tenant, SDK, _BECAME[status], run_id, {"step": run.step})
+            config = TrainingConfig.model_validate_json(run.config)
+            if config.private:
+                self._release(tx, run.tenant, dataset_of(config), run_id)
 
     def run(self, tenant: str, run_id: str) -> tuple[TrainingClientInfo, str]:
         """A run and its configuration as JSON.
