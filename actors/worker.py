@@ -414,5 +414,5 @@ class Worker:
 
     @property
     def broken(self) -> bool:
-        """A private step was charged and then failed: only a new actor may go on."""
-        return isinstance(self.session, PrivateSession) and self.session.broken
+        """A step failed halfway: only a new actor may go on."""
+        return self.session.broken

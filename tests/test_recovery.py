@@ -182,6 +182,30 @@ def test_manual_recovery_waits_and_two_that_bring_a_run_back_at_once_share_one_n
         tc.recover()
 
 
+def test_a_step_that_fails_while_weights_move_ends_the_actor_and_never_the_run(
+    service: ServiceClient, tiny_model: Path, clean: Clean
+) -> None:
+    import ray
+
+    def cramped(actor: Any) -> None:
+        torch_optimizer = actor._worker.session._optimizer._torch
+
+        def step() -> None:
+            torch_optimizer.param_groups[0]["params"][0].data.add_(1)
+            raise MemoryError
+
+        torch_optimizer.step = step
+
+    with service.create_training_client(config(tiny_model)) as tc:
+        train(tc, 1)
+        tc.save_state()
+        ray.get(tc._link.actor.__ray_call__.remote(cramped))
+        with pytest.raises(ActorLostError) as told:
+            train(tc, 2)
+        assert told.value.details["resume_step"] == 1
+        assert fingerprints(train(tc, 2)) == clean.found[2:4]
+
+
 def test_a_save_whose_storage_actor_is_killed_fails_and_the_next_one_is_whole(
     service: ServiceClient, tiny_model: Path
 ) -> None:
