@@ -290,6 +290,21 @@ def _fetch(ref: Any) -> bytes:
     return ray.get(ref, timeout=60)
 
 
+def test_a_run_that_is_closed_while_its_actor_is_silent_holds_no_cpus(
+    service: ServiceClient, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service._cluster, "silent_s", 2.0)
+    tc = service.create_training_client(config(tiny_model))
+    pid = pid_of(tc)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        service.close_training_client(tc.id)
+        assert tc.info().reason == "closed"
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert_ends(pid)
+
+
 # --- parked runs ------------------------------------------------------------------------------
 
 

@@ -338,8 +338,7 @@ class ClientCalls:
                     self._registry.record(run_id, epoch, known.step, known.status)
             self._registry.finish(run_id, epoch, "completed")
         finally:
-            if link is not None:
-                kill(link.actor)
+            self._cluster.kill_training(run_id, epoch)  # by name: it may only be silent
 
     def _release_reservations_of_the_dead(self, dataset: str) -> None:
         """A script that was killed could not give back what it had planned. Whether a run of
