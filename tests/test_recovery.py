@@ -290,6 +290,23 @@ def _fetch(ref: Any) -> bytes:
     return ray.get(ref, timeout=60)
 
 
+def test_an_actor_that_many_wait_for_weights_of_is_not_silent(
+    service: ServiceClient, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or whoever gets a client of it meanwhile would take its run over, and kill it."""
+    import ray
+
+    monkeypatch.setattr(service._cluster, "silent_s", 10.0)
+    with service.create_training_client(config(tiny_model)) as tc:
+        actor = tc._link.actor
+        ray.get(actor.__ray_call__.remote(lambda self: self._worker._changing.acquire()))
+        samples = [actor.latest.remote() for _ in range(8)]  # a slow step has just begun
+        settling = actor.settle.remote()
+        assert service._cluster.find_training(tc.id, 1) is not None
+        ray.get(actor.__ray_call__.remote(lambda self: self._worker._changing.release()))
+        ray.get([*samples, settling])
+
+
 def test_a_run_that_is_closed_while_its_actor_is_silent_holds_no_cpus(
     service: ServiceClient, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
