@@ -181,11 +181,7 @@ class Budgets(AuditLog):
     def release_reservation(self, tenant: str, dataset: str, run_id: str) -> None:
         """Frees what a run planned and has not used; it may go on where the budget allows."""
         with self._change() as tx:
-            ledger = self._ledger(tx, tenant, dataset)
-            account = ledger.accounts.get(run_id)
-            if account is not None and account.reserved > account.count:
-                body = {"type": "release", "run": run_id}
-                self._append(tx, tenant, dataset, ledger, body, SDK)
+            self._release(tx, tenant, dataset, run_id)
 
     def link(self, tenant: str, dataset: str, run_id: str, others: Sequence[str]) -> None:
         """Notes that a run took over weights that other data sets had a part in."""
@@ -197,6 +193,12 @@ class Budgets(AuditLog):
                 self._append(tx, tenant, dataset, ledger, body, who)
 
     # --- inside ------------------------------------------------------------------------------
+
+    def _release(self, tx: sa.Connection, tenant: str, dataset: str, run_id: str) -> None:
+        ledger = self._ledger(tx, tenant, dataset)
+        account = ledger.accounts.get(run_id)
+        if account is not None and account.reserved > account.count:
+            self._append(tx, tenant, dataset, ledger, {"type": "release", "run": run_id}, SDK)
 
     def _check_places(self, tenant: str, known: Mapping[str, Iterable[str]]) -> None:
         """Refuses places, by data set, that its ledger does not go through."""

@@ -162,6 +162,11 @@ class Session:
         self.step += 1
         return norm, rate
 
+    @property
+    def broken(self) -> bool:
+        """A step failed where the weights may be half moved: only a new actor may go on."""
+        return self._optimizer.half_moved
+
     # --- state -------------------------------------------------------------------------------
 
     def state(self, include_optimizer: bool = True) -> SessionState:

@@ -29,9 +29,14 @@ def learning_rate(config: OptimizerConfig, step: int, max_steps: int | None) -> 
 
 
 class Optimizer:
-    """One torch optimizer over named parameters."""
+    """One torch optimizer over named parameters.
+
+    Attributes:
+        half_moved: a step failed while it moved them: no state is whole any more.
+    """
 
     def __init__(self, config: OptimizerConfig, parameters: Mapping[str, torch.nn.Parameter]):
+        self.half_moved = False
         # Adafactor's eps is a pair of its own (regularisation, scale floor): keep its defaults.
         self._settable = {"lr", "betas", "weight_decay", "momentum"}
         self._settable |= set() if config.name == "adafactor" else {"eps"}
@@ -70,7 +75,9 @@ class Optimizer:
         try:
             if max_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), max_grad_norm, norm)
+            self.half_moved = True
             self._torch.step()
+            self.half_moved = False
         finally:
             self._torch.zero_grad(set_to_none=True)
         return float(norm)

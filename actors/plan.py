@@ -262,7 +262,7 @@ class _Planner:
             f" {self._counted(self.wanted)}"
             + (f" at sigma {account.sigma:g}" if account else "")
             + (f": {spent:.4g} of {self.ledger.limit:g} is spent before" if spent else "")
-            + (f", and living clients reserved up to {held:.4g}" if held > spent else "")
+            + (f", and clients not closed reserved up to {held:.4g}" if held > spent else "")
             + (f". noise_multiplier={least:g} is the smallest that can" if possible else "")
             + ("" if possible else ". No noise is enough: train on data that is not spent"),
             details={"noise_multiplier": least if possible else None, "spent": spent},

@@ -55,7 +55,7 @@ class PrivateSession(Session):
         silence_dropout(base.model)
         self.dp = config.dp_config or DPConfig()
         self.budget = budget
-        self.broken = False
+        self._releasing = False
         self._sampler: PoissonSampler | None = None
         self._rows_per_step: list[int] = []
         super().__init__(base, config)
@@ -67,6 +67,11 @@ class PrivateSession(Session):
     def pending(self) -> bool:
         paid = self._sampler is not None and self._sampler.paid
         return self._pending.rows > 0 or self._spoiled or paid
+
+    @property
+    def broken(self) -> bool:
+        """A step was charged and then failed, or as in `Session`."""
+        return self._releasing or super().broken
 
     # --- the step ----------------------------------------------------------------------------
 
@@ -169,7 +174,7 @@ class PrivateSession(Session):
     def _release(self, window: Window, charge: Charge) -> tuple[float, float]:
         """Noise on the whole sum, then the weights. A failure in between ends the session:
         a second draw for the same sum would be a second, uncharged release."""
-        self.broken = True
+        self._releasing = True
         with stage(Stage.NOISE):
             gradient: PrivateGradient = privatise(
                 window.total, sigma=charge.spend(), divisor=self._divisor, noise=self._noise
@@ -178,7 +183,7 @@ class PrivateSession(Session):
         self.lineage = self.lineage.charged(charge.dataset, charge.place)
         if not charge.noised:
             self.lineage = self.lineage.unguarded()
-        self.broken = False
+        self._releasing = False
         return norm, rate
 
     # --- Poisson samples -----------------------------------------------------------------------

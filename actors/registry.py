@@ -30,6 +30,7 @@ from actors.key_names import KeyNames
 from actors.keys import open_keyring
 from actors.manifest import DATA_KEY, Manifest
 from actors.store_checks import StoreChecks
+from tg_tinker.config import TrainingConfig
 from tg_tinker.envelope import context_of, new_key, unwrap_key, wrap_key
 from tg_tinker.errors import (
     AccessDeniedError,
@@ -40,6 +41,7 @@ from tg_tinker.errors import (
     StorageError,
 )
 from tg_tinker.keyrings import check_key_id
+from tg_tinker.privacy import dataset_of
 from tg_tinker.types import CLOSED, NOT_STARTED, PARKED, TrainingClientInfo
 
 # Made once: SQLAlchemy takes longer to put a statement together than the database to run it.
@@ -91,28 +93,27 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
         return run_id
 
     def claim(self, run_id: str, after: int | None = None) -> int:
-        """The next epoch of a run: from now on the actors of earlier ones can publish nothing.
+        """The next epoch of a run: from now on the actors of earlier ones can publish nothing, and
+        the run is at the step that it comes back in.
 
         Args:
             after: the epoch that whoever claims has found without an actor. Of two that bring a
                 run back at once, one gets it.
 
         Raises:
-            ActorLostError: somebody else claimed it since.
+            ActorLostError: somebody else claimed it since, or its artifacts are gone.
         """
         this = RUNS.c.id == run_id
         with self._change() as tx:
-            if (
-                after is not None
-                and tx.execute(sa.select(RUNS.c.epoch).where(this)).scalar() != after
-            ):
+            run = tx.execute(sa.select(RUNS).where(this)).one()
+            if after is not None and run.epoch != after:
                 raise ActorLostError(
                     f"{run_id} was taken over by somebody else: reach its new actor"
                 )
-            tx.execute(RUNS.update().where(this).values(epoch=RUNS.c.epoch + 1, ended=None))
-            run = tx.execute(sa.select(RUNS).where(this)).one()
-            self._note(tx, run.tenant, SDK, "run.claim", run_id, {"epoch": run.epoch})
-            return int(run.epoch)
+            epoch, (_, step) = run.epoch + 1, resume_point(tx, run)
+            tx.execute(RUNS.update().where(this).values(epoch=epoch, step=step, ended=None))
+            self._note(tx, run.tenant, SDK, "run.claim", run_id, {"epoch": epoch})
+            return int(epoch)
 
     def record(
         self, run_id: str, epoch: int, step: int, status: str,
@@ -158,9 +159,10 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
             self._note(tx, run.tenant, f"{run_id}@{epoch}", "run.park", run_id, {"step": run.step})
 
     def finish(self, run_id: str, epoch: int, status: str) -> None:
-        """Ends a run as `completed` or `failed`; its last actor can note nothing more.
+        """Ends a run as `completed` or `failed`; its last actor can note nothing more, and what it
+        planned and has not used of a budget is free.
 
-        Nothing happens to a run that a newer actor has taken over since.
+        Nothing happens to a run that is parked, or that a newer actor has taken over since.
         """
         this = (RUNS.c.id == run_id, RUNS.c.epoch == epoch)
         with self._change() as tx:
@@ -172,6 +174,9 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
             tx.execute(RUNS.update().where(*this).values(values))
             if status != run.status:
                 self._note(tx, run.tenant, SDK, _BECAME[status], run_id, {"step": run.step})
+            config = TrainingConfig.model_validate_json(run.config)
+            if config.private:
+                self._release(tx, run.tenant, dataset_of(config), run_id)
 
     def run(self, tenant: str, run_id: str) -> tuple[TrainingClientInfo, str]:
         """A run and its configuration as JSON.

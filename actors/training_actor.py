@@ -1,8 +1,8 @@
 """The Ray shell of one training client: it owns the client's CPUs and GPUs for as long as it lives.
 
 Training calls run one at a time in the order they were sent. The control group answers beside
-them: counters, the journal, the list of cancelled calls, and copies of the weights, for which it
-waits until no step is changing them.
+them at once: counters, the journal, the list of cancelled calls. What waits for a step to end has
+a group of its own, copies of the weights among it: an actor whose control group is taken is silent.
 """
 
 from __future__ import annotations
@@ -44,11 +44,14 @@ IDLE_S = 10.0
 most loops take to prepare a batch."""
 
 _control = ray.method(concurrency_group="control")
+_weights = ray.method(concurrency_group="weights")
 _sealing = ray.method(concurrency_group="sealing")
 
 
 @ray.remote(  # type: ignore[call-overload]
-    max_restarts=0, max_task_retries=0, concurrency_groups={"control": 4, "sealing": 4, "saved": 16}
+    max_restarts=0,
+    max_task_retries=0,
+    concurrency_groups={"control": 4, "weights": 4, "sealing": 4, "saved": 16},
 )
 class TrainingActor:
     """See the module. `load` comes first; everything else is refused until it has returned."""
@@ -122,14 +125,14 @@ class TrainingActor:
         files = reply_of(lambda: self._ready_worker().tokenizer_files())
         return seal_payload(self._key, files)
 
-    @_control
+    @_weights
     def snapshot(self, name: str) -> bytes:
         """Weights that the operation `snapshot` kept, for a sampler: into the object store."""
         self._used = time.monotonic()
         taken = reply_of(lambda: self._ready_worker().taken(name))
         return seal_payload(self._key, taken)
 
-    @_control
+    @_weights
     def latest(self) -> bytes:
         """A `SnapshotRef` of the weights after the last completed step."""
         self._used = time.monotonic()
@@ -157,7 +160,7 @@ class TrainingActor:
         begun = self._calls.wait(request_id)
         return seal_payload(self._key, reply_of(lambda: self._saved(begun)))
 
-    @_control
+    @_weights
     def settle(self) -> None:
         """Returns once the registry has heard of the last completed step, and the store has the
         ledger's head."""

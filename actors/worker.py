@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -254,11 +254,11 @@ class Worker:
             checkpoint = Checkpoint(state, metadata, datetime.now(UTC))
             files, shown = to_files(checkpoint), self._place.capability
             draft = Draft(self._registry, self._store, shown, files)
+            self.drafts[draft.artifact_id] = draft  # before the saver may look for it
+            saving = self._saver.submit(self._publish, draft, checkpoint, labels)
         except BaseException:
             self._copies.release()
             raise
-        self.drafts[draft.artifact_id] = draft  # before the saver may look for it
-        saving = self._saver.submit(self._publish, draft, checkpoint, labels)
         saving.add_done_callback(lambda _: self._copies.release())
         self._saves[draft.artifact_id] = saving
         while len(self._saves) > KEPT_SAVES:
@@ -270,22 +270,36 @@ class Worker:
         fails with it."""
         if not self._schedule.due(self.session.step) or not self._copies.acquire(blocking=False):
             return
-        self._schedule.begin_at(self.session.step)
-        checkpoint = Checkpoint(self.session.live_state(), {}, datetime.now(UTC))
-        saving = self._saver.submit(self._save_by_itself, checkpoint, to_files(checkpoint))
-        saving.add_done_callback(lambda _: self._copies.release())
+        step = self.session.step
+        self._schedule.begin_at(step)
+        with self._beside_training(step):
+            try:
+                checkpoint = Checkpoint(self.session.live_state(), {}, datetime.now(UTC))
+                files = to_files(checkpoint)
+                saving = self._saver.submit(self._save_by_itself, checkpoint, files)
+            except BaseException:
+                self._copies.release()
+                raise
+            saving.add_done_callback(lambda _: self._copies.release())
 
     def _save_by_itself(self, checkpoint: Checkpoint, files: dict[str, Buffer]) -> None:
-        try:
+        with self._beside_training(checkpoint.state.step):
             draft = Draft(self._registry, self._store, self._place.capability, files)
             self.drafts[draft.artifact_id] = draft
             self._publish(draft, checkpoint, AUTOMATIC)
             self._prune()
             self._problem = ""
-        except TGTinkerError as error:
+
+    @contextmanager
+    def _beside_training(self, step: int) -> Iterator[None]:
+        """Around an automatic checkpoint: what fails, be it memory, is a warning of a later step.
+        This one was made and paid for."""
+        try:
+            yield
+        except Exception as error:
+            said = error.message if isinstance(error, TGTinkerError) else type(error).__name__
             self._problem = (
-                f"the automatic checkpoint of step {checkpoint.state.step} failed, training goes"
-                f" on: {error.message}"
+                f"the automatic checkpoint of step {step} failed, training goes on: {said}"
             )
 
     def saved(self, saving: Saving, wait: bool = True) -> SaveStateResult | None:
@@ -400,5 +414,5 @@ class Worker:
 
     @property
     def broken(self) -> bool:
-        """A private step was charged and then failed: only a new actor may go on."""
-        return isinstance(self.session, PrivateSession) and self.session.broken
+        """A step failed halfway: only a new actor may go on."""
+        return self.session.broken

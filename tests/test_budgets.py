@@ -184,6 +184,22 @@ def test_reservations_are_kept_from_others_and_given_back() -> None:
     opened(known, dp={"noise_multiplier": 2.0, "max_participations": 6})
 
 
+def test_the_end_of_a_run_frees_its_plan_and_that_of_an_actor_it_had_before_does_not() -> None:
+    known = registry()
+    run = opened(known, dp={"noise_multiplier": 2.0, "max_participations": 6})
+    known.park(run.run_id, run.epoch)
+    known.finish(run.run_id, run.epoch, "completed")  # the client that parked it is closed
+    assert ledger_of(run).accounts[run.run_id].reserved == 6
+    back = known.claim(run.run_id)
+    known.finish(run.run_id, run.epoch, "completed")  # a client that does not know that it is back
+    assert ledger_of(run).accounts[run.run_id].reserved == 6
+    known.finish(run.run_id, back, "completed")
+    assert ledger_of(run).accounts[run.run_id].reserved == 0
+    length = ledger_of(run).length
+    known.finish(run.run_id, back, "completed")  # only the answer was lost
+    assert ledger_of(run).length == length
+
+
 def test_a_run_that_comes_back_keeps_its_contract_and_its_uses() -> None:
     known = registry()
     config = private_config(Path("none"), dp={"max_participations": 1})

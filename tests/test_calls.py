@@ -13,11 +13,13 @@ from actors.calls import KEPT_REPLIES, Calls
 from actors.process import reply_of
 from tg_tinker.errors import (
     ActorLostError,
+    ClusterUnavailableError,
     FutureCancelledError,
     InternalError,
     InvalidRequestError,
     ServiceError,
 )
+from tg_tinker.future import FutureHandle
 from tg_tinker.wire import Reply, Request
 
 EPOCH = 3
@@ -225,6 +227,41 @@ def test_a_flood_of_cancellations_is_bounded() -> None:
     for i in range(1, KEPT_REPLIES + 1):
         with pytest.raises(FutureCancelledError):
             calls.check_cancelled(f"x-{i}")
+
+
+# --- what a handle keeps -----------------------------------------------------------------------
+
+
+class Flaky:
+    """A link on which the next answers are these errors, and then the reply that was journalled."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self._errors = [*errors]
+
+    def open(self, ref: Any, request_id: str, timeout: float | None = None) -> Reply:
+        if self._errors:
+            raise self._errors.pop(0)
+        return Reply("step 8")
+
+
+def handle(*errors: Exception) -> FutureHandle[str]:
+    return FutureHandle(Flaky(*errors), None, "h-0", "tc-1", "optim_step")  # type: ignore[arg-type]
+
+
+def test_an_answer_that_was_lost_on_the_way_is_asked_for_again() -> None:
+    """Who takes the loss for the answer repeats a step that was made and paid for."""
+    asked = handle(*(ClusterUnavailableError("lost on the way: ask again") for _ in range(2)))
+    with pytest.raises(ClusterUnavailableError, match="ask again"):
+        asked.result()
+    assert type(asked.exception()) is ClusterUnavailableError
+    assert [asked.result(), asked.exception()] == ["step 8", None]
+
+
+def test_the_loss_of_the_actor_is_the_last_word() -> None:
+    asked = handle(ActorLostError("repeat from step 8"))
+    for _ in range(2):
+        with pytest.raises(ActorLostError, match="repeat from step 8"):
+            asked.result()
 
 
 # --- errors as values ------------------------------------------------------------------------

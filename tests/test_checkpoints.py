@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from pathlib import Path
 
+import pytest
 from helpers import assert_equal, examples, weights
 from test_artifacts import TENANT, Service
 from test_artifacts import service as service  # a fixture
@@ -12,7 +14,7 @@ from test_artifacts import service as service  # a fixture
 from actors.artifacts import Draft, write
 from actors.checkpoints import Schedule
 from actors.store import ArtifactStore
-from actors.worker import Place, Worker
+from actors.worker import MOST_COPIES, Place, Worker
 from tg_tinker import CheckpointConfig, LoRAConfig, StorageError, TrainingConfig
 from tg_tinker.types import ArtifactInfo, OptimStepResult
 from tg_tinker.wire import ArtifactQuery
@@ -111,6 +113,29 @@ def test_no_step_waits_for_a_store_that_does_not_answer_or_fails_with_it(
     settled(run)
     assert [info.step for info in saved(service)][-1] == 7
     assert run.drafts == {}
+
+
+def test_no_step_fails_for_want_of_memory_to_copy_it_and_a_later_save_has_its_turn(
+    service: Service, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "cannot map /dev/zero")
+
+    run = worker(service, tiny_model, every_steps=1)
+    with monkeypatch.context() as patched:
+        patched.setattr("actors.worker.to_files", full)  # on the training thread
+        assert [step(run).step for _ in range(MOST_COPIES + 1)] == [1, 2, 3]
+    with monkeypatch.context() as patched:
+        patched.setattr("actors.worker.Draft", full)  # on the saver's
+        (warning,) = step(run).warnings
+        assert warning.endswith("failed, training goes on: OSError")
+        settled(run)
+    run.saved(run.save_state(lambda: None, True, {}))  # which waits for one of the copies
+    step(run)
+    settled(run)
+    assert step(run).warnings == ()
+    settled(run)
+    assert [info.step for info in saved(service)] == [5, 6]
 
 
 def test_a_replaced_actor_saves_and_deletes_nothing(service: Service, tiny_model: Path) -> None:

@@ -300,6 +300,23 @@ def test_non_finite_gradient_moves_no_weight(tiny_model: Path) -> None:
     assert s.step == 0
 
 
+def test_a_session_is_broken_from_where_weights_move_to_where_they_have(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    s = session(tiny_model)
+    places = {"torch.nn.utils.get_total_norm": False, "torch.optim.AdamW.step": True}
+    for place, broken in places.items():
+        s.forward_backward(examples())
+        with monkeypatch.context() as patched:
+            patched.setattr(place, full)
+            with pytest.raises(MemoryError):
+                s.optim_step()
+        assert s.broken is broken
+
+
 def test_completed_run_refuses_steps_until_an_earlier_state_is_loaded(tiny_model: Path) -> None:
     s = session(tiny_model, max_steps=1)
     start = s.state()

@@ -267,7 +267,7 @@ def test_a_refusal_says_what_was_spent_and_how_much_noise_is_enough() -> None:
 def test_a_refusal_says_what_the_living_have_reserved() -> None:
     ledger = registered()
     ledger.append(planned(ledger, max_participations=1, noise_multiplier=0.62).entry("living"))
-    with pytest.raises(DPBudgetExceededError, match=r"living clients reserved up to 7\.\d+"):
+    with pytest.raises(DPBudgetExceededError, match=r"clients not closed reserved up to 7\.\d+"):
         planned(ledger, noise_multiplier=1.0)
     ledger.append({"type": "release", "run": "living"})
     assert planned(ledger, noise_multiplier=1.0).limit == 2

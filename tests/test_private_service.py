@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,30 @@ def test_reservations_of_a_closed_or_killed_client_are_given_back(
             assert time.monotonic() < deadline
             time.sleep(0.5)
     assert service.privacy_report("kept").total_epsilon == 0
+
+
+def reserved(service: ServiceClient, dataset: str, tc: TrainingClient) -> int:
+    return Ledger.replay(service.privacy_report(dataset).entries).accounts[tc.id].reserved
+
+
+def test_a_plan_outlives_the_block_that_parked_its_run_and_other_embedded_clusters(
+    service: ServiceClient, tiny_model: Path, home: Path
+) -> None:
+    plan = config(tiny_model, "needed", max_participations=2)
+    beside = (
+        "from tg_tinker import ServiceClient\n"
+        "with ServiceClient('local') as service:\n"
+        "    service._release_reservations_of_the_dead('needed')\n"
+    )
+    with service.create_training_client(plan) as tc:
+        command = [sys.executable, "-W", "ignore", "-c", beside]
+        subprocess.run(command, check=True, timeout=120)
+        assert reserved(service, "needed", tc) == 2
+        tc.park()
+    assert service.describe_training_client(tc.id).reason == "parked"
+    assert reserved(service, "needed", tc) == 2
+    service.close_training_client(tc.id)
+    assert reserved(service, "needed", tc) == 0
 
 
 def kill_actor(tc: TrainingClient) -> None:

@@ -182,6 +182,30 @@ def test_manual_recovery_waits_and_two_that_bring_a_run_back_at_once_share_one_n
         tc.recover()
 
 
+def test_a_step_that_fails_while_weights_move_ends_the_actor_and_never_the_run(
+    service: ServiceClient, tiny_model: Path, clean: Clean
+) -> None:
+    import ray
+
+    def cramped(actor: Any) -> None:
+        torch_optimizer = actor._worker.session._optimizer._torch
+
+        def step() -> None:
+            torch_optimizer.param_groups[0]["params"][0].data.add_(1)
+            raise MemoryError
+
+        torch_optimizer.step = step
+
+    with service.create_training_client(config(tiny_model)) as tc:
+        train(tc, 1)
+        tc.save_state()
+        ray.get(tc._link.actor.__ray_call__.remote(cramped))
+        with pytest.raises(ActorLostError) as told:
+            train(tc, 2)
+        assert told.value.details["resume_step"] == 1
+        assert fingerprints(train(tc, 2)) == clean.found[2:4]
+
+
 def test_a_save_whose_storage_actor_is_killed_fails_and_the_next_one_is_whole(
     service: ServiceClient, tiny_model: Path
 ) -> None:
@@ -264,6 +288,38 @@ def _fetch(ref: Any) -> bytes:
     import ray
 
     return ray.get(ref, timeout=60)
+
+
+def test_an_actor_that_many_wait_for_weights_of_is_not_silent(
+    service: ServiceClient, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or whoever gets a client of it meanwhile would take its run over, and kill it."""
+    import ray
+
+    monkeypatch.setattr(service._cluster, "silent_s", 10.0)
+    with service.create_training_client(config(tiny_model)) as tc:
+        actor = tc._link.actor
+        ray.get(actor.__ray_call__.remote(lambda self: self._worker._changing.acquire()))
+        samples = [actor.latest.remote() for _ in range(8)]  # a slow step has just begun
+        settling = actor.settle.remote()
+        assert service._cluster.find_training(tc.id, 1) is not None
+        ray.get(actor.__ray_call__.remote(lambda self: self._worker._changing.release()))
+        ray.get([*samples, settling])
+
+
+def test_a_run_that_is_closed_while_its_actor_is_silent_holds_no_cpus(
+    service: ServiceClient, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service._cluster, "silent_s", 2.0)
+    tc = service.create_training_client(config(tiny_model))
+    pid = pid_of(tc)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        service.close_training_client(tc.id)
+        assert tc.info().reason == "closed"
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert_ends(pid)
 
 
 # --- parked runs ------------------------------------------------------------------------------

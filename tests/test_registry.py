@@ -27,6 +27,7 @@ from tg_tinker.errors import (
     StorageError,
     TGTinkerError,
 )
+from tg_tinker.recovery import lost_actor
 
 US, THEM = "clinic", "bank"
 SECRET = "bed-7-secret"
@@ -122,12 +123,30 @@ def test_the_current_actor_records_its_step(registry: Registry, run: str) -> Non
 
 def test_a_record_of_an_old_epoch_is_ignored(registry: Registry, run: str) -> None:
     old = registry.claim(run)
-    registry.record(run, old, 2, "active")
     new = registry.claim(run)
+    registry.record(run, new, 2, "active")
     registry.record(run, old, 9, "completed")
     registry.record(run, new + 1, 9, "completed")
     info = registry.run(US, run)[0]
     assert (info.step, info.status) == (2, "active")
+
+
+def test_a_claimed_run_is_at_the_step_that_it_comes_back_in_before_its_actor_says_so(
+    registry: Registry, run: str
+) -> None:
+    """Whoever asks while the new actor loads is told from where to repeat."""
+    first = registry.claim(run)
+    registry.record(run, first, 7, "active")
+    publish(registry, run, epoch=first, step=7)
+    registry.record(run, first, 10, "active")
+    registry.claim(run, first)
+    info = registry.run(US, run)[0]
+    assert (info.epoch, info.step, info.reason) == (2, 7, "")
+    error = lost_actor(info, first, 10, registry.resume_point(US, run)[1], "it did not answer")
+    assert (error.details["resume_step"], error.details["lost_steps"]) == (7, 3)
+    with pytest.raises(ActorLostError, match="somebody else"):
+        registry.claim(run, first)
+    assert registry.run(US, run)[0] == info
 
 
 def test_a_finished_run_hears_its_last_actor_no_more(registry: Registry, run: str) -> None:
@@ -200,10 +219,10 @@ def test_an_artifact_id_is_never_used_twice(registry: Registry, run: str) -> Non
 
 
 def test_the_id_of_a_deleted_artifact_is_never_used_again(registry: Registry, run: str) -> None:
-    publish(registry, run)
+    publish(registry, run, epoch=registry.claim(run))
     registry.delete_artifact(US, "art-1")
     with pytest.raises(sa.exc.IntegrityError):
-        publish(registry, run)
+        publish(registry, run, epoch=1)
     assert registry.artifacts(US) == []
 
 

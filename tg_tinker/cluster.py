@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from tg_tinker.config import ResourceConfig
 from tg_tinker.envelope import open_payload, seal_payload
@@ -84,6 +84,7 @@ class Cluster:
     placement_timeout_s = 120.0
     silent_s = 30.0
     _embedded_users = 0
+    _started: ClassVar[set[str]] = set()  # runs, by embedded clusters of this process
     _lock = threading.Lock()
 
     def __init__(self, address: str | None, namespace: str) -> None:
@@ -150,6 +151,7 @@ class Cluster:
         """
         num_cpus, num_gpus = resources.num_cpus or 0, resources.num_gpus or 0
         self._refuse_impossible(resources)
+        Cluster._started.add(arguments["run_id"])
         with _translated():
             actor = provided("training")(self.namespace, resources=resources, **arguments)
         placed = False
@@ -196,6 +198,11 @@ class Cluster:
         runs = sorted(name for name in living_actors(self.namespace) if name.startswith("tc-"))
         cpus, gpus = free.get("CPU", 0), free.get("GPU", 0)
         return f"{', '.join(runs) or 'no client'}; free are {cpus:g} CPUs and {gpus:g} GPUs"
+
+    def would_see(self, run_id: str) -> bool:
+        """Whether a run that has no actor here has none anywhere: embedded clusters of several
+        processes may share one home, and see only their own actors."""
+        return not self.embedded or run_id in Cluster._started
 
     def find_training(self, run_id: str, epoch: int) -> Any | None:
         """The living actor of a run's epoch, if there is one.

@@ -12,7 +12,12 @@ import warnings
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from tg_tinker.errors import FutureCancelledError, TGTinkerError, from_wire
+from tg_tinker.errors import (
+    ActorLostError,
+    FutureCancelledError,
+    TGTinkerError,
+    from_wire,
+)
 from tg_tinker.wire import Reply
 
 if TYPE_CHECKING:
@@ -59,6 +64,8 @@ class FutureHandle(Generic[Result]):
 
         Raises:
             FutureTimeoutError: not yet; the call goes on and can be asked again.
+            ClusterUnavailableError: the answer was lost on the way; ask again for it, and do not
+                repeat the call.
             FutureCancelledError: it was cancelled before it changed anything.
             TGTinkerError: what the call raised.
         """
@@ -123,5 +130,8 @@ class FutureHandle(Generic[Result]):
             except TimeoutError:
                 raise
             except TGTinkerError as error:
-                self._reply = Reply(error=error.to_wire())
+                reply = Reply(error=error.to_wire())
+                if isinstance(error, ActorLostError):  # else the actor may still have the answer
+                    self._reply = reply
+                return reply
         return self._reply

@@ -86,7 +86,6 @@ class ClientCalls:
             client = self._client(run_id, config, reached, recover)
         except BaseException:
             self._registry.finish(run_id, epoch, "failed")
-            self._release_reservation(run_id, config)
             raise
         if client.privacy is not None:
             _log.warning("%s", client.privacy.message)
@@ -164,11 +163,10 @@ class ClientCalls:
         Raises:
             NotFoundError: no such run.
         """
-        info, stored, link = self._found(training_client_id)
+        info, _, link = self._found(training_client_id)
         if info.reason and info.reason != PARKED:
             return  # it was ended before
-        config = TrainingConfig.model_validate_json(stored)
-        self._finish(training_client_id, config, info.epoch, link)
+        self._finish(training_client_id, info.epoch, link)
 
     def import_adapter(
         self,
@@ -249,10 +247,11 @@ class ClientCalls:
         kept: KeptHead | None,
     ) -> Reached | None:
         """A new actor under the epoch after `last`; None where somebody else is quicker."""
-        resume, _ = self._registry.resume_point(self._tenant, run_id)
+        self._registry.resume_point(self._tenant, run_id)  # there is one, before anything changes
         epoch = 0
         try:
             epoch = self._registry.claim(run_id, last)
+            resume, _ = self._registry.resume_point(self._tenant, run_id)  # nobody saves any more
             self._cluster.kill_training(run_id, last)  # it may only be silent
             reached = self._open(run_id, epoch, config, progress, kept, resume)
         except ActorLostError:
@@ -325,12 +324,10 @@ class ClientCalls:
             ),
             find_sampler=partial(self._sampler, config),
             reach=partial(self._reach, run_id, config),
-            finish=partial(self._finish, run_id, config),
+            finish=partial(self._finish, run_id),
         )
 
-    def _finish(
-        self, run_id: str, config: TrainingConfig, epoch: int, link: TrainingLink | None
-    ) -> None:
+    def _finish(self, run_id: str, epoch: int, link: TrainingLink | None) -> None:
         if not self._cluster.connected:
             return  # the actor ended with its cluster, or outlives this connection to it
         try:
@@ -340,20 +337,16 @@ class ClientCalls:
                     known = link.info()
                     self._registry.record(run_id, epoch, known.step, known.status)
             self._registry.finish(run_id, epoch, "completed")
-            self._release_reservation(run_id, config)
         finally:
-            if link is not None:
-                kill(link.actor)
-
-    def _release_reservation(self, run_id: str, config: TrainingConfig) -> None:
-        if config.private:
-            self._registry.release_reservation(self._tenant, dataset_of(config), run_id)
+            self._cluster.kill_training(run_id, epoch)  # by name: it may only be silent
 
     def _release_reservations_of_the_dead(self, dataset: str) -> None:
-        """A script that was killed could not give back what it had planned."""
+        """A script that was killed could not give back what it had planned. Whether a run of
+        another embedded cluster lives cannot be seen from here, so that one stays."""
         entries = self._registry.ledger_entries(self._tenant, dataset)
         accounts = Ledger.replay(entries).accounts
-        for run_id in [run for run, account in accounts.items() if account.reserved]:
+        reserving = [run for run, account in accounts.items() if account.reserved]
+        for run_id in filter(self._cluster.would_see, reserving):
             info, _ = self._registry.run(self._tenant, run_id)
             dead = self._cluster.find_training(run_id, info.epoch) is None
             if dead and info.reason != PARKED:
