@@ -136,6 +136,13 @@ class Cluster:
         with _translated():
             return dict(_ray().cluster_resources())
 
+    def most_gpus(self, resources: ResourceConfig) -> float:
+        """Of one node that a client's pins allow."""
+        with _translated():
+            nodes = [node for node in _ray().nodes() if node["Alive"]]
+        allowed = [node["Resources"] for node in nodes if _allows(resources, node)]
+        return max((has.get("GPU", 0) for has in allowed), default=0)
+
     def metrics_urls(self) -> list[str]:
         """Where Prometheus finds the metrics of each living node."""
         with _translated():
@@ -327,6 +334,15 @@ class SamplerLink:
 # --- inside the cluster ------------------------------------------------------------------------
 
 
+def keep_to_reserved_gpus() -> None:
+    """Shows an actor that has reserved no GPU none: Ray leaves it those of others.
+
+    Before torch first looks for one; that it was imported does no harm.
+    """
+    if not _ray().get_runtime_context().get_accelerator_ids().get("GPU"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def find_registry(namespace: str) -> Any:
     """The registry's actor."""
     with _translated():
@@ -400,6 +416,12 @@ def fetch(ref: Any, timeout: float | None = None) -> Any:
     """
     with _translated():
         return _ray().get(ref, timeout=timeout)
+
+
+def _allows(resources: ResourceConfig, node: Any) -> bool:
+    has, pins = node["Resources"], resources.custom_resources.items()
+    labelled = resources.node_labels.items() <= node["Labels"].items()
+    return labelled and all(amount <= has.get(name, 0) for name, amount in pins)
 
 
 def _pins(resources: ResourceConfig) -> str:
