@@ -92,6 +92,7 @@ class Cluster:
             if _ray().is_initialized():
                 _refuse_another(address)
                 self.embedded = Cluster._embedded_users > 0
+                check_encrypted()
             else:
                 self.embedded = _connect(address)
             Cluster._embedded_users += self.embedded
@@ -154,7 +155,9 @@ class Cluster:
 
         Raises:
             PlacementError: the cluster is too small, or has no room within the deadline.
+            InvalidRequestError: machines have joined it since, and Ray's TLS is off.
         """
+        check_encrypted()
         num_cpus, num_gpus = resources.num_cpus or 0, resources.num_gpus or 0
         self._refuse_impossible(resources)
         with _translated():
@@ -554,15 +557,24 @@ def _connect(address: str | None) -> bool:
     with _starting():
         _ray().init(address=target, **quiet)
     try:
-        _refuse_unencrypted({n["NodeManagerAddress"] for n in _ray().nodes() if n["Alive"]})
+        check_encrypted()
     except InvalidRequestError:
         _ray().shutdown()
         raise
     return False
 
 
+def check_encrypted() -> None:
+    """Between machines Ray sends in clear what is not sealed here, the transport key among it.
+
+    Raises:
+        InvalidRequestError: the cluster has several, Ray's TLS is off, and nobody has allowed it.
+    """
+    with _translated():
+        _refuse_unencrypted({n["NodeManagerAddress"] for n in _ray().nodes() if n["Alive"]})
+
+
 def _refuse_unencrypted(machines: set[str]) -> None:
-    """Between machines Ray sends in clear what is not sealed here, the transport key among it."""
     if len(machines) < 2 or tls_is_on() or os.environ.get(WITHOUT_TLS) == "1":
         return
     raise InvalidRequestError(
