@@ -61,7 +61,7 @@ def examine(home: Path, keyring: str, store: str, proc: Path = Path("/proc")) ->
     yield _swap(proc)
     yield _core_dumps(proc)
     yield from doctor_cluster.examine(home, place, proc)
-    yield from _nodes(home)
+    yield from _nodes(home, store)
 
 
 def _home(home: Path) -> Finding:
@@ -274,19 +274,19 @@ def _core_dumps(proc: Path) -> Finding:
     return Finding(name, OK, "none are written")
 
 
-def _nodes(home: Path) -> Iterator[Finding]:
+def _nodes(home: Path, store: str) -> Iterator[Finding]:
     """What the machines of a running cluster say of themselves."""
     found = node.read(home)
     address = found.address if found is not None else running_cluster()
     if address is None:
-        for name in ("versions", "clocks"):
+        for name in ("versions", "clocks", "machines", "shared store"):
             yield Finding(name, OK, "no cluster runs here: nothing to compare")
         return
     if found is not None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # as it was started, before Ray reads it
     from actors import doctor_nodes  # loads Ray
 
-    yield from doctor_nodes.examine(address)
+    yield from doctor_nodes.examine(address, store)
 
 
 def _existing(path: Path) -> Path:

@@ -86,7 +86,7 @@ def _token() -> Finding:
 
 def _tls(environment: Mapping[str, str] = os.environ) -> Finding:
     if not tls_is_on(environment):
-        return Finding("TLS", OK, "off, which is for one machine alone: several are refused")
+        return Finding("TLS", OK, "off, which is for one machine alone; see machines")
     try:
         certificate, key, authority = tls_files(environment)
         ssl.create_default_context(cafile=authority).load_cert_chain(certificate, key)
