@@ -150,8 +150,13 @@ class Cluster:
             nodes = [node for node in _ray().nodes() if node["Alive"]]
         return [f"http://{n['NodeManagerAddress']}:{n['MetricsExportPort']}/metrics" for n in nodes]
 
-    def start_training(self, resources: ResourceConfig, **arguments: Any) -> Any:
+    def start_training(
+        self, resources: ResourceConfig, others: Callable[[], set[str]], **arguments: Any
+    ) -> Any:
         """A placed training actor.
+
+        Args:
+            others: runs that a refusal may name: those of this tenant.
 
         Raises:
             PlacementError: the cluster is too small, or has no room within the deadline.
@@ -173,8 +178,8 @@ class Cluster:
         if not placed:
             raise PlacementError(
                 f"no node had {num_cpus:g} CPUs and {num_gpus:g} GPUs free{_pins(resources)} within"
-                f" {self.placement_timeout_s:g} s. Held now: {self._holders()}. Close a client or"
-                " ask for less in ResourceConfig",
+                f" {self.placement_timeout_s:g} s. Yours: {self._holders(others())}. Close a client"
+                " or ask for less in ResourceConfig",
                 details={"num_cpus": num_cpus, "num_gpus": num_gpus},
             )
         return actor
@@ -200,10 +205,11 @@ class Cluster:
                 details={"node_labels": labels},
             )
 
-    def _holders(self) -> str:
+    def _holders(self, own: set[str]) -> str:
         with _translated():
             free = _ray().available_resources()
-        runs = sorted(name for name in living_actors(self.namespace) if name.startswith("tc-"))
+        living = {name.partition("@")[0] for name in living_actors(self.namespace)}
+        runs = sorted(own & living)
         cpus, gpus = free.get("CPU", 0), free.get("GPU", 0)
         return f"{', '.join(runs) or 'no client'}; free are {cpus:g} CPUs and {gpus:g} GPUs"
 

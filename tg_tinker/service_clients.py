@@ -281,6 +281,7 @@ class ClientCalls:
         resources = self._resources(config.resources)
         actor = self._cluster.start_training(
             resources=resources,
+            others=partial(self._others, run_id),
             tenant=self._tenant,
             run_id=run_id,
             epoch=epoch,
@@ -300,6 +301,10 @@ class ClientCalls:
             kill(actor)
             raise
         return Reached(epoch, link, model)
+
+    def _others(self, run_id: str) -> set[str]:
+        """Runs of this tenant beside one."""
+        return {run.training_client_id for run in self._registry.runs(self._tenant)} - {run_id}
 
     def _link(self, actor: Any, run_id: str, epoch: int, kept: KeptHead | None) -> TrainingLink:
         return TrainingLink(actor, self._registry.key, partial(self._lost, run_id, epoch), kept)
