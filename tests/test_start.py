@@ -118,6 +118,38 @@ def test_a_model_too_large_to_convert_is_refused_before_it_is_read(
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_container_has_what_its_limit_leaves(tmp_path: Path) -> None:
+    """Where the machine has less, that counts. Cached files may be dropped, other memory not."""
+    group, mib = tmp_path / "sys/fs/cgroup", 2**20
+    group.mkdir(parents=True)
+    (tmp_path / "proc").mkdir()
+
+    def left(limit: str, machine: int = 800) -> float:
+        (tmp_path / "proc/meminfo").write_text(
+            f"MemTotal: {1000 * 1024} kB\nMemFree: 1 kB\nMemAvailable: {machine * 1024} kB\n"
+        )
+        (group / "memory.max").write_text(limit)
+        return memory.host_memory(tmp_path) / mib
+
+    assert left("max") == 750  # no limit yet: 5 % of the machine stay free
+    (group / "memory.current").write_text(f"{300 * mib}\n")
+    (group / "memory.stat").write_text(
+        f"anon {250 * mib}\nactive_file {20 * mib}\ninactive_file {30 * mib}\n"
+    )
+    assert left("max") == 750
+    assert left(f"{400 * mib}\n") == 400 - 300 + 20 + 30 - 20
+    assert left(f"{400 * mib}\n", machine=100) == 100 - 20
+    assert left(f"{2000 * mib}\n") == 750
+
+
+@pytest.mark.parametrize(("share", "left"), [(0.5, 500), (0.9, 700), (1, 700), (2, 700), (0, 700)])
+def test_a_fraction_of_a_gpu_has_that_fraction_of_its_memory(
+    monkeypatch: pytest.MonkeyPatch, share: float, left: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (700, 1000))
+    assert memory.device_memory(share) == left
+
+
 def test_free_memory_is_a_number_of_this_machine() -> None:
     assert 0 < memory.host_memory() < psutil.virtual_memory().total
 
