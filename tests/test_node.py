@@ -311,3 +311,8 @@ def test_the_cluster_file_passes_rays_own_schema() -> None:
             "RAY_USAGE_STATS_ENABLED=0",
             "RAY_metric_cardinality_level=low",
         } <= {*command.split()}
+        guide = (ROOT / "docs/deployment.md").read_text()
+        files = [word for word in command.split() if word.startswith("RAY_TLS_")]
+        assert len(files) == 3
+        assert all(word in guide for word in files), "each machine's own, where the guide puts them"
+    assert [*config["file_mounts"]] == ["~/.ray/auth_token"], "one certificate does not fit all"
