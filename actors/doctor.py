@@ -22,9 +22,9 @@ from pathlib import Path
 from actors import doctor_cluster, signing
 from actors.audit_heads import tenants, unknown_in
 from actors.database import DAMAGED
+from actors.doctor_cluster import has_rows, looked_at
 from actors.filesystems import RetryPolicy
 from actors.findings import OK, PROBLEM, WARNING, Finding
-from actors.home import DATABASE
 from actors.keys import open_keyring
 from actors.registry import Onlooker
 from actors.store import ArtifactStore, open_objects
@@ -61,7 +61,7 @@ def examine(home: Path, keyring: str, store: str, proc: Path = Path("/proc")) ->
     yield _swap(proc)
     yield _core_dumps(proc)
     yield from doctor_cluster.examine(home, place, proc)
-    yield from _nodes(home)
+    yield from _nodes(home, store)
 
 
 def _home(home: Path) -> Finding:
@@ -153,10 +153,10 @@ def _store_to_be(folder: Path) -> Finding:
 def _known_keys(home: Path, place: Path | Variable) -> Finding:
     """Whether the keyring is the newest one that the home's database was used with."""
     name = "keyring and registry"
-    if not _has_rows(home):
-        return Finding(name, OK, _NO_ROWS)
     try:
-        with closing(_looked_at(home, place)) as registry:
+        if not has_rows(home):
+            return Finding(name, OK, _NO_ROWS)
+        with closing(looked_at(home, place)) as registry:
             missing = registry.missing_keys()
     except IntegrityError as error:
         return Finding(name, PROBLEM, error.message)
@@ -173,11 +173,12 @@ def _known_keys(home: Path, place: Path | Variable) -> Finding:
 
 def _registry(home: Path, place: Path | Variable, store: str) -> Finding:
     """Whether the home's database is whole, and not older than what the store knows of it."""
-    database, name = home / DATABASE, "registry"
-    if not _has_rows(home):
-        return Finding(name, OK, _NO_ROWS)
+    name = "registry"
     try:
-        with closing(_looked_at(home, place)) as registry:
+        database = default_database(home)
+        if not has_rows(home):
+            return Finding(name, OK, _NO_ROWS)
+        with closing(looked_at(home, place)) as registry:
             behind = _behind(registry, ArtifactStore(store, RetryPolicy(attempts=1)))
     except TGTinkerError as error:
         if error.details.get("reason") == DAMAGED:
@@ -193,16 +194,7 @@ def _registry(home: Path, place: Path | Variable, store: str) -> Finding:
     return Finding(name, PROBLEM, message)
 
 
-_NO_ROWS = "no database in this home yet, or one elsewhere: not compared"
-
-
-def _has_rows(home: Path) -> bool:
-    database = home / DATABASE
-    return database.is_file() and database.stat().st_size > 0
-
-
-def _looked_at(home: Path, place: Path | Variable) -> Onlooker:
-    return Onlooker(default_database(home), str(place), audit_folder(place, home))
+_NO_ROWS = "no database yet, or one that TG_TINKER_DATABASE does not name: not compared"
 
 
 def _behind(registry: Onlooker, store: ArtifactStore) -> list[str]:
@@ -282,19 +274,19 @@ def _core_dumps(proc: Path) -> Finding:
     return Finding(name, OK, "none are written")
 
 
-def _nodes(home: Path) -> Iterator[Finding]:
+def _nodes(home: Path, store: str) -> Iterator[Finding]:
     """What the machines of a running cluster say of themselves."""
     found = node.read(home)
     address = found.address if found is not None else running_cluster()
     if address is None:
-        for name in ("versions", "clocks"):
+        for name in ("versions", "clocks", "machines", "shared store"):
             yield Finding(name, OK, "no cluster runs here: nothing to compare")
         return
     if found is not None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # as it was started, before Ray reads it
     from actors import doctor_nodes  # loads Ray
 
-    yield from doctor_nodes.examine(address)
+    yield from doctor_nodes.examine(address, store)
 
 
 def _existing(path: Path) -> Path:

@@ -16,9 +16,8 @@ from pathlib import Path
 from cryptography import x509
 
 from actors.findings import OK, PROBLEM, WARNING, Finding
-from actors.home import DATABASE
 from actors.registry import Onlooker
-from tg_tinker.databases import default_database
+from tg_tinker.databases import SQLITE, default_database
 from tg_tinker.errors import TGTinkerError
 from tg_tinker.keyrings import Variable, audit_folder
 from tg_tinker.node import tls_files, tls_is_on
@@ -47,15 +46,25 @@ def examine(home: Path, place: Path | Variable, proc: Path) -> Iterator[Finding]
 
 def _tenants(home: Path, place: Path | Variable) -> Finding:
     known: list[str] = []
-    database = home / DATABASE
-    if database.is_file() and database.stat().st_size:  # to open an empty one would fill it
-        with suppress(TGTinkerError):  # the check of the registry says why
-            folder = audit_folder(place, home)
-            with closing(Onlooker(default_database(home), str(place), folder)) as registry:
+    with suppress(TGTinkerError):  # the check of the registry says why
+        if has_rows(home):
+            with closing(looked_at(home, place)) as registry:
                 known = registry.logged_tenants()
     if len(known) > 1:
         return Finding("tenants", WARNING, f"{len(known)} in this registry, and {_ONE_DOMAIN}")
     return Finding("tenants", OK, f"one at most, or none that can be read; {_ONE_DOMAIN}")
+
+
+def has_rows(home: Path) -> bool:
+    """Whether there is a database to look at: to open an empty file would fill it."""
+    url = default_database(home)
+    file = Path(url.removeprefix(f"{SQLITE}/"))
+    return not url.startswith(SQLITE) or (file.is_file() and file.stat().st_size > 0)
+
+
+def looked_at(home: Path, place: Path | Variable) -> Onlooker:
+    """The registry of a home; raises TGTinkerError where it cannot be opened."""
+    return Onlooker(default_database(home), str(place), audit_folder(place, home))
 
 
 def _token() -> Finding:
@@ -77,7 +86,7 @@ def _token() -> Finding:
 
 def _tls(environment: Mapping[str, str] = os.environ) -> Finding:
     if not tls_is_on(environment):
-        return Finding("TLS", OK, "off, which is for one machine alone: several are refused")
+        return Finding("TLS", OK, "off, which is for one machine alone; see machines")
     try:
         certificate, key, authority = tls_files(environment)
         ssl.create_default_context(cafile=authority).load_cert_chain(certificate, key)

@@ -1,24 +1,30 @@
-"""Whether the machines of a running cluster fit this program: versions and clocks of each."""
+"""Whether the machines of a running cluster fit this program: versions and clocks of each, whether
+they talk in clear, and whether they share a store."""
 
 from __future__ import annotations
 
 import platform
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.findings import OK, PROBLEM, WARNING, Finding
-from tg_tinker.cluster import Cluster, ask
+from tg_tinker.cluster import WITHOUT_TLS, Cluster, ask
 from tg_tinker.errors import TGTinkerError
+from tg_tinker.location import parse
+from tg_tinker.node import tls_is_on
 
 SKEW_S = 5.0
 """Between two clocks: times in the audit log and the expiry of artifacts are no better."""
 
 ANSWER_S = 60.0
+CHECKS = ("versions", "clocks", "machines", "shared store")
 _PACKAGES = ("tg-tinker", "ray", "torch", "transformers", "cryptography")
 
 
@@ -37,14 +43,14 @@ class Told(NamedTuple):
         return max(self.asked - self.clock, self.clock - self.answered, 0.0)
 
 
-def examine(address: str) -> Iterator[Finding]:
+def examine(address: str, store: str) -> Iterator[Finding]:
     """Joins the cluster for a moment, as any program does, and runs a task on each machine."""
     joined = not ray.is_initialized()
     try:
         Cluster(address, "tg_tinker")
         told = [_told(node) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     except TGTinkerError as error:
-        for name in ("versions", "clocks"):
+        for name in CHECKS:
             yield Finding(name, WARNING, f"not compared: {error.message}")
         return
     finally:
@@ -52,6 +58,9 @@ def examine(address: str) -> Iterator[Finding]:
             ray.shutdown()
     yield _versions(told)
     yield _clocks(told)
+    machines = {one.machine for one in told}
+    yield _machines(machines)
+    yield _shared_store(machines, store)
 
 
 def versions() -> dict[str, str]:
@@ -104,3 +113,29 @@ def _clocks(told: list[Told]) -> Finding:
         message = f"{said} away from this machine's: set them by NTP (`timedatectl set-ntp true`)"
         return Finding("clocks", WARNING, message)
     return Finding("clocks", OK, f"less than {SKEW_S:g} s apart")
+
+
+def _machines(machines: set[str]) -> Finding:
+    if len(machines) == 1 or tls_is_on():
+        kind = "one" if len(machines) == 1 else f"{len(machines)}, under TLS"
+        return Finding("machines", OK, kind)
+    message = (
+        f"{len(machines)} talk in clear, for {WITHOUT_TLS} allows it: who listens between them"
+        " reads keys and batches. Set up TLS as docs/deployment.md says"
+    )
+    return Finding("machines", WARNING, message)
+
+
+def _shared_store(machines: set[str], store: str) -> Finding:
+    """Each machine has a disk of its own behind a path, unless it is mounted on all."""
+    folder = False
+    with suppress(TGTinkerError):  # the check of the store says why
+        folder = isinstance(parse(store), Path)
+    if len(machines) == 1 or not folder:
+        return Finding("shared store", OK, "one machine, or a store that all reach")
+    message = (
+        f"{store} is a folder, and training actors run on {len(machines)} machines: what one saves"
+        " others find only where it is one mount on all. Else give ServiceClient a store such as"
+        " s3://bucket/prefix"
+    )
+    return Finding("shared store", WARNING, message)

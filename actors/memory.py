@@ -115,16 +115,19 @@ def stored_shapes(directory: Path) -> Shapes:
     return found
 
 
-def host_memory() -> int:
+def host_memory(root: Path = Path("/")) -> int:
     """Bytes that processes of this node can still get: of the machine, or of its container.
 
     Pages of mapped files count as free, as the kernel counts them: clients share those of weights.
+
+    Args:
+        root: where the kernel tells about itself.
     """
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = (root / "proc/meminfo").read_text().splitlines()
     known = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines}
     free, total = known["MemAvailable"], known["MemTotal"]
     try:
-        group = Path("/sys/fs/cgroup")
+        group = root / "sys/fs/cgroup"
         limit = int((group / "memory.max").read_text())
         used = int((group / "memory.current").read_text())
         cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())

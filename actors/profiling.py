@@ -14,7 +14,6 @@ from actors import home
 from actors.process import spin_briefly
 from tg_tinker.batch import Example
 from tg_tinker.config import TrainingConfig
-from tg_tinker.databases import default_database
 
 if TYPE_CHECKING:
     from actors.engine import Session
@@ -68,7 +67,7 @@ def _session(base: Base, config: TrainingConfig, place: Path) -> Session:
     if not config.private:
         return Session(base, config)
     home.create(place)
-    registry = Registry(default_database(place), place / home.KEYRING)
+    registry = Registry(f"sqlite:///{place / home.DATABASE}", place / home.KEYRING)
     run_id = registry.create_run("default", config.model_dump_json())
     epoch = registry.claim(run_id)
     budget = Budget.planned(registry, "default", run_id, epoch, config, str(base.dtype))

@@ -85,8 +85,8 @@ def start(namespace: str, database: str, keyring: str, audit_keys: str, sole: bo
     )  # fmt: skip
     if not ask_again(actor.serves, database, keyring):
         raise InvalidRequestError(
-            f"the service in namespace {namespace!r} runs on another database or keyring: leave out"
-            " `database` and `keyring` (and TG_TINKER_HOME) as it was started, or choose another"
-            " namespace"
+            f"the service in namespace {namespace!r} runs on another database or keyring: give"
+            " `database` and `keyring` (or TG_TINKER_DATABASE, _KEYRING and _HOME) as"
+            " it was started with, or choose another namespace"
         )
     return actor

@@ -22,7 +22,7 @@ import ray
 from actors import spare
 from actors.calls import Calls
 from actors.process import forget_keyrings, harden, reply_of, settle_heap
-from tg_tinker.cluster import ActorInfo, RemoteRegistry
+from tg_tinker.cluster import ActorInfo, RemoteRegistry, keep_to_reserved_gpus
 from tg_tinker.config import ResourceConfig, TrainingConfig
 from tg_tinker.envelope import open_payload, seal_payload
 from tg_tinker.errors import ActorLostError, ServiceError, TGTinkerError
@@ -62,6 +62,7 @@ class TrainingActor:
     ) -> None:  # fmt: skip
         harden()
         forget_keyrings()
+        keep_to_reserved_gpus()
         self._registry = RemoteRegistry(registry)
         self._key = self._registry.key
         self._run_id, self._epoch = run_id, epoch

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import ray
 from ray import serve
+from ray._private.state import available_resources_per_node
 from ray.serve.api import RunTarget, run_many
 from ray.serve.config import BackpressureConfig, HTTPOptions, ProxyLocation
 from ray.serve.context import _get_global_client
@@ -248,19 +249,36 @@ def _await_room(place: Place) -> None:
     Raises:
         PlacementError: what it needs is not free within the deadline.
     """
+    wanted = {"CPU": place.num_cpus, "GPU": place.num_gpus, **place.resources}
     deadline = time.monotonic() + ROOM_S
     while True:
-        free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-        cpus, gpus = free.get("CPU", 0), free.get("GPU", 0)
-        if cpus >= place.num_cpus and gpus >= place.num_gpus:
+        free = _free_where_it_may_run(place)
+        if any(all(has.get(name, 0) >= n for name, n in wanted.items()) for has in free):
             return
         if time.monotonic() > deadline:
+            said = "; ".join(_listed({name: has.get(name, 0) for name in wanted}) for has in free)
             raise PlacementError(
-                f"the sampler wants {place.num_cpus:g} CPUs and {place.num_gpus:g} GPUs, free are"
-                f" {cpus:g} and {gpus:g} for {ROOM_S:g} s now: close a client, or give clients"
-                " less, such as ResourceConfig(num_gpus=0.5)"
+                f"the sampler wants {_listed(wanted)} on one node"
+                f"{f' with the labels {dict(place.labels)}' if place.labels else ''}, free are"
+                f" {said or 'none'} for {ROOM_S:g} s now: close a client, or give clients less,"
+                " such as ResourceConfig(num_gpus=0.5)"
             )
         time.sleep(0.5)
+
+
+def _free_where_it_may_run(place: Place) -> list[dict[str, float]]:
+    """Of each living node with its labels."""
+    free = available_resources_per_node()  # type: ignore[no-untyped-call]
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [
+        free.get(node["NodeID"], {})
+        for node in nodes
+        if node["Alive"] and place.labels.items() <= node["Labels"].items()
+    ]
+
+
+def _listed(amounts: Mapping[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}s" for name, amount in amounts.items())
 
 
 def _scaling(most: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ray import serve
 from actors.home import STORE
 from serve_app.access import HttpOptions
 from serve_app.application import Place, bound
-from tg_tinker.cluster import provided
+from tg_tinker.cluster import check_encrypted, provided
 from tg_tinker.databases import default_database
 from tg_tinker.keyrings import audit_folder, default_place, place_of
 from tg_tinker.location import as_text
@@ -57,7 +57,12 @@ class Settings(BaseModel):
 
 
 def app(settings: Settings) -> serve.Application:
-    """Starts the registry where none runs yet; its home must exist (`tg-tinker init`)."""
+    """Starts the registry where none runs yet; its home must exist (`tg-tinker init`).
+
+    Raises:
+        InvalidRequestError: several machines without Ray's TLS.
+    """
+    check_encrypted()
     home = Path(settings.home or home_directory())
     store = as_text(settings.store or str(home / STORE))
     keyring = place_of(settings.keyring) if settings.keyring else default_place(home)

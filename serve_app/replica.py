@@ -24,7 +24,7 @@ from actors.process import reply_of, settle_heap
 from serve_app.engines import Engines, EngineThread, loader
 from serve_app.metrics import Watch, count_refusal, meters
 from serve_app.sources import Source, Sources
-from tg_tinker.cluster import RemoteRegistry, find_registry
+from tg_tinker.cluster import RemoteRegistry, find_registry, keep_to_reserved_gpus
 from tg_tinker.envelope import open_payload, seal_payload
 from tg_tinker.errors import DeadlineExceededError, InternalError, NotFoundError, TGTinkerError
 from tg_tinker.sampling import SamplingParams
@@ -70,6 +70,7 @@ class Replica:
         self, namespace: str, model_ref: str, dtype: str, home: str, store: str,
         threads: int | None,
     ) -> None:  # fmt: skip
+        keep_to_reserved_gpus()
         self.registry = RemoteRegistry(find_registry(namespace))
         self._key = self.registry.key
         use_threads(threads)

@@ -62,7 +62,7 @@ def found(
     home: Path, keyring: str | None = None, store: str | None = None, proc: Path = Path("/proc")
 ) -> dict[str, Finding]:
     findings = [*examine(home, keyring or str(home / KEYRING), store or str(home / "store"), proc)]
-    assert len({finding.check for finding in findings}) == len(findings) == 17
+    assert len({finding.check for finding in findings}) == len(findings) == 19
     assert {finding.status for finding in findings} <= {OK, WARNING, PROBLEM}
     assert all(finding.message for finding in findings)
     return {finding.check: finding for finding in findings}
@@ -479,9 +479,31 @@ def test_a_cluster_that_cannot_be_joined_is_not_called_alike(
     monkeypatch.setattr(doctor, "running_cluster", lambda: "host:1")
     monkeypatch.setattr(doctor_nodes, "Cluster", refuse)
     checks = found(home)
-    for name in ("versions", "clocks"):
+    for name in doctor_nodes.CHECKS:
         assert checks[name].status == WARNING
         assert "another token" in checks[name].message
+
+
+@pytest.mark.parametrize(
+    ("machines", "tls", "warned"), [(1, "", False), (2, "1", False), (2, "", True)]
+)
+def test_machines_that_talk_in_clear_are_told_although_it_was_allowed(
+    monkeypatch: pytest.MonkeyPatch, machines: int, tls: str, warned: bool
+) -> None:
+    monkeypatch.setenv("RAY_USE_TLS", tls)
+    finding = doctor_nodes._machines({f"10.0.0.{n}" for n in range(machines)})
+    assert finding.status == (WARNING if warned else OK)
+    assert ("in clear" in finding.message) == warned
+
+
+def test_a_folder_is_no_store_of_several_machines(tmp_path: Path) -> None:
+    for store, machines, status in (
+        (str(tmp_path), {"a", "b"}, WARNING), (str(tmp_path), {"a"}, OK),
+        ("s3://bucket/prefix", {"a", "b"}, OK), ("nonsense://x", {"a", "b"}, OK),
+    ):  # fmt: skip
+        finding = doctor_nodes._shared_store(machines, store)
+        assert (finding.check, finding.status) == ("shared store", status)
+    assert "s3://" in doctor_nodes._shared_store({"a", "b"}, str(tmp_path)).message
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -503,7 +525,7 @@ def test_warnings_end_with_0_and_a_problem_with_1(home: Path) -> None:
 
 def test_json_holds_the_same(home: Path) -> None:
     listed = json.loads(call("--json").stdout)
-    assert [set(one) for one in listed] == [{"check", "status", "message"}] * 17
+    assert [set(one) for one in listed] == [{"check", "status", "message"}] * 19
     (home / DATABASE).chmod(0o644)
     (home / SIGNING_KEY).unlink()
     found = call("--json")

@@ -22,8 +22,12 @@ BATCHES = 100 if SOAK else 24
 PUSH = "CoreWorkerService.grpc_client.PushTask"
 """Carries each call of an actor, in the program that calls."""
 
+INJECTED = b"Inject RPC "
+
 KINDS = {
-    "any": {"req_failure_prob": 4, "resp_failure_prob": 4, "in_flight_failure_prob": 4},
+    "any": dict.fromkeys(
+        ("req_failure_prob", "resp_failure_prob", "in_flight_failure_prob"), 4 if SOAK else 12
+    ),  # in a short run as well some are lost for sure
     "requests": {"req_failure_prob": 10},
     "replies": {"resp_failure_prob": 10},
     "in flight": {"in_flight_failure_prob": 10},
@@ -102,7 +106,16 @@ def history(one: Machine, *words: object, **environment: str) -> dict[str, Any]:
 
 def faulty(one: Machine, model: Path, run: str, kind: str) -> dict[str, Any]:
     faults = json.dumps({PUSH: {"num_failures": -1, **KINDS[kind]}})
-    return history(one, model, run, BATCHES, 0, RAY_testing_rpc_failure=faults)
+    before = injected(one)
+    found = history(one, model, run, BATCHES, 0, RAY_testing_rpc_failure=faults)
+    assert injected(one) > before, "Ray lost nothing: are its flag and method still called so?"
+    return found
+
+
+def injected(one: Machine) -> int:
+    """Faults of which Ray has written into the logs of programs."""
+    logs = one.home.parent.glob("**/logs/python-core-driver-*.log")
+    return sum(log.read_bytes().count(INJECTED) for log in logs)
 
 
 @pytest.fixture(scope="module")

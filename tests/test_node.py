@@ -41,6 +41,27 @@ tc.forward_backward({"input_ids": [[1, 2, 3, 4]]})
 print(tc.id, tc.optim_step().result().step)
 """
 
+BEFORE_OTHERS_JOIN = """
+import sys
+from tg_tinker import InvalidRequestError, ServiceClient, TrainingConfig
+
+model = sys.argv[1]
+service = ServiceClient()  # before Ray is loaded: it sets how Ray proves itself
+from serve_app.deploy import Settings, app
+print("connected", flush=True)
+input()
+for work in (
+    lambda: service.create_training_client(TrainingConfig(model_ref=model)),
+    lambda: ServiceClient(),  # of a program that is connected, as by its own ray.init
+    lambda: app(Settings(model_ref=model)),
+):
+    try:
+        work()
+        print("went on")
+    except InvalidRequestError as error:
+        print("refused:", error.message.partition(" and ")[0])
+"""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -168,14 +189,25 @@ def test_two_machines_train_under_tls_and_are_refused_without(
 
 @pytest.mark.slow
 def test_two_machines_without_tls_are_refused_unless_overridden(
-    short: Path, ended: list[Machine]
+    short: Path, tiny_model: Path, ended: list[Machine]
 ) -> None:
     head, second, port = machine(short, "a"), machine(short, "b"), free_port()
     ended += [second, head]
     up(head, port=port)
     running = node.read(head.home)
     assert running is not None
-    second.run("up", "--join", running.address, "--host", "127.0.0.2")
+    program = subprocess.Popen(
+        [sys.executable, "-c", BEFORE_OTHERS_JOIN, str(tiny_model)], env=head.environment,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert program.stdout is not None
+    assert program.stdout.readline() == "connected\n"
+    join = ("up", "--join", running.address, "--host", "127.0.0.2")
+    if not running.address.startswith("127."):
+        assert "without-tls" in second.run(*join, code=1)
+    second.run(*join, "--without-tls")
+    said = program.communicate("\n", timeout=100)[0]
+    assert said.splitlines() == ["refused: this cluster has 2 machines"] * 3
     assert "Ray's TLS is off" in head.run("status", code=1)
     said = replace(head, environment={**head.environment, WITHOUT_TLS: "1"}).run("status")
     assert "127.0.0.2" in said
@@ -279,3 +311,8 @@ def test_the_cluster_file_passes_rays_own_schema() -> None:
             "RAY_USAGE_STATS_ENABLED=0",
             "RAY_metric_cardinality_level=low",
         } <= {*command.split()}
+        guide = (ROOT / "docs/deployment.md").read_text()
+        files = [word for word in command.split() if word.startswith("RAY_TLS_")]
+        assert len(files) == 3
+        assert all(word in guide for word in files), "each machine's own, where the guide puts them"
+    assert [*config["file_mounts"]] == ["~/.ray/auth_token"], "one certificate does not fit all"

@@ -221,12 +221,12 @@ def test_a_gcs_that_restarts_under_load_loses_no_call(
 def test_doctor_compares_the_versions_and_clocks_of_all_nodes(
     nodes: Nodes, service: ServiceClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    versions, clocks = doctor_nodes.examine(nodes.address)
-    assert (versions.status, clocks.status) == (OK, OK)
+    versions, clocks, machines, store = doctor_nodes.examine(nodes.address, "/store")
+    assert {one.status for one in (versions, clocks, machines, store)} == {OK}
     assert f"ray {ray.__version__}" in versions.message
     mine = doctor_nodes.versions()
     monkeypatch.setattr(doctor_nodes, "versions", lambda: mine | {"torch": "0.1"})
-    versions, _ = doctor_nodes.examine(nodes.address)
+    versions, *_ = doctor_nodes.examine(nodes.address, "/store")
     assert versions.status == PROBLEM
     assert f"torch {mine['torch']} on" in versions.message
     assert "(here 0.1)" in versions.message

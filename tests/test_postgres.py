@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 from databases import PASSWORD, Postgres, all_on, url_of
 from privacy_helpers import new_budget, private_config, registry
+from typer.testing import CliRunner
 
-from actors import home
+from actors import doctor, home
 from actors.budget import Budget
 from actors.database import REPLACED
 from actors.registry import Registry
-from tg_tinker import DPBudgetExceededError, InvalidRequestError, StorageError
+from tg_tinker import DPBudgetExceededError, InvalidRequestError, ServiceClient, StorageError
+from tg_tinker.cli import main
 from tg_tinker.databases import check_database
 from tg_tinker.ledger import Ledger
 
@@ -192,6 +194,33 @@ def test_a_commit_whose_answer_is_lost_fails_and_counts_as_charged(
         charge(budget, "lost")
     monkeypatch.undo()
     assert charges(budget) == 1, "the charge stands, though nobody drew noise for it"
+
+
+# --- who uses it ----------------------------------------------------------------------------
+
+
+def test_programs_commands_and_doctor_use_the_database_that_the_variable_names(
+    server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "home"
+    monkeypatch.setenv("TG_TINKER_HOME", str(place))
+    monkeypatch.setenv("TG_TINKER_DATABASE", url_of(place))
+    with ServiceClient(address="local") as service:
+        service.register_dataset("clinic", 1.5)
+        for words in (["privacy", "report", "clinic"], ["registry", "check"]):
+            done = CliRunner().invoke(main, words, env={"RAY_ADDRESS": "local"})
+            assert done.exit_code == 0, done.output
+            assert PASSWORD not in done.output
+        with ServiceClient(database=url_of(place)) as named:
+            assert named.privacy_report("clinic").target_epsilon == 1.5
+    assert (place / "registry.db").stat().st_size == 0, "nothing went into the home's file"
+    found = {f.check: f for f in doctor.examine(place, str(place / "keyring"), str(tmp_path / "s"))}
+    assert found["registry"].status == found["keyring and registry"].status == doctor.OK
+    assert url_of(place) in found["registry"].message
+    monkeypatch.setenv("TG_TINKER_DATABASE", BASE.replace("tg@", "tg:secret-4711@"))
+    with pytest.raises(InvalidRequestError, match="names no password") as caught:
+        ServiceClient(address="local")
+    assert "4711" not in str(caught.value)
 
 
 # --- the URL --------------------------------------------------------------------------------

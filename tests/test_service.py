@@ -346,7 +346,7 @@ def test_disabled_privacy_trains_like_none(service: ServiceClient, tiny_model: P
         assert tc.optim_step(apply_dp_noise=False).result().dp_metrics is None
 
 
-def test_no_place_names_the_holders(
+def test_no_place_names_own_holders_and_none_of_another_tenant(
     service: ServiceClient, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service._cluster, "placement_timeout_s", 3.0)
@@ -354,9 +354,14 @@ def test_no_place_names_the_holders(
     everything = ResourceConfig(num_cpus=cpus)
     with (
         service.create_training_client(config(tiny_model, resources=everything)) as holder,
-        pytest.raises(PlacementError, match=holder.id),
+        ServiceClient(address="local", tenant="clinic") as other,
     ):
-        service.create_training_client(config(tiny_model, resources=everything))
+        with pytest.raises(PlacementError, match=holder.id):
+            service.create_training_client(config(tiny_model, resources=everything))
+        monkeypatch.setattr(other._cluster, "placement_timeout_s", 1.0)
+        with pytest.raises(PlacementError, match="Yours: no client; free are") as refused:
+            other.create_training_client(config(tiny_model, resources=everything))
+        assert holder.id not in str(refused.value)
     with service.create_training_client(config(tiny_model, resources=everything)):
         pass
 

@@ -249,7 +249,7 @@ def test_a_sampler_without_room_says_what_is_free(
 ) -> None:
     monkeypatch.setattr(application, "ROOM_S", 0.5)
     place = Place("tg_tinker", "elsewhere", "auto", "", "", 0, 3, None)
-    with pytest.raises(PlacementError, match=r"0 CPUs and 3 GPUs, free are .* and 0 for"):
+    with pytest.raises(PlacementError, match=r"0 CPUs, 3 GPUs on one node, free are .* 0 GPUs for"):
         application._await_room(place)
 
 

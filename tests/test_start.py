@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from actors import memory
 from actors.memory import adapter_values, check_room, estimate, stored_shapes
 from actors.model import Base
 from actors.storage_actor import NAME
+from serve_app import application
 from tg_tinker import (
     DPConfig,
     InvalidRequestError,
@@ -121,6 +123,38 @@ def test_a_model_too_large_to_convert_is_refused_before_it_is_read(
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_container_has_what_its_limit_leaves(tmp_path: Path) -> None:
+    """Where the machine has less, that counts. Cached files may be dropped, other memory not."""
+    group, mib = tmp_path / "sys/fs/cgroup", 2**20
+    group.mkdir(parents=True)
+    (tmp_path / "proc").mkdir()
+
+    def left(limit: str, machine: int = 800) -> float:
+        (tmp_path / "proc/meminfo").write_text(
+            f"MemTotal: {1000 * 1024} kB\nMemFree: 1 kB\nMemAvailable: {machine * 1024} kB\n"
+        )
+        (group / "memory.max").write_text(limit)
+        return memory.host_memory(tmp_path) / mib
+
+    assert left("max") == 750  # no limit yet: 5 % of the machine stay free
+    (group / "memory.current").write_text(f"{300 * mib}\n")
+    (group / "memory.stat").write_text(
+        f"anon {250 * mib}\nactive_file {20 * mib}\ninactive_file {30 * mib}\n"
+    )
+    assert left("max") == 750
+    assert left(f"{400 * mib}\n") == 400 - 300 + 20 + 30 - 20
+    assert left(f"{400 * mib}\n", machine=100) == 100 - 20
+    assert left(f"{2000 * mib}\n") == 750
+
+
+@pytest.mark.parametrize(("share", "left"), [(0.5, 500), (0.9, 700), (1, 700), (2, 700), (0, 700)])
+def test_a_fraction_of_a_gpu_has_that_fraction_of_its_memory(
+    monkeypatch: pytest.MonkeyPatch, share: float, left: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (700, 1000))
+    assert memory.device_memory(share) == left
+
+
 def test_free_memory_is_a_number_of_this_machine() -> None:
     assert 0 < memory.host_memory() < psutil.virtual_memory().total
 
@@ -154,12 +188,12 @@ def pages_of(file: Path) -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def cluster_of_two() -> Iterator[str]:
-    """A head, and a node with a resource and a label of its own; its address."""
+    """A head with two GPUs, and a node with a resource and a label of its own; its address."""
     from ray.cluster_utils import Cluster
 
     # Not where `ray start` leaves its address: other programs here would find this cluster.
     folder = tempfile.mkdtemp(prefix="tg-", dir="/tmp")
-    head = {"num_cpus": 2, "include_dashboard": False}
+    head = {"num_cpus": 2, "num_gpus": 2, "include_dashboard": False}  # GPUs on paper
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
         found = Cluster(initialize_head=True, head_node_args=head)
@@ -201,11 +235,12 @@ def node_of(tc: TrainingClient) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "pin", [{"custom_resources": {"team-a": 0.01}}, {"node_labels": {"zone": "north"}}]
+    "pin", [{"custom_resources": {"team-a": 0.499}}, {"node_labels": {"zone": "north"}}]
 )
 def test_a_pinned_client_and_its_sampler_run_on_the_node_that_fits(
     two: ServiceClient, tiny_model: Path, pin: dict[str, Any]
 ) -> None:
+    import ray
     from ray._private.state import actors
 
     with create(two, tiny_model, **pin) as tc, create(two, tiny_model, **pin) as again:
@@ -213,11 +248,57 @@ def test_a_pinned_client_and_its_sampler_run_on_the_node_that_fits(
         assert [node["Labels"].get("zone") for node in nodes] == ["north", "north"]
         tc.sample("ab", max_tokens=2)
     samplers = [
-        actor["Address"]["NodeID"] for actor in actors().values()
+        actor for actor in actors().values()
         if actor["ActorClassName"].startswith("ServeReplica") and actor["State"] == "ALIVE"
     ]  # fmt: skip
-    assert samplers
-    assert set(samplers) == {nodes[0]["NodeID"]}
+    assert {actor["Address"]["NodeID"] for actor in samplers} == {nodes[0]["NodeID"]}
+    for actor in samplers:
+        replica = ray.get_actor(actor["Name"], namespace="serve")
+        look = replica.__ray_call__.remote(lambda self: os.environ.get("CUDA_VISIBLE_DEVICES"))
+        assert ray.get(look) == "", "it reserved no GPU"
+
+
+@pytest.mark.slow
+def test_gpus_are_reserved_as_asked_and_none_is_seen_without(
+    two: ServiceClient, tiny_model: Path
+) -> None:
+    def seen(tc: TrainingClient) -> tuple[list[str], str]:
+        import ray
+
+        return asked(  # type: ignore[no-any-return]
+            tc,
+            lambda self: (
+                sorted(ray.get_runtime_context().get_accelerator_ids()["GPU"]),
+                os.environ["CUDA_VISIBLE_DEVICES"],
+            ),
+        )
+
+    with (
+        create(two, tiny_model, num_gpus=0) as none,
+        create(two, tiny_model, num_gpus=0.5, num_cpus=0) as half,
+        create(two, tiny_model, num_gpus=0.5, num_cpus=0) as other,
+        create(two, tiny_model, num_cpus=0) as one,
+    ):
+        assert seen(none) == ([], "")
+        assert seen(half) == seen(other)
+        (its,), (ones,) = seen(half)[0], seen(one)[0]
+        assert (seen(half)[1], seen(one)[1]) == (its, ones)
+        assert {its, ones} == {"0", "1"}
+    with create(two, tiny_model, num_gpus=2, num_cpus=0) as both:
+        assert seen(both) == (["0", "1"], "0,1")
+
+
+def test_libraries_are_imported_without_a_look_at_gpus() -> None:
+    """For a process is kept warm before it is known which of them it may see."""
+    code = """
+import torch
+def looked(*_): raise SystemExit("looked at GPUs")
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = looked
+import actors.worker, serve_app.replica
+print("imported")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "imported\n", done.stderr
 
 
 @pytest.mark.slow
@@ -234,6 +315,23 @@ def test_a_pin_that_no_node_fits_is_refused_at_once(
 ) -> None:
     with pytest.raises(PlacementError, match=message):
         create(two, tiny_model, **pin)
+
+
+@pytest.mark.slow
+def test_a_sampler_without_room_on_the_nodes_that_its_pins_allow_is_refused(
+    two: ServiceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serve would wait for ever. The head has GPUs, and the other node the pins."""
+    monkeypatch.setattr(application, "ROOM_S", 0.5)
+    of = partial(application.Place, "tg_tinker", "m", "auto", "", "", 1, threads=None)
+    application._await_room(of(num_gpus=1))
+    application._await_room(of(num_gpus=0, resources={"team-a": 0.001}))
+    for pinned in (
+        of(num_gpus=0, resources={"team-a": 1.5}), of(num_gpus=1, resources={"team-a": 0.001}),
+        of(num_gpus=1, labels={"zone": "north"}), of(num_gpus=0, labels={"zone": "south"}),
+    ):  # fmt: skip
+        with pytest.raises(PlacementError, match="on one node"):
+            application._await_room(pinned)
 
 
 @pytest.mark.slow

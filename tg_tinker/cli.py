@@ -93,7 +93,8 @@ main = typer.Typer(
       [cyan]tg-tinker doctor[/]
 
     All that lasts is in ~/.tg-tinker, or where TG_TINKER_HOME points; the keys
-    may be elsewhere, see [cyan]tg-tinker keys[/].""",
+    may be elsewhere, see [cyan]tg-tinker keys[/], and so may the registry: its
+    database is the one whose URL is in TG_TINKER_DATABASE.""",
 )
 privacy = typer.Typer(
     no_args_is_help=True,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 _Database = Annotated[
-    str | None, typer.Option(help="Its URL, without a password; the home's if left out.")
+    str | None, typer.Option(help="Its URL; TG_TINKER_DATABASE or the home's if left out.")
 ]
 
 

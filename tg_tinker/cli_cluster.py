@@ -39,15 +39,18 @@ def up(
       [cyan]tg-tinker up --host 10.0.0.1[/]
       [cyan]tg-tinker up --join 10.0.0.1:6379 --host 10.0.0.2[/]
     """
+    import os
+
     from rich.console import Console
 
     from tg_tinker import node
-    from tg_tinker.cluster import provided
+    from tg_tinker.cluster import WITHOUT_TLS, provided
     from tg_tinker.service import home_directory, init_home
 
     home = home_directory()
     if not without_tls:
-        node.check_encrypted(host)
+        for reached in (host, *([join.rpartition(":")[0].strip("[]")] if join else [])):
+            node.check_encrypted(reached)
     if join is None:
         init_home(home)
     else:
@@ -59,6 +62,7 @@ def up(
         started = node.start(
             home, host=host, port=port, dashboard_port=dashboard_port, join=join,
             num_cpus=num_cpus, num_gpus=num_gpus,
+            environment={**os.environ, **({WITHOUT_TLS: "1"} if without_tls else {})},
         )  # fmt: skip
     typer.echo(f"{'Joined' if join else 'Started'} the cluster at {started.address}")
     if started.dashboard:

@@ -93,6 +93,7 @@ class Cluster:
             if _ray().is_initialized():
                 _refuse_another(address)
                 self.embedded = Cluster._embedded_users > 0
+                check_encrypted()
             else:
                 self.embedded = _connect(address)
             Cluster._embedded_users += self.embedded
@@ -137,18 +138,32 @@ class Cluster:
         with _translated():
             return dict(_ray().cluster_resources())
 
+    def most_gpus(self, resources: ResourceConfig) -> float:
+        """Of one node that a client's pins allow."""
+        with _translated():
+            nodes = [node for node in _ray().nodes() if node["Alive"]]
+        allowed = [node["Resources"] for node in nodes if _allows(resources, node)]
+        return max((has.get("GPU", 0) for has in allowed), default=0)
+
     def metrics_urls(self) -> list[str]:
         """Where Prometheus finds the metrics of each living node."""
         with _translated():
             nodes = [node for node in _ray().nodes() if node["Alive"]]
         return [f"http://{n['NodeManagerAddress']}:{n['MetricsExportPort']}/metrics" for n in nodes]
 
-    def start_training(self, resources: ResourceConfig, **arguments: Any) -> Any:
+    def start_training(
+        self, resources: ResourceConfig, others: Callable[[], set[str]], **arguments: Any
+    ) -> Any:
         """A placed training actor.
+
+        Args:
+            others: runs that a refusal may name: those of this tenant.
 
         Raises:
             PlacementError: the cluster is too small, or has no room within the deadline.
+            InvalidRequestError: machines have joined it since, and Ray's TLS is off.
         """
+        check_encrypted()
         num_cpus, num_gpus = resources.num_cpus or 0, resources.num_gpus or 0
         self._refuse_impossible(resources)
         Cluster._started.add(arguments["run_id"])
@@ -165,8 +180,8 @@ class Cluster:
         if not placed:
             raise PlacementError(
                 f"no node had {num_cpus:g} CPUs and {num_gpus:g} GPUs free{_pins(resources)} within"
-                f" {self.placement_timeout_s:g} s. Held now: {self._holders()}. Close a client or"
-                " ask for less in ResourceConfig",
+                f" {self.placement_timeout_s:g} s. Yours: {self._holders(others())}. Close a client"
+                " or ask for less in ResourceConfig",
                 details={"num_cpus": num_cpus, "num_gpus": num_gpus},
             )
         return actor
@@ -192,10 +207,11 @@ class Cluster:
                 details={"node_labels": labels},
             )
 
-    def _holders(self) -> str:
+    def _holders(self, own: set[str]) -> str:
         with _translated():
             free = _ray().available_resources()
-        runs = sorted(name for name in living_actors(self.namespace) if name.startswith("tc-"))
+        living = {name.partition("@")[0] for name in living_actors(self.namespace)}
+        runs = sorted(own & living)
         cpus, gpus = free.get("CPU", 0), free.get("GPU", 0)
         return f"{', '.join(runs) or 'no client'}; free are {cpus:g} CPUs and {gpus:g} GPUs"
 
@@ -334,6 +350,15 @@ class SamplerLink:
 # --- inside the cluster ------------------------------------------------------------------------
 
 
+def keep_to_reserved_gpus() -> None:
+    """Shows an actor that has reserved no GPU none: Ray leaves it those of others.
+
+    Before torch first looks for one; that it was imported does no harm.
+    """
+    if not _ray().get_runtime_context().get_accelerator_ids().get("GPU"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def find_registry(namespace: str) -> Any:
     """The registry's actor."""
     with _translated():
@@ -407,6 +432,12 @@ def fetch(ref: Any, timeout: float | None = None) -> Any:
     """
     with _translated():
         return _ray().get(ref, timeout=timeout)
+
+
+def _allows(resources: ResourceConfig, node: Any) -> bool:
+    has, pins = node["Resources"], resources.custom_resources.items()
+    labelled = resources.node_labels.items() <= node["Labels"].items()
+    return labelled and all(amount <= has.get(name, 0) for name, amount in pins)
 
 
 def _pins(resources: ResourceConfig) -> str:
@@ -539,15 +570,24 @@ def _connect(address: str | None) -> bool:
     with _starting():
         _ray().init(address=target, **quiet)
     try:
-        _refuse_unencrypted({n["NodeManagerAddress"] for n in _ray().nodes() if n["Alive"]})
+        check_encrypted()
     except InvalidRequestError:
         _ray().shutdown()
         raise
     return False
 
 
+def check_encrypted() -> None:
+    """Between machines Ray sends in clear what is not sealed here, the transport key among it.
+
+    Raises:
+        InvalidRequestError: the cluster has several, Ray's TLS is off, and nobody has allowed it.
+    """
+    with _translated():
+        _refuse_unencrypted({n["NodeManagerAddress"] for n in _ray().nodes() if n["Alive"]})
+
+
 def _refuse_unencrypted(machines: set[str]) -> None:
-    """Between machines Ray sends in clear what is not sealed here, the transport key among it."""
     if len(machines) < 2 or tls_is_on() or os.environ.get(WITHOUT_TLS) == "1":
         return
     raise InvalidRequestError(

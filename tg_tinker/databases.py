@@ -4,11 +4,13 @@ any secret in it. Ray keeps the URL as an argument and shows it on its dashboard
 from __future__ import annotations
 
 import ipaddress
+import os
 from pathlib import Path
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from tg_tinker.errors import InvalidRequestError
 
+SETTING = "TG_TINKER_DATABASE"
 SQLITE, POSTGRESQL = "sqlite://", "postgresql+psycopg://"
 FORM = f"{POSTGRESQL}USER@HOST:PORT/NAME"
 
@@ -19,8 +21,12 @@ OPTIONS = (
 
 
 def default_database(home: Path) -> str:
-    """The file in a home directory."""
-    return f"{SQLITE}/{database_file(home)}"
+    """What `TG_TINKER_DATABASE` names, or the file `registry.db` in the home directory.
+
+    Raises:
+        InvalidRequestError: see `check_database`.
+    """
+    return check_database(os.environ.get(SETTING) or f"{SQLITE}/{database_file(home)}")
 
 
 def database_file(home: Path) -> Path:

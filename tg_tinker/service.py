@@ -139,8 +139,8 @@ class ServiceClient(ClientCalls, ArtifactCalls, RegistryCalls):
         store: folder of the sealed artifacts, or a URI such as ``s3://bucket/prefix``; in the home
             directory when None. Credentials come from the environment of the actors, never from it.
         database: where the registry keeps its state, ``sqlite:///FILE`` or
-            ``postgresql+psycopg://USER@HOST:PORT/NAME``; a file in the home directory when None. A
-            password comes from the environment of the head node, never from here.
+            ``postgresql+psycopg://USER@HOST:PORT/NAME``. None: TG_TINKER_DATABASE, else in the home
+            directory. A password comes from the environment of the head node, never from here.
         keyring: file with the tenant's keys, or ``env:NAME`` for a variable that holds its text in
             the environment of the cluster. None: TG_TINKER_KEYRING, else in the home directory.
 

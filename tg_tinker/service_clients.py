@@ -32,6 +32,9 @@ Progress = Callable[[str], None]
 NO_ACTOR = "no actor on this cluster: get_training_client brings it back"
 """Why a run that nobody ended is listed as failed."""
 
+PIN = 0.001
+"""Of each custom resource of a client, for its sampler: it places it there, and leaves the rest."""
+
 _WAIT_FOR_ANOTHER_S = 180.0
 """How long a client waits for another one that brings the same run back."""
 
@@ -277,6 +280,7 @@ class ClientCalls:
         resources = self._resources(config.resources)
         actor = self._cluster.start_training(
             resources=resources,
+            others=partial(self._others, run_id),
             tenant=self._tenant,
             run_id=run_id,
             epoch=epoch,
@@ -296,6 +300,10 @@ class ClientCalls:
             kill(actor)
             raise
         return Reached(epoch, link, model)
+
+    def _others(self, run_id: str) -> set[str]:
+        """Runs of this tenant beside one."""
+        return {run.training_client_id for run in self._registry.runs(self._tenant)} - {run_id}
 
     def _link(self, actor: Any, run_id: str, epoch: int, kept: KeptHead | None) -> TrainingLink:
         return TrainingLink(actor, self._registry.key, partial(self._lost, run_id, epoch), kept)
@@ -365,7 +373,7 @@ class ClientCalls:
             "store": self._store,
             "num_cpus": 0 if self._cluster.embedded else 1,
             "num_gpus": resources.num_gpus or 0,
-            "resources": resources.custom_resources,
+            "resources": dict.fromkeys(resources.custom_resources, PIN),
             "labels": resources.node_labels,
             "threads": resources.num_threads,
         }
@@ -375,7 +383,7 @@ class ClientCalls:
         embedded = self._cluster.embedded
         gpus = wanted.num_gpus
         if gpus is None:
-            gpus = min(1.0, self._cluster.resources().get("GPU", 0))
+            gpus = min(1.0, self._cluster.most_gpus(wanted))
         cpus = (0 if embedded else 1) if wanted.num_cpus is None else wanted.num_cpus
         threads = wanted.num_threads or (None if embedded else max(1, int(cpus)))
         made_explicit = {"num_cpus": cpus, "num_gpus": gpus, "num_threads": threads}
