@@ -44,6 +44,7 @@ def segmented(dense: Attention) -> Attention:
         layout: Layout | None = None,
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        _refuse_unseen_window(attention_mask, options.get("sliding_window"))
         if layout is not None:
             how = options.get("scaling"), options.get("sliding_window")
             return layout.attend(int(module.layer_idx), query, key, value, *how), None  # type: ignore[arg-type]
@@ -74,14 +75,26 @@ def keeping_attention() -> Any:
 
 
 def padding_only(dense_mask: Callable[..., torch.Tensor | None]) -> Callable[..., Any]:
-    """No mask tensor for a flat stream (which has no padding mask), else the dense one."""
+    """For a flat stream, which has no padding mask: only a note of the window, if there is one, for
+    `_refuse_unseen_window`. Else the dense mask."""
 
     def mask(*args: Any, attention_mask: torch.Tensor | None = None, **options: Any) -> Any:
         if attention_mask is None:
-            return None
+            window = options.get("local_size")
+            return None if window is None else torch.tensor(window)
         return dense_mask(*args, attention_mask=attention_mask, **options)
 
     return mask
+
+
+def _refuse_unseen_window(mask: torch.Tensor | None, window: int | None) -> None:
+    """Some architectures put a window, or chunks, into the mask and tell attention nothing of it.
+
+    Raises:
+        NotImplementedError: which `model` finds when it probes, and takes another way.
+    """
+    if mask is not None and mask.ndim == 0 and window != int(mask):
+        raise NotImplementedError("attention within a window that only the mask knows")
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:

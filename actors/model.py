@@ -516,7 +516,7 @@ def _rows_are_separate(model: Any) -> bool:
         ids = torch.from_numpy(rows[1])[None].to(model.device)
         alone = model(input_ids=ids, use_cache=False)
         model.set_attn_implementation(attention.NAME)
-    except (TypeError, ValueError, NotImplementedError, RuntimeError):
+    except (TypeError, ValueError, IndexError, NotImplementedError, RuntimeError):
         return False
     tolerance = 1e-4 if model.dtype == torch.float32 else 3e-2
     difference = (together - alone.logits[0]).abs().max()

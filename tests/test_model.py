@@ -164,6 +164,20 @@ def test_sliding_windows_hold_inside_each_example(tmp_path: Path) -> None:
     assert_close(window(s), oracle_gradients(s, batch), 1e-5)
 
 
+@pytest.mark.parametrize("kind", ["PhimoeConfig", "Qwen2MoeConfig", "DogeConfig"])
+def test_a_window_that_only_the_mask_knows_is_kept(tmp_path: Path, kind: str) -> None:
+    """Wider than the rows of the probe, which therefore cannot see it in a logit."""
+    import transformers
+
+    config = getattr(transformers, kind)(
+        **SMALL, sliding_window=16, use_sliding_window=True, max_window_layers=2,
+        num_experts_per_tok=2, num_local_experts=2, num_experts=2, moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+    )  # fmt: skip
+    base = Base.load(str(make(tmp_path, config)), cache=tmp_path)
+    assert not base.flat
+
+
 def test_attention_with_extras_of_its_own_gets_one_row_per_stream(tmp_path: Path) -> None:
     from transformers import Gemma2Config
 
