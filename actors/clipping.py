@@ -68,7 +68,10 @@ class UnitGradients:
             tensor = self.by_unit.pop(name)
             if not finite.all():
                 tensor[~finite] = 0  # 0 * NaN would still be NaN
-            sums[name] = torch.tensordot(factors.to(tensor), tensor, dims=1)
+            # Not one product of factors and gradients: a GPU may be set to make those in TF32,
+            # whose ten bits would let a unit be 0.1 % above its bound.
+            tensor *= factors.to(tensor).view(-1, *[1] * (tensor.ndim - 1))
+            sums[name] = tensor.sum(0)
         clipped = torch.where(finite, norms.clamp(max=bound), 0.0)
         before = torch.where(finite, norms, 0.0)
         return ClippedSum(sums, bound, before.tolist(), clipped.tolist(), int((~finite).sum()))

@@ -31,6 +31,7 @@ from privacy_helpers import (
     rows,
     sums,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from actors import capture, clipping, private
 from actors.clipping import ClippedSum, UnitGradients, privatise
@@ -390,6 +391,25 @@ def test_each_row_counts_by_the_mean_over_its_own_tokens(tiny_model: Path) -> No
     batch = rows(labels=labels)
     s.forward_backward(batch)
     assert_close(sums(s), oracle_sum(s, [[row] for row in batch]), 1e-5)
+
+
+def test_no_product_that_a_gpu_may_shorten_clips() -> None:
+    """TF32 keeps ten bits of what is multiplied; sums and elementwise products keep all."""
+
+    class Called(TorchDispatchMode):
+        names: frozenset[str] = frozenset()
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.names |= {func.overloadpacket.__name__}
+            return func(*args, **(kwargs or {}))
+
+    units = UnitGradients({"a": torch.randn(3, 4, 5), "b": torch.randn(3, 6)})
+    with Called() as called:
+        units.clip(0.5)
+    assert "mul_" in called.names
+    assert not called.names & {"mm", "mv", "bmm", "dot", "addmm", "addmv", "baddbmm", "matmul"}
 
 
 # --- units -------------------------------------------------------------------------------------
