@@ -62,10 +62,10 @@ def app(settings: Settings) -> serve.Application:
     Raises:
         InvalidRequestError: several machines without Ray's TLS.
     """
-    check_encrypted()
     home = Path(settings.home or home_directory())
     store = as_text(settings.store or str(home / STORE))
     keyring = place_of(settings.keyring) if settings.keyring else default_place(home)
+    check_encrypted()
     provided("registry")(
         settings.namespace,
         settings.database or default_database(home),
