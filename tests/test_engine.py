@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from tg_tinker import (
     LoRAConfig,
     NonFiniteError,
     OptimizerConfig,
+    ResourceConfig,
     WindowSpoiledError,
 )
 from tg_tinker.batch import normalise
@@ -114,6 +116,20 @@ def test_dropout_acts_in_train_mode_only_and_repeats_with_the_seed(tiny_model: P
     assert hashes[0] != hashes[2]
     second_call = a.forward_backward(examples()).gradient_hash
     assert second_call != hashes[0]
+
+
+def test_activations_that_are_computed_again_have_the_same_masks(tiny_model: Path) -> None:
+    """Other masks in the backward pass would be a gradient of nothing that was computed."""
+    lora = LoRAConfig(rank=4, dropout=0.5)
+    kept, again = (
+        session(tiny_model, lora_config=lora, resources=ResourceConfig(activation_checkpointing=on))
+        for on in (False, True)
+    )
+    for s in (kept, again):
+        s.forward_backward(examples())
+        s.optim_step()
+        s.forward_backward(examples())
+    assert_close(window(again), window(kept), 1e-5)
 
 
 def test_sampling_state_of_torch_does_not_disturb_training(tiny_model: Path) -> None:
@@ -373,6 +389,19 @@ def test_load_on_other_threads_warns_that_it_is_not_bit_exact(tiny_model: Path) 
         assert any("threads" in w for w in s.load(saved))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    "part", ["seed", "threads", "stream_tokens", "dtype", "device", "torch", "matmul"]
+)
+def test_each_thing_that_bits_depend_on_is_named_where_it_differs(
+    tiny_model: Path, part: str
+) -> None:
+    s = session(tiny_model)
+    saved = s.state()
+    (warning,) = s.load(replace(saved, plan=saved.plan | {part: "other"}))
+    assert warning == f"not bit-exact: {part} differ from when it was saved"
+    assert s.load(saved) == ()
 
 
 def test_target_modules_in_another_order_are_the_same_geometry(tiny_model: Path) -> None:

@@ -278,6 +278,14 @@ def test_gradients_of_single_units_are_gone_before_the_next_are_made(
     assert len(made) > 2
 
 
+def test_a_unit_that_goes_on_holds_nothing_of_the_others() -> None:
+    by_unit = {"a": torch.arange(12.0).view(3, 4)}
+    last = private._cut_last(by_unit)
+    assert last["a"].tolist() == [8, 9, 10, 11]
+    assert last["a"].untyped_storage().nbytes() == 4 * 4
+    assert by_unit["a"].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
 def test_neighbours_and_padding_do_not_change_a_row(tiny_model: Path) -> None:
     s = private_session(tiny_model, dp={"max_grad_norm": 1e6})
     perturb(s)
