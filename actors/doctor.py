@@ -24,7 +24,7 @@ from actors.audit_heads import tenants, unknown_in
 from actors.database import DAMAGED
 from actors.doctor_cluster import has_rows, looked_at
 from actors.filesystems import RetryPolicy
-from actors.findings import OK, PROBLEM, WARNING, Finding
+from actors.findings import OF_NODES, OK, PROBLEM, WARNING, Finding
 from actors.keys import open_keyring
 from actors.registry import Onlooker
 from actors.store import ArtifactStore, open_objects
@@ -279,7 +279,7 @@ def _nodes(home: Path, store: str) -> Iterator[Finding]:
     found = node.read(home)
     address = found.address if found is not None else running_cluster()
     if address is None:
-        for name in ("versions", "clocks", "machines", "shared store"):
+        for name in OF_NODES:
             yield Finding(name, OK, "no cluster runs here: nothing to compare")
         return
     if found is not None:

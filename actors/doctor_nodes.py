@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.findings import OK, PROBLEM, WARNING, Finding
+from actors.findings import OF_NODES, OK, PROBLEM, WARNING, Finding
 from tg_tinker.cluster import WITHOUT_TLS, Cluster, ask
 from tg_tinker.errors import TGTinkerError
 from tg_tinker.location import parse
@@ -24,7 +24,6 @@ SKEW_S = 5.0
 """Between two clocks: times in the audit log and the expiry of artifacts are no better."""
 
 ANSWER_S = 60.0
-CHECKS = ("versions", "clocks", "machines", "shared store")
 _PACKAGES = ("tg-tinker", "ray", "torch", "transformers", "cryptography")
 
 
@@ -50,7 +49,7 @@ def examine(address: str, store: str) -> Iterator[Finding]:
         Cluster(address, "tg_tinker")
         told = [_told(node) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     except TGTinkerError as error:
-        for name in CHECKS:
+        for name in OF_NODES:
             yield Finding(name, WARNING, f"not compared: {error.message}")
         return
     finally:

@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 
+OF_NODES = ("versions", "clocks", "machines", "shared store")
+"""Checks that need a running cluster; each is told of, also where none runs."""
+
 
 class Finding(NamedTuple):
     check: str

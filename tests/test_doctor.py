@@ -479,7 +479,7 @@ def test_a_cluster_that_cannot_be_joined_is_not_called_alike(
     monkeypatch.setattr(doctor, "running_cluster", lambda: "host:1")
     monkeypatch.setattr(doctor_nodes, "Cluster", refuse)
     checks = found(home)
-    for name in doctor_nodes.CHECKS:
+    for name in doctor_nodes.OF_NODES:
         assert checks[name].status == WARNING
         assert "another token" in checks[name].message
 

@@ -125,8 +125,8 @@ class Cluster:
 
     def status(self) -> ClusterStatus:
         """Machines, what of them is free, and who trains there."""
+        nodes = _living_nodes()
         with _translated():
-            nodes = [node for node in _ray().nodes() if node["Alive"]]
             free = dict(_ray().available_resources())
             address = _ray().get_runtime_context().gcs_address
         machines = {node["NodeManagerAddress"]: dict(node["Resources"]) for node in nodes}
@@ -140,15 +140,12 @@ class Cluster:
 
     def most_gpus(self, resources: ResourceConfig) -> float:
         """Of one node that a client's pins allow."""
-        with _translated():
-            nodes = [node for node in _ray().nodes() if node["Alive"]]
-        allowed = [node["Resources"] for node in nodes if _allows(resources, node)]
+        allowed = [node["Resources"] for node in _living_nodes() if _allows(resources, node)]
         return max((has.get("GPU", 0) for has in allowed), default=0)
 
     def metrics_urls(self) -> list[str]:
         """Where Prometheus finds the metrics of each living node."""
-        with _translated():
-            nodes = [node for node in _ray().nodes() if node["Alive"]]
+        nodes = _living_nodes()
         return [f"http://{n['NodeManagerAddress']}:{n['MetricsExportPort']}/metrics" for n in nodes]
 
     def start_training(
@@ -197,10 +194,8 @@ class Cluster:
                     " for less in ResourceConfig or add nodes",
                     details={"resource": name, "wanted": amount, "total": total},
                 )
-        with _translated():
-            nodes = [node for node in _ray().nodes() if node["Alive"]]
         labels = resources.node_labels
-        if not any(labels.items() <= node["Labels"].items() for node in nodes):
+        if not any(labels.items() <= node["Labels"].items() for node in _living_nodes()):
             raise PlacementError(
                 f"no node has the labels {labels}: start one with `ray start --labels`, or change"
                 " node_labels in ResourceConfig",
@@ -434,6 +429,11 @@ def fetch(ref: Any, timeout: float | None = None) -> Any:
         return _ray().get(ref, timeout=timeout)
 
 
+def _living_nodes() -> list[Any]:
+    with _translated():
+        return [node for node in _ray().nodes() if node["Alive"]]
+
+
 def _allows(resources: ResourceConfig, node: Any) -> bool:
     has, pins = node["Resources"], resources.custom_resources.items()
     labelled = resources.node_labels.items() <= node["Labels"].items()
@@ -583,8 +583,7 @@ def check_encrypted() -> None:
     Raises:
         InvalidRequestError: the cluster has several, Ray's TLS is off, and nobody has allowed it.
     """
-    with _translated():
-        _refuse_unencrypted({n["NodeManagerAddress"] for n in _ray().nodes() if n["Alive"]})
+    _refuse_unencrypted({node["NodeManagerAddress"] for node in _living_nodes()})
 
 
 def _refuse_unencrypted(machines: set[str]) -> None:
