@@ -81,9 +81,9 @@ class TrainingLink:
     def saved(self, request_id: str) -> ray.ObjectRef[bytes]:
         """Of a `save_state` that was sent: answers when it is durable."""
         ref: ray.ObjectRef[bytes] = send(self.actor.saved, request_id)
-        begun = self._sent[request_id][0]
+        begun, request = self._sent[request_id]
         # If the call itself was lost, nobody else would ask for it and send it again.
-        when_done(begun, lambda: self._answered(begun, request_id))
+        when_done(begun, lambda: self._answered(begun, request))
         return ref
 
     def open(self, ref: Any, request_id: str, timeout: float | None = None) -> Reply:
@@ -112,7 +112,7 @@ class TrainingLink:
 
     def waiting(self) -> int:
         """How many calls have no answer yet. Forgets those that have one."""
-        refs = {ref: request_id for request_id, (ref, _) in [*self._sent.items()]}
+        refs = dict([*self._sent.values()])
         done, pending = split([*refs])
         for ref in done:
             self._answered(ref, refs[ref])
@@ -255,13 +255,12 @@ class TrainingLink:
             return None if sealed is None else self._opened(sealed)
         return None
 
-    def _answered(self, ref: Any, request_id: str) -> None:
+    def _answered(self, ref: Any, request: Request) -> None:
         """Forgets a call that has its answer; one that was lost is sent again."""
         with suppress(TGTinkerError):
-            reply = self._reply(ref, request_id, 0)
-            self._note(reply)
-            if not isinstance(reply.value, Saving):  # its end may have to be asked for again
-                self._sent.pop(request_id, None)
+            self._note(self._reply(ref, request.request_id, 0))
+            if request.operation != "save_state":  # its end may have to be asked for again
+                self._sent.pop(request.request_id, None)
 
     def _note(self, reply: Reply) -> None:
         if isinstance(reply.value, OptimStepResult | LoadStateResult):
