@@ -29,7 +29,7 @@ from actors.keys import open_keyring
 from actors.registry import Onlooker
 from actors.store import ArtifactStore, open_objects
 from tg_tinker import node
-from tg_tinker.cluster import running_cluster
+from tg_tinker.connection import running_cluster
 from tg_tinker.databases import default_database
 from tg_tinker.errors import IntegrityError, TGTinkerError
 from tg_tinker.keyrings import SETTING, Variable, audit_folder, place_of

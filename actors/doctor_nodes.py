@@ -15,10 +15,12 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.findings import OF_NODES, OK, PROBLEM, WARNING, Finding
-from tg_tinker.cluster import WITHOUT_TLS, Cluster, ask
+from tg_tinker.cluster import Cluster
+from tg_tinker.connection import WITHOUT_TLS
 from tg_tinker.errors import TGTinkerError
 from tg_tinker.location import parse
 from tg_tinker.node import tls_is_on
+from tg_tinker.ray_calls import ask
 
 SKEW_S = 5.0
 """Between two clocks: times in the audit log and the expiry of artifacts are no better."""

@@ -19,11 +19,12 @@ from actors import signing
 from actors.process import harden, reply_of, settle_heap
 from actors.registry import Registry
 from actors.turns import Turns
-from tg_tinker.cluster import REGISTRY_NAME, ask_again
 from tg_tinker.databases import check_database
 from tg_tinker.envelope import derive_key, open_payload, seal_payload
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.keyrings import place_of
+from tg_tinker.named_actors import REGISTRY_NAME
+from tg_tinker.ray_calls import ask_again
 from tg_tinker.wire import Reply
 
 MOST_WAITING = 64

@@ -14,8 +14,8 @@ import ray
 from actors.process import forget_keyrings, harden, reply_of
 from actors.spare import COLD
 from actors.store import ArtifactStore
-from tg_tinker.cluster import ask
 from tg_tinker.errors import ActorLostError, ClusterUnavailableError, StorageError
+from tg_tinker.ray_calls import ask
 from tg_tinker.wire import Reply
 
 if TYPE_CHECKING:

@@ -22,10 +22,11 @@ import ray
 from actors import spare
 from actors.calls import Calls
 from actors.process import forget_keyrings, harden, reply_of, settle_heap
-from tg_tinker.cluster import ActorInfo, RemoteRegistry, keep_to_reserved_gpus
 from tg_tinker.config import ResourceConfig, TrainingConfig
 from tg_tinker.envelope import open_payload, seal_payload
 from tg_tinker.errors import ActorLostError, ServiceError, TGTinkerError
+from tg_tinker.named_actors import ActorInfo, keep_to_reserved_gpus
+from tg_tinker.remote_registry import RemoteRegistry
 from tg_tinker.types import PARKED
 from tg_tinker.wire import Reply, Request, Saving
 

@@ -16,7 +16,7 @@ from typing import Any
 from actors.database import together
 from actors.process import reply_of
 from actors.registry import Registry
-from tg_tinker.cluster import ONCE
+from tg_tinker.remote_registry import ONCE
 from tg_tinker.wire import Reply
 
 MOST_TOGETHER = 16

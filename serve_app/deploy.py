@@ -17,8 +17,9 @@ from ray import serve
 from actors.home import STORE
 from serve_app.access import HttpOptions
 from serve_app.application import Place, bound
-from tg_tinker.cluster import check_encrypted, provided
+from tg_tinker.connection import check_encrypted
 from tg_tinker.databases import default_database
+from tg_tinker.entry_points import provided
 from tg_tinker.keyrings import audit_folder, default_place, place_of
 from tg_tinker.location import as_text
 from tg_tinker.service import home_directory

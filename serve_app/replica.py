@@ -24,9 +24,10 @@ from actors.process import reply_of, settle_heap
 from serve_app.engines import Engines, EngineThread, loader
 from serve_app.metrics import Watch, count_refusal, meters
 from serve_app.sources import Source, Sources
-from tg_tinker.cluster import RemoteRegistry, find_registry, keep_to_reserved_gpus
 from tg_tinker.envelope import open_payload, seal_payload
 from tg_tinker.errors import DeadlineExceededError, InternalError, NotFoundError, TGTinkerError
+from tg_tinker.named_actors import find_registry, keep_to_reserved_gpus
+from tg_tinker.remote_registry import RemoteRegistry
 from tg_tinker.sampling import SamplingParams
 from tg_tinker.text import encode_prompt, load_tokenizer
 from tg_tinker.types import SampleResult, StreamChunk

@@ -7,7 +7,7 @@ each request. It travels with the headers, which are small enough to stay inline
 comes to rest, not Ray's own connections.
 
 Serve runs `middlewares` in its proxies where `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` named it
-when Ray started: `tg_tinker.cluster` calls `install` for an embedded cluster. Other applications
+when Ray started: `tg_tinker.connection` calls `install` for an embedded cluster. Other applications
 behind the same proxy are left alone.
 """
 

@@ -18,10 +18,10 @@ from actors.registry import Registry
 from actors.snapshots import Snapshot, of_state, opened, shares_base
 from actors.state import from_files
 from actors.store import ArtifactStore
-from tg_tinker.cluster import current_step, fetch_snapshot, latest_snapshot, living_actors
 from tg_tinker.config import TrainingConfig
 from tg_tinker.envelope import open_payload
 from tg_tinker.errors import InvalidRequestError, NotFoundError, VersionGoneError
+from tg_tinker.named_actors import current_step, fetch_snapshot, latest_snapshot, living_actors
 from tg_tinker.types import TrainingClientInfo
 from tg_tinker.wire import SnapshotRef
 

@@ -34,7 +34,7 @@ from tg_tinker import (
     TGTinkerError,
     TrainingClient,
     TrainingConfig,
-    cluster,
+    connection,
 )
 from tg_tinker.batch import normalise
 
@@ -185,7 +185,7 @@ def errors_over_http(url: str, key: str, run: str) -> Iterator[str]:
 
 def main(model: Path, folder: Path) -> None:
     warnings.simplefilter("ignore")
-    cluster._OBJECT_STORE_BYTES = STORE_BYTES
+    connection._OBJECT_STORE_BYTES = STORE_BYTES
     for uri in STORES:
         refused(lambda uri=uri: ServiceClient(address="local", store=uri))
     with ServiceClient(address="local") as service:

@@ -25,7 +25,7 @@ LINE = ("tg_tinker", "actors", "serve_app")
 
 DOORS = {
     "ray": {
-        "tg_tinker/cluster.py", "actors/training_actor.py", "actors/registry_actor.py",
+        "tg_tinker/ray_calls.py", "actors/training_actor.py", "actors/registry_actor.py",
         "actors/storage_actor.py", "actors/doctor_nodes.py", "actors/spare.py",
         "serve_app/application.py", "serve_app/deploy.py", "serve_app/http.py",
         "serve_app/metrics.py",
@@ -167,7 +167,7 @@ class TestEveryFile:
         assert asserts(tree(path)) == []
 
     def test_imports_nothing_dynamically_but_the_entry_points(self, path: Path) -> None:
-        allowed = ["entry_points"] if name_of(path) == "tg_tinker/cluster.py" else []
+        allowed = ["entry_points"] if name_of(path) == "tg_tinker/entry_points.py" else []
         assert dynamic_imports(tree(path)) == allowed
 
 
@@ -208,14 +208,14 @@ def test_an_import_down_the_line_is_fine() -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "from tg_tinker.cluster import _ray",
+        "from tg_tinker.connection import _answers",
         "from tg_tinker import _private",
         "import tg_tinker._private",
         "def f():\n    from tg_tinker._private import anything",
-        "from tg_tinker import cluster\ncluster._ray()",
-        "import tg_tinker.cluster\ntg_tinker.cluster._ray()",
+        "from tg_tinker import connection\nconnection._answers()",
+        "import tg_tinker.connection\ntg_tinker.connection._answers()",
         "from tg_tinker.cluster import Cluster\nCluster._embedded_users",
-        "import tg_tinker.cluster as c\nc._ray()",
+        "import tg_tinker.connection as c\nc._answers()",
     ],
 )
 def test_a_private_name_of_another_package_is_found(source: str) -> None:

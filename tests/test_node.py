@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from processes import free_port
 
-from tg_tinker import InvalidRequestError, cluster, node
-from tg_tinker.cluster import WITHOUT_TLS
+from tg_tinker import InvalidRequestError, connection, node
+from tg_tinker.connection import WITHOUT_TLS
 
 ROOT = Path(__file__).parents[1]
 TRAIN = """
@@ -290,13 +290,13 @@ def test_several_machines_without_tls_are_refused_and_several_nodes_on_one_are_n
 ) -> None:
     monkeypatch.delenv("RAY_USE_TLS", raising=False)
     monkeypatch.delenv(WITHOUT_TLS, raising=False)
-    cluster._refuse_unencrypted({"10.0.0.1"})
+    connection._refuse_unencrypted({"10.0.0.1"})
     with pytest.raises(InvalidRequestError, match="2 machines"):
-        cluster._refuse_unencrypted({"10.0.0.1", "10.0.0.2"})
+        connection._refuse_unencrypted({"10.0.0.1", "10.0.0.2"})
     for name in ("RAY_USE_TLS", WITHOUT_TLS):
         with monkeypatch.context() as patch:
             patch.setenv(name, "1")
-            cluster._refuse_unencrypted({"10.0.0.1", "10.0.0.2"})
+            connection._refuse_unencrypted({"10.0.0.1", "10.0.0.2"})
 
 
 def test_the_cluster_file_passes_rays_own_schema() -> None:

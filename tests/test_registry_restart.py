@@ -18,10 +18,17 @@ import pytest
 
 from actors import registry_actor
 from actors.registry import Registry
-from tg_tinker import DPConfig, LoRAConfig, ServiceClient, TrainingClient, TrainingConfig
-from tg_tinker.cluster import ONCE
+from tg_tinker import (
+    DPConfig,
+    LoRAConfig,
+    ServiceClient,
+    TrainingClient,
+    TrainingConfig,
+    remote_registry,
+)
 from tg_tinker.errors import ClusterUnavailableError
 from tg_tinker.ledger import Ledger
+from tg_tinker.remote_registry import ONCE
 
 pytestmark = pytest.mark.slow
 
@@ -157,6 +164,22 @@ def test_what_must_not_be_done_twice_fails_and_says_so(
         registry.create_api_key("default", "two", [], None)
     monkeypatch.undo()
     assert len(service.list_api_keys()) == before + 1
+
+
+def test_a_registry_that_is_silent_is_told_of_and_goes_on_when_it_wakes(
+    service: ServiceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_registry, "_ANSWER_S", 2.0)
+    frozen = pid()
+    os.kill(frozen, signal.SIGSTOP)
+    try:
+        for call in (service.list_artifacts, lambda: service.create_api_key("three")):
+            with pytest.raises(ClusterUnavailableError, match="the registry has not answered"):
+                call()
+    finally:
+        os.kill(frozen, signal.SIGCONT)
+    monkeypatch.undo()
+    assert service.list_artifacts()
 
 
 def test_a_registry_that_ray_was_told_to_end_is_gone_at_once(home: Path) -> None:

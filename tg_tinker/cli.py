@@ -313,7 +313,7 @@ def audit(
       [cyan]tg-tinker privacy audit --canaries 15000[/]
     """
     from tg_tinker import plots
-    from tg_tinker.cluster import provided
+    from tg_tinker.entry_points import provided
 
     plots.check_available()
     with Console(stderr=True).status("starting") as status:

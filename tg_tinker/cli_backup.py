@@ -24,7 +24,7 @@ def backup(
 
       [cyan]tg-tinker registry backup monday.db[/]
     """
-    from tg_tinker.cluster import provided
+    from tg_tinker.entry_points import provided
 
     _print(provided("backup_registry")(_url(database), path))
     typer.echo(f"Wrote {path}")
@@ -42,7 +42,7 @@ def restore(
       [cyan]tg-tinker registry restore monday.db[/]
       [cyan]tg-tinker registry restore monday.db --database postgresql+psycopg://tg@db/tg[/]
     """
-    from tg_tinker.cluster import provided
+    from tg_tinker.entry_points import provided
 
     _print(provided("restore_registry")(path, _url(database)))
     typer.echo(

@@ -44,7 +44,8 @@ def up(
     from rich.console import Console
 
     from tg_tinker import node
-    from tg_tinker.cluster import WITHOUT_TLS, provided
+    from tg_tinker.connection import WITHOUT_TLS
+    from tg_tinker.entry_points import provided
     from tg_tinker.service import home_directory, init_home
 
     home = home_directory()
@@ -141,7 +142,7 @@ def _need_a_cluster() -> None:
     import os
 
     from tg_tinker import node
-    from tg_tinker.cluster import running_cluster
+    from tg_tinker.connection import running_cluster
     from tg_tinker.errors import ClusterUnavailableError
     from tg_tinker.service import home_directory
 

@@ -30,7 +30,7 @@ def doctor(
       [cyan]tg-tinker doctor --store s3://bucket/prefix --keyring env:TENANT_KEYS[/]
       [cyan]tg-tinker doctor --json[/]
     """
-    from tg_tinker.cluster import provided
+    from tg_tinker.entry_points import provided
     from tg_tinker.keyrings import default_place
     from tg_tinker.service import home_directory
 

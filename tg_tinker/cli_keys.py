@@ -121,7 +121,7 @@ def new(
       [cyan]tg-tinker keys new | your-secret-manager put tenant-keys[/]
       [cyan]tg-tinker keys new --after env:TENANT_KEYS | your-secret-manager put tenant-keys[/]
     """
-    from tg_tinker.cluster import provided
+    from tg_tinker.entry_points import provided
 
     typer.echo(provided("new_keyring")(after))
 

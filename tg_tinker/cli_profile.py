@@ -36,9 +36,9 @@ def profile(
       [cyan]tg-tinker profile --rows 1 --tokens 32 --steps 20[/]
       [cyan]tg-tinker profile --model path/or/hub-id --rank 0 --no-privacy[/]
     """
-    from tg_tinker.cluster import provided
     from tg_tinker.config import DPConfig, LoRAConfig, ResourceConfig, TrainingConfig
     from tg_tinker.demo import find_demo_model
+    from tg_tinker.entry_points import provided
     from tg_tinker.service import init_home
 
     dp = DPConfig(noise_multiplier=1.0, target_epsilon=None, sampling="worst_case")

@@ -103,7 +103,7 @@ def serve(
 
 
 def _write_config(path: Path, model: str, host: str, port: int, replicas: int) -> None:
-    from tg_tinker.cluster import provided
+    from tg_tinker.entry_points import provided
 
     model = str(Path(model).absolute()) if Path(model).exists() else model
     try:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from tg_tinker.cluster import ActorInfo, ask, fetch, kill, send, split, when_done
 from tg_tinker.envelope import open_payload, seal_payload
 from tg_tinker.errors import (
     ActorLostError,
@@ -24,6 +23,8 @@ from tg_tinker.errors import (
     from_wire,
 )
 from tg_tinker.ledger_files import KeptHead
+from tg_tinker.named_actors import ActorInfo
+from tg_tinker.ray_calls import ask, fetch, kill, send, split, when_done
 from tg_tinker.types import PARKED, LoadStateResult, OptimStepResult
 from tg_tinker.wire import OUT_OF_TURN, Reply, Request, Saving
 

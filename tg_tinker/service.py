@@ -19,9 +19,11 @@ from typing import Any, Self
 from tg_tinker import node
 from tg_tinker.audit_files import keep_head, paged, read_head, read_public_key
 from tg_tinker.audit_log import AuditHead, AuditRow, empty, parse_rows, verify
-from tg_tinker.cluster import Cluster, provided, running_cluster
+from tg_tinker.cluster import Cluster
 from tg_tinker.config import DPConfig, TrainingConfig
+from tg_tinker.connection import running_cluster
 from tg_tinker.databases import check_database, database_file, default_database
+from tg_tinker.entry_points import provided
 from tg_tinker.errors import (
     ClusterUnavailableError,
     InvalidRequestError,

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tg_tinker.cluster import provided
+from tg_tinker.entry_points import provided
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.labels import check_labels, parse_label
 from tg_tinker.types import ArtifactInfo, Orphan

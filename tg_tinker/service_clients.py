@@ -14,14 +14,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tg_tinker.cluster import Cluster, SamplerLink, kill, living_actors, provided
+from tg_tinker.cluster import Cluster, SamplerLink
 from tg_tinker.config import ResourceConfig, TrainingConfig
+from tg_tinker.entry_points import provided
 from tg_tinker.errors import ActorLostError, FutureTimeoutError, InvalidRequestError
 from tg_tinker.ledger import Ledger
 from tg_tinker.ledger_files import KeptHead
 from tg_tinker.link import TrainingLink
+from tg_tinker.named_actors import living_actors
 from tg_tinker.peft_files import PeftFiles
 from tg_tinker.privacy import dataset_of
+from tg_tinker.ray_calls import kill
 from tg_tinker.recovery import Reached, Recover, check_recover, lost_actor
 from tg_tinker.training import TrainingClient
 from tg_tinker.types import PARKED, ArtifactInfo, ModelInfo, TrainingClientInfo

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tg_tinker.cluster import provided
+from tg_tinker.entry_points import provided
 from tg_tinker.types import RegistryAcceptance, RegistryCheck
 
 
