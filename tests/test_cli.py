@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 from tg_tinker.cli import main
 from tg_tinker.config import DPConfig, TrainingConfig
-from tg_tinker.demo import DemoOptions, resume_command
+from tg_tinker.demo_options import DemoOptions, resume_command
 from tg_tinker.errors import InvalidRequestError
 
 

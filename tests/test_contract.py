@@ -37,7 +37,7 @@ from tg_tinker import (
     TrainingClient,
     TrainingConfig,
 )
-from tg_tinker.demo import find_demo_model
+from tg_tinker.demo_options import find_demo_model
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

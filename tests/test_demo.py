@@ -16,15 +16,8 @@ import pytest
 from fakes import FakeService, FakeTrainingClient
 from rich.console import Console
 
-from tg_tinker.demo import (
-    MODEL_PACKAGE,
-    SHOWN,
-    DemoOptions,
-    ctrl_c_held_back,
-    find_demo_model,
-    resume_command,
-    run_demo,
-)
+from tg_tinker.demo import SHOWN, run_demo
+from tg_tinker.demo_options import MODEL_PACKAGE, DemoOptions, find_demo_model, resume_command
 from tg_tinker.errors import (
     ActorLostError,
     InternalError,
@@ -32,6 +25,7 @@ from tg_tinker.errors import (
     NotFoundError,
     StorageError,
 )
+from tg_tinker.interrupts import ctrl_c_held_back
 
 STEPS = 6
 ROWS = 30

@@ -172,7 +172,8 @@ def demo(
       [cyan]tg-tinker demo --model path/or/hub-id --data chats.jsonl --max-length 256[/]
       [cyan]tg-tinker demo --resume ARTIFACT_ID[/]
     """
-    from tg_tinker.demo import DemoOptions, run_demo
+    from tg_tinker.demo import run_demo
+    from tg_tinker.demo_options import DemoOptions
 
     options = DemoOptions(
         model, data, epsilon, no_privacy, steps, batch_size, learning_rate, rank, max_length,

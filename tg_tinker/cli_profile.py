@@ -37,7 +37,7 @@ def profile(
       [cyan]tg-tinker profile --model path/or/hub-id --rank 0 --no-privacy[/]
     """
     from tg_tinker.config import DPConfig, LoRAConfig, ResourceConfig, TrainingConfig
-    from tg_tinker.demo import find_demo_model
+    from tg_tinker.demo_options import find_demo_model
     from tg_tinker.entry_points import provided
     from tg_tinker.service import init_home
 

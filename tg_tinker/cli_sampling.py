@@ -77,7 +77,7 @@ def serve(
       [cyan]tg-tinker serve --write-config serve.yaml[/]
     """
     from tg_tinker.cli import connector
-    from tg_tinker.demo import find_demo_model
+    from tg_tinker.demo_options import find_demo_model
     from tg_tinker.service import check_serving
 
     model = model or str(find_demo_model())

