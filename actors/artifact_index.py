@@ -43,7 +43,7 @@ _artifacts = sa.Table(
     METADATA,
     sa.Column("id", sa.String, primary_key=True),
     sa.Column("tenant", sa.String, nullable=False),
-    sa.Column("run_id", sa.String, sa.ForeignKey("runs.id"), nullable=False),
+    sa.Column("run_id", sa.String, sa.ForeignKey("runs.id"), nullable=False, index=True),
     sa.Column("step", sa.Integer, nullable=False),
     sa.Column("size_bytes", sa.BigInteger, nullable=False),
     sa.Column("include_optimizer", sa.Boolean, nullable=False),

@@ -59,7 +59,7 @@ _charges = sa.Table(
     "charges",
     METADATA,
     sa.Column("id", sa.String, primary_key=True),
-    sa.Column("run_id", sa.String, sa.ForeignKey("runs.id"), nullable=False),
+    sa.Column("run_id", sa.String, sa.ForeignKey("runs.id"), nullable=False, index=True),
     sa.Column("size", sa.Integer, nullable=False),
     sa.Column("evidence", sa.String, nullable=False),
     sa.Column("receipt", sa.String, nullable=False),

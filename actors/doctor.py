@@ -207,7 +207,7 @@ def _behind(registry: Onlooker, store: ArtifactStore) -> list[str]:
 
 
 def _space(home: Path, store: str) -> Finding:
-    places = [home]
+    places = [home, Path(os.environ.get("RAY_TMPDIR") or "/tmp")]  # noqa: S108  (Ray spills there)
     with suppress(TGTinkerError):
         folder = parse(store)
         places += [folder] if isinstance(folder, Path) else []

@@ -304,15 +304,18 @@ def test_little_room_is_told(
     assert found(home)["free space"].status == status
 
 
-def test_the_fuller_of_home_and_store_counts(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("full", ["store", "ray"])
+def test_the_fullest_of_home_store_and_what_ray_spills_counts(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
 ) -> None:
-    (tmp_path / "store").mkdir()
-    usage = lambda path: SimpleNamespace(free=5 if path == tmp_path / "store" else 2**50)  # noqa: E731
+    for name in ("store", "ray"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "ray"))
+    usage = lambda path: SimpleNamespace(free=5 if path == tmp_path / full else 2**50)  # noqa: E731
     monkeypatch.setattr("shutil.disk_usage", usage)
     finding = found(home, store=str(tmp_path / "store"))["free space"]
     assert finding.status == PROBLEM
-    assert str(tmp_path / "store") in finding.message
+    assert str(tmp_path / full) in finding.message
 
 
 @pytest.mark.parametrize(

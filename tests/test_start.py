@@ -305,8 +305,11 @@ print("imported")
 @pytest.mark.parametrize(
     ("pin", "message"),
     [
-        ({"custom_resources": {"team-a": 1.5}}, "wants 1.5 team-as, the whole cluster has 1"),
-        ({"custom_resources": {"team-b": 1}}, "wants 1 team-bs, the whole cluster has 0"),
+        ({"num_cpus": 5}, "wants 5 CPUs, no node has more than 4"),
+        ({"custom_resources": {"team-a": 1.5}}, "wants 1.5 team-as, no node .* more than 1"),
+        ({"custom_resources": {"team-b": 1}}, "wants 1 team-bs, no node .* more than 0"),
+        ({"num_gpus": 1, "custom_resources": {"team-a": 1}}, "no node has all of .*GPU.*team-a"),
+        ({"num_gpus": 1, "node_labels": {"zone": "north"}}, "no node with .*north.* more than 0"),
         ({"node_labels": {"zone": "south"}}, "no node has the labels .*south"),
     ],
 )

@@ -124,7 +124,7 @@ class Cluster:
                 kill(actor)
         if not placed:
             raise PlacementError(
-                f"no node had {num_cpus:g} CPUs and {num_gpus:g} GPUs free{_pins(resources)} within"
+                f"no node had {num_cpus:g} CPUs and {num_gpus:g} GPUs{_pins(resources)} free within"
                 f" {self.placement_timeout_s:g} s. Yours: {self._holders(others())}. Close a client"
                 " or ask for less in ResourceConfig",
                 details={"num_cpus": num_cpus, "num_gpus": num_gpus},
@@ -132,22 +132,29 @@ class Cluster:
         return actor
 
     def _refuse_impossible(self, resources: ResourceConfig) -> None:
-        """What no waiting would help."""
-        wanted = {"CPU": resources.num_cpus or 0, "GPU": resources.num_gpus or 0}
-        totals = self.resources()
-        for name, amount in (wanted | resources.custom_resources).items():
-            if amount > (total := totals.get(name, 0)):
-                raise PlacementError(
-                    f"the client wants {amount:g} {name}s, the whole cluster has {total:g}: ask"
-                    " for less in ResourceConfig or add nodes",
-                    details={"resource": name, "wanted": amount, "total": total},
-                )
+        """What no waiting would help: one node must have all of it."""
         labels = resources.node_labels
-        if not any(labels.items() <= node["Labels"].items() for node in living_nodes()):
+        nodes = [n["Resources"] for n in living_nodes() if labels.items() <= n["Labels"].items()]
+        if not nodes:
             raise PlacementError(
                 f"no node has the labels {labels}: start one with `ray start --labels`, or change"
                 " node_labels in ResourceConfig",
                 details={"node_labels": labels},
+            )
+        wanted = {"CPU": resources.num_cpus or 0, "GPU": resources.num_gpus or 0}
+        wanted |= resources.custom_resources
+        for name, amount in wanted.items():
+            if amount > (most := max(has.get(name, 0) for has in nodes)):
+                raise PlacementError(
+                    f"the client wants {amount:g} {name}s, no node{_pins(resources)} has more than"
+                    f" {most:g}: ask for less in ResourceConfig or add a larger node",
+                    details={"resource": name, "wanted": amount, "most": most},
+                )
+        if not any(all(has.get(name, 0) >= wanted[name] for name in wanted) for has in nodes):
+            raise PlacementError(
+                f"no node has all of {wanted} together: ask for less in ResourceConfig or add one"
+                " that has",
+                details={"wanted": wanted},
             )
 
     def _holders(self, own: set[str]) -> str:
@@ -236,4 +243,4 @@ def _allows(resources: ResourceConfig, node: Any) -> bool:
 
 def _pins(resources: ResourceConfig) -> str:
     pins = resources.custom_resources | resources.node_labels
-    return f" and {pins}" if pins else ""
+    return f" with {pins}" if pins else ""

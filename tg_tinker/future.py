@@ -86,10 +86,15 @@ class FutureHandle(Generic[Result]):
         return self._reply is not None or self._link.done(self.object_ref)
 
     def status(self) -> str:
-        """`pending`, `done`, `failed` or `cancelled`."""
+        """`pending`, `done`, `failed` or `cancelled`.
+
+        An answer that was lost on the way is still to come: `pending`.
+        """
         if not self.done():
             return "pending"
         error = self.exception()
+        if self._reply is None:
+            return "pending"
         if error is None:
             return "done"
         return "cancelled" if isinstance(error, FutureCancelledError) else "failed"
