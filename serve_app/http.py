@@ -8,8 +8,8 @@ OpenAI's `/v1/completions`, `/v1/chat/completions` and `/v1/models`, our own `/v
 # strings here (no `from __future__ import annotations`), and nothing is defined after the class.
 import asyncio
 import time
-from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -51,8 +51,11 @@ BODY_S = 10.0
 """How long a body may take to arrive."""
 
 WAIT_S, POLL_S, MOST_WAITING = 10.0, 0.2, 32
+LOOKUPS = 8
+"""Names of weights that are looked up at once, of each tenant."""
 """How long `RUN@>=STEP` waits for its step, how often it looks, how many of a tenant wait."""
 
+_T = TypeVar("_T")
 _Body = TypeVar("_Body", CompletionBody, ChatBody, SampleBody)
 
 api = FastAPI(title="TG-Tinker", docs_url=None, redoc_url=None, openapi_url=None)
@@ -70,8 +73,11 @@ class HttpReplica(Replica):
         super().__init__(*arguments)
         self._options = options
         self._access = Access(self.registry.typed, options, self.sources.store)
-        self._lookups = ThreadPoolExecutor(8, thread_name_prefix="lookup")
-        self._waiting: Counter[str] = Counter()  # by tenant: one fills no other's places
+        # Both by tenant: one that waits, for a frozen run say, fills no other's places.
+        self._lookups = defaultdict[str, ThreadPoolExecutor](
+            partial(ThreadPoolExecutor, LOOKUPS, thread_name_prefix="lookup")
+        )
+        self._waiting: Counter[str] = Counter()
 
     # --- routes ------------------------------------------------------------------------------
 
@@ -83,8 +89,8 @@ class HttpReplica(Replica):
     @api.get("/v1/models")
     async def models(self, request: Request) -> dict[str, Any]:
         caller = await self._access.caller(request)
-        names = await asyncio.get_running_loop().run_in_executor(
-            self._lookups, self.sources.names, caller.tenant, caller.models
+        names = await self._looked_up(
+            caller, lambda: self.sources.names(caller.tenant, caller.models)
         )
         listed = [{"id": name, "object": "model", "created": 0, "owned_by": caller.tenant}
                   for name in names]  # fmt: skip
@@ -192,7 +198,7 @@ class HttpReplica(Replica):
         try:
             while True:
                 try:
-                    return await asyncio.get_running_loop().run_in_executor(self._lookups, find)
+                    return await self._looked_up(caller, find)
                 except VersionGoneError as gone:
                     if not gone.details.get("later") or time.monotonic() > deadline:
                         raise
@@ -205,6 +211,10 @@ class HttpReplica(Replica):
                 await asyncio.sleep(POLL_S)
         finally:
             self._waiting[caller.tenant] -= waits
+
+    async def _looked_up(self, caller: Caller, work: Callable[[], _T]) -> _T:
+        pool = self._lookups[caller.tenant]
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
 
     async def _followed(
         self, caller: Caller, running: Running

@@ -7,7 +7,9 @@ domain of trust, it stops mistakes.
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import time
 import urllib.error
 import urllib.request
@@ -20,11 +22,12 @@ from typing import Any, NamedTuple
 
 import pytest
 from processes import free_port
+from test_recovery import pid_of
 from test_serving import scraped
 
 from actors.home import create
 from actors.registry import Registry
-from serve_app.http import MOST_WAITING, api
+from serve_app.http import LOOKUPS, MOST_WAITING, api
 from serve_app.sources import Sources
 from tg_tinker import (
     DPConfig,
@@ -237,6 +240,29 @@ def test_one_tenant_takes_no_place_of_the_other_to_wait_for_a_step(both: Both) -
         time.sleep(2)  # each waits for ten seconds
         assert wait(both.their_key, both.theirs.runs[0]) == 409
         assert {one.result() for one in mine} <= {409, 429}
+
+
+@pytest.mark.slow
+def test_a_frozen_run_of_one_tenant_holds_nobody_else_up(both: Both) -> None:
+    """Each request for it waits in a thread, for two minutes at most."""
+    frozen = pid_of(both.own)
+    body = {"prompt": "abc", "max_tokens": 2}
+    others = {**body, "model": both.theirs.runs[0]}
+    with ThreadPoolExecutor(LOOKUPS + 1) as pool:
+        os.kill(frozen, signal.SIGSTOP)
+        try:
+            own = {**body, "model": both.own.id}
+            mine = [
+                pool.submit(ask, both.url, "POST", "/v1/completions", both.key, own)
+                for _ in range(LOOKUPS + 1)
+            ]
+            time.sleep(2)
+            found = ask(both.url, "POST", "/v1/completions", both.their_key, others)
+            assert not any(one.done() for one in mine)
+        finally:
+            os.kill(frozen, signal.SIGCONT)
+        assert found.status == 200
+        assert {one.result().status for one in mine} == {200}
 
 
 @pytest.mark.slow
