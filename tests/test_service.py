@@ -349,15 +349,16 @@ def test_disabled_privacy_trains_like_none(service: ServiceClient, tiny_model: P
 def test_no_place_names_own_holders_and_none_of_another_tenant(
     service: ServiceClient, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service._cluster, "placement_timeout_s", 3.0)
     cpus = service._cluster.resources()["CPU"]
     everything = ResourceConfig(num_cpus=cpus)
     with (
         service.create_training_client(config(tiny_model, resources=everything)) as holder,
         ServiceClient(address="local", tenant="clinic") as other,
     ):
-        with pytest.raises(PlacementError, match=holder.id):
-            service.create_training_client(config(tiny_model, resources=everything))
+        with monkeypatch.context() as short:
+            short.setattr(service._cluster, "placement_timeout_s", 3.0)
+            with pytest.raises(PlacementError, match=holder.id):
+                service.create_training_client(config(tiny_model, resources=everything))
         monkeypatch.setattr(other._cluster, "placement_timeout_s", 1.0)
         with pytest.raises(PlacementError, match="Yours: no client; free are") as refused:
             other.create_training_client(config(tiny_model, resources=everything))
