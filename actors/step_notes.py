@@ -7,6 +7,7 @@ here, and is told before anything newer.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -18,6 +19,13 @@ StepCalls = list[tuple[str, str]]
 MOST_WAITING = 4000
 """Notes that are kept until the registry takes them. Only a run without privacy gets so far: where
 the database refuses, nothing can be charged."""
+
+ASK_AFTER_S = 10.0
+"""Of silence of an actor, after which it asks whether it still has its run. Less than the silence
+after which another takes the run over (`Cluster.silent_s`): who was frozen for so long asks."""
+
+ANSWER_S = 10.0
+"""How long it waits to be told. A registry that says nothing ends no training."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class StepNotes:
         """
         self.replaced = False
         self._record = record
+        self._asked = time.monotonic()  # goes on while the process is stopped
         self._waiting: deque[_Note] = deque()
         self._ends = threading.Lock()  # of the queue: both are moved
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="noting")
@@ -54,9 +63,16 @@ class StepNotes:
         Args:
             calls: of the step that was just completed; None where no step was made.
         """
+        self._asked = time.monotonic()  # before: a freeze from now on counts
         with self._ends:
             self._append(_Note(step, status, calls))
         self.send()
+
+    def ask(self, step: int, status: str) -> None:
+        """Brings `replaced` up to date if nothing was noted lately, else does nothing."""
+        if time.monotonic() - self._asked > ASK_AFTER_S:
+            self.note(step, status)
+            wait([self._sent], ANSWER_S)
 
     def send(self) -> None:
         """Tries to tell what waits. A try that has not begun yet will tell it all."""

@@ -90,8 +90,6 @@ class TrainingActor:
         request: Request = open_payload(self._key, sealed)
         self._used = time.monotonic()
         reply = self._calls.run(request, self._run)
-        if request.operation in ("optim_step", "load_state"):
-            self._record()
         self._used = time.monotonic()
         if self._worker is not None and self._worker.broken:
             ray.actor.exit_actor()  # type: ignore[no-untyped-call]
@@ -188,19 +186,27 @@ class TrainingActor:
     # --- inside ------------------------------------------------------------------------------
 
     def _run(self, request: Request, check_cancelled: Callable[[], None]) -> Any:
-        self._refuse_replaced()
+        worker = self._ready_worker()
+        self._refuse_replaced(worker)
         if request.operation == "park" and not self._notes.settle(SETTLE_S):
             raise StorageError(
                 "the registry could not be told of the last steps, so the run is not parked: the"
                 " notes of them would end with its actor. See that its database takes changes"
             )
-        return self._ready_worker().run(request, check_cancelled)
+        try:
+            result = worker.run(request, check_cancelled)
+        finally:
+            if request.operation in ("optim_step", "load_state"):
+                self._record()  # before it asks: a step that is known already gets no row
+        if not worker.parked:
+            self._refuse_replaced(worker)  # it may have been frozen meanwhile
+        return result
 
-    def _refuse_replaced(self) -> None:
-        """An actor that was frozen while another took its run over learns from the note of its last
-        step that nobody reads what it computes."""
-        if self._worker is not None and self._worker.parked:
+    def _refuse_replaced(self, worker: Worker) -> None:
+        """An actor that was frozen while another took its run over answers nothing."""
+        if worker.parked:
             raise ActorLostError("the run is parked: repeat the call", details={"reason": PARKED})
+        self._notes.ask(worker.session.step, worker.status)
         if self._notes.replaced:
             raise ActorLostError(f"this actor (epoch {self._epoch}) was replaced by a newer one")
 

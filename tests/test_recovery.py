@@ -257,11 +257,18 @@ def test_an_actor_that_wakes_up_after_it_was_replaced_can_do_nothing_and_repeats
 ) -> None:
     monkeypatch.setattr(service._cluster, "silent_s", 2.0)
     monkeypatch.setattr(service._cluster, "kill_training", lambda run, epoch: None)  # out of reach
+
+    def impatient(actor: Any) -> None:
+        from actors import step_notes
+
+        step_notes.ASK_AFTER_S = 1.0  # below the silence that counts here
+
     with service.create_training_client(private(tiny_model, "frozen")) as tc:
         train(tc, 1)
         saved = tc.save_state().artifact_id
         train(tc, 2)
         frozen, old = pid_of(tc), tc._link
+        _fetch(old.actor.__ray_call__.remote(impatient))
         os.kill(frozen, signal.SIGSTOP)
         try:
             late = [tc.forward_backward({"input_ids": ROWS[2:4]}), tc.optim_step()]
@@ -276,12 +283,35 @@ def test_an_actor_that_wakes_up_after_it_was_replaced_can_do_nothing_and_repeats
             assert type(error) is ActorLostError
             assert error.details["reason"] == "it did not answer"
         raw = [old._opened(_fetch(handle.object_ref)) for handle in late]
-        assert raw[1].error is not None  # it ran them, and could not pay
-        assert raw[1].error[0] == raw[2].error[0] == "ActorLostError"
+        assert [reply.error and reply.error[0] for reply in raw] == ["ActorLostError"] * 3
         assert [a.artifact_id for a in service.list_artifacts(run=tc.id)] == [saved]
         account = Ledger.replay(service.privacy_report("frozen").entries).accounts[tc.id]
         assert (account.count, tc.step) == (3, 2)  # the second step twice, the late one never
         cluster.kill(old.actor)
+
+
+def test_an_actor_that_is_frozen_in_a_call_and_replaced_does_not_answer_it(
+    service: ServiceClient, tiny_model: Path
+) -> None:
+    def frozen_while_it_adds(actor: Any) -> None:
+        worker, real = actor._worker, actor._worker.forward_backward
+
+        def forward_backward(*arguments: Any, **named: Any) -> Any:
+            result = real(*arguments, **named)
+            actor._registry.claim(actor._run_id)  # by another, meanwhile
+            actor._notes._asked -= 60
+            return result
+
+        worker.forward_backward = forward_backward
+
+    with service.create_training_client(config(tiny_model)) as tc:
+        train(tc, 1)
+        _fetch(tc._link.actor.__ray_call__.remote(frozen_while_it_adds))
+        late = tc.forward_backward({"input_ids": ROWS[:2]})
+        reply = tc._link._opened(_fetch(late.object_ref))
+        assert reply.error is not None
+        assert reply.error[0] == "ActorLostError"
+        cluster.kill(tc._link.actor)
 
 
 def _fetch(ref: Any) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,10 +145,42 @@ def test_a_run_that_another_actor_has_is_told_of_once_and_nothing_else(door: Doo
     assert [(row["event"], row["outcome"]) for row in door.rows()] == [("step", "actor_lost")]
 
 
+def test_after_a_silence_it_asks_once_and_in_between_never(door: Door) -> None:
+    notes = StepNotes(door)
+    made(notes, 1)
+    for _ in range(100):
+        notes.ask(1, "active")
+    assert door.asked == [1]
+    notes._asked -= step_notes.ASK_AFTER_S + 1
+    for _ in range(100):
+        notes.ask(1, "active")
+    assert (door.asked, notes.replaced, door.steps()) == ([1, 1], False, [1])
+    door.registry.claim(door.run)
+    notes.ask(1, "active")
+    assert not notes.replaced
+    notes._asked -= step_notes.ASK_AFTER_S + 1
+    notes.ask(1, "active")
+    assert notes.replaced
+
+
+def test_a_registry_that_says_nothing_holds_up_one_call_and_ends_no_training(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_notes, "ANSWER_S", 0.01)
+    gate = step_notes.threading.Event()
+    notes = StepNotes(lambda *note: gate.wait(30) and door(*note))
+    notes._asked -= step_notes.ASK_AFTER_S + 1
+    for _ in range(100):
+        notes.ask(0, "active")
+    assert not notes.replaced
+    assert len(notes._waiting) == 1
+    gate.set()
+    assert notes.settle(30)
+
+
 def test_a_registry_that_hangs_holds_up_no_step_and_one_try_waits_for_it(door: Door) -> None:
-    gate, real = step_notes.threading.Event(), door.__call__
-    slow: Callable[..., bool] = lambda *note: gate.wait(30) and real(*note)  # noqa: E731
-    notes = StepNotes(slow)
+    gate = step_notes.threading.Event()
+    notes = StepNotes(lambda *note: gate.wait(30) and door(*note))
     for step in range(1, 6):
         notes.note(step, "active", CALLS)
     assert notes._sender._work_queue.qsize() <= 1
