@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tg_tinker import (
     DPConfig,
     InvalidRequestError,
     LoRAConfig,
+    PlacementError,
     ServiceClient,
     StorageError,
     TrainingClient,
@@ -148,6 +150,31 @@ def test_a_run_that_loaded_an_artifact_comes_back_from_that_and_never_from_the_b
         for _ in range(2):
             with pytest.raises(ActorLostError, match="deleted or expired"):
                 tc.forward_backward({"input_ids": ROWS[:2]}).result(timeout=60)
+
+
+def test_steps_that_are_lost_are_told_although_the_new_actor_does_not_start(
+    service: ServiceClient, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(**arguments: Any) -> Any:
+        raise PlacementError("no room")
+
+    tc = service.create_training_client(config(tiny_model), recover="manual")
+    train(tc, 1, 2)
+    tc._link.settle()
+    kill(tc)
+    lost(tc)
+    with monkeypatch.context() as patched:
+        patched.setattr(service._cluster, "start_training", no_room)
+        with (
+            pytest.warns(UserWarning, match="lost after the last artifact: 2; .* from step 0"),
+            pytest.raises(PlacementError),
+        ):
+            service.get_training_client(tc.id)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = service.get_training_client(tc.id)
+    assert [result.step for result in train(again, 1)[1::2]] == [1]
+    again.close()
 
 
 def test_manual_recovery_waits_and_two_that_bring_a_run_back_at_once_share_one_new_actor(
