@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +15,11 @@ Check = Callable[[], None]
 Run = Callable[[Request, Check], Any]
 
 KEPT_REPLIES = 2000
-"""More than the calls that may wait on a client: nothing pending is ever forgotten."""
+"""Of one client object; more than the calls that may wait on it: nothing pending is forgotten
+because another one is busy."""
+
+KEPT_HANDLES = 64
+"""Client objects whose replies are kept: those that have called last."""
 
 
 class Calls:
@@ -27,8 +31,9 @@ class Calls:
 
     def __init__(self, epoch: int) -> None:
         self._epoch = epoch
-        self._next: dict[str, int] = {}
-        self._replies: OrderedDict[str, Reply] = OrderedDict()
+        self._next: dict[str, int] = {}  # never forgotten, or an old call would be run again
+        self._replies: dict[str, Reply] = {}
+        self._kept: OrderedDict[str, deque[str]] = OrderedDict()  # request ids of each handle
         self._cancelled: OrderedDict[str, None] = OrderedDict()
         self._replied = threading.Condition()
 
@@ -45,7 +50,7 @@ class Calls:
             request.request_id,
         )
         with self._replied:
-            _remember(self._replies, request.request_id, reply)
+            self._remember(request, reply)
             self._replied.notify_all()
         self._cancelled.pop(request.request_id, None)
         return reply
@@ -71,7 +76,9 @@ class Calls:
         """Asks a call to stop; false if it has answered already."""
         if request_id in self._replies:
             return False
-        _remember(self._cancelled, request_id, None)
+        self._cancelled[request_id] = None
+        while len(self._cancelled) > KEPT_REPLIES:
+            self._cancelled.popitem(last=False)
         return True
 
     def check_cancelled(self, request_id: str) -> None:
@@ -87,8 +94,14 @@ class Calls:
     def stored(self, request_id: str) -> Reply | None:
         return self._replies.get(request_id)
 
-
-def _remember(memory: OrderedDict[str, Any], request_id: str, value: Any) -> None:
-    memory[request_id] = value
-    while len(memory) > KEPT_REPLIES:
-        memory.popitem(last=False)
+    def _remember(self, request: Request, reply: Reply) -> None:
+        self._replies[request.request_id] = reply
+        ids = self._kept.setdefault(request.handle, deque())
+        ids.append(request.request_id)
+        self._kept.move_to_end(request.handle)
+        if len(ids) > KEPT_REPLIES:
+            del self._replies[ids.popleft()]
+        if len(self._kept) > KEPT_HANDLES:
+            _, forgotten = self._kept.popitem(last=False)
+            for request_id in forgotten:
+                del self._replies[request_id]

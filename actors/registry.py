@@ -117,13 +117,14 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
 
     def record(
         self, run_id: str, epoch: int, step: int, status: str,
-        calls: Sequence[tuple[str, str]] | None = None,
+        calls: Sequence[tuple[str, str]] | None = None, left_out: int = 0,
     ) -> bool:  # fmt: skip
         """Notes how far a run is; an actor of an earlier epoch is ignored, and so is a repeat.
 
         Args:
             calls: (batch hash, gradient hash) of each call of the step that was just completed;
                 the audit log gets their HMACs. None where no step was made.
+            left_out: steps just before this one that the actor has no hashes of any more.
 
         Returns:
             Whether it is the run's newest actor.
@@ -135,6 +136,7 @@ class Registry(ArtifactIndex, HeadChecks, StoreChecks, ApiKeys, KeyNames):
                 tx.execute(_SET, {"run": run_id, "step": step, "status": status})
                 if calls is not None and step != run.step:
                     details = self._step_details(run_id, step, calls)
+                    details |= {"left_out": left_out} if left_out else {}
                     self._note(tx, run.tenant, who, "step", run_id, details)
                 if status != run.status:
                     self._note(tx, run.tenant, who, _BECAME[status], run_id, {"step": step})

@@ -7,13 +7,13 @@ a group of its own, copies of the weights among it: an actor whose control group
 
 from __future__ import annotations
 
-import concurrent.futures
 import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,10 @@ import ray
 from actors import spare
 from actors.calls import Calls
 from actors.process import forget_keyrings, harden, reply_of, settle_heap
+from actors.step_notes import StepNotes
 from tg_tinker.config import ResourceConfig, TrainingConfig
 from tg_tinker.envelope import open_payload, seal_payload
-from tg_tinker.errors import ActorLostError, ServiceError, TGTinkerError
+from tg_tinker.errors import ActorLostError, ServiceError, StorageError, TGTinkerError
 from tg_tinker.named_actors import ActorInfo, keep_to_reserved_gpus
 from tg_tinker.remote_registry import RemoteRegistry
 from tg_tinker.types import PARKED
@@ -74,8 +75,7 @@ class TrainingActor:
         self._worker: Worker | None = None
         self._said: list[str] = []
         self._loading: Reply | None = None
-        self._recorded: concurrent.futures.Future[Any] | None = None
-        self._replaced = False
+        self._notes = StepNotes(partial(self._registry.record, run_id, epoch))
         self._used = time.monotonic()
 
     # --- training, in order ------------------------------------------------------------------
@@ -91,8 +91,6 @@ class TrainingActor:
         request: Request = open_payload(self._key, sealed)
         self._used = time.monotonic()
         reply = self._calls.run(request, self._run)
-        if request.operation in ("optim_step", "load_state"):
-            self._record()
         self._used = time.monotonic()
         if self._worker is not None and self._worker.broken:
             ray.actor.exit_actor()  # type: ignore[no-untyped-call]
@@ -166,8 +164,7 @@ class TrainingActor:
     def settle(self) -> None:
         """Returns once the registry has heard of the last completed step, and the store has the
         ledger's head."""
-        if self._recorded is not None:
-            concurrent.futures.wait([self._recorded], timeout=SETTLE_S)
+        self._notes.settle(SETTLE_S)
         if self._worker is not None and self._worker.heads is not None:
             with suppress(TGTinkerError, TimeoutError):  # the run ends well without
                 self._worker.heads.keep(SETTLE_S)
@@ -190,18 +187,28 @@ class TrainingActor:
     # --- inside ------------------------------------------------------------------------------
 
     def _run(self, request: Request, check_cancelled: Callable[[], None]) -> Any:
-        self._refuse_replaced()
-        return self._ready_worker().run(request, check_cancelled)
+        worker = self._ready_worker()
+        self._refuse_replaced(worker)
+        if request.operation == "park" and not self._notes.settle(SETTLE_S):
+            raise StorageError(
+                "the registry could not be told of the last steps, so the run is not parked: the"
+                " notes of them would end with its actor. See that its database takes changes"
+            )
+        try:
+            result = worker.run(request, check_cancelled)
+        finally:
+            if request.operation in ("optim_step", "load_state"):
+                self._record()  # before it asks: a step that is known already gets no row
+        if not worker.parked:
+            self._refuse_replaced(worker)  # it may have been frozen meanwhile
+        return result
 
-    def _refuse_replaced(self) -> None:
-        """What the registry said of the last step: an actor that was frozen while another took its
-        run over learns here that nobody reads what it computes."""
-        recorded = self._recorded
-        if recorded is not None and recorded.done() and recorded.exception() is None:
-            self._replaced |= recorded.result() is False
-        if self._worker is not None and self._worker.parked:
+    def _refuse_replaced(self, worker: Worker) -> None:
+        """An actor that was frozen while another took its run over answers nothing."""
+        if worker.parked:
             raise ActorLostError("the run is parked: repeat the call", details={"reason": PARKED})
-        if self._replaced:
+        self._notes.ask(worker.session.step, worker.status)
+        if self._notes.replaced:
             raise ActorLostError(f"this actor (epoch {self._epoch}) was replaced by a newer one")
 
     def _load(self) -> Any:
@@ -235,13 +242,15 @@ class TrainingActor:
         return info
 
     def _while_idle(self) -> None:
-        """Hands memory that the last calls have freed back to the system, for other clients."""
+        """Hands memory that the last calls have freed back to the system, for other clients. Tells
+        the registry again what it has refused."""
         from actors.memory import give_back
 
         spare.leave_spare()
         given_back = 0.0
         while True:
             time.sleep(IDLE_S)
+            self._notes.send()
             used = self._used
             if used != given_back and time.monotonic() - used > IDLE_S:
                 give_back()
@@ -276,14 +285,9 @@ class TrainingActor:
         return replace(reply, ledger_head=self._worker.heads.newest)
 
     def _record(self) -> None:
-        """Tells the registry the step without waiting: the run's answer does not depend on it.
-        A registry that restarts is told when it is back, in order."""
-        if self._worker is not None:
-            step, status = self._worker.session.step, self._worker.status
-            stepped = self._worker.take_step()
-            self._recorded = self._registry.notify(
-                "record", self._run_id, self._epoch, step, status, stepped
-            )
+        """Tells the registry how far the run is, without waiting for it."""
+        if (worker := self._worker) is not None:
+            self._notes.note(worker.session.step, worker.status, worker.take_step())
 
 
 def start(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from actors.calls import KEPT_REPLIES, Calls
+from actors.calls import KEPT_HANDLES, KEPT_REPLIES, Calls
 from actors.process import reply_of
 from tg_tinker.errors import (
     ActorLostError,
@@ -198,6 +198,27 @@ def test_memory_keeps_the_newest_replies_and_no_more() -> None:
         calls.run(request(sequence), work)
     kept = [i for i in range(many) if calls.stored(f"h-{i}") is not None]
     assert kept == [*range(10, many)]
+
+
+def test_a_busy_client_pushes_out_no_reply_of_another() -> None:
+    calls, work = Calls(EPOCH), Work()
+    first = calls.run(request(0, "quiet"), work)
+    for sequence in range(KEPT_REPLIES + 10):
+        calls.run(request(sequence, "busy"), work)
+    assert calls.stored("quiet-0") == calls.run(request(0, "quiet"), work) == first
+
+
+def test_the_clients_that_called_last_are_remembered_and_no_old_call_runs_again() -> None:
+    calls, work = Calls(EPOCH), Work()
+    for number in range(KEPT_HANDLES):
+        calls.run(request(0, f"h{number}"), work)
+    calls.run(request(1, "h0"), work)
+    calls.run(request(0, "new"), work)
+    assert calls.stored("h1-0") is None
+    assert None not in (calls.stored("h0-0"), calls.stored("h2-0"), calls.stored("new-0"))
+    assert type(raised(calls.run(request(0, "h1"), work))) is ServiceError
+    assert work.ran.count("h1-0") == 1
+    assert len(calls._replies) == KEPT_HANDLES + 1
 
 
 def test_a_repeat_that_is_forgotten_is_refused_rather_than_run_again() -> None:

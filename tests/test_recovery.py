@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tg_tinker import (
     DPConfig,
     InvalidRequestError,
     LoRAConfig,
+    PlacementError,
     ServiceClient,
     StorageError,
     TrainingClient,
@@ -150,6 +152,31 @@ def test_a_run_that_loaded_an_artifact_comes_back_from_that_and_never_from_the_b
                 tc.forward_backward({"input_ids": ROWS[:2]}).result(timeout=60)
 
 
+def test_steps_that_are_lost_are_told_although_the_new_actor_does_not_start(
+    service: ServiceClient, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(**arguments: Any) -> Any:
+        raise PlacementError("no room")
+
+    tc = service.create_training_client(config(tiny_model), recover="manual")
+    train(tc, 1, 2)
+    tc._link.settle()
+    kill(tc)
+    lost(tc)
+    with monkeypatch.context() as patched:
+        patched.setattr(service._cluster, "start_training", no_room)
+        with (
+            pytest.warns(UserWarning, match="lost after the last artifact: 2; .* from step 0"),
+            pytest.raises(PlacementError),
+        ):
+            service.get_training_client(tc.id)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = service.get_training_client(tc.id)
+    assert [result.step for result in train(again, 1)[1::2]] == [1]
+    again.close()
+
+
 def test_manual_recovery_waits_and_two_that_bring_a_run_back_at_once_share_one_new_actor(
     service: ServiceClient, tiny_model: Path
 ) -> None:
@@ -257,11 +284,18 @@ def test_an_actor_that_wakes_up_after_it_was_replaced_can_do_nothing_and_repeats
 ) -> None:
     monkeypatch.setattr(service._cluster, "silent_s", 2.0)
     monkeypatch.setattr(service._cluster, "kill_training", lambda run, epoch: None)  # out of reach
+
+    def impatient(actor: Any) -> None:
+        from actors import step_notes
+
+        step_notes.ASK_AFTER_S = 1.0  # below the silence that counts here
+
     with service.create_training_client(private(tiny_model, "frozen")) as tc:
         train(tc, 1)
         saved = tc.save_state().artifact_id
         train(tc, 2)
         frozen, old = pid_of(tc), tc._link
+        _fetch(old.actor.__ray_call__.remote(impatient))
         os.kill(frozen, signal.SIGSTOP)
         try:
             late = [tc.forward_backward({"input_ids": ROWS[2:4]}), tc.optim_step()]
@@ -276,12 +310,35 @@ def test_an_actor_that_wakes_up_after_it_was_replaced_can_do_nothing_and_repeats
             assert type(error) is ActorLostError
             assert error.details["reason"] == "it did not answer"
         raw = [old._opened(_fetch(handle.object_ref)) for handle in late]
-        assert raw[1].error is not None  # it ran them, and could not pay
-        assert raw[1].error[0] == raw[2].error[0] == "ActorLostError"
+        assert [reply.error and reply.error[0] for reply in raw] == ["ActorLostError"] * 3
         assert [a.artifact_id for a in service.list_artifacts(run=tc.id)] == [saved]
         account = Ledger.replay(service.privacy_report("frozen").entries).accounts[tc.id]
         assert (account.count, tc.step) == (3, 2)  # the second step twice, the late one never
         cluster.kill(old.actor)
+
+
+def test_an_actor_that_is_frozen_in_a_call_and_replaced_does_not_answer_it(
+    service: ServiceClient, tiny_model: Path
+) -> None:
+    def frozen_while_it_adds(actor: Any) -> None:
+        worker, real = actor._worker, actor._worker.forward_backward
+
+        def forward_backward(*arguments: Any, **named: Any) -> Any:
+            result = real(*arguments, **named)
+            actor._registry.claim(actor._run_id)  # by another, meanwhile
+            actor._notes._asked -= 60
+            return result
+
+        worker.forward_backward = forward_backward
+
+    with service.create_training_client(config(tiny_model)) as tc:
+        train(tc, 1)
+        _fetch(tc._link.actor.__ray_call__.remote(frozen_while_it_adds))
+        late = tc.forward_backward({"input_ids": ROWS[:2]})
+        reply = tc._link._opened(_fetch(late.object_ref))
+        assert reply.error is not None
+        assert reply.error[0] == "ActorLostError"
+        cluster.kill(tc._link.actor)
 
 
 def _fetch(ref: Any) -> bytes:

@@ -107,6 +107,7 @@ class ClientCalls:
 
         A run whose actor is gone comes back from what it saved or loaded last under a new epoch,
         with a warning that says how many steps were lost; without an artifact from its beginning.
+        Where that fails, the warning comes with the error, and not again when it is repeated.
 
         Args:
             recover: see `create_training_client`.
@@ -120,13 +121,10 @@ class ClientCalls:
         check_recover(recover)
         info, stored = self._registry.run(self._tenant, training_client_id)
         config = TrainingConfig.model_validate_json(stored)
-        reached = self._reach(training_client_id, config, progress)
-        if info.epoch != reached.epoch and info.step > (step := reached.link.info().step):
-            warnings.warn(
-                f"steps lost after the last artifact: {info.step - step}; the run goes on from step"
-                f" {step}",
-                stacklevel=2,
-            )
+        try:
+            reached = self._reach(training_client_id, config, progress)
+        finally:
+            self._warn_of_loss(info)
         return self._client(training_client_id, config, reached, recover)
 
     def list_training_clients(self) -> list[TrainingClientInfo]:
@@ -213,6 +211,17 @@ class ClientCalls:
         kept = KeptHead(self._home, self._tenant, dataset)
         provided("meet_ledger")(self._registry, self._store, self._tenant, dataset, kept.lines)
         return kept
+
+    def _warn_of_loss(self, before: TrainingClientInfo) -> None:
+        """Says what was lost since a run was described. Also where its model then did not load: the
+        next try finds the run at the step that it comes back in, and nothing lost."""
+        now, _ = self._registry.run(self._tenant, before.training_client_id)
+        if now.epoch != before.epoch and before.step > now.step:
+            warnings.warn(
+                f"steps lost after the last artifact: {before.step - now.step}; the run goes on"
+                f" from step {now.step}",
+                stacklevel=3,
+            )
 
     def _found(
         self, training_client_id: str

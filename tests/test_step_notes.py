@@ -1,0 +1,217 @@
+"""Steps that the registry refuses to hear of for a while: each is in the audit log once."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from privacy_helpers import registry as open_registry
+
+from actors import step_notes
+from actors.home import DATABASE
+from actors.registry import Registry
+from actors.step_notes import StepNotes
+from tg_tinker import LoRAConfig, ServiceClient, StorageError
+from tg_tinker.config import TrainingConfig
+
+US = "us"
+CALLS = [("batch", "gradient")]
+
+
+@dataclass
+class Door:
+    """The way to a real registry's `record`, as an actor has it."""
+
+    registry: Registry
+    run: str
+    epoch: int
+    refuses: bool = False
+    loses_answers: bool = False
+    asked: list[int] = field(default_factory=list)
+
+    def __call__(self, step: int, *note: Any) -> bool:
+        self.asked.append(step)
+        if self.refuses:
+            raise StorageError("the registry's database refused")
+        newest = self.registry.record(self.run, self.epoch, step, *note)
+        if self.loses_answers:
+            raise StorageError("whether a change was made is not known")
+        return newest
+
+    def rows(self) -> list[dict[str, Any]]:
+        rows = map(json.loads, self.registry.audit_rows(US, 0, 1000))
+        return [row for row in rows if row["event"] not in ("run.create", "run.claim")]
+
+    def steps(self) -> list[int]:
+        return [row["details"]["step"] for row in self.rows() if row["event"] == "step"]
+
+
+@pytest.fixture
+def door(tmp_path: Path) -> Door:
+    registry = open_registry(tmp_path / "home")
+    run = registry.create_run(US, TrainingConfig(model_ref="m").model_dump_json())
+    return Door(registry, run, registry.claim(run))
+
+
+def made(notes: StepNotes, *steps: int) -> None:
+    for step in steps:
+        notes.note(step, "active", CALLS)
+        step_notes.wait([notes._sent])
+
+
+def test_steps_that_were_refused_are_told_before_the_next_one(door: Door) -> None:
+    notes = StepNotes(door)
+    made(notes, 1)
+    door.refuses = True
+    made(notes, 2, 3)
+    assert door.steps() == [1]
+    door.refuses = False
+    made(notes, 4)
+    assert door.steps() == [1, 2, 3, 4]
+    assert door.registry.run(US, door.run)[0].step == 4
+    assert not notes.replaced
+
+
+def test_settling_tells_them_and_says_whether_all_were_heard(door: Door) -> None:
+    notes = StepNotes(door)
+    door.refuses = True
+    made(notes, 1, 2)
+    assert notes.settle(10) is False
+    door.refuses = False
+    assert notes.settle(10) is True
+    assert door.steps() == [1, 2]
+
+
+@pytest.mark.parametrize("back_to", [0, 1, 2])
+def test_a_note_whose_answer_was_lost_is_told_again_and_leaves_one_row(
+    door: Door, back_to: int
+) -> None:
+    """And a step that is made again after an artifact was loaded has a row of its own."""
+    notes = StepNotes(door)
+    made(notes, 1)
+    door.loses_answers = True
+    made(notes, 2)
+    notes.note(back_to, "active")
+    door.loses_answers = False
+    made(notes, *range(back_to + 1, 4))
+    assert door.asked.count(2) > 1
+    assert door.steps() == [1, 2, *range(back_to + 1, 4)]
+
+
+def test_more_than_are_kept_is_a_gap_that_the_next_row_counts(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_notes, "MOST_WAITING", 3)
+    notes = StepNotes(door)
+    door.refuses = True
+    made(notes, *range(1, 8))
+    assert len(notes._waiting) == 3
+    door.refuses = False
+    made(notes, 8)
+    found = [(row["details"]["step"], row["details"].get("left_out")) for row in door.rows()]
+    assert found == [(1, None), (2, None), (8, 5)]
+    made(notes, 9)
+    assert "left_out" not in door.rows()[-1]["details"]
+
+
+def test_what_changes_nothing_takes_no_place(door: Door) -> None:
+    """A private run's steps fail while the database refuses, each with a note of its own."""
+    notes = StepNotes(door)
+    door.refuses = True
+    made(notes, 1)
+    for _ in range(10):
+        notes.note(1, "active")
+    assert len(notes._waiting) == 1
+    notes.note(1, "completed")
+    door.refuses = False
+    assert notes.settle(10)
+    assert [row["event"] for row in door.rows()] == ["step", "run.complete"]
+
+
+def test_a_run_that_another_actor_has_is_told_of_once_and_nothing_else(door: Door) -> None:
+    notes = StepNotes(door)
+    door.refuses = True
+    made(notes, 1, 2, 3)
+    door.registry.claim(door.run)
+    door.refuses = False
+    del door.asked[:]
+    assert notes.settle(10)
+    assert (notes.replaced, door.asked) == (True, [1])
+    assert [(row["event"], row["outcome"]) for row in door.rows()] == [("step", "actor_lost")]
+
+
+def test_after_a_silence_it_asks_once_and_in_between_never(door: Door) -> None:
+    notes = StepNotes(door)
+    made(notes, 1)
+    for _ in range(100):
+        notes.ask(1, "active")
+    assert door.asked == [1]
+    notes._asked -= step_notes.ASK_AFTER_S + 1
+    for _ in range(100):
+        notes.ask(1, "active")
+    assert (door.asked, notes.replaced, door.steps()) == ([1, 1], False, [1])
+    door.registry.claim(door.run)
+    notes.ask(1, "active")
+    assert not notes.replaced
+    notes._asked -= step_notes.ASK_AFTER_S + 1
+    notes.ask(1, "active")
+    assert notes.replaced
+
+
+def test_a_registry_that_says_nothing_holds_up_one_call_and_ends_no_training(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_notes, "ANSWER_S", 0.01)
+    gate = step_notes.threading.Event()
+    notes = StepNotes(lambda *note: gate.wait(30) and door(*note))
+    notes._asked -= step_notes.ASK_AFTER_S + 1
+    for _ in range(100):
+        notes.ask(0, "active")
+    assert not notes.replaced
+    assert len(notes._waiting) == 1
+    gate.set()
+    assert notes.settle(30)
+
+
+def test_a_registry_that_hangs_holds_up_no_step_and_one_try_waits_for_it(door: Door) -> None:
+    gate = step_notes.threading.Event()
+    notes = StepNotes(lambda *note: gate.wait(30) and door(*note))
+    for step in range(1, 6):
+        notes.note(step, "active", CALLS)
+    assert notes._sender._work_queue.qsize() <= 1
+    assert notes.settle(0) is False
+    gate.set()
+    assert notes.settle(30)
+    assert door.steps() == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["close", "park"])
+def test_a_run_goes_on_while_the_database_takes_no_change_and_its_log_has_every_step(
+    service: ServiceClient, home: Path, tiny_model: Path, end: str
+) -> None:
+    config = TrainingConfig(model_ref=str(tiny_model), lora_config=LoRAConfig(rank=2))
+    tc = service.create_training_client(config)
+
+    def step() -> None:
+        tc.forward_backward({"input_ids": [[5, 6, 7, 8]]})
+        tc.optim_step().result()
+
+    step()
+    tc._link.settle()
+    with closing(sqlite3.connect(home / DATABASE, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")  # for longer than the registry waits for it
+        step()
+        step()
+        with pytest.raises(StorageError, match="not parked"):
+            tc.park()
+        assert service.describe_training_client(tc.id).step == 1
+    getattr(tc, end)()  # no step more: it has to be told by itself
+    rows = [row for row in service.audit_log(limit=1000) if row.subject == tc.id]
+    assert [row.details["step"] for row in rows if row.event == "step"] == [1, 2, 3]
+    assert service.describe_training_client(tc.id).step == 3
