@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -224,7 +225,10 @@ def make_trainable(base: Base, lora: LoRAConfig | None) -> tuple[Parameters, dic
         bias=lora.bias,
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(base.model, peft_config)
+    with warnings.catch_warnings():
+        # PEFT asks transformers by a name that transformers has since changed.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        adapted = get_peft_model(base.model, peft_config)
     use_fast_layers(base.model)  # and those of the adapter
     named = {
         name.replace(".default.", "."): parameter

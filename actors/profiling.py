@@ -12,7 +12,7 @@ import numpy as np
 
 from actors import home
 from actors.process import spin_briefly
-from tg_tinker.batch import Example
+from tg_tinker.batch import Example, check_bounds
 from tg_tinker.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ def profile_steps(
     Its registry is a directory that is removed again; converted models come from `cache`.
 
     Raises:
-        InvalidRequestError, NotFoundError: as `Base.load` and the session do.
+        InvalidRequestError: rows longer than the model's context.
+        NotFoundError: as `Base.load` does.
     """
     spin_briefly()  # first: the next lines load torch, which looks once
     from actors.model import Base, use_threads
@@ -39,9 +40,10 @@ def profile_steps(
 
     use_threads(config.resources.num_threads)
     base = Base.load(config.model_ref, cache=cache, dtype=config.dtype, progress=progress)
+    batches = [_rows(base.vocab_size, rows, tokens, seed) for seed in range(steps + 1)]
+    check_bounds(batches[0], base.vocab_size, base.context_length)  # a private step leaves rows out
     with tempfile.TemporaryDirectory() as scratch:
         session = _session(base, config, Path(scratch) / "home")
-        batches = [_rows(base.vocab_size, rows, tokens, seed) for seed in range(steps + 1)]
         _step(session, batches[0])
         progress(f"measuring {steps} steps")
         with measured() as spent:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from bench import __main__ as program
-from bench import peers, report
+from bench import machine, peers, report
 from bench.catalogue import benches, selected
 from bench.loops import IGNORED, LoopSpec, Ours, Plain, Rows, collate
-from bench.measure import Goal, Row, Run, Sheet, Spread, in_turns, ratios
+from bench.measure import Bench, Goal, Row, Run, Sheet, Spread, in_turns, ratios
 from bench.privacy import WORKLOADS as PRIVACY
 from bench.sdk import WORKLOADS as SDK
 from bench.sides import Side, SideError, command
@@ -204,6 +206,8 @@ def test_a_workload_runs_in_two_processes_and_tells_time_and_memory(
     tiny_model: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "elsewhere"))
     root = Path(__file__).parents[1]
     monkeypatch.setenv("PYTHONPATH", f"{root}:{root / 'tests'}")
     tiny = partial(LoopSpec, rank=4)
@@ -220,6 +224,8 @@ def test_a_workload_runs_in_two_processes_and_tells_time_and_memory(
     assert step.goal is None
     mebibytes = [int(found.ours.split()[0].replace(",", "")) for found in (whole, step)]
     assert mebibytes[0] > 100 > mebibytes[1]  # torch and its libraries; two layers of width 32
+    assert {path.name for path in tmp_path.iterdir()} == {"bench-output", "elsewhere"}
+    assert not list((tmp_path / "elsewhere").iterdir())  # no ledger, no keyring stays behind
 
 
 def test_the_step_whose_memory_is_measured_is_the_first_timed_turn(
@@ -344,6 +350,49 @@ def test_an_unknown_name_is_refused_before_anything_is_measured(
     assert "'raged'" in capsys.readouterr().err
 
 
+def test_ctrl_c_keeps_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The workloads of a bench are kept one by one: the usual run has one of eight minutes."""
+    done = Row("ragged", "chats", "plain", Spread(2.0, 1.5, 2.5), Goal(1.6))
+
+    def stopped(run: Run) -> None:
+        run.rows.append(done)
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(program, "benches", lambda: {"a": Bench("a", "slow", 1, stopped)})
+    assert program.main(["--only", "a", "--model", "m"]) == 130
+    told = capsys.readouterr()
+    assert "stopped" in told.err
+    assert "2.00x [1.50..2.50]" in told.out
+    (row,) = json.loads((tmp_path / "bench-output" / "bench.json").read_text())["rows"]
+    assert row["name"] == "ragged"
+    assert (tmp_path / "bench-output" / "bench.png").exists()
+
+
+def test_no_picture_of_an_earlier_run_stays_beside_new_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    facts = {"CPU": "a CPU", "cores": "2"}
+    row = Row("a", "fast", "plain", Spread(2.0, 1.5, 2.5), Goal(1.6))
+    program.deliver(facts, Run("m", rows=[row]))
+    assert (tmp_path / "bench-output" / "bench.png").exists()
+    program.deliver(facts, Run("m", rows=[replace(row, goal=None)]))
+    assert not (tmp_path / "bench-output" / "bench.png").exists()
+
+
+@pytest.mark.parametrize(("load", "quiet"), [(0.9, True), (5.2, False)])
+def test_a_machine_with_other_work_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, load: float, quiet: bool
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    told = machine.described()["load before"]
+    assert told.startswith(f"{load} processes")
+    assert ("not quiet" in told) != quiet
+
+
 def test_the_help_names_every_bench_and_how_to_read_a_ratio(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -386,3 +435,15 @@ def test_the_page_states_every_goal() -> None:
         if memory:
             assert f"| `{name}-memory`:" in page
             assert f"at most {memory}x" in page
+
+
+def test_the_readme_repeats_ratios_of_the_page() -> None:
+    root = Path(__file__).parents[1]
+    readme, page = ((root / name).read_text() for name in ("README.md", "docs/benchmarks.md"))
+    found = re.search(r"run\s+(\S+) times as fast in (\S+) of the memory,.* (\S+) times", readme)
+    assert found
+    results = page.partition("## Results")[2].partition("\n## ")[0]
+    rows = ("ragged chats", "their peak memory", "uniform 8 x 128")
+    for told, row in zip(found.groups(), rows, strict=True):
+        (line,) = re.findall(rf"^\| {row} \|.*$", results, re.MULTILINE)
+        assert f"**{told}x**" in line

@@ -32,6 +32,8 @@ def profile(
     Runs the very step of a training client, in this process and without a
     cluster. Nothing is kept but a model that had to be converted.
 
+    Where the head is frozen, "head and loss" holds its backward pass too.
+
       [cyan]tg-tinker profile[/]
       [cyan]tg-tinker profile --rows 1 --tokens 32 --steps 20[/]
       [cyan]tg-tinker profile --model path/or/hub-id --rank 0 --no-privacy[/]

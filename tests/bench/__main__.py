@@ -5,7 +5,8 @@ ratios of neighbouring turns with [smallest..largest]. Absolute times depend on 
 far less: read those. A ratio of time is theirs / ours, so 1.60x is 1.6 times as fast; one of
 memory is ours / theirs, so 0.48x is less than half.
 
-Writes bench-output/bench.json, bench.png and the logs of the processes that were measured.
+Writes bench-output/bench.json, bench.png (where a goal was measured) and the logs of the processes
+that were measured, in place of those of the run before. Ctrl-C keeps what was measured until then.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from bench.measure import SCREEN, Bench, Run
 from bench.peers import not_run
 from bench.workloads import OUTPUT
 from tg_tinker.demo_options import find_demo_model
+
+INTERRUPTED = 130
+"""The exit status after Ctrl-C."""
 
 
 def parser(known: dict[str, Bench]) -> argparse.ArgumentParser:
@@ -69,14 +73,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.quick and not options.only:
         wanted = {"training": frozenset()}
-    facts, started = machine.described(), time.monotonic()
+    facts = machine.described()
+    SCREEN.print(f"load: {facts['load before']}", highlight=False)
     found = Run(options.model or str(find_demo_model()), options.repeats, options.quick)
-    for name, only in wanted.items():
-        SCREEN.print(f"{name}: {known[name].about}", style="bold")
-        found.only = only
-        known[name].run(found)
-        facts["took"] = f"{(time.monotonic() - started) / 60:.1f} minutes"
-        deliver(facts, found)
+    status = 0
+    try:
+        measure([(known[name], only) for name, only in wanted.items()], found, facts)
+    except KeyboardInterrupt:
+        SCREEN.print("stopped: here is what was measured until now", style="yellow")
+        status = INTERRUPTED
     if not options.only:
         found.rows += not_run()
         deliver(facts, found)
@@ -85,14 +90,29 @@ def main(arguments: list[str] | None = None) -> int:
         Console().print(report.markdown(facts, sheets), soft_wrap=True, markup=False)
     else:
         show(facts, sheets)
-    return 0
+    SCREEN.print(f"written: {OUTPUT}/bench.json and what is beside it", highlight=False)
+    return status
+
+
+def measure(wanted: list[tuple[Bench, frozenset[str]]], found: Run, facts: dict[str, str]) -> None:
+    """Each bench with its workloads; figures are on disk after each, and when one is stopped."""
+    started = time.monotonic()
+    for bench, only in wanted:
+        found.only = only
+        SCREEN.print(f"{bench.name}: {bench.about}", style="bold")
+        try:
+            bench.run(found)
+        finally:
+            facts["took"] = f"{(time.monotonic() - started) / 60:.1f} minutes"
+            deliver(facts, found)
 
 
 def deliver(facts: dict[str, str], found: Run) -> None:
-    """After every bench, so that an interrupted run keeps what it has."""
+    """Never the figures of one run beside the picture of another."""
     OUTPUT.mkdir(exist_ok=True)
     report.write_json(OUTPUT / "bench.json", facts, found.rows, found.sheets)
-    report.draw(found.rows, OUTPUT / "bench.png", facts)
+    if not report.draw(found.rows, OUTPUT / "bench.png", facts):
+        (OUTPUT / "bench.png").unlink(missing_ok=True)
 
 
 def show(facts: dict[str, str], sheets: list[report.Sheet]) -> None:

@@ -161,9 +161,9 @@ class Ours:
 
         from actors.private import PrivateSession
 
-        config = training_config(spec)
-        if spec.private:
-            budget = new_budget(registry(), config)
+        config, self._folder = training_config(spec), scratch() if spec.private else None
+        if self._folder:
+            budget = new_budget(registry(Path(self._folder.name) / "home"), config)
             self.session: Session = PrivateSession(base, config, budget)
         else:
             self.session = Session(base, config)
@@ -180,13 +180,16 @@ class Ours:
     def evaluate(self, rows: Rows) -> float:
         return self.session.forward_backward(normalise(as_batch(rows)), train=False).loss
 
+    def close(self) -> None:
+        if self._folder:
+            self._folder.cleanup()
+
 
 class ThroughSdk:
     """`TrainingClient` on an embedded cluster; both calls awaited, as the slowest user would."""
 
     def __init__(self, spec: LoopSpec, models: Path) -> None:
-        # Not in /tmp, which may be in memory; not the user's own home, whose log is for real runs.
-        self._folder = tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-")
+        self._folder = scratch()
         home = Path(self._folder.name) / "home"
         init_home(home)
         (home / "models").symlink_to(models)
@@ -207,6 +210,12 @@ class ThroughSdk:
     def close(self) -> None:
         self._service.close()
         self._folder.cleanup()
+
+
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    """For a home that ends with its side. Not in /tmp, which may be in memory, where a durable
+    charge costs nothing; not the user's own home, whose log is for real runs."""
+    return tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-")
 
 
 def as_batch(rows: Rows) -> dict[str, Any]:
