@@ -1,7 +1,7 @@
 """What a training actor tells the registry of its run: each step once, in order, beside training.
 
-No answer waits for it. While the registry or its database refuses, what it has not heard waits
-here, and is told before anything newer.
+No answer waits for it, except after a silence. While the registry or its database refuses, what it
+has not heard waits here, and is told before anything newer.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ MOST_WAITING = 4000
 the database refuses, nothing can be charged."""
 
 ASK_AFTER_S = 10.0
-"""Of silence of an actor, after which it asks whether it still has its run. Less than the silence
-after which another takes the run over (`Cluster.silent_s`): who was frozen for so long asks."""
+"""Without an answer of the registry, after which an actor asks whether it still has its run. Less
+than the silence after which another takes the run over (`Cluster.silent_s`): who was frozen for so
+long asks."""
 
-ANSWER_S = 10.0
-"""How long it waits to be told. A registry that says nothing ends no training."""
+ANSWER_S = 5.0
+"""How long it waits to be told, twice. A registry that says nothing ends no training."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class StepNotes:
         """
         self.replaced = False
         self._record = record
-        self._asked = time.monotonic()  # goes on while the process is stopped
+        # Of the last question with an answer. The clock goes on while the process is stopped.
+        self._asked = time.monotonic()
         self._waiting: deque[_Note] = deque()
         self._ends = threading.Lock()  # of the queue: both are moved
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="noting")
@@ -63,16 +65,18 @@ class StepNotes:
         Args:
             calls: of the step that was just completed; None where no step was made.
         """
-        self._asked = time.monotonic()  # before: a freeze from now on counts
         with self._ends:
             self._append(_Note(step, status, calls))
         self.send()
 
     def ask(self, step: int, status: str) -> None:
-        """Brings `replaced` up to date if nothing was noted lately, else does nothing."""
-        if time.monotonic() - self._asked > ASK_AFTER_S:
+        """Brings `replaced` up to date if the registry has answered nothing lately."""
+        for _ in range(2):  # what comes first may be an answer from before a freeze
+            if time.monotonic() - self._asked <= ASK_AFTER_S:
+                return
             self.note(step, status)
             wait([self._sent], ANSWER_S)
+        self._asked = time.monotonic()  # given up: training goes on until the next silence
 
     def send(self) -> None:
         """Tries to tell what waits. A try that has not begun yet will tell it all."""
@@ -98,13 +102,14 @@ class StepNotes:
     def _send(self) -> None:
         """Tells what waits until something is refused, which then stays the first."""
         while self._waiting:
-            first = self._waiting[0]
+            first, asked = self._waiting[0], time.monotonic()  # before: a freeze from now on counts
             newest = self._record(first.step, first.status, first.calls, first.left_out)
             with self._ends:
                 self._waiting.popleft()
                 if not newest:
                     self.replaced = True
                     self._waiting.clear()
+            self._asked = asked  # last: who sees it fresh looks at `replaced`
 
 
 def _place(note: _Note) -> tuple[int, str]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
+import time
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -163,11 +166,66 @@ def test_after_a_silence_it_asks_once_and_in_between_never(door: Door) -> None:
     assert notes.replaced
 
 
+def test_a_step_that_a_freeze_has_cut_in_two_is_not_answered(door: Door) -> None:
+    """Its own note is on its way when it asks: it waits for what is answered to that."""
+    notes = StepNotes(lambda *note: time.sleep(0.2) or door(*note))
+    made(notes, 1)
+    notes._asked -= step_notes.ASK_AFTER_S + 1
+    door.registry.claim(door.run)
+    notes.note(2, "active", CALLS)
+    notes.ask(2, "active")
+    assert notes.replaced
+
+
+def test_an_answer_from_before_a_freeze_is_none_to_a_question_after_it(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, gate = threading.Event(), threading.Event()
+    clock = time.monotonic()
+    monkeypatch.setattr(step_notes, "time", SimpleNamespace(monotonic=lambda: clock))
+
+    def record(*note: Any) -> bool:
+        newest = door(*note)
+        told.set()
+        gate.wait(30)  # the answer is in the socket of a process that is stopped
+        return newest
+
+    notes = StepNotes(record)
+    notes.note(1, "active", CALLS)
+    told.wait(30)
+    clock += step_notes.ASK_AFTER_S + 1
+    door.registry.claim(door.run)
+    threading.Timer(0.2, gate.set).start()
+    notes.ask(1, "active")
+    assert notes.replaced
+
+
+def test_a_silent_registry_is_waited_for_once_in_a_while_and_not_twice_for_a_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, waits = [0.0], []
+    monkeypatch.setattr(step_notes, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def wait(futures: Any, timeout: float) -> None:
+        waits.append(timeout)
+        clock[0] += timeout + 0.01
+
+    monkeypatch.setattr(step_notes, "wait", wait)
+    gate = threading.Event()
+    notes = StepNotes(lambda *note: gate.wait(30))
+    clock[0] += step_notes.ASK_AFTER_S + 1
+    notes.ask(0, "active")  # before the call
+    notes.ask(0, "active")  # before its answer
+    gate.set()
+    assert sum(waits) <= 10
+    assert not notes.replaced
+
+
 def test_a_registry_that_says_nothing_holds_up_one_call_and_ends_no_training(
     door: Door, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(step_notes, "ANSWER_S", 0.01)
-    gate = step_notes.threading.Event()
+    gate = threading.Event()
     notes = StepNotes(lambda *note: gate.wait(30) and door(*note))
     notes._asked -= step_notes.ASK_AFTER_S + 1
     for _ in range(100):
@@ -179,7 +237,7 @@ def test_a_registry_that_says_nothing_holds_up_one_call_and_ends_no_training(
 
 
 def test_a_registry_that_hangs_holds_up_no_step_and_one_try_waits_for_it(door: Door) -> None:
-    gate = step_notes.threading.Event()
+    gate = threading.Event()
     notes = StepNotes(lambda *note: gate.wait(30) and door(*note))
     for step in range(1, 6):
         notes.note(step, "active", CALLS)
