@@ -195,13 +195,12 @@ class TrainingActor:
                 " notes of them would end with its actor. See that its database takes changes"
             )
         try:
-            result = worker.run(request, check_cancelled)
+            return worker.run(request, check_cancelled)
         finally:
             if request.operation in ("optim_step", "load_state"):
                 self._record()  # before it asks: a step that is known already gets no row
-        if not worker.parked:
-            self._refuse_replaced(worker)  # it may have been frozen meanwhile
-        return result
+            if not worker.parked:
+                self._refuse_replaced(worker)  # it may have been frozen meanwhile: no error either
 
     def _refuse_replaced(self, worker: Worker) -> None:
         """An actor that was frozen while another took its run over answers nothing."""

@@ -19,8 +19,16 @@ from actors import step_notes
 from actors.home import DATABASE
 from actors.registry import Registry
 from actors.step_notes import StepNotes
-from tg_tinker import LoRAConfig, ServiceClient, StorageError
+from actors.training_actor import TrainingActor
+from tg_tinker import (
+    ActorLostError,
+    InvalidRequestError,
+    LoRAConfig,
+    ServiceClient,
+    StorageError,
+)
 from tg_tinker.config import TrainingConfig
+from tg_tinker.wire import Request
 
 US = "us"
 CALLS = [("batch", "gradient")]
@@ -246,6 +254,29 @@ def test_a_registry_that_hangs_holds_up_no_step_and_one_try_waits_for_it(door: D
     gate.set()
     assert notes.settle(30)
     assert door.steps() == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("operation", ["forward_backward", "optim_step"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_actor_that_is_frozen_in_a_call_and_replaced_answers_neither_result_nor_error(
+    door: Door, operation: str, fails: bool
+) -> None:
+    actor_type = TrainingActor.__ray_metadata__.modified_class
+    actor = actor_type.__new__(actor_type)
+    actor._epoch, actor._notes = door.epoch, (notes := StepNotes(door))
+
+    def run(request: Request, check: Any) -> str:
+        door.registry.claim(door.run)  # by another, meanwhile
+        notes._asked -= step_notes.ASK_AFTER_S + 1
+        if fails:
+            raise InvalidRequestError("no")
+        return "done"
+
+    actor._worker = SimpleNamespace(
+        run=run, parked=False, status="active", session=SimpleNamespace(step=1), take_step=list
+    )
+    with pytest.raises(ActorLostError, match="replaced"):
+        actor._run(Request("h-0", operation, 1, "h", 0), lambda: None)
 
 
 @pytest.mark.slow
