@@ -58,11 +58,16 @@ clean:           ## remove .venv and caches
 	$(PIP) --editable '.[demo,dev]'
 	@touch $@
 
-# PostgreSQL for the registry's tests, without a server that starts by itself.
+# PostgreSQL for the registry's tests and sshd for that of `ray up`, without servers that start by themselves.
 .venv/debian: .venv/torch
 	@command -v postgres >/dev/null || ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || \
 	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && mkdir -p /etc/postgresql-common && \
 	  echo 'create_main_cluster = false' > /etc/postgresql-common/createcluster.conf && \
 	  apt-get install -qq -y --no-install-recommends postgresql >/dev/null 2>&1; } || \
 	echo "no PostgreSQL here, its tests skip: install your system's package"
+	@{ test -x /usr/sbin/sshd && command -v rsync && command -v ip; } >/dev/null || \
+	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  { test -x /usr/sbin/sshd || install -D /dev/null /etc/ssh/sshd_not_to_be_run; } && \
+	  apt-get install -qq -y --no-install-recommends openssh-server rsync iproute2 >/dev/null 2>&1; } || \
+	echo "no sshd, rsync or ip here, the test of ray up skips: install your system's packages"
 	@touch $@
