@@ -51,9 +51,10 @@ BODY_S = 10.0
 """How long a body may take to arrive."""
 
 WAIT_S, POLL_S, MOST_WAITING = 10.0, 0.2, 32
+"""How long `RUN@>=STEP` waits for its step, how often it looks, how many of a tenant wait."""
+
 LOOKUPS = 8
 """Names of weights that are looked up at once, of each tenant."""
-"""How long `RUN@>=STEP` waits for its step, how often it looks, how many of a tenant wait."""
 
 _T = TypeVar("_T")
 _Body = TypeVar("_Body", CompletionBody, ChatBody, SampleBody)

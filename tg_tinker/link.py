@@ -24,7 +24,7 @@ from tg_tinker.errors import (
 )
 from tg_tinker.ledger_files import KeptHead
 from tg_tinker.named_actors import ActorInfo
-from tg_tinker.ray_calls import ask, fetch, kill, send, split, when_done
+from tg_tinker.ray_calls import aside, ask, fetch, kill, send, split, when_done
 from tg_tinker.types import PARKED, LoadStateResult, OptimStepResult
 from tg_tinker.wire import OUT_OF_TURN, Reply, Request, Saving
 
@@ -83,8 +83,8 @@ class TrainingLink:
         """Of a `save_state` that was sent: answers when it is durable."""
         ref: ray.ObjectRef[bytes] = send(self.actor.saved, request_id)
         begun, request = self._sent[request_id]
-        # If the call itself was lost, nobody else would ask for it and send it again.
-        when_done(begun, lambda: self._answered(begun, request))
+        # If the call itself was lost, or one before it, nobody else would send them again.
+        when_done(begun, lambda: aside(lambda: self._answered(begun, request, None)))
         return ref
 
     def open(self, ref: Any, request_id: str, timeout: float | None = None) -> Reply:
@@ -116,7 +116,7 @@ class TrainingLink:
         refs = dict([*self._sent.values()])
         done, pending = split([*refs])
         for ref in done:
-            self._answered(ref, refs[ref])
+            self._answered(ref, refs[ref], 0)
         return len(pending)
 
     @property
@@ -256,10 +256,11 @@ class TrainingLink:
             return None if sealed is None else self._opened(sealed)
         return None
 
-    def _answered(self, ref: Any, request: Request) -> None:
-        """Forgets a call that has its answer; one that was lost is sent again."""
+    def _answered(self, ref: Any, request: Request, timeout: float | None) -> None:
+        """Forgets a call that has its answer; one that was lost is sent again: once, or until it
+        has one, by the time there is."""
         with suppress(TGTinkerError):
-            self._note(self._reply(ref, request.request_id, 0))
+            self._note(self._reply(ref, request.request_id, timeout))
             if request.operation != "save_state":  # its end may have to be asked for again
                 self._sent.pop(request.request_id, None)
 

@@ -77,6 +77,11 @@ def when_done(ref: Any, work: Callable[[], object]) -> None:
         ref.future().add_done_callback(lambda _: _dispatcher().put(work))
 
 
+def aside(work: Callable[[], object]) -> None:
+    """Runs `work` on a thread of its own, for what may wait: the dispatcher's must not."""
+    threading.Thread(target=work, daemon=True).start()
+
+
 def ask_again(method: Any, *arguments: Any, timeout: float | None = None) -> Any:
     """`ask` of an actor that Ray restarts, until it is back: for what may be done twice."""
     deadline = time.monotonic() + _RESTART_S
