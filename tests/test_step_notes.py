@@ -176,7 +176,12 @@ def test_after_a_silence_it_asks_once_and_in_between_never(door: Door) -> None:
 
 def test_a_step_that_a_freeze_has_cut_in_two_is_not_answered(door: Door) -> None:
     """Its own note is on its way when it asks: it waits for what is answered to that."""
-    notes = StepNotes(lambda *note: time.sleep(0.2) or door(*note))
+
+    def slowly(*note: Any) -> bool:
+        time.sleep(0.2)
+        return door(*note)
+
+    notes = StepNotes(slowly)
     made(notes, 1)
     notes._asked -= step_notes.ASK_AFTER_S + 1
     door.registry.claim(door.run)
@@ -261,7 +266,7 @@ def test_a_registry_that_hangs_holds_up_no_step_and_one_try_waits_for_it(door: D
 def test_an_actor_that_is_frozen_in_a_call_and_replaced_answers_neither_result_nor_error(
     door: Door, operation: str, fails: bool
 ) -> None:
-    actor_type = TrainingActor.__ray_metadata__.modified_class
+    actor_type = vars(TrainingActor)["__ray_metadata__"].modified_class
     actor = actor_type.__new__(actor_type)
     actor._epoch, actor._notes = door.epoch, (notes := StepNotes(door))
 
