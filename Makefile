@@ -23,9 +23,9 @@ demo: .venv/demo ## privately fine-tune SmolLM2-135M on docstrings, sample, save
 test: .venv/dev  ## all tests, the real model included (under 20 minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-soak: .venv/dev  ## faults for longer: artifacts, kill -9 at every point, lost messages, all at random (80 minutes)
+soak: .venv/dev .venv/sshd ## faults for longer: artifacts, kill -9 at every point, lost messages, all at random; ray up (90 minutes)
 	TG_TINKER_SOAK=1 $(BIN)/python -m pytest --timeout 3600 tests/test_artifact_machine.py tests/test_artifact_edits.py \
-		tests/test_kill_points.py tests/test_lost_messages.py tests/test_soak.py $(ARGS)
+		tests/test_kill_points.py tests/test_lost_messages.py tests/test_ray_up.py tests/test_soak.py $(ARGS)
 
 lint: .venv/dev  ## ruff and mypy --strict
 	$(BIN)/ruff check .
@@ -58,13 +58,17 @@ clean:           ## remove .venv and caches
 	$(PIP) --editable '.[demo,dev]'
 	@touch $@
 
-# PostgreSQL for the registry's tests and sshd for that of `ray up`, without servers that start by themselves.
+# PostgreSQL for the registry's tests, without a server that starts by itself.
 .venv/debian: .venv/torch
 	@command -v postgres >/dev/null || ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || \
 	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && mkdir -p /etc/postgresql-common && \
 	  echo 'create_main_cluster = false' > /etc/postgresql-common/createcluster.conf && \
 	  apt-get install -qq -y --no-install-recommends postgresql >/dev/null 2>&1; } || \
 	echo "no PostgreSQL here, its tests skip: install your system's package"
+	@touch $@
+
+# sshd for the test of `ray up`, which nothing starts by itself.
+.venv/sshd: .venv/torch
 	@{ test -x /usr/sbin/sshd && command -v rsync && command -v ip; } >/dev/null || \
 	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	  { test -x /usr/sbin/sshd || install -D /dev/null /etc/ssh/sshd_not_to_be_run; } && \

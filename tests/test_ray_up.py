@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from processes import SOAK
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs/deployment.md").read_text()
@@ -152,6 +153,8 @@ class Operator:
 
 @pytest.fixture
 def operator() -> Iterator[Operator]:
+    if not SOAK:
+        pytest.skip("make soak")
     if missing := [name for name in NEEDED if shutil.which(name) is None]:
         pytest.skip(f"no {', '.join(missing)} here")
     if subprocess.run([*UNSHARE, "ip", "link", "add", "lan", "type", "bridge"], check=False,
