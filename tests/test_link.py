@@ -117,20 +117,38 @@ class Lossy:
         return None if reply is None else seal_payload(KEY, reply)
 
 
+@pytest.fixture
+def lossy(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], TrainingLink]:
+    def over(lost: set[int]) -> TrainingLink:
+        actor = Lossy(lost)
+        monkeypatch.setattr(links, "_PAUSE_S", 0.0)
+        for name in ("send", "fetch", "ask"):
+            monkeypatch.setattr(links, name, getattr(actor, name))
+        monkeypatch.setattr(
+            links, "when_done", lambda ref, work: ref.add_done_callback(lambda _: work())
+        )
+        return TrainingLink(actor, KEY, lambda error, seen: error)
+
+    return over
+
+
+def test_a_call_is_sent_on_while_those_before_it_arrive_one_by_one(
+    lossy: Callable[[set[int]], TrainingLink],
+) -> None:
+    """Twelve are lost; then of each try the call arrives, one before it, and not the next."""
+    link = lossy({*range(12), *range(14, 14 + 3 * 10, 3)})
+    refs = [link.send(Request(f"h-{n}", "optim_step", 1, "h", n)) for n in range(12)]
+    assert links.TRIES < 12
+    assert link.open(refs[-1], "h-11").unwrap() == "stepped"
+
+
 @pytest.mark.parametrize(
     "lost", [{0}, {1}, {0, 1}, {1, 2}, {0, 2, 3}], ids=lambda lost: "-".join(map(str, lost))
 )
 def test_a_save_arrives_though_it_and_a_step_that_nobody_waits_for_are_lost(
-    monkeypatch: pytest.MonkeyPatch, lost: set[int]
+    lossy: Callable[[set[int]], TrainingLink], lost: set[int]
 ) -> None:
-    actor = Lossy(lost)
-    monkeypatch.setattr(links, "_PAUSE_S", 0.0)
-    for name in ("send", "fetch", "ask"):
-        monkeypatch.setattr(links, name, getattr(actor, name))
-    monkeypatch.setattr(
-        links, "when_done", lambda ref, work: ref.add_done_callback(lambda _: work())
-    )
-    link, told = TrainingLink(actor, KEY, lambda error, seen: error), []
+    link, told = lossy(lost), []
     link.send(Request("h-0", "optim_step", 1, "h", 0))
     link.send(Request("h-1", "save_state", 1, "h", 1))
     ref = link.saved("h-1")

@@ -26,7 +26,7 @@ INJECTED = b"Inject RPC "
 
 KINDS = {
     "any": dict.fromkeys(
-        ("req_failure_prob", "resp_failure_prob", "in_flight_failure_prob"), 4 if SOAK else 12
+        ("req_failure_prob", "resp_failure_prob", "in_flight_failure_prob"), 4 if SOAK else 8
     ),  # in a short run as well some are lost for sure
     "requests": {"req_failure_prob": 10},
     "replies": {"resp_failure_prob": 10},

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import ray
 
 TRIES = 8
-"""Times that a call is sent before its actor counts as unreachable."""
+"""Times that a call is sent, without getting on, before its actor counts as unreachable."""
 
 _STORED_S = 30.0
 _SETTLE_S = 90.0
@@ -222,12 +222,16 @@ class TrainingLink:
 
     def _again(self, request: Request, limit: float | None) -> Reply:
         """Sends a call once more, and before it those of its handle that the actor misses."""
-        for attempt in range(TRIES):
+        attempt, reached = 0, -1
+        while attempt < TRIES:
+            attempt += 1
             try:
                 reply = self._call(request, limit)
                 due = _due(reply)
                 if due is None:
                     return self._when_saved(request, reply, limit)
+                if due > reached:  # some of those before it have arrived: it is within reach
+                    attempt, reached = 0, due
                 for earlier in self._between(request, due):
                     self._call(earlier, limit)
             except ClusterUnavailableError:
