@@ -105,10 +105,12 @@ class Search:
             for name in ("cmdline", "environ"):
                 yield f"{name} of {pid}", read(Path(f"/proc/{pid}/{name}"))
             for link in links(pid):
-                state = link.stat()
-                if "plasma" in str(link.readlink()) and (state.st_dev, state.st_ino) not in seen:
-                    seen.add((state.st_dev, state.st_ino))
-                    yield "object store", read_data(link)
+                with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                    state, name = link.stat(), str(link.readlink())
+                    if "plasma" in name and (state.st_dev, state.st_ino) not in seen:
+                        found = read_data(link)
+                        seen.add((state.st_dev, state.st_ino))
+                        yield "object store", found
         for url in self.metrics:
             with urllib.request.urlopen(url, timeout=30) as answer:
                 yield "metrics", answer.read()
