@@ -210,6 +210,20 @@ def lines(beginning: str) -> str:
     return found[0]
 
 
+def started(operator: Operator, up: str, status: str) -> str:
+    """What `status` says once both machines are in; as the guide has it, `ray up` again where one
+    did not start: Ray gives up after 30 s, which a busy computer may need."""
+    for _ in range(3):
+        assert "Usage stats collection is disabled." in operator.run(up, code=None)
+        operator.configure_head(lines("umask 077\n"))  # not before: cluster.yaml brings its own
+        deadline = time.monotonic() + 100
+        while time.monotonic() < deadline:
+            if re.search(f"^{OTHER} ", said := operator.run(status, code=None), re.M):  # a row
+                return said
+            time.sleep(2)
+    pytest.fail(said)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ray_up_starts_two_machines_under_tls_and_ray_down_ends_the_head(
@@ -217,13 +231,7 @@ def test_ray_up_starts_two_machines_under_tls_and_ray_down_ends_the_head(
 ) -> None:
     token, up, status, send, submit, down = lines("umask 077; ray get-auth-token").splitlines()
     operator.run(token)
-    # Ray itself gives up a start that takes more than 30 s: once more on a busy computer.
-    assert "Usage stats collection is disabled." in operator.run(f"{up} || {up}")
-    operator.configure_head(lines("umask 077\n"))  # not before: cluster.yaml brings its own
-    deadline = time.monotonic() + 400
-    while not re.search(f"^{OTHER} ", said := operator.run(status), re.M):  # of the table
-        assert time.monotonic() < deadline, said
-        time.sleep(2)
+    said = started(operator, up, status)
     assert f"cluster at {HEAD}:6379, under TLS" in said
 
     (operator.home / "train.py").write_text(JOB)
