@@ -224,7 +224,7 @@ def in_the_clear(service: ServiceClient) -> Iterator[str]:
     print(TEXT, file=sys.stderr)
     gauge = metrics.Gauge("control", TEXT)
     gauge.set(1)
-    process = subprocess.Popen(["sleep", "60"], env=os.environ | {"CONTROL": TEXT})
+    process = subprocess.Popen(["sleep", "600"], env=os.environ | {"CONTROL": TEXT})
     yield CONTROL
     process.kill()
     del controls

@@ -230,7 +230,7 @@ def missed(found: set[tuple[str, str]]) -> list[str]:
 
 def await_controls(search: Search) -> None:
     """Ray spills, and tells metrics, after some seconds."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while missed(search.everywhere()) and time.monotonic() < deadline:
         time.sleep(0.5)
 
