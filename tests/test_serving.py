@@ -83,7 +83,11 @@ def deploy(config: dict[str, Any]) -> None:
 
     schema = ServeDeploySchema.model_validate(config)
     options = schema.http_options.model_dump() | {"location": schema.proxy_location}
-    serve_start(http_options=options).deploy_apps(schema, _blocking=True)
+    client = serve_start(http_options=options)
+    client.deploy_apps(schema)  # its own wait ends after 60 s, which a busy machine may need
+    for application in schema.applications:
+        client._wait_for_application_running(application.name, timeout_s=240)
+    client.wait_for_proxies_serving()
 
 
 def test_a_config_file_is_never_written_over(tmp_path: Path, model: Path) -> None:
