@@ -53,7 +53,7 @@ _sealing = ray.method(concurrency_group="sealing")
 @ray.remote(  # type: ignore[call-overload]
     max_restarts=0,
     max_task_retries=0,
-    concurrency_groups={"control": 4, "weights": 4, "sealing": 4, "saved": 16},
+    concurrency_groups={"control": 4, "answers": 4, "weights": 4, "sealing": 4, "saved": 16},
 )
 class TrainingActor:
     """See the module. `load` comes first; everything else is refused until it has returned."""
@@ -94,7 +94,7 @@ class TrainingActor:
         self._used = time.monotonic()
         if self._worker is not None and self._worker.broken:
             ray.actor.exit_actor()  # type: ignore[no-untyped-call]
-        return seal_payload(self._key, self._with_head(reply))
+        return self._answered(lambda: self._with_head(reply))
 
     # --- control, beside training ------------------------------------------------------------
 
@@ -129,14 +129,13 @@ class TrainingActor:
     def snapshot(self, name: str) -> bytes:
         """Weights that the operation `snapshot` kept, for a sampler: into the object store."""
         self._used = time.monotonic()
-        taken = reply_of(lambda: self._ready_worker().taken(name))
-        return seal_payload(self._key, taken)
+        return self._answered(lambda: reply_of(lambda: self._ready_worker().taken(name)))
 
     @_weights
     def latest(self) -> bytes:
         """A `SnapshotRef` of the weights after the last completed step."""
         self._used = time.monotonic()
-        return seal_payload(self._key, reply_of(lambda: self._ready_worker().latest()))
+        return self._answered(lambda: reply_of(lambda: self._ready_worker().latest()))
 
     @_sealing
     def sealed_file(self, artifact_id: str, name: str) -> Iterator[bytes]:
@@ -158,7 +157,7 @@ class TrainingActor:
     def saved(self, request_id: str) -> bytes:
         """Waits until a call of `save_state` is durable; the reply is a `SaveStateResult`."""
         begun = self._calls.wait(request_id)
-        return seal_payload(self._key, reply_of(lambda: self._saved(begun)))
+        return self._answered(lambda: reply_of(lambda: self._saved(begun)))
 
     @_weights
     def settle(self) -> None:
@@ -173,7 +172,7 @@ class TrainingActor:
     def cancel(self, request_id: str) -> bool:
         return self._calls.cancel(request_id)
 
-    @_control
+    @ray.method(concurrency_group="answers")
     def stored(self, request_id: str) -> bytes | None:
         """The reply to a call whose answer was lost on the way, if it is still remembered."""
         reply = self._calls.stored(request_id)
@@ -182,13 +181,15 @@ class TrainingActor:
             reply = reply_of(lambda: self._saved(begun, wait=False))
             if reply == Reply():  # it goes on
                 return None
-        return None if reply is None else seal_payload(self._key, reply)
+        return None if reply is None else self._answered(lambda: reply)
 
     # --- inside ------------------------------------------------------------------------------
 
     def _run(self, request: Request, check_cancelled: Callable[[], None]) -> Any:
         worker = self._ready_worker()
-        self._refuse_replaced(worker)
+        if worker.parked:
+            raise ActorLostError("the run is parked: repeat the call", details={"reason": PARKED})
+        self._refuse_replaced()
         if request.operation == "park" and not self._notes.settle(SETTLE_S):
             raise StorageError(
                 "the registry could not be told of the last steps, so the run is not parked: the"
@@ -199,13 +200,18 @@ class TrainingActor:
         finally:
             if request.operation in ("optim_step", "load_state"):
                 self._record()  # before it asks: a step that is known already gets no row
-            if not worker.parked:
-                self._refuse_replaced(worker)  # it may have been frozen meanwhile: no error either
 
-    def _refuse_replaced(self, worker: Worker) -> None:
-        """An actor that was frozen while another took its run over answers nothing."""
-        if worker.parked:
-            raise ActorLostError("the run is parked: repeat the call", details={"reason": PARKED})
+    def _answered(self, made: Callable[[], Reply]) -> bytes:
+        """A sealed reply; once another actor has the run, none of this one: it may have been frozen
+        while it was made, or ever since."""
+        reply = made()
+        refusal = reply_of(self._refuse_replaced)
+        return seal_payload(self._key, reply if refusal.error is None else refusal)
+
+    def _refuse_replaced(self) -> None:
+        worker = self._worker
+        if worker is None or worker.parked:  # what it saved and gave up by itself stays true
+            return
         self._notes.ask(worker.session.step, worker.status)
         if self._notes.replaced:
             raise ActorLostError(f"this actor (epoch {self._epoch}) was replaced by a newer one")

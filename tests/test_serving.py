@@ -85,8 +85,8 @@ def deploy(config: dict[str, Any]) -> None:
     options = schema.http_options.model_dump() | {"location": schema.proxy_location}
     client = serve_start(http_options=options)
     client.deploy_apps(schema)  # its own wait ends after 60 s, which a busy machine may need
-    for application in schema.applications:
-        client._wait_for_application_running(application.name, timeout_s=240)
+    for described in schema.applications:
+        client._wait_for_application_running(described.name, timeout_s=240)
     client.wait_for_proxies_serving()
 
 

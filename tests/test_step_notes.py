@@ -6,6 +6,7 @@ import json
 import sqlite3
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from privacy_helpers import registry as open_registry
 
 from actors import step_notes
+from actors.calls import Calls
 from actors.home import DATABASE
 from actors.registry import Registry
 from actors.step_notes import StepNotes
@@ -28,7 +30,8 @@ from tg_tinker import (
     StorageError,
 )
 from tg_tinker.config import TrainingConfig
-from tg_tinker.wire import Request
+from tg_tinker.envelope import new_key, open_payload, seal_payload
+from tg_tinker.wire import Request, Saving
 
 US = "us"
 CALLS = [("batch", "gradient")]
@@ -261,27 +264,81 @@ def test_a_registry_that_hangs_holds_up_no_step_and_one_try_waits_for_it(door: D
     assert door.steps() == [1, 2, 3, 4, 5]
 
 
+@pytest.fixture
+def actor(door: Door) -> Any:
+    """Without Ray and a model; it was frozen for as long as `freeze` says."""
+    actor_type = vars(TrainingActor)["__ray_metadata__"].modified_class
+    actor = actor_type.__new__(actor_type)
+    actor._key, actor._epoch, actor._used = new_key(), door.epoch, 0.0
+    actor._notes, actor._calls = StepNotes(door), Calls(door.epoch)
+    actor._worker = SimpleNamespace(
+        run=lambda request, check: Saving("a") if request.operation == "save_state" else "done",
+        saved=lambda saving, wait: "durable", taken=lambda name: "weights",
+        latest=lambda: "weights", session=SimpleNamespace(step=1), take_step=list,
+        parked=False, broken=False, heads=None, status="active",
+    )  # fmt: skip
+    return actor
+
+
+def taken_over(actor: Any, door: Door) -> None:
+    door.registry.claim(door.run)  # by another, while it was frozen
+    actor._notes._asked -= step_notes.ASK_AFTER_S + 1
+
+
+def answer(actor: Any, sealed: bytes) -> Any:
+    return open_payload(actor._key, sealed).unwrap()
+
+
+def call(actor: Any, operation: str) -> Any:
+    request = Request("h-0", operation, 1, "h", 0)
+    return answer(actor, actor.call(seal_payload(actor._key, request)))
+
+
 @pytest.mark.parametrize("operation", ["forward_backward", "optim_step"])
 @pytest.mark.parametrize("fails", [False, True])
 def test_an_actor_that_is_frozen_in_a_call_and_replaced_answers_neither_result_nor_error(
-    door: Door, operation: str, fails: bool
+    door: Door, actor: Any, operation: str, fails: bool
 ) -> None:
-    actor_type = vars(TrainingActor)["__ray_metadata__"].modified_class
-    actor = actor_type.__new__(actor_type)
-    actor._epoch, actor._notes = door.epoch, (notes := StepNotes(door))
-
     def run(request: Request, check: Any) -> str:
-        door.registry.claim(door.run)  # by another, meanwhile
-        notes._asked -= step_notes.ASK_AFTER_S + 1
+        taken_over(actor, door)
         if fails:
             raise InvalidRequestError("no")
         return "done"
 
-    actor._worker = SimpleNamespace(
-        run=run, parked=False, status="active", session=SimpleNamespace(step=1), take_step=list
-    )
+    actor._worker.run = run
     with pytest.raises(ActorLostError, match="replaced"):
-        actor._run(Request("h-0", operation, 1, "h", 0), lambda: None)
+        call(actor, operation)
+
+
+ANSWERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "a repeat": ("optim_step", lambda actor: call(actor, "optim_step")),
+    "a lost answer": ("optim_step", lambda actor: answer(actor, actor.stored("h-0"))),
+    "the end of a save": ("save_state", lambda actor: answer(actor, actor.saved("h-0"))),
+    "its weights": ("optim_step", lambda actor: answer(actor, actor.latest())),
+    "a snapshot": ("optim_step", lambda actor: answer(actor, actor.snapshot("weights"))),
+}
+
+
+@pytest.mark.parametrize("asked", ANSWERS)
+def test_an_actor_that_was_replaced_hands_out_nothing_that_it_answered_before(
+    door: Door, actor: Any, asked: str
+) -> None:
+    operation, ask = ANSWERS[asked]
+    call(actor, operation)
+    assert ask(actor) in ("done", "durable", "weights")
+    taken_over(actor, door)
+    with pytest.raises(ActorLostError, match="replaced"):
+        ask(actor)
+
+
+def test_an_actor_that_has_parked_tells_of_it_whoever_has_the_run_now(
+    door: Door, actor: Any
+) -> None:
+    """What it gave up it had saved: nothing that it answered is lost."""
+    call(actor, "park")
+    actor._worker.parked = True
+    taken_over(actor, door)
+    assert answer(actor, actor.stored("h-0")) == call(actor, "park") == "done"
 
 
 @pytest.mark.slow
