@@ -9,7 +9,11 @@ from typing import Any
 
 from actors.process import reply_of
 from tg_tinker.errors import ActorLostError, FutureCancelledError, ServiceError
-from tg_tinker.wire import OUT_OF_TURN, Reply, Request
+from tg_tinker.wire import NOT_YET, OUT_OF_TURN, Reply, Request
+
+PATIENCE_S = 600.0
+"""How long a call is waited for. Its client may have ended before it sent it again, or it was
+refused; and a thread waits."""
 
 Check = Callable[[], None]
 Run = Callable[[Request, Check], Any]
@@ -85,11 +89,12 @@ class Calls:
         if request_id in self._cancelled:
             raise FutureCancelledError("the call was cancelled before it changed anything")
 
-    def wait(self, request_id: str) -> Reply:
-        """The reply to a request that has arrived or will."""
+    def wait(self, request_id: str, timeout_s: float = PATIENCE_S) -> Reply:
+        """The reply to a request that has arrived or will; an error once it has not for so long."""
         with self._replied:
-            self._replied.wait_for(lambda: request_id in self._replies)
-            return self._replies[request_id]
+            if self._replied.wait_for(lambda: request_id in self._replies, timeout_s):
+                return self._replies[request_id]
+        return reply_of(lambda: _not_yet(request_id))
 
     def stored(self, request_id: str) -> Reply | None:
         return self._replies.get(request_id)
@@ -105,3 +110,7 @@ class Calls:
             _, forgotten = self._kept.popitem(last=False)
             for request_id in forgotten:
                 del self._replies[request_id]
+
+
+def _not_yet(request_id: str) -> None:
+    raise ServiceError(f"call {request_id} has not come yet: ask again", code=NOT_YET)

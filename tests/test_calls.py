@@ -20,7 +20,7 @@ from tg_tinker.errors import (
     ServiceError,
 )
 from tg_tinker.future import FutureHandle
-from tg_tinker.wire import Reply, Request
+from tg_tinker.wire import NOT_YET, Reply, Request
 
 EPOCH = 3
 SECRET = "the patient in bed 7"
@@ -264,7 +264,7 @@ class Flaky:
             raise self._errors.pop(0)
         return Reply("step 8")
 
-    def done(self, ref: Any) -> bool:
+    def done(self, ref: Any, request_id: str) -> bool:
         return True
 
 
@@ -389,3 +389,13 @@ def test_an_actor_process_leaves_no_core_dump() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == "(0, 0)"
+
+
+def test_whoever_waits_for_a_call_that_never_comes_learns_it_and_asks_again() -> None:
+    """Its client was killed, or it was refused: a thread of the actor must not wait for ever."""
+    calls, work = Calls(EPOCH), Work()
+    assert raised(calls.wait("h-0", 0.01)).code == NOT_YET  # type: ignore[attr-defined]
+    calls.run(request(1), work)  # refused: out of turn
+    assert raised(calls.wait("h-1", 0.01)).code == NOT_YET  # type: ignore[attr-defined]
+    calls.run(request(0), work)
+    assert calls.wait("h-0", 0.01).unwrap() == "result 1"

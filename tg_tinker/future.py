@@ -83,7 +83,7 @@ class FutureHandle(Generic[Result]):
 
     def done(self) -> bool:
         """Whether the call has answered: a result, an error, or a cancellation."""
-        return self._reply is not None or self._link.done(self.object_ref)
+        return self._reply is not None or self._link.done(self.object_ref, self.future_id)
 
     def status(self) -> str:
         """`pending`, `done`, `failed` or `cancelled`.
@@ -113,7 +113,7 @@ class FutureHandle(Generic[Result]):
 
         It may call the client. An exception in it is logged by type and goes no further.
         """
-        self._link.when_done(self.object_ref, lambda: function(self))
+        self._link.when_done(self.object_ref, self.future_id, lambda: function(self))
 
     def __await__(self) -> Generator[Any, None, Result]:
         loop = asyncio.get_running_loop()

@@ -1,9 +1,7 @@
 """One training actor in one epoch, as a client reaches it: sealed calls out, replies back.
 
-A call or its answer may be lost on the way while the actor lives. Then the call is sent again
-under its old number: the actor answers what it has run from memory, and refuses what is not yet
-its turn, so each call is run once and in order. When the actor itself is gone, every call that has
-no answer ends with one and the same error.
+A call or its answer may be lost on the way while the actor lives; `lost_calls` gets it through.
+When the actor itself is gone, every call that has no answer ends with one and the same error.
 """
 
 from __future__ import annotations
@@ -11,10 +9,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from tg_tinker.envelope import open_payload, seal_payload
+from tg_tinker.envelope import seal_payload
 from tg_tinker.errors import (
     ActorLostError,
     ClusterUnavailableError,
@@ -23,20 +22,16 @@ from tg_tinker.errors import (
     from_wire,
 )
 from tg_tinker.ledger_files import KeptHead
+from tg_tinker.lost_calls import LostCalls, answers, open_reply
 from tg_tinker.named_actors import ActorInfo
-from tg_tinker.ray_calls import aside, ask, fetch, kill, send, split, when_done
+from tg_tinker.ray_calls import ask, dispatch, fetch, kill, send, split, when_done
 from tg_tinker.types import PARKED, LoadStateResult, OptimStepResult
-from tg_tinker.wire import OUT_OF_TURN, Reply, Request, Saving
+from tg_tinker.wire import Reply, Request
 
 if TYPE_CHECKING:
     import ray
 
-TRIES = 8
-"""Times that a call is sent, without getting on, before its actor counts as unreachable."""
-
-_STORED_S = 30.0
 _SETTLE_S = 90.0
-_PAUSE_S = 0.2
 
 Explain = Callable[[ActorLostError, int], ActorLostError]
 """(what is known of the loss, the last step seen) -> the error that says from where to repeat."""
@@ -63,8 +58,8 @@ class TrainingLink:
         self._kept = kept
         self._seen = 0  # the last step that an answer told of
         self._sent: dict[str, tuple[Any, Request]] = {}  # by request id, until answered
+        self._lost_calls = LostCalls(actor, key, self._sent)
         self._void: set[Any] = set()
-        self._repeating = threading.Lock()
         self._losing = threading.Lock()
 
     @property
@@ -75,16 +70,15 @@ class TrainingLink:
     # --- calls -------------------------------------------------------------------------------
 
     def send(self, request: Request) -> ray.ObjectRef[bytes]:
+        """A ref to the answer; of a save it comes when it is durable."""
+        name = request.request_id
         ref: ray.ObjectRef[bytes] = send(self.actor.call, seal_payload(self._key, request))
-        self._sent[request.request_id] = ref, request
-        return ref
-
-    def saved(self, request_id: str) -> ray.ObjectRef[bytes]:
-        """Of a `save_state` that was sent: answers when it is durable."""
-        ref: ray.ObjectRef[bytes] = send(self.actor.saved, request_id)
-        begun, request = self._sent[request_id]
-        # If the call itself was lost, or one before it, nobody else would send them again.
-        when_done(begun, lambda: aside(lambda: self._answered(begun, request, None)))
+        self._sent[name] = ref, request
+        if request.operation == "save_state":
+            begun, ref = ref, send(self.actor.saved, name)
+            self._sent[name] = ref, request
+            # If the call itself was lost, or one before it, nobody else would send them again.
+            when_done(begun, lambda: self._look(begun, name))
         return ref
 
     def open(self, ref: Any, request_id: str, timeout: float | None = None) -> Reply:
@@ -106,18 +100,38 @@ class TrainingLink:
         self._note(reply)
         return reply
 
+    def done(self, ref: Any, request_id: str) -> bool:
+        """Whether a call has its answer, or will have none. One that was lost on the way is sent
+        again meanwhile."""
+        if not split([ref])[0]:
+            return False
+        recalled = self._look(ref, request_id)
+        return recalled is None or recalled.done()
+
+    def when_done(self, ref: Any, request_id: str, work: Callable[[], object]) -> None:
+        """Runs `work` on the dispatcher thread once `done`."""
+
+        def look() -> None:
+            recalled = self._look(ref, request_id)
+            if recalled is None:
+                work()
+            else:
+                recalled.add_done_callback(lambda _: dispatch(work))
+
+        when_done(ref, look)
+
     @property
     def unanswered(self) -> int:
         """How many calls nobody has taken an answer of; at least those that `waiting` counts."""
         return len(self._sent)
 
     def waiting(self) -> int:
-        """How many calls have no answer yet. Forgets those that have one."""
-        refs = dict([*self._sent.values()])
-        done, pending = split([*refs])
-        for ref in done:
-            self._answered(ref, refs[ref], 0)
-        return len(pending)
+        """How many calls have no answer yet. Forgets those that have one, and sends those again
+        that were lost."""
+        names = {ref: name for name, (ref, _) in [*self._sent.items()]}
+        done, pending = split([*names])
+        recalled = [self._look(ref, names[ref]) for ref in done]
+        return len(pending) + sum(again is not None and not again.done() for again in recalled)
 
     @property
     def parked(self) -> bool:
@@ -157,20 +171,20 @@ class TrainingLink:
         ref, heard = send(self.actor.load), 0
         loaded = False
         while not loaded:
-            loaded = self.done(ref, wait_s=0.3)
+            loaded = bool(split([ref], 0.3)[0])
             remarks = ask(self.actor.progress, heard)
             for remark in remarks:
                 progress(remark)
             heard += len(remarks)
-        return self._opened(fetch(ref)).unwrap()
+        return open_reply(self._key, fetch(ref)).unwrap()
 
     def description(self) -> Any:
         """The `ModelInfo`, or None while the model loads."""
         sealed = ask(self.actor.description)
-        return None if sealed is None else self._opened(sealed).unwrap()
+        return None if sealed is None else open_reply(self._key, sealed).unwrap()
 
     def tokenizer_files(self) -> dict[str, bytes]:
-        files: dict[str, bytes] = self._opened(ask(self.actor.tokenizer)).unwrap()
+        files: dict[str, bytes] = open_reply(self._key, ask(self.actor.tokenizer)).unwrap()
         return files
 
     def info(self) -> ActorInfo:
@@ -188,9 +202,6 @@ class TrainingLink:
     def cancel(self, request_id: str) -> bool:
         return bool(ask(self.actor.cancel, request_id))
 
-    def done(self, ref: Any, wait_s: float = 0) -> bool:
-        return bool(split([ref], wait_s)[0])
-
     def pending(self, refs: list[Any]) -> list[Any]:
         """Those refs whose calls have not answered yet."""
         return split(refs)[1]
@@ -199,92 +210,46 @@ class TrainingLink:
         """Until all calls have answered, however."""
         split(refs, None)
 
-    def when_done(self, ref: Any, work: Callable[[], object]) -> None:
-        """Runs `work` on the dispatcher thread once the call has answered."""
-        when_done(ref, work)
-
     # --- inside ------------------------------------------------------------------------------
 
     def _reply(self, ref: Any, request_id: str, timeout: float | None) -> Reply:
-        """What was answered; a call whose answer does not come is asked for and sent again."""
         limit = None if timeout is None else time.monotonic() + timeout
+        if request_id not in self._lost_calls:
+            with suppress(ClusterUnavailableError):
+                reply = open_reply(self._key, fetch(ref, timeout))
+                if answers(reply):
+                    return reply
+        left = None if limit is None else max(0.0, limit - time.monotonic())
         try:
-            reply = self._opened(fetch(ref, timeout))
-            if _due(reply) is None:
-                return reply
+            return self._lost_calls.recall(request_id).result(left)
+        except TimeoutError:
+            raise FutureTimeoutError(
+                "no answer within the timeout: it was lost on the way and is asked for again; ask"
+                " again, too, or cancel the call"
+            ) from None
+        finally:
+            self._lost_calls.forget(request_id)
+
+    def _look(self, ref: Any, request_id: str) -> Future[Reply] | None:
+        """Of a ref that is there: None where it tells what became of the call, else the second way
+        to learn it. Who has told is forgotten."""
+        if request_id in self._lost_calls:
+            return self._lost_calls.recall(request_id)
+        try:
+            reply = open_reply(self._key, fetch(ref, 0))
+        except ActorLostError:
+            return None  # told when somebody takes it
         except ClusterUnavailableError:
-            if (stored := self._stored(request_id)) is not None:
-                return stored
-        if request_id not in self._sent:
-            raise ClusterUnavailableError("the answer to this call was lost on the way")
-        with self._repeating:
-            return self._again(self._sent[request_id][1], limit)
-
-    def _again(self, request: Request, limit: float | None) -> Reply:
-        """Sends a call once more, and before it those of its handle that the actor misses."""
-        attempt, reached = 0, -1
-        while attempt < TRIES:
-            attempt += 1
-            try:
-                reply = self._call(request, limit)
-                due = _due(reply)
-                if due is None:
-                    return self._when_saved(request, reply, limit)
-                if due > reached:  # some of those before it have arrived: it is within reach
-                    attempt, reached = 0, due
-                for earlier in self._between(request, due):
-                    self._call(earlier, limit)
-            except ClusterUnavailableError:
-                time.sleep(_PAUSE_S * attempt)
-        raise ClusterUnavailableError(
-            f"{TRIES} times a call or its answer was lost on the way to the actor: ask again"
-        )
-
-    def _between(self, request: Request, due: int) -> list[Request]:
-        known = [sent for _, sent in [*self._sent.values()] if sent.handle == request.handle]
-        return [sent for sent in known if due <= sent.sequence < request.sequence]
-
-    def _call(self, request: Request, limit: float | None) -> Reply:
-        sealed = seal_payload(self._key, request)
-        return self._opened(ask(self.actor.call, sealed, timeout=_left(limit)))
-
-    def _when_saved(self, request: Request, reply: Reply, limit: float | None) -> Reply:
-        """Of a save its end is asked for, not its beginning."""
-        if not isinstance(reply.value, Saving):
-            return reply
-        return self._opened(ask(self.actor.saved, request.request_id, timeout=_left(limit)))
-
-    def _stored(self, request_id: str) -> Reply | None:
-        with suppress(ClusterUnavailableError, FutureTimeoutError):
-            sealed = ask(self.actor.stored, request_id, timeout=_STORED_S)
-            return None if sealed is None else self._opened(sealed)
+            return self._lost_calls.recall(request_id)
+        if not answers(reply):
+            return self._lost_calls.recall(request_id)
+        self._note(reply)
+        if ref is self._sent.get(request_id, (None,))[0]:  # not the beginning of a save
+            self._sent.pop(request_id, None)
         return None
-
-    def _answered(self, ref: Any, request: Request, timeout: float | None) -> None:
-        """Forgets a call that has its answer; one that was lost is sent again: once, or until it
-        has one, by the time there is."""
-        with suppress(TGTinkerError):
-            self._note(self._reply(ref, request.request_id, timeout))
-            if request.operation != "save_state":  # its end may have to be asked for again
-                self._sent.pop(request.request_id, None)
 
     def _note(self, reply: Reply) -> None:
         if isinstance(reply.value, OptimStepResult | LoadStateResult):
             self._seen = reply.value.step
         if reply.ledger_head and self._kept:
             self._kept.saw(reply.ledger_head)
-
-    def _opened(self, sealed: bytes) -> Reply:
-        reply: Reply = open_payload(self._key, sealed)
-        return reply
-
-
-def _left(limit: float | None) -> float | None:
-    return None if limit is None else max(0.0, limit - time.monotonic())
-
-
-def _due(reply: Reply) -> int | None:
-    """The number of the call that the actor has to get first; None where it has run this one."""
-    if reply.error is None or reply.error[2].get("code") != OUT_OF_TURN:
-        return None
-    return int(reply.error[2]["due"])

@@ -74,12 +74,12 @@ def split(refs: list[Any], wait_s: float | None = 0) -> tuple[list[Any], list[An
 def when_done(ref: Any, work: Callable[[], object]) -> None:
     """Runs `work` on the dispatcher thread once a ref has answered."""
     with translated():
-        ref.future().add_done_callback(lambda _: _dispatcher().put(work))
+        ref.future().add_done_callback(lambda _: dispatch(work))
 
 
-def aside(work: Callable[[], object]) -> None:
-    """Runs `work` on a thread of its own, for what may wait: the dispatcher's must not."""
-    threading.Thread(target=work, daemon=True).start()
+def dispatch(work: Callable[[], object]) -> None:
+    """Runs `work` on the dispatcher thread."""
+    _dispatcher().put(work)
 
 
 def ask_again(method: Any, *arguments: Any, timeout: float | None = None) -> Any:

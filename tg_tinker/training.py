@@ -271,10 +271,11 @@ class TrainingClient:
                 f"metadata must be what JSON can hold ({type(error).__name__}): strings, numbers,"
                 " lists, dicts with string keys"
             ) from None
-        begun = self._submit("save_state", include_optimizer=include_optimizer, metadata=copy)
-        ref = self._link.saved(begun.future_id)
-        self._saves = [*self._link.pending(self._saves), ref]
-        return FutureHandle(self._link, ref, begun.future_id, self._id, "save_state")
+        save: FutureHandle[SaveStateResult] = self._submit(
+            "save_state", include_optimizer=include_optimizer, metadata=copy
+        )
+        self._saves = [*self._link.pending(self._saves), save.object_ref]
+        return save
 
     def load_state(self, artifact_id: str) -> LoadStateResult:
         """Restores an artifact; pending gradients are dropped.

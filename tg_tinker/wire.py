@@ -17,6 +17,9 @@ OUT_OF_TURN = "out_of_turn"
 """The code of the `ServiceError` that refuses a call before its turn; `details["due"]` is the
 number of the call that is missing. It is not remembered: the same call is taken in its turn."""
 
+NOT_YET = "not_yet"
+"""The code of the `ServiceError` by which `saved` says that its call has not come for long."""
+
 TRAINING_OPERATIONS = (
     "forward_backward", "optim_step", "snapshot", "save_state", "load_state", "load_adapter",
     "register_units", "draw_units", "park",
