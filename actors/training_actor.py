@@ -160,13 +160,14 @@ class TrainingActor:
         return self._answered(lambda: reply_of(lambda: self._saved(begun)))
 
     @_weights
-    def settle(self) -> None:
+    def settle(self) -> bool:
         """Returns once the registry has heard of the last completed step, and the store has the
-        ledger's head."""
-        self._notes.settle(SETTLE_S)
+        ledger's head; false where the registry has not."""
+        told = self._notes.settle(SETTLE_S)
         if self._worker is not None and self._worker.heads is not None:
             with suppress(TGTinkerError, TimeoutError):  # the run ends well without
                 self._worker.heads.keep(SETTLE_S)
+        return told
 
     @_control
     def cancel(self, request_id: str) -> bool:

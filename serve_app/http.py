@@ -185,7 +185,7 @@ class HttpReplica(Replica):
         self._access.enter(caller, params.max_tokens * count)
         try:
             source = await self._source(caller, model)
-            return await self.begin(source, prompts, params, caller.key_id)
+            return await self.begin(source, prompts, params, caller.key_id, caller.tenant)
         except BaseException:
             self._access.leave(caller)
             raise

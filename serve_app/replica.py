@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from actors.home import MODELS
 from actors.model import use_threads
 from actors.process import reply_of, settle_heap
 from serve_app.engines import Engines, EngineThread, loader
+from serve_app.fetches import Fetches
 from serve_app.metrics import Watch, count_refusal, meters
 from serve_app.sources import Source, Sources
 from tg_tinker.envelope import open_payload, seal_payload
@@ -79,10 +80,8 @@ class Replica:
         self.tokenizer = load_tokenizer(self.engines.base.tokenizer_files())
         settle_heap()
         self.sources = Sources(self.registry.typed, self._key, namespace, store, model_ref)
-        # Pools of their own: what one waits for, the other may have to do.
-        self._text = ThreadPoolExecutor(2, thread_name_prefix="text")
-        self._fetches = ThreadPoolExecutor(4, thread_name_prefix="fetch")
-        self._coming: dict[str | None, asyncio.Future[Future[None]]] = {}
+        self._text = ThreadPoolExecutor(2, thread_name_prefix="text")  # waits for nothing else
+        self._fetches = Fetches(self.engines)
         self._newest: dict[str, int] = {}  # step of each run that was sampled from
         self._reporting = asyncio.ensure_future(self._report())
         self._forgetting = asyncio.ensure_future(self._forget())
@@ -143,12 +142,14 @@ class Replica:
         )
 
     async def begin(
-        self, source: Source, prompts: Sequence[str | list[int]], params: SamplingParams, owner: str
-    ) -> Running:
+        self, source: Source, prompts: Sequence[str | list[int]], params: SamplingParams,
+        owner: str, tenant: str = "",
+    ) -> Running:  # fmt: skip
         """Queues a call where its weights are, which are fetched first where they are not.
 
         Args:
             owner: whose turns it shares in the engine.
+            tenant: whose threads fetch the weights; over the SDK all share some.
 
         Raises:
             InvalidRequestError: it can never run.
@@ -165,7 +166,7 @@ class Replica:
             notify=lambda: loop.call_soon_threadsafe(arrived.set),
         )
         for _ in range(_ATTEMPTS):
-            adding = await self._fetched(source)
+            adding = await self._fetches.ahead(source, tenant)
             try:
                 engine = self.engines.of(source.name, source.shared)
                 await asyncio.wrap_future(engine.do(lambda e: e.submit_all(call.requests)))
@@ -238,22 +239,6 @@ class Replica:
             )
 
     # --- inside ------------------------------------------------------------------------------
-
-    async def _fetched(self, source: Source) -> Future[None] | None:
-        """Weights on their way into their engine, ahead of whatever is sent to it from now on;
-        None where they are there. They are fetched once, however many ask for them."""
-        if self.engines.has(source.name, source.shared):
-            return None
-        coming = self._coming.get(source.name)
-        if coming is None:
-            loop = asyncio.get_running_loop()
-            coming = loop.run_in_executor(self._fetches, self._add, source)
-            coming.add_done_callback(lambda _: self._coming.pop(source.name))
-            self._coming[source.name] = coming
-        return await asyncio.shield(coming)  # whoever leaves does not take it from the others
-
-    def _add(self, source: Source) -> Future[None]:
-        return self.engines.add(source.fetch())
 
     def _lag(self, version: str) -> int | None:
         """Steps behind the newest weights of its run that were asked for here."""

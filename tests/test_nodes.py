@@ -24,7 +24,7 @@ from test_recovery import config, fingerprints, lost, train
 
 from actors import doctor_cluster, doctor_nodes
 from actors.findings import OK, PROBLEM, WARNING
-from tg_tinker import ResourceConfig, ServiceClient, TrainingClient, TrainingConfig
+from tg_tinker import PlacementError, ResourceConfig, ServiceClient, TrainingClient, TrainingConfig
 from tg_tinker.service import init_home
 
 pytestmark = pytest.mark.slow
@@ -57,8 +57,11 @@ class Nodes:
         for _ in range(2):
             self.add()
 
-    def add(self) -> None:
-        self._cluster.add_node(num_cpus=1)
+    def add(self, num_cpus: int = 1, **resources: float) -> Any:
+        return self._cluster.add_node(num_cpus=num_cpus, resources=resources)
+
+    def remove(self, node: Any) -> None:
+        self._cluster.remove_node(node)
 
     def lose(self, node_id: str) -> None:
         """kill -9 of a raylet, as the machine's end would; another node takes its place."""
@@ -159,6 +162,27 @@ def test_a_run_whose_node_is_lost_goes_on_on_another(
         saved = tc.save_state()  # the storage actor may have been there, too
         assert found + fingerprints(train(tc, 4)) == clean[:8]
         assert service.get_artifact(saved.artifact_id).step == 3
+
+
+def test_a_run_whose_node_is_gone_waits_for_it_and_a_new_client_is_refused_at_once(
+    nodes: Nodes, service: ServiceClient, tiny_model: Path, clean: list[Any]
+) -> None:
+    pinned = ResourceConfig(num_cpus=0, num_threads=1, custom_resources={"team": 1})
+    node = nodes.add(num_cpus=0, team=1)
+    with service.create_training_client(config(tiny_model, resources=pinned)) as tc:
+        found = fingerprints(train(tc, 1))
+        tc.save_state()
+        nodes.remove(node)
+        assert lost(tc).details["resume_step"] == 1
+        with pytest.raises(PlacementError, match="wants 1 teams"):
+            service.create_training_client(config(tiny_model, resources=pinned))
+        with ThreadPoolExecutor(1) as pool:
+            later = pool.submit(train, tc, 2)
+            time.sleep(3)
+            assert not later.done()
+            node = nodes.add(num_cpus=0, team=1)
+            assert found + fingerprints(later.result(100)) == clean[:4]
+    nodes.remove(node)
 
 
 def test_a_run_outlives_the_kill_of_its_program(

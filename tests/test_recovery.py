@@ -16,6 +16,7 @@ from privacy_helpers import ROWS
 
 from tg_tinker import (
     ActorLostError,
+    ClusterUnavailableError,
     DPConfig,
     InvalidRequestError,
     LoRAConfig,
@@ -158,6 +159,9 @@ def test_steps_that_are_lost_are_told_although_the_new_actor_does_not_start(
     def no_room(**arguments: Any) -> Any:
         raise PlacementError("no room")
 
+    def no_registry(before: Any) -> None:
+        raise ClusterUnavailableError("gone")
+
     tc = service.create_training_client(config(tiny_model), recover="manual")
     train(tc, 1, 2)
     tc._link.settle()
@@ -169,6 +173,9 @@ def test_steps_that_are_lost_are_told_although_the_new_actor_does_not_start(
             pytest.warns(UserWarning, match="lost after the last artifact: 2; .* from step 0"),
             pytest.raises(PlacementError),
         ):
+            service.get_training_client(tc.id)
+        patched.setattr(service, "_warn_of_loss", no_registry)
+        with pytest.raises(PlacementError):  # still: not what could not be told beside it
             service.get_training_client(tc.id)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -310,7 +310,7 @@ print("imported")
         ({"custom_resources": {"team-b": 1}}, "wants 1 team-bs, no node .* more than 0"),
         ({"num_gpus": 1, "custom_resources": {"team-a": 1}}, "no node has all of .*GPU.*team-a"),
         ({"num_gpus": 1, "node_labels": {"zone": "north"}}, "no node with .*north.* more than 0"),
-        ({"node_labels": {"zone": "south"}}, "no node has the labels .*south"),
+        ({"node_labels": {"zone": "south"}}, "no living node has the labels .*south"),
     ],
 )
 def test_a_pin_that_no_node_fits_is_refused_at_once(

@@ -6,10 +6,12 @@ domain of trust, it stops mistakes.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 import signal
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -27,8 +30,9 @@ from test_serving import scraped
 
 from actors.home import create
 from actors.registry import Registry
+from serve_app.fetches import AT_ONCE, Fetches
 from serve_app.http import LOOKUPS, MOST_WAITING, api
-from serve_app.sources import Sources
+from serve_app.sources import Source, Sources
 from tg_tinker import (
     DPConfig,
     LoRAConfig,
@@ -263,6 +267,28 @@ def test_a_frozen_run_of_one_tenant_holds_nobody_else_up(both: Both) -> None:
             os.kill(frozen, signal.SIGCONT)
         assert found.status == 200
         assert {one.result().status for one in mine} == {200}
+
+
+def test_weights_that_do_not_come_for_one_tenant_hold_nobody_else_up() -> None:
+    """A frozen run hands out its weights to nobody, and its tenant may ask for many."""
+    frozen, added = threading.Event(), []
+    here: Any = SimpleNamespace(has=lambda name, shared: False, add=added.append)
+
+    def weights(name: str) -> Source:
+        get: Any = lambda: (name == "theirs" or frozen.wait(30)) and name  # noqa: E731
+        return Source(name, name, True, get)
+
+    async def fetch() -> None:
+        fetches = Fetches(here)
+        names = [f"own-{number}" for number in range(AT_ONCE + 1)]
+        mine = [asyncio.ensure_future(fetches.ahead(weights(name), "us")) for name in names]
+        await asyncio.wait_for(fetches.ahead(weights("theirs"), "them"), 20)
+        assert added == ["theirs"]
+        frozen.set()
+        await asyncio.gather(*mine)
+        assert sorted(added) == [*names, "theirs"]
+
+    asyncio.run(fetch())
 
 
 @pytest.mark.slow

@@ -110,7 +110,8 @@ class Cluster:
         """
         check_encrypted()
         num_cpus, num_gpus = resources.num_cpus or 0, resources.num_gpus or 0
-        self._refuse_impossible(resources)
+        if arguments["epoch"] == 1:  # who comes back had a place, whose node may come back, too
+            self._refuse_impossible(resources)
         Cluster._started.add(arguments["run_id"])
         with translated():
             actor = provided("training")(self.namespace, resources=resources, **arguments)
@@ -137,8 +138,8 @@ class Cluster:
         nodes = [n["Resources"] for n in living_nodes() if labels.items() <= n["Labels"].items()]
         if not nodes:
             raise PlacementError(
-                f"no node has the labels {labels}: start one with `ray start --labels`, or change"
-                " node_labels in ResourceConfig",
+                f"no living node has the labels {labels}: start one with `ray start --labels`, or"
+                " change node_labels in ResourceConfig",
                 details={"node_labels": labels},
             )
         wanted = {"CPU": resources.num_cpus or 0, "GPU": resources.num_gpus or 0}

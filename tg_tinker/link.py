@@ -24,7 +24,7 @@ from tg_tinker.errors import (
 from tg_tinker.ledger_files import KeptHead
 from tg_tinker.lost_calls import LostCalls, answers, open_reply
 from tg_tinker.named_actors import ActorInfo
-from tg_tinker.ray_calls import ask, dispatch, fetch, kill, send, split, when_done
+from tg_tinker.ray_calls import ask, ask_again, dispatch, fetch, kill, send, split, when_done
 from tg_tinker.types import PARKED, LoadStateResult, OptimStepResult
 from tg_tinker.wire import Reply, Request
 
@@ -191,13 +191,13 @@ class TrainingLink:
         info: ActorInfo = ask(self.actor.info)
         return info
 
-    def settle(self) -> None:
-        """Returns once the registry has heard of the last completed step.
+    def settle(self) -> bool:
+        """Whether the registry has heard of the last completed step by now.
 
         Raises:
             FutureTimeoutError: the actor is silent.
         """
-        ask(self.actor.settle, timeout=_SETTLE_S)
+        return bool(ask_again(self.actor.settle, timeout=_SETTLE_S))
 
     def cancel(self, request_id: str) -> bool:
         return bool(ask(self.actor.cancel, request_id))

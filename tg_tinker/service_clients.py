@@ -17,7 +17,13 @@ from typing import Any
 from tg_tinker.cluster import Cluster, SamplerLink
 from tg_tinker.config import ResourceConfig, TrainingConfig
 from tg_tinker.entry_points import provided
-from tg_tinker.errors import ActorLostError, FutureTimeoutError, InvalidRequestError
+from tg_tinker.errors import (
+    ActorLostError,
+    FutureTimeoutError,
+    InvalidRequestError,
+    StorageError,
+    TGTinkerError,
+)
 from tg_tinker.ledger import Ledger
 from tg_tinker.ledger_files import KeptHead
 from tg_tinker.link import TrainingLink
@@ -123,8 +129,11 @@ class ClientCalls:
         config = TrainingConfig.model_validate_json(stored)
         try:
             reached = self._reach(training_client_id, config, progress)
-        finally:
-            self._warn_of_loss(info)
+        except BaseException:
+            with contextlib.suppress(TGTinkerError):  # or it would take the place of what failed
+                self._warn_of_loss(info)
+            raise
+        self._warn_of_loss(info)
         return self._client(training_client_id, config, reached, recover)
 
     def list_training_clients(self) -> list[TrainingClientInfo]:
@@ -166,6 +175,7 @@ class ClientCalls:
 
         Raises:
             NotFoundError: no such run.
+            StorageError: see `TrainingClient.close`.
         """
         info, _, link = self._found(training_client_id)
         if info.reason and info.reason != PARKED:
@@ -350,15 +360,18 @@ class ClientCalls:
     def _finish(self, run_id: str, epoch: int, link: TrainingLink | None) -> None:
         if not self._cluster.connected:
             return  # the actor ended with its cluster, or outlives this connection to it
-        try:
-            if link is not None:
-                with contextlib.suppress(ActorLostError, FutureTimeoutError):
-                    link.settle()
-                    known = link.info()
-                    self._registry.record(run_id, epoch, known.step, known.status)
-            self._registry.finish(run_id, epoch, "completed")
-        finally:
-            self._cluster.kill_training(run_id, epoch)  # by name: it may only be silent
+        if link is not None:
+            with contextlib.suppress(ActorLostError, FutureTimeoutError):
+                if not link.settle():
+                    raise StorageError(
+                        f"the registry could not be told of the last steps, so {run_id} stays open:"
+                        " the notes of them would end with its actor. See that its database takes"
+                        " changes, then close it again"
+                    )
+                known = link.info()
+                self._registry.record(run_id, epoch, known.step, known.status)
+        self._registry.finish(run_id, epoch, "completed")
+        self._cluster.kill_training(run_id, epoch)  # by name: it may only be silent
 
     def _release_reservations_of_the_dead(self, dataset: str) -> None:
         """A script that was killed could not give back what it had planned. Whether a run of

@@ -365,7 +365,11 @@ class TrainingClient:
                 self._link.park()
 
     def close(self) -> None:
-        """Ends the run and frees its resources; saved artifacts stay. Safe to repeat."""
+        """Ends the run and frees its resources; saved artifacts stay. Safe to repeat.
+
+        Raises:
+            StorageError: the registry takes no notes of the last steps; the run stays open.
+        """
         if not self._closed:
             with contextlib.suppress(ClusterUnavailableError):  # it took them with it
                 self._link.wait(self._saves)
