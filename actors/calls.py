@@ -11,9 +11,9 @@ from actors.process import reply_of
 from tg_tinker.errors import ActorLostError, FutureCancelledError, ServiceError
 from tg_tinker.wire import NOT_YET, OUT_OF_TURN, Reply, Request
 
-PATIENCE_S = 600.0
-"""How long a call is waited for. Its client may have ended before it sent it again, or it was
-refused; and a thread waits."""
+PATIENCE_S = 60.0
+"""How long a call is waited for, before it is asked for again. Its client may have ended before it
+sent it again, or it was refused; and a thread waits."""
 
 Check = Callable[[], None]
 Run = Callable[[Request, Check], Any]

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 StepCalls = list[tuple[str, str]]
 """(batch hash, gradient hash) of each call of a step."""
@@ -38,7 +38,7 @@ class _Note:
 
 
 class StepNotes:
-    """Notes of one actor. `note` belongs to the training thread.
+    """Notes of one actor. `note` belongs to the training thread, all else to any.
 
     Attributes:
         replaced: the registry has said that another actor has the run.
@@ -53,7 +53,9 @@ class StepNotes:
         self._record = record
         # Of the last question with an answer. The clock goes on while the process is stopped.
         self._asked = time.monotonic()
+        self._newest = _Note(0, "active", None)
         self._waiting: deque[_Note] = deque()
+        self._told = 0
         self._ends = threading.Lock()  # of the queue: both are moved
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="noting")
         self._sent: Future[None] = Future()
@@ -66,15 +68,18 @@ class StepNotes:
             calls: of the step that was just completed; None where no step was made.
         """
         with self._ends:
-            self._append(_Note(step, status, calls))
+            self._newest = _Note(step, status, calls)
+            self._append(self._newest)
         self.send()
 
-    def ask(self, step: int, status: str) -> None:
+    def ask(self) -> None:
         """Brings `replaced` up to date if the registry has answered nothing lately."""
         for _ in range(2):  # what comes first may be an answer from before a freeze
             if time.monotonic() - self._asked <= ASK_AFTER_S:
                 return
-            self.note(step, status)
+            with self._ends:  # not how far the run is now: a step that is known gets no row
+                self._append(replace(self._newest, calls=None))
+            self.send()
             wait([self._sent], ANSWER_S)
         self._asked = time.monotonic()  # given up: training goes on until the next silence
 
@@ -84,10 +89,12 @@ class StepNotes:
             self._sent = self._sender.submit(self._send)
 
     def settle(self, timeout_s: float) -> bool:
-        """Tries once more; whether the registry has heard of everything by then."""
+        """Tries once more; whether the registry has heard of everything that waits now by then."""
+        with self._ends:
+            due = self._told + len(self._waiting)
         self.send()
         wait([self._sent], timeout_s)
-        return not self._waiting
+        return self._told >= due or not self._waiting  # others may have come meanwhile
 
     def _append(self, note: _Note) -> None:
         last = self._waiting[-1] if self._waiting else None
@@ -106,6 +113,7 @@ class StepNotes:
             newest = self._record(first.step, first.status, first.calls, first.left_out)
             with self._ends:
                 self._waiting.popleft()
+                self._told += 1
                 if not newest:
                     self.replaced = True
                     self._waiting.clear()

@@ -94,7 +94,7 @@ class TrainingActor:
         self._used = time.monotonic()
         if self._worker is not None and self._worker.broken:
             ray.actor.exit_actor()  # type: ignore[no-untyped-call]
-        return self._answered(lambda: self._with_head(reply))
+        return self._answered(self._with_head(reply))
 
     # --- control, beside training ------------------------------------------------------------
 
@@ -129,13 +129,13 @@ class TrainingActor:
     def snapshot(self, name: str) -> bytes:
         """Weights that the operation `snapshot` kept, for a sampler: into the object store."""
         self._used = time.monotonic()
-        return self._answered(lambda: reply_of(lambda: self._ready_worker().taken(name)))
+        return self._answered(reply_of(lambda: self._ready_worker().taken(name)))
 
     @_weights
     def latest(self) -> bytes:
         """A `SnapshotRef` of the weights after the last completed step."""
         self._used = time.monotonic()
-        return self._answered(lambda: reply_of(lambda: self._ready_worker().latest()))
+        return self._answered(reply_of(lambda: self._ready_worker().latest()))
 
     @_sealing
     def sealed_file(self, artifact_id: str, name: str) -> Iterator[bytes]:
@@ -157,7 +157,7 @@ class TrainingActor:
     def saved(self, request_id: str) -> bytes:
         """Waits until a call of `save_state` is durable; the reply is a `SaveStateResult`."""
         begun = self._calls.wait(request_id)
-        return self._answered(lambda: reply_of(lambda: self._saved(begun)))
+        return self._answered(reply_of(lambda: self._saved(begun)))
 
     @_weights
     def settle(self) -> bool:
@@ -182,7 +182,7 @@ class TrainingActor:
             reply = reply_of(lambda: self._saved(begun, wait=False))
             if reply == Reply():  # it goes on
                 return None
-        return None if reply is None else self._answered(lambda: reply)
+        return None if reply is None else self._answered(reply)
 
     # --- inside ------------------------------------------------------------------------------
 
@@ -202,18 +202,16 @@ class TrainingActor:
             if request.operation in ("optim_step", "load_state"):
                 self._record()  # before it asks: a step that is known already gets no row
 
-    def _answered(self, made: Callable[[], Reply]) -> bytes:
-        """A sealed reply; once another actor has the run, none of this one: it may have been frozen
-        while it was made, or ever since."""
-        reply = made()
+    def _answered(self, reply: Reply) -> bytes:
+        """A reply that was just made or found, sealed; once another actor has the run, none of this
+        one: it may have been frozen meanwhile, or ever since."""
         refusal = reply_of(self._refuse_replaced)
         return seal_payload(self._key, reply if refusal.error is None else refusal)
 
     def _refuse_replaced(self) -> None:
-        worker = self._worker
-        if worker is None or worker.parked:  # what it saved and gave up by itself stays true
+        if self._worker is None or self._worker.parked:  # what it gave up by itself stays true
             return
-        self._notes.ask(worker.session.step, worker.status)
+        self._notes.ask()
         if self._notes.replaced:
             raise ActorLostError(f"this actor (epoch {self._epoch}) was replaced by a newer one")
 
@@ -235,9 +233,9 @@ class TrainingActor:
             self._set_progress(f"loading artifact {self._resume}")
             loaded = worker.load_state(lambda: None, self._resume)
             info = replace(info, warnings=loaded.warnings)
-        self._worker = worker  # now, so that nobody samples from the beginning meanwhile
         if self._epoch > 1:  # it may be behind the last one
-            self._record()
+            self._notes.note(worker.session.step, worker.status)
+        self._worker = worker  # now, so that nobody samples from the beginning meanwhile
         if parsed.resources.park_after_minutes is not None:
             after_s = 60 * parsed.resources.park_after_minutes
             self._used = time.monotonic()
@@ -292,8 +290,8 @@ class TrainingActor:
 
     def _record(self) -> None:
         """Tells the registry how far the run is, without waiting for it."""
-        if (worker := self._worker) is not None:
-            self._notes.note(worker.session.step, worker.status, worker.take_step())
+        worker = self._ready_worker()
+        self._notes.note(worker.session.step, worker.status, worker.take_step())
 
 
 def start(

@@ -11,7 +11,7 @@ from serve_app.engines import Engines
 from serve_app.sources import Source
 
 AT_ONCE = 4
-"""Weights that are fetched at once for each tenant: each takes the memory of a copy."""
+"""Weights that are fetched at once for each tenant: each takes the memory of a copy meanwhile."""
 
 
 class Fetches:

@@ -42,6 +42,9 @@ REPORT_S = 1.0
 FORGET_S = 2.0
 """Between two looks whether artifacts that are held still exist."""
 
+ALL = ""
+"""In place of a tenant, over the SDK: one domain of trust."""
+
 _ATTEMPTS = 3
 """Of fetching weights that leave again before their request is queued."""
 
@@ -103,7 +106,7 @@ class Replica:
         try:
             request: SampleRequest = open_payload(self._key, sealed)
             source = self.sources.of_snapshot(request.snapshot)
-            running = await self.begin(source, request.prompts, request.params, source.version)
+            running = await self.begin(source, request.prompts, request.params, source.version, ALL)
             async for chunk in self.follow(running):
                 yield seal_payload(self._key, Reply(chunk))
         except Exception as error:
@@ -129,7 +132,7 @@ class Replica:
     ) -> SampleResult:
         """All completions."""
         started = time.perf_counter()
-        running = await self.begin(source, prompts, params, source.version)
+        running = await self.begin(source, prompts, params, source.version, ALL)
         timed = [
             (chunk, 1e3 * (time.perf_counter() - started)) async for chunk in self.follow(running)
         ]
@@ -143,13 +146,13 @@ class Replica:
 
     async def begin(
         self, source: Source, prompts: Sequence[str | list[int]], params: SamplingParams,
-        owner: str, tenant: str = "",
+        owner: str, tenant: str,
     ) -> Running:  # fmt: skip
         """Queues a call where its weights are, which are fetched first where they are not.
 
         Args:
             owner: whose turns it shares in the engine.
-            tenant: whose threads fetch the weights; over the SDK all share some.
+            tenant: whose threads fetch the weights.
 
         Raises:
             InvalidRequestError: it can never run.

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tg_tinker import link as links
 from tg_tinker import lost_calls
 from tg_tinker.envelope import new_key, open_payload, seal_payload
 from tg_tinker.errors import (
+    ActorLostError,
     ClusterUnavailableError,
     FutureCancelledError,
     FutureTimeoutError,
@@ -50,6 +52,7 @@ def linked(monkeypatch: pytest.MonkeyPatch) -> Callable[[Wire], TrainingLink]:
     """Refs are methods, fetched when somebody waits for them."""
 
     def over(wire: Wire) -> TrainingLink:
+        monkeypatch.setattr(lost_calls, "_PAUSE_S", 0.0)
         monkeypatch.setattr(links, "send", lambda method, *_: method)
         monkeypatch.setattr(links, "fetch", lambda ref, timeout=None: wire.ask(ref))
         monkeypatch.setattr(links, "when_done", lambda ref, work: work())
@@ -62,8 +65,8 @@ def linked(monkeypatch: pytest.MonkeyPatch) -> Callable[[Wire], TrainingLink]:
 @pytest.mark.parametrize(
     "begun",
     [
-        {"call": [Reply(Saving("a"))], "stored": [None]},
-        {"call": [None], "stored": [Reply("durable"), None]},
+        {"call": [Reply(Saving("a")), Reply(Saving("a"))], "stored": [None, Reply("durable")]},
+        {"call": [None], "stored": [Reply("durable")]},
     ],
     ids=["its beginning arrived", "its beginning was lost, its end was told instead"],
 )
@@ -71,9 +74,25 @@ def test_the_end_of_a_save_is_asked_for_until_it_arrives(
     linked: Callable[[Wire], TrainingLink], begun: dict[str, list[Any]]
 ) -> None:
     """However its beginning was answered: who is told of no end does not know what is durable."""
-    again = {"call": [*begun["call"], Reply(Saving("a"))], "saved": [None, Reply("durable")]}
-    link = linked(Wire(**(begun | again)))
+    link = linked(Wire(**begun, saved=[None]))
     assert link.open(link.send(SAVE), "h-0").unwrap() == "durable"
+
+
+def poll(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+class Heads:
+    """Of a ledger, as a home keeps them."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def saw(self, head: str) -> None:
+        self.seen.append(head)
 
 
 class Lossy:
@@ -81,14 +100,20 @@ class Lossy:
 
     Attributes:
         runs: cleared, it is busy: what arrives waits.
+        durable: cleared, no save ends.
+        patience_s: how long it waits for the call of a save.
+        ends: who asks next for what is stored is ended, as Ray ends threads that wait.
     """
+
+    patience_s, ends = 15.0, False
 
     call, saved, stored, cancel = "call", "saved", "stored", "cancel"
 
     def __init__(self, lost: set[int]) -> None:
         self._lost, self._sent = lost, 0
-        self._calls, self.runs = Calls(1), threading.Event()
+        self._calls, self.runs, self.durable = Calls(1), threading.Event(), threading.Event()
         self.runs.set()
+        self.durable.set()
         self._training, self._beside = ThreadPoolExecutor(1), ThreadPoolExecutor(4)
 
     def send(self, method: str, argument: Any) -> Future[Any]:
@@ -111,6 +136,11 @@ class Lossy:
         done, pending = wait(refs, wait_s)
         return [*done], [*pending]
 
+    def mend(self) -> None:
+        self._lost.clear()
+        self.runs.set()
+        self.durable.set()
+
     def _lose(self, _: bytes) -> bytes:
         raise ClusterUnavailableError("lost")
 
@@ -122,14 +152,21 @@ class Lossy:
             check_cancelled()
             return Saving("a") if request.operation == "save_state" else "stepped"
 
-        return seal_payload(KEY, self._calls.run(request, work))
+        reply = self._calls.run(request, work)
+        return seal_payload(KEY, replace(reply, ledger_head=f"after {request.request_id}"))
 
     def _saved(self, request_id: str) -> bytes:
-        begun = self._calls.wait(request_id, 15)
+        begun = self._calls.wait(request_id, self.patience_s)
+        assert begun.error or self.durable.wait(15)
         return seal_payload(KEY, begun if begun.error else Reply("durable"))
 
     def _stored(self, request_id: str) -> bytes | None:
+        if self.ends:
+            self.ends = False
+            raise SystemExit(0)
         reply = self._calls.stored(request_id)
+        if reply is not None and isinstance(reply.value, Saving):
+            reply = Reply("durable") if self.durable.is_set() else None
         return None if reply is None else seal_payload(KEY, reply)
 
     def _cancel(self, request_id: str) -> bool:
@@ -137,8 +174,9 @@ class Lossy:
 
 
 @pytest.fixture
-def over(monkeypatch: pytest.MonkeyPatch) -> Callable[[Lossy], TrainingLink]:
+def over(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Lossy], TrainingLink]]:
     """Callbacks run at once, on the thread on which they are due."""
+    linked_to: list[tuple[Lossy, TrainingLink]] = []
 
     def linked(actor: Lossy) -> TrainingLink:
         monkeypatch.setattr(lost_calls, "_PAUSE_S", 0.0)
@@ -149,9 +187,14 @@ def over(monkeypatch: pytest.MonkeyPatch) -> Callable[[Lossy], TrainingLink]:
         monkeypatch.setattr(
             links, "when_done", lambda ref, work: ref.add_done_callback(lambda _: work())
         )
-        return TrainingLink(actor, KEY, lambda error, seen: error)
+        link = TrainingLink(actor, KEY, lambda error, seen: error, Heads())  # type: ignore[arg-type]
+        linked_to.append((actor, link))
+        return link
 
-    return linked
+    yield linked
+    for actor, link in linked_to:  # its thread uses what is patched
+        actor.mend()
+        poll(lambda link=link: not link._lost_calls._working)  # type: ignore[misc]
 
 
 @pytest.fixture
@@ -205,12 +248,11 @@ def test_a_save_that_nobody_looks_at_is_not_remembered_for_ever(
 
 
 @pytest.fixture
-def busy() -> Iterator[Lossy]:
+def busy() -> Lossy:
     """The first call to it is lost; what is sent again waits until it runs."""
     actor = Lossy({0})
     actor.runs.clear()
-    yield actor
-    actor.runs.set()
+    return actor
 
 
 def test_whoever_waits_for_a_lost_call_waits_no_longer_than_they_say(
@@ -263,7 +305,7 @@ def test_an_actor_that_nothing_reaches_is_told_each_time_and_asked_anew(
     one = handle(link, step(0))
     assert type(one.exception(10)) is ClusterUnavailableError
     assert one.result(10) == "stepped"
-    assert not link._lost_calls._answers
+    assert "h-0" not in link._lost_calls
 
 
 def test_an_answer_that_is_asked_for_after_the_call_was_forgotten_is_in_the_journal_or_lost(
@@ -279,3 +321,103 @@ def test_an_answer_that_is_asked_for_after_the_call_was_forgotten_is_in_the_jour
     again = FutureHandle[str](link, one.object_ref, "h-0", "tc", "optim_step")
     with pytest.raises(ClusterUnavailableError, match="lost on the way"):
         again.result(10)
+
+
+def test_calls_that_nothing_gets_through_are_pending_and_sent_again_by_who_looks(
+    over: Callable[[Lossy], TrainingLink],
+) -> None:
+    """Both searches fail; no callback, nobody takes a result."""
+    actor = Lossy({*range(2 + 2 * lost_calls.TRIES)})
+    link = over(actor)
+    calls = [handle(link, step(number)) for number in range(2)]
+    for one in calls:
+        assert not one.done()
+        poll(lambda one=one: link._lost_calls.search(one.future_id).done())  # type: ignore[misc]
+        assert (one.status(), link.waiting()) == ("pending", 2)
+    poll(lambda: all(one.done() for one in calls))
+    assert [one.result() for one in calls] == ["stepped", "stepped"]
+
+
+def test_a_call_that_nothing_gets_through_fails_those_that_wait_behind_it(
+    lossy: Callable[[set[int]], TrainingLink], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each by itself would take its tries, one after the other."""
+    link = lossy({*range(1000)})
+    calls = [handle(link, step(number)) for number in range(20)]
+    link.waiting()
+    wait([link._lost_calls.search(one.future_id) for one in calls], 10)
+    assert {type(one.exception(0)) for one in calls} == {ClusterUnavailableError}
+
+
+def test_a_search_that_ray_ends_is_an_error_and_others_go_on(
+    over: Callable[[Lossy], TrainingLink],
+) -> None:
+    """It ends each thread that waits when the program leaves the cluster."""
+    actor = Lossy({0, 1})
+    actor.ends = True
+    link = over(actor)
+    one, other = handle(link, step(0)), handle(link, step(1))
+    assert type(one.exception(10)) is ClusterUnavailableError
+    assert (one.result(10), other.result(10)) == ("stepped", "stepped")
+
+
+def test_what_a_lost_call_was_answered_is_noted_and_the_call_forgotten_by_who_looks(
+    lossy: Callable[[set[int]], TrainingLink],
+) -> None:
+    link = lossy({0})
+    handle(link, step(0))
+    poll(lambda: link.waiting() == 0)
+    assert link.unanswered == 0
+    assert link._kept.seen == ["after h-0"]  # type: ignore[union-attr]
+
+
+def test_a_lost_save_that_goes_on_holds_up_no_lost_step(
+    over: Callable[[Lossy], TrainingLink],
+) -> None:
+    actor = Lossy({0, 1})
+    actor.durable.clear()
+    link = over(actor)
+    save, after = handle(link, SAVE), handle(link, step(1))
+    poll(lambda: "h-0" in link._lost_calls)
+    assert after.result(10) == "stepped"
+    assert not save.done()
+    actor.durable.set()
+    assert save.result(10) == "durable"
+
+
+def test_a_save_that_comes_late_is_waited_for(over: Callable[[Lossy], TrainingLink]) -> None:
+    actor = Lossy(set())
+    actor.patience_s = 0.05
+    actor.runs.clear()
+    save = handle(over(actor), SAVE)
+    wait([save.object_ref], 10)
+    assert not save.done()
+    actor.runs.set()
+    assert save.result(10) == "durable"
+
+
+def test_no_answer_of_an_actor_whose_run_another_has_is_asked_for(
+    over: Callable[[Lossy], TrainingLink], busy: Lossy
+) -> None:
+    link = over(busy)
+    busy._lost.add(1)
+    searched, unseen = handle(link, step(0)), handle(link, step(1))
+    assert not searched.done()
+    wait([unseen.object_ref], 10)
+    link.abandon(ActorLostError("replaced"))
+    busy.runs.set()
+    poll(lambda: link._lost_calls.search("h-0").done())
+    for one in (searched, unseen):
+        assert one.done()
+        assert type(one.exception(0)) is ActorLostError
+
+
+def test_a_callback_of_a_call_that_was_taken_asks_for_nothing(
+    lossy: Callable[[set[int]], TrainingLink], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, told = lossy({0}), threading.Event()
+    one = handle(link, step(0))
+    assert one.result(10) == "stepped"
+    one.add_done_callback(lambda _: told.set())
+    assert told.wait(10)
+    assert "h-0" not in link._lost_calls

@@ -163,17 +163,17 @@ def test_after_a_silence_it_asks_once_and_in_between_never(door: Door) -> None:
     notes = StepNotes(door)
     made(notes, 1)
     for _ in range(100):
-        notes.ask(1, "active")
+        notes.ask()
     assert door.asked == [1]
     notes._asked -= step_notes.ASK_AFTER_S + 1
     for _ in range(100):
-        notes.ask(1, "active")
+        notes.ask()
     assert (door.asked, notes.replaced, door.steps()) == ([1, 1], False, [1])
     door.registry.claim(door.run)
-    notes.ask(1, "active")
+    notes.ask()
     assert not notes.replaced
     notes._asked -= step_notes.ASK_AFTER_S + 1
-    notes.ask(1, "active")
+    notes.ask()
     assert notes.replaced
 
 
@@ -189,7 +189,7 @@ def test_a_step_that_a_freeze_has_cut_in_two_is_not_answered(door: Door) -> None
     notes._asked -= step_notes.ASK_AFTER_S + 1
     door.registry.claim(door.run)
     notes.note(2, "active", CALLS)
-    notes.ask(2, "active")
+    notes.ask()
     assert notes.replaced
 
 
@@ -212,7 +212,7 @@ def test_an_answer_from_before_a_freeze_is_none_to_a_question_after_it(
     clock += step_notes.ASK_AFTER_S + 1
     door.registry.claim(door.run)
     threading.Timer(0.2, gate.set).start()
-    notes.ask(1, "active")
+    notes.ask()
     assert notes.replaced
 
 
@@ -230,8 +230,8 @@ def test_a_silent_registry_is_waited_for_once_in_a_while_and_not_twice_for_a_cal
     gate = threading.Event()
     notes = StepNotes(lambda *note: gate.wait(30))
     clock[0] += step_notes.ASK_AFTER_S + 1
-    notes.ask(0, "active")  # before the call
-    notes.ask(0, "active")  # before its answer
+    notes.ask()  # before the call
+    notes.ask()  # before its answer
     gate.set()
     assert sum(waits) <= 10
     assert not notes.replaced
@@ -245,7 +245,7 @@ def test_a_registry_that_says_nothing_holds_up_one_call_and_ends_no_training(
     notes = StepNotes(lambda *note: gate.wait(30) and door(*note))
     notes._asked -= step_notes.ASK_AFTER_S + 1
     for _ in range(100):
-        notes.ask(0, "active")
+        notes.ask()
     assert not notes.replaced
     assert len(notes._waiting) == 1
     gate.set()
@@ -329,6 +329,53 @@ def test_an_actor_that_was_replaced_hands_out_nothing_that_it_answered_before(
     taken_over(actor, door)
     with pytest.raises(ActorLostError, match="replaced"):
         ask(actor)
+
+
+@pytest.mark.parametrize("asked", ["saved", "latest", "taken"])
+def test_an_actor_that_is_frozen_while_it_looks_for_an_answer_does_not_give_it(
+    door: Door, actor: Any, asked: str
+) -> None:
+    call(actor, "save_state")
+
+    def look(*_: Any, **__: Any) -> str:
+        taken_over(actor, door)
+        return "found"
+
+    setattr(actor._worker, asked, look)
+    ask = {"saved": actor.saved, "latest": lambda _: actor.latest(), "taken": actor.snapshot}[asked]
+    with pytest.raises(ActorLostError, match="replaced"):
+        answer(actor, ask("h-0"))
+
+
+def test_a_question_beside_a_step_takes_no_row_from_it(door: Door, actor: Any) -> None:
+    """A slow copy of a checkpoint is under way after the step, and someone wants its weights."""
+    actor._notes._asked -= step_notes.ASK_AFTER_S + 1
+    assert answer(actor, actor.latest()) == "weights"
+    assert door.asked == [0]
+    actor._worker.take_step = lambda: CALLS
+    actor._record()
+    assert actor._notes.settle(10)
+    assert door.steps() == [1]
+
+
+def test_a_run_is_settled_though_it_goes_on(door: Door) -> None:
+    gate = threading.Event()
+
+    def record(*note: Any) -> bool:
+        if note[0] == 1:
+            time.sleep(0.3)  # until it is waited for
+            notes.note(2, "active", CALLS)
+        else:
+            assert gate.wait(30)
+        return door(*note)
+
+    notes = StepNotes(record)
+    notes.note(1, "active", CALLS)
+    assert notes.settle(2)
+    assert not notes.settle(0)
+    gate.set()
+    assert notes.settle(10)
+    assert door.steps() == [1, 2]
 
 
 def test_an_actor_that_has_parked_tells_of_it_whoever_has_the_run_now(

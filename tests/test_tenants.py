@@ -287,6 +287,8 @@ def test_weights_that_do_not_come_for_one_tenant_hold_nobody_else_up() -> None:
         frozen.set()
         await asyncio.gather(*mine)
         assert sorted(added) == [*names, "theirs"]
+        await fetches.ahead(weights("theirs"), "them")  # it has left the engine since
+        assert sorted(added) == [*names, "theirs", "theirs"]
 
     asyncio.run(fetch())
 

@@ -110,8 +110,7 @@ class Cluster:
         """
         check_encrypted()
         num_cpus, num_gpus = resources.num_cpus or 0, resources.num_gpus or 0
-        if arguments["epoch"] == 1:  # who comes back had a place, whose node may come back, too
-            self._refuse_impossible(resources)
+        self._refuse_impossible(resources)
         Cluster._started.add(arguments["run_id"])
         with translated():
             actor = provided("training")(self.namespace, resources=resources, **arguments)
@@ -131,6 +130,21 @@ class Cluster:
                 details={"num_cpus": num_cpus, "num_gpus": num_gpus},
             )
         return actor
+
+    def await_possible(self, resources: ResourceConfig) -> None:
+        """For a run that had a place: the node that it had may come back.
+
+        Raises:
+            PlacementError: no living node could hold it within the deadline.
+        """
+        deadline = time.monotonic() + self.placement_timeout_s
+        while True:
+            try:
+                return self._refuse_impossible(resources)
+            except PlacementError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(1)
 
     def _refuse_impossible(self, resources: ResourceConfig) -> None:
         """What no waiting would help: one node must have all of it."""

@@ -18,6 +18,7 @@ from tg_tinker.errors import (
     TGTinkerError,
     from_wire,
 )
+from tg_tinker.ray_calls import dispatch
 from tg_tinker.wire import Reply
 
 if TYPE_CHECKING:
@@ -113,7 +114,10 @@ class FutureHandle(Generic[Result]):
 
         It may call the client. An exception in it is logged by type and goes no further.
         """
-        self._link.when_done(self.object_ref, self.future_id, lambda: function(self))
+        if self._reply is not None:
+            dispatch(lambda: function(self))
+        else:
+            self._link.when_done(self.object_ref, self.future_id, lambda: function(self))
 
     def __await__(self) -> Generator[Any, None, Result]:
         loop = asyncio.get_running_loop()

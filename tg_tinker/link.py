@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import wait
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from tg_tinker.errors import (
     from_wire,
 )
 from tg_tinker.ledger_files import KeptHead
-from tg_tinker.lost_calls import LostCalls, answers, open_reply
+from tg_tinker.lost_calls import LostCalls, open_reply
 from tg_tinker.named_actors import ActorInfo
 from tg_tinker.ray_calls import ask, ask_again, dispatch, fetch, kill, send, split, when_done
 from tg_tinker.types import PARKED, LoadStateResult, OptimStepResult
@@ -77,8 +77,7 @@ class TrainingLink:
         if request.operation == "save_state":
             begun, ref = ref, send(self.actor.saved, name)
             self._sent[name] = ref, request
-            # If the call itself was lost, or one before it, nobody else would send them again.
-            when_done(begun, lambda: self._look(begun, name))
+            when_done(begun, lambda: self._watch_beginning(begun, name))
         return ref
 
     def open(self, ref: Any, request_id: str, timeout: float | None = None) -> Reply:
@@ -101,22 +100,20 @@ class TrainingLink:
         return reply
 
     def done(self, ref: Any, request_id: str) -> bool:
-        """Whether a call has its answer, or will have none. One that was lost on the way is sent
-        again meanwhile."""
-        if not split([ref])[0]:
-            return False
-        recalled = self._look(ref, request_id)
-        return recalled is None or recalled.done()
+        """Whether a call has its answer, or will have none. One that was lost on the way has not:
+        it is sent again meanwhile."""
+        return ref in self._void or (bool(split([ref])[0]) and self._answered(ref, request_id))
 
     def when_done(self, ref: Any, request_id: str, work: Callable[[], object]) -> None:
-        """Runs `work` on the dispatcher thread once `done`."""
+        """Runs `work` on the dispatcher thread once `done`, or a lost call could not be sent again:
+        what it takes then is that error."""
 
         def look() -> None:
-            recalled = self._look(ref, request_id)
-            if recalled is None:
+            if self._answered(ref, request_id):
                 work()
             else:
-                recalled.add_done_callback(lambda _: dispatch(work))
+                search = self._lost_calls.search(request_id)
+                search.add_done_callback(lambda _: dispatch(work))
 
         when_done(ref, look)
 
@@ -130,8 +127,7 @@ class TrainingLink:
         that were lost."""
         names = {ref: name for name, (ref, _) in [*self._sent.items()]}
         done, pending = split([*names])
-        recalled = [self._look(ref, names[ref]) for ref in done]
-        return len(pending) + sum(again is not None and not again.done() for again in recalled)
+        return len(pending) + sum(not self._answered(ref, names[ref]) for ref in done)
 
     @property
     def parked(self) -> bool:
@@ -150,7 +146,9 @@ class TrainingLink:
 
     def abandon(self, lost: ActorLostError) -> None:
         """Another actor has the run: no answer of this one that is still to come counts."""
-        self._void |= {*split([ref for ref, _ in [*self._sent.values()]])[1]}
+        sent = [(name, ref) for name, (ref, _) in [*self._sent.items()]]
+        self._void |= {*split([ref for _, ref in sent])[1]}
+        self._void |= {ref for name, ref in sent if self._lost_calls.looks_for(name)}
         with self._losing:
             self.lost = self.lost or lost
             self.told = True
@@ -202,51 +200,54 @@ class TrainingLink:
     def cancel(self, request_id: str) -> bool:
         return bool(ask(self.actor.cancel, request_id))
 
-    def pending(self, refs: list[Any]) -> list[Any]:
-        """Those refs whose calls have not answered yet."""
-        return split(refs)[1]
-
-    def wait(self, refs: list[Any]) -> None:
-        """Until all calls have answered, however."""
-        split(refs, None)
-
     # --- inside ------------------------------------------------------------------------------
 
     def _reply(self, ref: Any, request_id: str, timeout: float | None) -> Reply:
         limit = None if timeout is None else time.monotonic() + timeout
         if request_id not in self._lost_calls:
-            with suppress(ClusterUnavailableError):
-                reply = open_reply(self._key, fetch(ref, timeout))
-                if answers(reply):
-                    return reply
+            if (reply := self._arrived(ref, timeout)) is not None:
+                return reply
+            if self.told and self.lost is not None:  # another actor has the run
+                raise self.lost
+        search = self._lost_calls.search(request_id)
         left = None if limit is None else max(0.0, limit - time.monotonic())
-        try:
-            return self._lost_calls.recall(request_id).result(left)
-        except TimeoutError:
+        if not wait([search], left).done:
             raise FutureTimeoutError(
                 "no answer within the timeout: it was lost on the way and is asked for again; ask"
                 " again, too, or cancel the call"
-            ) from None
-        finally:
-            self._lost_calls.forget(request_id)
+            )
+        self._lost_calls.taken(request_id)
+        return search.result()
 
-    def _look(self, ref: Any, request_id: str) -> Future[Reply] | None:
-        """Of a ref that is there: None where it tells what became of the call, else the second way
-        to learn it. Who has told is forgotten."""
-        if request_id in self._lost_calls:
-            return self._lost_calls.recall(request_id)
-        try:
-            reply = open_reply(self._key, fetch(ref, 0))
-        except ActorLostError:
-            return None  # told when somebody takes it
-        except ClusterUnavailableError:
-            return self._lost_calls.recall(request_id)
-        if not answers(reply):
-            return self._lost_calls.recall(request_id)
-        self._note(reply)
-        if ref is self._sent.get(request_id, (None,))[0]:  # not the beginning of a save
-            self._sent.pop(request_id, None)
+    def _arrived(self, ref: Any, timeout: float | None) -> Reply | None:
+        """What became of a call, as its ref tells it; None where that was lost on the way."""
+        with suppress(ClusterUnavailableError):
+            reply = open_reply(self._key, fetch(ref, timeout))
+            return reply if reply.final else None
         return None
+
+    def _answered(self, ref: Any, request_id: str) -> bool:
+        """Of a ref that is there: whether its call has its answer, or will have none. One that has
+        is forgotten, one that was lost is sent again."""
+        reply = None
+        with suppress(ActorLostError):  # told when somebody takes it
+            if request_id not in self._lost_calls:
+                reply = self._arrived(ref, 0)
+            if reply is None and not (self.told and self.lost is not None):
+                search = self._lost_calls.go_on(request_id)
+                if not search.done():
+                    return False
+                reply = search.result()
+        if reply is not None:
+            self._note(reply)
+            self._sent.pop(request_id, None)
+        return True
+
+    def _watch_beginning(self, begun: Any, request_id: str) -> None:
+        """Of a save: if its call was lost, or one before it, nobody else would send them again."""
+        with suppress(ActorLostError):
+            if self._arrived(begun, 0) is None:
+                self._lost_calls.search(request_id)
 
     def _note(self, reply: Reply) -> None:
         if isinstance(reply.value, OptimStepResult | LoadStateResult):

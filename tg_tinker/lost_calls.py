@@ -16,9 +16,9 @@ from contextlib import suppress
 from typing import Any
 
 from tg_tinker.envelope import open_payload, seal_payload
-from tg_tinker.errors import ClusterUnavailableError, FutureTimeoutError
-from tg_tinker.ray_calls import ask
-from tg_tinker.wire import NOT_YET, OUT_OF_TURN, Reply, Request, Saving
+from tg_tinker.errors import ClusterUnavailableError, FutureTimeoutError, TGTinkerError
+from tg_tinker.ray_calls import ask, left
+from tg_tinker.wire import OUT_OF_TURN, Reply, Request, Saving
 
 TRIES = 8
 """Times that a call is sent, without getting on, before its actor counts as unreachable."""
@@ -36,57 +36,98 @@ class LostCalls:
 
     def __init__(self, actor: Any, key: bytes, sent: Mapping[str, tuple[Any, Request]]) -> None:
         self._actor, self._key, self._sent = actor, key, sent
-        self._answers: dict[str, Future[Reply]] = {}
+        self._searches: dict[str, Future[Reply]] = {}
         self._waiting: deque[str] = deque()
         self._working = False
         self._lock = threading.Lock()
 
     def __contains__(self, request_id: str) -> bool:
-        return request_id in self._answers
+        return request_id in self._searches
 
-    def recall(self, request_id: str) -> Future[Reply]:
-        """The answer to a lost call: what came of it so far, or of a new search.
+    def looks_for(self, request_id: str) -> bool:
+        """Whether a search goes on, or has failed."""
+        search = self._searches.get(request_id)
+        return search is not None and (not search.done() or _failed(search))
 
-        It may end with `ActorLostError`, or with `ClusterUnavailableError` where nothing gets
-        through; after `forget` it is searched anew.
+    def search(self, request_id: str) -> Future[Reply]:
+        """The search for an answer, begun by this if there is none.
+
+        It ends with a reply, with `ActorLostError`, or with `ClusterUnavailableError` where nothing
+        gets through: that stays until somebody has `taken` it.
         """
         with self._lock:
-            if request_id not in self._answers:
-                self._answers[request_id] = Future()
-                self._waiting.append(request_id)
-                if not self._working:
-                    self._working = True
-                    threading.Thread(target=self._work, daemon=True).start()
-            return self._answers[request_id]
+            if request_id not in self._searches:
+                self._begin(request_id)
+            return self._searches[request_id]
 
-    def forget(self, request_id: str) -> None:
-        """After somebody took what came of it."""
+    def go_on(self, request_id: str) -> Future[Reply]:
+        """The same; a search that has failed is begun anew."""
         with self._lock:
-            if request_id in self._answers and self._answers[request_id].done():
-                del self._answers[request_id]
+            if request_id not in self._searches or _failed(self._searches[request_id]):
+                self._begin(request_id)
+            return self._searches[request_id]
+
+    def taken(self, request_id: str) -> None:
+        """Somebody was told what came of it: a reply is forgotten, after a failure it goes on."""
+        with self._lock:
+            search = self._searches.get(request_id)
+            if search is not None and _failed(search):
+                self._begin(request_id)
+            elif search is not None and search.done():
+                del self._searches[request_id]
 
     # --- the thread --------------------------------------------------------------------------
 
+    def _begin(self, request_id: str) -> None:
+        """Call it with the lock held."""
+        if not self._working:
+            threading.Thread(target=self._work, daemon=True).start()
+            self._working = True
+        self._searches[request_id] = Future()
+        self._waiting.append(request_id)
+
     def _work(self) -> None:
         while (request_id := self._next()) is not None:
-            answer = self._answers[request_id]
             try:
-                answer.set_result(self._found(request_id))
-            except Exception as error:
-                answer.set_exception(error)
+                found = self._found(request_id)
+            except BaseException as error:  # Ray ends a waiting thread with SystemExit
+                self._end(request_id, error)
+            else:
+                if found is None:
+                    self._waiting.append(request_id)
+                    time.sleep(_PAUSE_S)
+                else:
+                    self._searches[request_id].set_result(found)
 
     def _next(self) -> str | None:
         with self._lock:
             self._working = bool(self._waiting)
             return self._waiting.popleft() if self._working else None
 
-    def _found(self, request_id: str) -> Reply:
+    def _end(self, request_id: str, error: BaseException) -> None:
+        """A search fails, and where nothing gets through all others with it."""
+        if not isinstance(error, TGTinkerError):
+            error = ClusterUnavailableError(
+                f"the answer to this call cannot be asked for ({type(error).__name__}): has this"
+                " process left its Ray cluster?"
+            )
+        ended = [request_id]
+        if isinstance(error, ClusterUnavailableError) and request_id in self._sent:
+            with self._lock:
+                ended += self._waiting
+                self._waiting.clear()
+        for one in ended:
+            self._searches[one].set_exception(error)
+
+    def _found(self, request_id: str) -> Reply | None:
+        """None of a save that goes on."""
         if (stored := self._stored(request_id)) is not None:
             return stored
         _, request = self._sent.get(request_id, (None, None))
         if request is None:
             raise ClusterUnavailableError("the answer to this call was lost on the way")
-        return self._again(request)
+        reply = self._again(request)
+        return None if isinstance(reply.value, Saving) else reply
 
     def _stored(self, request_id: str) -> Reply | None:
         with suppress(ClusterUnavailableError, FutureTimeoutError):
@@ -103,12 +144,14 @@ class LostCalls:
                 reply = self._call(request)
                 due = _due(reply)
                 if due is None:
-                    return self._when_saved(request, reply)
+                    return reply
                 if due > reached:  # some of those before it have arrived: it is within reach
                     attempt, reached = 0, due
                 for earlier in self._between(request, due):
                     self._call(earlier)
-            except ClusterUnavailableError:
+            except ClusterUnavailableError as error:
+                if left(error):
+                    raise
                 time.sleep(_PAUSE_S * attempt)
         raise ClusterUnavailableError(
             f"{TRIES} times a call or its answer was lost on the way to the actor: ask again"
@@ -121,21 +164,14 @@ class LostCalls:
     def _call(self, request: Request) -> Reply:
         return open_reply(self._key, ask(self._actor.call, seal_payload(self._key, request)))
 
-    def _when_saved(self, request: Request, reply: Reply) -> Reply:
-        """Of a save its end is asked for, not its beginning."""
-        if not isinstance(reply.value, Saving):
-            return reply
-        return open_reply(self._key, ask(self._actor.saved, request.request_id))
-
 
 def open_reply(key: bytes, sealed: bytes) -> Reply:
     reply: Reply = open_payload(key, sealed)
     return reply
 
 
-def answers(reply: Reply) -> bool:
-    """Whether it says what became of the call, not only that it has to come again."""
-    return reply.error is None or reply.error[2].get("code") not in (OUT_OF_TURN, NOT_YET)
+def _failed(search: Future[Reply]) -> bool:
+    return search.done() and isinstance(search.exception(), ClusterUnavailableError)
 
 
 def _due(reply: Reply) -> int | None:

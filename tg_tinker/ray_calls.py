@@ -29,6 +29,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 _RESTART_S = 30.0
 """How long a call waits for an actor that restarts."""
 _RESTARTING = "actor_restarting"
+_LEFT = "left_cluster"
 _log = logging.getLogger("tg_tinker")
 
 
@@ -99,6 +100,11 @@ def restarting(error: ClusterUnavailableError) -> bool:
     return error.code == _RESTARTING
 
 
+def left(error: ClusterUnavailableError) -> bool:
+    """Whether this process has no cluster any more: to try again changes nothing."""
+    return error.code == _LEFT
+
+
 # --- Ray's exceptions ---------------------------------------------------------------------------
 
 
@@ -108,7 +114,8 @@ def translated() -> Iterator[None]:
     if not lazy_ray().is_initialized():
         raise ClusterUnavailableError(
             "this process has left its Ray cluster: open a new ServiceClient, and reach the run"
-            " again with get_training_client"
+            " again with get_training_client",
+            code=_LEFT,
         )
     errors = lazy_ray().exceptions
     try:

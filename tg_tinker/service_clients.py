@@ -299,6 +299,8 @@ class ClientCalls:
         """Starts an actor under an epoch just claimed; loads its model, and an artifact."""
         tell = progress or partial(_log.info, "%s: %s", run_id)
         tell("waiting for a place on the cluster")
+        if epoch > 1:
+            self._cluster.await_possible(config.resources)
         resources = self._resources(config.resources)
         actor = self._cluster.start_training(
             resources=resources,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import html
 import json
 import secrets
@@ -78,7 +77,7 @@ class TrainingClient:
         self._finish = finish
         self._training = True
         self._closed = False
-        self._saves: list[Any] = []
+        self._saves: list[FutureHandle[SaveStateResult]] = []
         self._lock = threading.Lock()
         self._recovering = threading.RLock()
         self._reached = reached
@@ -274,7 +273,7 @@ class TrainingClient:
         save: FutureHandle[SaveStateResult] = self._submit(
             "save_state", include_optimizer=include_optimizer, metadata=copy
         )
-        self._saves = [*self._link.pending(self._saves), save.object_ref]
+        self._saves = [*(other for other in self._saves if not other.done()), save]
         return save
 
     def load_state(self, artifact_id: str) -> LoadStateResult:
@@ -371,8 +370,8 @@ class TrainingClient:
             StorageError: the registry takes no notes of the last steps; the run stays open.
         """
         if not self._closed:
-            with contextlib.suppress(ClusterUnavailableError):  # it took them with it
-                self._link.wait(self._saves)
+            for save in self._saves:
+                save.exception()  # waits; what it is, its handle tells
             self._finish(self._epoch, self._link)
             self._closed = True
 

@@ -112,6 +112,11 @@ class Reply:
     error: Wire | None = None
     ledger_head: str = ""
 
+    @property
+    def final(self) -> bool:
+        """Whether it says what became of the call, not only that it has to come again."""
+        return self.error is None or self.error[2].get("code") not in (OUT_OF_TURN, NOT_YET)
+
     def unwrap(self) -> Any:
         """The value; raises the error as a clean local copy."""
         if self.error is not None:
