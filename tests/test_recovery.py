@@ -28,6 +28,7 @@ from tg_tinker import (
     cluster,
 )
 from tg_tinker.ledger import Ledger
+from tg_tinker.lost_calls import open_reply
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:a step has")]
 
@@ -316,7 +317,7 @@ def test_an_actor_that_wakes_up_after_it_was_replaced_can_do_nothing_and_repeats
             error = handle.exception(timeout=60)
             assert type(error) is ActorLostError
             assert error.details["reason"] == "it did not answer"
-        raw = [old._opened(_fetch(handle.object_ref)) for handle in late]
+        raw = [open_reply(old._key, _fetch(handle.object_ref)) for handle in late]
         assert [reply.error and reply.error[0] for reply in raw] == ["ActorLostError"] * 3
         assert [a.artifact_id for a in service.list_artifacts(run=tc.id)] == [saved]
         account = Ledger.replay(service.privacy_report("frozen").entries).accounts[tc.id]
@@ -342,7 +343,7 @@ def test_an_actor_that_is_frozen_in_a_call_and_replaced_does_not_answer_it(
         train(tc, 1)
         _fetch(tc._link.actor.__ray_call__.remote(frozen_while_it_adds))
         late = tc.forward_backward({"input_ids": ROWS[:2]})
-        reply = tc._link._opened(_fetch(late.object_ref))
+        reply = open_reply(tc._link._key, _fetch(late.object_ref))
         assert reply.error is not None
         assert reply.error[0] == "ActorLostError"
         cluster.kill(tc._link.actor)

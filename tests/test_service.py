@@ -262,7 +262,7 @@ def test_a_repeated_call_is_answered_from_memory_and_not_run_again(tc: TrainingC
 def test_a_call_of_another_epoch_is_refused(tc: TrainingClient) -> None:
     request = Request("x-0", "optim_step", epoch=99, handle="x", sequence=0)
     with pytest.raises(ActorLostError, match="epoch 99"):
-        tc._link._call(request, None).unwrap()
+        tc._link._lost_calls._call(request).unwrap()
 
 
 # --- bad input --------------------------------------------------------------------------------
