@@ -101,7 +101,7 @@ def restarting(error: ClusterUnavailableError) -> bool:
 
 
 def left(error: ClusterUnavailableError) -> bool:
-    """Whether this process has no cluster any more: to try again changes nothing."""
+    """Whether this process has no cluster any more, or a dead one: to try again changes nothing."""
     return error.code == _LEFT
 
 
@@ -125,6 +125,12 @@ def translated() -> Iterator[None]:
             "no answer within the timeout: the call goes on, ask for its result again or cancel it"
         ) from None
     except errors.ActorUnavailableError:
+        if _embedded_died():
+            raise ClusterUnavailableError(
+                "the Ray cluster that this program had started has died: start the program again;"
+                " get_training_client brings the run back from its last artifact",
+                code=_LEFT,
+            ) from None
         raise ClusterUnavailableError(
             "a call to an actor, or its answer, was lost on the way, or Ray restarts it: ask again",
             code=_RESTARTING,
@@ -141,6 +147,16 @@ def translated() -> Iterator[None]:
             f"the Ray cluster does not answer ({type(error).__name__}): check `ray status`, then"
             " open a new ServiceClient"
         ) from None
+
+
+def _embedded_died() -> bool:
+    """Of a cluster that this program has started; nobody starts a part of it again."""
+    node = lazy_ray()._private.worker._global_node
+    ours = node.all_processes if node is not None else {}
+    return any(
+        started.process.poll() is not None
+        for kind in ("raylet", "gcs_server") for started in ours.get(kind, ())
+    )  # fmt: skip
 
 
 def _how_it_ended(error: Any) -> str:
