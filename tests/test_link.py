@@ -54,6 +54,7 @@ def linked(monkeypatch: pytest.MonkeyPatch) -> Callable[[Wire], TrainingLink]:
     def over(wire: Wire) -> TrainingLink:
         monkeypatch.setattr(lost_calls, "_PAUSE_S", 0.0)
         monkeypatch.setattr(links, "send", lambda method, *_: method)
+        monkeypatch.setattr(links, "split", lambda refs: ([], refs))
         monkeypatch.setattr(links, "fetch", lambda ref, timeout=None: wire.ask(ref))
         monkeypatch.setattr(links, "when_done", lambda ref, work: work())
         monkeypatch.setattr(lost_calls, "ask", wire.ask)
@@ -102,10 +103,11 @@ class Lossy:
         runs: cleared, it is busy: what arrives waits.
         durable: cleared, no save ends.
         patience_s: how long it waits for the call of a save.
+        unheard: what it answers to calls is lost.
         ends: who asks next for what is stored is ended, as Ray ends threads that wait.
     """
 
-    patience_s, ends = 15.0, False
+    patience_s, ends, unheard = 15.0, False, False
 
     call, saved, stored, cancel = "call", "saved", "stored", "cancel"
 
@@ -138,6 +140,7 @@ class Lossy:
 
     def mend(self) -> None:
         self._lost.clear()
+        self.unheard = False
         self.runs.set()
         self.durable.set()
 
@@ -153,6 +156,8 @@ class Lossy:
             return Saving("a") if request.operation == "save_state" else "stepped"
 
         reply = self._calls.run(request, work)
+        if self.unheard:
+            raise ClusterUnavailableError("lost")
         return seal_payload(KEY, replace(reply, ledger_head=f"after {request.request_id}"))
 
     def _saved(self, request_id: str) -> bytes:
@@ -382,6 +387,29 @@ def test_a_lost_save_that_goes_on_holds_up_no_lost_step(
     assert after.result(10) == "stepped"
     assert not save.done()
     actor.durable.set()
+    assert save.result(10) == "durable"
+
+
+@pytest.mark.parametrize("lost", ["before", "after"])
+def test_a_save_whose_end_has_arrived_is_what_it_says(
+    over: Callable[[Lossy], TrainingLink], monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """The answer to its beginning was lost, which is noticed before or after; to ask leads nowhere:
+    the actor has forgotten it, and sends no more."""
+    actor, late = Lossy(set()), list[Callable[[], object]]()
+    actor.unheard = True
+    link = over(actor)
+    monkeypatch.setattr(links, "when_done", lambda ref, work: late.append(work))
+    save = handle(link, SAVE)
+    wait([save.object_ref], 10)
+    actor._calls._replies.clear()
+    if lost == "before":
+        late[0]()
+        poll(lambda: link._lost_calls.search("h-0").done())
+    assert save.done()
+    if lost == "after":
+        late[0]()
+        time.sleep(0.1)
     assert save.result(10) == "durable"
 
 

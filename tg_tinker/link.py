@@ -204,7 +204,7 @@ class TrainingLink:
 
     def _reply(self, ref: Any, request_id: str, timeout: float | None) -> Reply:
         limit = None if timeout is None else time.monotonic() + timeout
-        if request_id not in self._lost_calls:
+        if request_id not in self._lost_calls or split([ref])[0]:
             if (reply := self._arrived(ref, timeout)) is not None:
                 return reply
             if self.told and self.lost is not None:  # another actor has the run
@@ -231,8 +231,7 @@ class TrainingLink:
         is forgotten, one that was lost is sent again."""
         reply = None
         with suppress(ActorLostError):  # told when somebody takes it
-            if request_id not in self._lost_calls:
-                reply = self._arrived(ref, 0)
+            reply = self._arrived(ref, 0)
             if reply is None and not (self.told and self.lost is not None):
                 search = self._lost_calls.go_on(request_id)
                 if not search.done():
@@ -246,7 +245,7 @@ class TrainingLink:
     def _watch_beginning(self, begun: Any, request_id: str) -> None:
         """Of a save: if its call was lost, or one before it, nobody else would send them again."""
         with suppress(ActorLostError):
-            if self._arrived(begun, 0) is None:
+            if request_id in self._sent and self._arrived(begun, 0) is None:
                 self._lost_calls.search(request_id)
 
     def _note(self, reply: Reply) -> None:
