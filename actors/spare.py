@@ -9,7 +9,9 @@ one is missing or fails, the next actor imports by itself, as the first one does
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -48,6 +50,8 @@ def imported() -> None:
     if _imports is not None:
         _imports.join()
     _import()
+    with suppress(Exception):
+        _mark().unlink(missing_ok=True)  # this process may be the spare one
 
 
 def _import() -> None:
@@ -55,12 +59,32 @@ def _import() -> None:
 
 
 def leave_spare() -> None:
-    """Asks this node for a spare process; whether one comes does not matter to the caller."""
+    """Asks this node for a spare process, unless one was asked for that nobody has taken yet.
+    Whether one comes does not matter to the caller."""
     from actors.memory import host_memory  # which loads torch: programs import this file too
 
     if host_memory() > LEAST_BYTES:
         with suppress(Exception):
-            _ask_for_spare()
+            if _first_to_ask(_mark()):
+                _ask_for_spare()
+
+
+def _mark() -> Path:
+    """Of this node: there while a spare process waits, or is on its way."""
+    node: Any = ray._private.worker.global_worker.node
+    here = ray.get_runtime_context().get_node_id()
+    return Path(node.get_session_dir_path()) / f"tg_tinker_spare_{here}"
+
+
+def _first_to_ask(mark: Path) -> bool:
+    """Clients that load at once would leave one each, 0.3 GB for ten minutes."""
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        if time.time() - mark.stat().st_mtime < KEEP_S:
+            return False
+        mark.touch()  # Ray has ended it since
+    return True
 
 
 def _ask_for_spare() -> None:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from conftest import make_model
 from helpers import RAGGED, examples, session
 
-from actors import memory
+from actors import memory, spare
 from actors.memory import adapter_values, check_room, estimate, stored_shapes
 from actors.model import Base
 from actors.storage_actor import NAME
@@ -387,6 +388,26 @@ def test_the_next_client_gets_a_process_that_has_its_libraries_from_whatever_pro
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) in waiting
+
+
+def test_clients_that_load_at_once_leave_one_spare_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked_for: list[None] = []
+    mark = tmp_path / "mark"
+    monkeypatch.setattr(spare, "_mark", lambda: mark)
+    monkeypatch.setattr(spare, "_ask_for_spare", lambda: asked_for.append(None))
+    with ThreadPoolExecutor(8) as pool:
+        [*pool.map(lambda _: spare.leave_spare(), range(8))]
+    assert len(asked_for) == 1
+    spare.imported()  # by whoever took it
+    spare.leave_spare()
+    assert len(asked_for) == 2
+    ended = time.time() - spare.KEEP_S - 1
+    os.utime(mark, (ended, ended))
+    for _ in range(2):
+        spare.leave_spare()
+    assert len(asked_for) == 3
 
 
 @pytest.mark.slow
