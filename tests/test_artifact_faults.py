@@ -1,6 +1,6 @@
 """A save and a rotation whose calls to the system fail, or that are killed, at every one of them.
 
-`test_store` does the same to the store alone; here registry, keys and sweep take part.
+`test_store_disk` does the same to the store alone; here registry, keys and sweep take part.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from test_artifacts import TENANT, Service
 from test_artifacts import service as service  # a fixture
-from test_store import Calls
+from test_store_disk import Calls
 
 from actors import artifacts, upkeep
 from actors.artifacts import Draft
