@@ -134,6 +134,14 @@ def step(tc: TrainingClient) -> Any:
     return tc.optim_step()
 
 
+def loss(tc: TrainingClient) -> float:
+    """Of a batch of its own; it stands for the weights."""
+    tc.eval()
+    found = tc.forward_backward({"input_ids": ROWS[2:4]}).result().loss
+    tc.train()
+    return found
+
+
 def charges(tc: TrainingClient) -> int:
     entries = tc.service.privacy_report().entries  # type: ignore[attr-defined]
     return Ledger.replay(entries).accounts[tc.id].count
@@ -152,7 +160,7 @@ def test_whatever_is_killed_the_ledger_and_the_artifacts_tell_the_truth(
         install(tc, doom(str(log)))
         step(tc).result()
         kept = tc.save_state()
-        at, before, artifacts = tc.step, charges(tc), saved(tc)
+        at, before, artifacts, weights = tc.step, charges(tc), saved(tc), loss(tc)
         if point.call == "step":
             tc.forward_backward({"input_ids": ROWS[:2]}).result()
         install(tc, doom(str(log), point.owner, point.method, point.after))
@@ -163,6 +171,7 @@ def test_whatever_is_killed_the_ledger_and_the_artifacts_tell_the_truth(
         assert (charges(tc) - before, min(draws, 1)) == (point.charged, point.drawn)
         assert len(saved(tc) - artifacts) == point.saved
         assert artifacts <= saved(tc)
+        assert loss(tc) == weights  # to the bit: nothing that was half done is in them
         assert step(tc).result().step == at + 1
         assert charges(tc) == before + point.charged + 1  # a step that is repeated is charged again
     assert not any(dict(tc.service.verify_artifacts()).values())  # type: ignore[attr-defined]
