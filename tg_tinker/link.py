@@ -233,10 +233,9 @@ class TrainingLink:
         with suppress(ActorLostError):  # told when somebody takes it
             reply = self._arrived(ref, 0)
             if reply is None and not (self.told and self.lost is not None):
-                search = self._lost_calls.go_on(request_id)
-                if not search.done():
+                reply = self._lost_calls.found(request_id)
+                if reply is None:
                     return False
-                reply = search.result()
         if reply is not None:
             self._note(reply)
             self._sent.pop(request_id, None)

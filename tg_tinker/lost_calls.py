@@ -60,12 +60,18 @@ class LostCalls:
                 self._begin(request_id)
             return self._searches[request_id]
 
-    def go_on(self, request_id: str) -> Future[Reply]:
-        """The same; a search that has failed is begun anew."""
+    def found(self, request_id: str) -> Reply | None:
+        """What the search has found so far. Begins one where there is none, or it has failed.
+
+        Raises:
+            ActorLostError: so it ended.
+        """
         with self._lock:
-            if request_id not in self._searches or _failed(self._searches[request_id]):
+            search = self._searches.get(request_id)
+            if search is None or _failed(search):
                 self._begin(request_id)
-            return self._searches[request_id]
+                return None
+            return search.result() if search.done() else None
 
     def taken(self, request_id: str) -> None:
         """Somebody was told what came of it: a reply is forgotten, after a failure it goes on."""
