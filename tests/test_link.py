@@ -331,14 +331,16 @@ def test_an_answer_that_is_asked_for_after_the_call_was_forgotten_is_in_the_jour
 def test_calls_that_nothing_gets_through_are_pending_and_sent_again_by_who_looks(
     over: Callable[[Lossy], TrainingLink],
 ) -> None:
-    """Both searches fail; no callback, nobody takes a result."""
-    actor = Lossy({*range(2 + 2 * lost_calls.TRIES)})
+    """All searches fail; no callback, nobody takes a result."""
+    actor = Lossy({*range(10_000)})
     link = over(actor)
     calls = [handle(link, step(number)) for number in range(2)]
+    wait([one.object_ref for one in calls], 10)
     for one in calls:
         assert not one.done()
         poll(lambda one=one: link._lost_calls.search(one.future_id).done())  # type: ignore[misc]
         assert (one.status(), link.waiting()) == ("pending", 2)
+    actor.mend()
     poll(lambda: all(one.done() for one in calls))
     assert [one.result() for one in calls] == ["stepped", "stepped"]
 
