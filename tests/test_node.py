@@ -305,6 +305,17 @@ def test_a_port_that_is_taken_is_told_before_ray_starts(
     assert not (one.home / "node.log").exists()
 
 
+def test_a_token_that_cannot_be_read_is_told_as_ours(short: Path) -> None:
+    one = machine(
+        short, "a", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(short / "none"),
+        RAY_ADDRESS="local",
+    )  # fmt: skip
+    one.run("init")
+    said = one.run("runs", code=1)
+    assert said.startswith("error: Ray did not start, or refused this process (Authentication")
+    assert "Traceback" not in said
+
+
 def test_two_do_not_start_a_node_of_one_home_at_once(tmp_path: Path) -> None:
     for _ in range(2):  # the first has ended
         with node.alone(tmp_path):  # noqa: SIM117

@@ -97,7 +97,9 @@ def _starting() -> Iterator[None]:
     except KeyboardInterrupt:
         lazy_ray().shutdown()
         raise
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (
+        ConnectionError, RuntimeError, ValueError, lazy_ray().exceptions.AuthenticationError,
+    ) as error:  # fmt: skip
         raise ClusterUnavailableError(
             f"Ray did not start, or refused this process ({type(error).__name__}): check"
             " `ray status` and RAY_ADDRESS, that RAY_AUTH_MODE is as the cluster was started with,"
