@@ -32,6 +32,9 @@ _ONE_DOMAIN = (
 _SERVERS = {"gcs_server": "GCS", "raylet": "raylet", "dashboard.py": "dashboard"}
 """Programs of Ray that take orders, by a part of their command line."""
 
+_AT_LOOPBACK = ("--host=127.", "--host=localhost", "--host=::1")
+"""Of a dashboard that takes orders there alone: where else it listens Prometheus gets numbers."""
+
 _LISTENS = "0A"
 """As proc_net_tcp(5) has it."""
 
@@ -162,9 +165,12 @@ def _is_loopback(text: str) -> bool:
 
 
 def _server(process: Path) -> str:
-    """What of Ray a process is; empty where it is nothing of that, or another user's."""
+    """What of Ray a process is that may take orders from elsewhere; empty where it is nothing of
+    that, or another user's."""
     with suppress(OSError):
         words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        if any(word.startswith(_AT_LOOPBACK) for word in words):
+            return ""
         program = [Path(word).name for word in words[:3]]
         return next((_SERVERS[name] for name in program if name in _SERVERS), "")
     return ""

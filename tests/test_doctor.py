@@ -465,6 +465,17 @@ def test_what_listens_beyond_this_machine_without_a_token_is_a_problem(
         assert finding.status == (WARNING if program == "dashboard.py" else OK)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "0.0.0.0"])
+def test_a_dashboard_at_the_loopback_lets_nobody_in_though_its_metrics_are_open(
+    proc: Path, host: str
+) -> None:
+    """As `tg-tinker up` starts it."""
+    listening(proc, "dashboard.py", "all", "token")
+    (proc / "41/cmdline").write_bytes(f"python\0/ray/dashboard.py\0--host={host}\0".encode())
+    beyond = host == "0.0.0.0"
+    assert doctor_cluster._exposure(proc).status == (WARNING if beyond else OK)
+
+
 @pytest.mark.parametrize(("program", "state"), [("python", "0A"), ("raylet", "01")])
 def test_other_programs_and_sockets_that_do_not_listen_are_left_alone(
     proc: Path, program: str, state: str

@@ -7,6 +7,7 @@ import datetime
 import ipaddress
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -117,8 +118,9 @@ def ended(short: Path) -> Iterator[list[Machine]]:
         node.stop(one.home)
 
 
-def up(one: Machine, *words: str, port: int) -> str:
-    return one.run("up", "--port", str(port), "--dashboard-port", str(free_port()), *words)
+def up(one: Machine, *words: str, port: int, code: int = 0) -> str:
+    more = ("--port", str(port), "--dashboard-port", str(free_port()))
+    return one.run("up", *more, *words, code=code)
 
 
 def of_cluster(port: int) -> list[str]:
@@ -267,11 +269,59 @@ def test_the_process_of_another_program_is_never_taken_for_the_node(tmp_path: Pa
 def test_what_does_not_start_leaves_nothing_and_says_where_to_look(
     short: Path, ended: list[Machine]
 ) -> None:
-    one = machine(short, "a")
+    one = machine(short, "a" * 90)  # too long for Ray's sockets
     ended.append(one)
-    said = one.run("up", "--join", f"127.0.0.1:{free_port()}", "--without-tls", code=1)
+    said = up(one, port=free_port(), code=1)
     assert "node.log" in said
     assert not (one.home / "node.json").exists()
+
+
+def test_a_machine_joins_an_address_with_the_token_of_its_head(
+    short: Path, ended: list[Machine]
+) -> None:
+    one = machine(short, "a")
+    ended.append(one)
+    for wrong in ("nonsense", "10.0.0.1", "10.0.0.1:", ":6379"):
+        for more in ((), ("--without-tls",)):
+            assert "HOST:PORT" in one.run("up", "--join", wrong, *more, code=1)
+    nowhere = ("up", "--join", f"127.0.0.1:{free_port()}")
+    assert "copy the one of the head" in one.run(*nowhere, code=1).replace("\n", " ")
+    mine = replace(one, environment={**one.environment, "RAY_AUTH_TOKEN": "0" * 64})
+    assert "no cluster answers" in mine.run(*nowhere, code=1)
+
+
+@pytest.mark.parametrize("option", ["--port", "--dashboard-port"])
+def test_a_port_that_is_taken_is_told_before_ray_starts(
+    short: Path, ended: list[Machine], option: str
+) -> None:
+    """Else with another cluster's dashboard at it, jobs would go to that cluster."""
+    one = machine(short, "a")
+    ended.append(one)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ports = {"--port": free_port(), "--dashboard-port": free_port()}
+        ports[option] = taken.getsockname()[1]
+        said = one.run("up", *(str(word) for pair in ports.items() for word in pair), code=1)
+    assert f"another {option}" in said.replace("\n", " ")
+    assert not (one.home / "node.log").exists()
+
+
+def test_a_token_that_cannot_be_read_is_told_as_ours(short: Path) -> None:
+    one = machine(
+        short, "a", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(short / "none"),
+        RAY_ADDRESS="local",
+    )  # fmt: skip
+    one.run("init")
+    said = one.run("runs", code=1)
+    assert said.startswith("error: Ray did not start, or refused this process (Authentication")
+    assert "Traceback" not in said
+
+
+def test_two_do_not_start_a_node_of_one_home_at_once(tmp_path: Path) -> None:
+    for _ in range(2):  # the first has ended
+        with node.alone(tmp_path):  # noqa: SIM117
+            with pytest.raises(InvalidRequestError, match="just now"), node.alone(tmp_path):
+                pytest.fail("both are at it")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_address_that_others_reach_wants_tls(tmp_path: Path) -> None:

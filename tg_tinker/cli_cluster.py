@@ -49,17 +49,20 @@ def up(
     from tg_tinker.service import home_directory, init_home
 
     home = home_directory()
+    reached = [host] if join is None else [host, _host_of(join)]
     if not without_tls:
-        for reached in (host, *([join.rpartition(":")[0].strip("[]")] if join else [])):
-            node.check_encrypted(reached)
+        for one in reached:
+            node.check_encrypted(one)
     if join is None:
         init_home(home)
     else:
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
     provided("seal_http")()
-    with Console(stderr=True).status("starting Ray"):
+    with Console(stderr=True).status("starting Ray"), node.alone(home):
         if join is None:
             node.make_token()
+        else:
+            node.check_token()
         started = node.start(
             home, host=host, port=port, dashboard_port=dashboard_port, join=join,
             num_cpus=num_cpus, num_gpus=num_gpus,
@@ -136,6 +139,15 @@ def down(
     node.stop(home_directory())
     what = "the cluster" if running.dashboard else "this machine's part of the cluster"
     typer.echo(f"Ended {what} at {running.address}")
+
+
+def _host_of(join: str) -> str:
+    from tg_tinker.errors import InvalidRequestError
+
+    host, _, port = join.rpartition(":")
+    if not host or not port.isdecimal():
+        raise InvalidRequestError(f"--join {join!r} is not HOST:PORT, such as 10.0.0.1:6379")
+    return host.strip("[]")
 
 
 def _need_a_cluster() -> None:

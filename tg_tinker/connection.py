@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from tg_tinker.entry_points import provided
 from tg_tinker.errors import ClusterUnavailableError, InvalidRequestError
 from tg_tinker.interrupts import ctrl_c_held_back
-from tg_tinker.node import tls_is_on
+from tg_tinker.node import answers, tls_is_on
 from tg_tinker.ray_calls import lazy_ray, translated
 
 WITHOUT_TLS = "TG_TINKER_WITHOUT_TLS"
@@ -50,7 +49,7 @@ def connect(address: str | None) -> bool:
             f"address {target!r}: run on the head node, by `ray job submit`, or use HTTP; Ray"
             " Client connections are not supported"
         )
-    if target != "auto" and not _answers(target):
+    if target != "auto" and not answers(target):
         raise ClusterUnavailableError(
             f"no Ray cluster answers at {target}: start one with `ray start --head`, correct"
             " RAY_ADDRESS or `address`, or pass address='local' for an embedded one"
@@ -98,7 +97,9 @@ def _starting() -> Iterator[None]:
     except KeyboardInterrupt:
         lazy_ray().shutdown()
         raise
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (
+        ConnectionError, RuntimeError, ValueError, lazy_ray().exceptions.AuthenticationError,
+    ) as error:  # fmt: skip
         raise ClusterUnavailableError(
             f"Ray did not start, or refused this process ({type(error).__name__}): check"
             " `ray status` and RAY_ADDRESS, that RAY_AUTH_MODE is as the cluster was started with,"
@@ -115,16 +116,7 @@ def running_cluster() -> str | None:
         address = _STARTED_BY_RAY_START.read_text().strip()
     except OSError:
         return None
-    return address if _answers(address) else None
-
-
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=3):
-            return True
-    except (OSError, ValueError):
-        return False
+    return address if answers(address) else None
 
 
 def _close_token_file() -> None:

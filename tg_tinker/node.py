@@ -6,6 +6,7 @@ alone: other clusters of this machine stay, which `ray stop` would end, too.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -14,8 +15,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -65,6 +66,26 @@ def read(home: Path) -> Node | None:
     return found if found.alive else None
 
 
+@contextmanager
+def alone(home: Path) -> Iterator[None]:
+    """Around `start`: two at once of a home write one log, and each takes the other's Ray for its.
+
+    Raises:
+        InvalidRequestError: another program is at it.
+    """
+    folder = os.open(home, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InvalidRequestError(
+                "another `tg-tinker up` of this home starts a node just now: wait for it to end"
+            ) from None
+        yield
+    finally:
+        os.close(folder)
+
+
 def start(
     home: Path, *, host: str = LOOPBACK, port: int = 6379, dashboard_port: int = 8265,
     join: str | None = None, num_cpus: int | None = None, num_gpus: int | None = None,
@@ -79,12 +100,20 @@ def start(
 
     Raises:
         InvalidRequestError: a node of this home runs already.
-        ClusterUnavailableError: Ray did not start; says where its log is.
+        ClusterUnavailableError: a port is taken, no head answers, or Ray did not start; then it
+            says where its log is.
     """
     if (running := read(home)) is not None:
         raise InvalidRequestError(
             f"a node of this home runs already, in the cluster at {running.address}: use it, or"
             " end it with `tg-tinker down`"
+        )
+    if join is None:
+        _check_free("--port", "", port)
+        _check_free("--dashboard-port", LOOPBACK, dashboard_port)
+    elif not answers(join):
+        raise ClusterUnavailableError(
+            f"no cluster answers at {join}: see `tg-tinker status` on its head, and the firewall"
         )
     head = {"--port": port, "--dashboard-host": LOOPBACK, "--dashboard-port": dashboard_port}
     options = {
@@ -113,6 +142,16 @@ def start(
         end(node)
         raise
     return node
+
+
+def answers(address: str) -> bool:
+    """Whether something listens at ``host:port``."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=3):
+            return True
+    except (OSError, ValueError):
+        return False
 
 
 def stop(home: Path) -> Node | None:
@@ -165,6 +204,20 @@ def check_encrypted(host: str, environment: Mapping[str, str] = os.environ) -> N
         )
 
 
+def check_token(environment: Mapping[str, str] = os.environ) -> None:
+    """A machine that joins has to have its head's token.
+
+    Raises:
+        InvalidRequestError: there is none.
+    """
+    given = environment.get("RAY_AUTH_TOKEN") or environment.get("RAY_AUTH_TOKEN_PATH")
+    if not given and not (token := _token_file()).is_file():
+        raise InvalidRequestError(
+            f"there is no token at {token}: copy the one of the head there, as docs/deployment.md"
+            " says"
+        )
+
+
 def make_token(environment: Mapping[str, str] = os.environ) -> None:
     """The token that keeps strangers from running code on the cluster, where there is none yet.
 
@@ -176,10 +229,28 @@ def make_token(environment: Mapping[str, str] = os.environ) -> None:
         [*_RAY, "get-auth-token", "--generate"], env={**environment, **_ENVIRONMENT},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, umask=0o077, check=False,
     )  # fmt: skip
-    token = Path.home() / ".ray" / "auth_token"
+    token = _token_file()
     if done.returncode or not token.is_file():
         raise StorageError(f"Ray could not make its token in {token}: is the folder yours?")
     token.chmod(0o600)
+
+
+def _token_file() -> Path:
+    return Path.home() / ".ray" / "auth_token"
+
+
+def _check_free(option: str, host: str, port: int) -> None:
+    """With its own port taken Ray tries for long; with that of the dashboard it starts without one
+    and says nothing, so that jobs would go to whoever has it."""
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Ray does
+            probe.bind((host, port))
+    except OSError as error:
+        raise ClusterUnavailableError(
+            f"cannot listen on port {port} ({error.strerror}): end the cluster or program that has"
+            f" it, or take another {option}"
+        ) from None
 
 
 def _launched(
