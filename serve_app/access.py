@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -115,6 +116,20 @@ class Access:
     async def _in_thread(self, work: Callable[..., _T], *arguments: Any) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
 
+    @contextmanager
+    def arriving(self, caller: Caller) -> Iterator[None]:
+        """While a request is read and understood: it counts as one of its key already, which else
+        could fill all places of a server with bodies that do not end.
+
+        Raises:
+            QueueFullError: as `enter`.
+        """
+        self._take(caller)
+        try:
+            yield
+        finally:
+            self.leave(caller)
+
     def enter(self, caller: Caller, max_tokens: int) -> None:
         """Before a request of this many tokens in all begins; `leave` when it has ended.
 
@@ -127,6 +142,9 @@ class Access:
                 f"max_tokens times completions is {max_tokens}, more than the"
                 f" {self._options.most_tokens} tokens that this server draws for a request"
             )
+        self._take(caller)
+
+    def _take(self, caller: Caller) -> None:
         if self._at_once[caller.key_id] >= self._options.most_at_once:
             raise QueueFullError(
                 f"{self._options.most_at_once} requests of this key are answered already: wait for"

@@ -11,6 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -90,35 +91,38 @@ class HttpReplica(Replica):
     @api.get("/v1/models")
     async def models(self, request: Request) -> dict[str, Any]:
         caller = await self._access.caller(request)
-        names = await self._looked_up(
-            caller, lambda: self.sources.names(caller.tenant, caller.models)
-        )
+        with self._access.arriving(caller):
+            names = await self._looked_up(
+                caller, lambda: self.sources.names(caller.tenant, caller.models)
+            )
         listed = [{"id": name, "object": "model", "created": 0, "owned_by": caller.tenant}
                   for name in names]  # fmt: skip
         return {"object": "list", "data": listed}
 
     @api.post("/v1/completions")
     async def completions(self, request: Request) -> Response:
-        caller, body = await self._asked(request, CompletionBody)
-        prompts = body.prompts()
-        running = await self._begun(caller, body.model, prompts, body.params())
+        async with self._asked(request, CompletionBody) as (caller, body):
+            prompts, params = body.prompts(), body.params()
+        running = await self._begun(caller, body.model, prompts, params)
         echoes = [self._as_text(p) if body.echo else "" for p in prompts]
         return await self._answer(caller, running, body, echoes)
 
     @api.post("/v1/chat/completions")
     async def chat(self, request: Request) -> Response:
-        caller, body = await self._asked(request, ChatBody)
-        messages = [message.plain() for message in body.messages]
-        prompt = await self.in_thread(lambda: render_messages(self.tokenizer, messages))
-        (ids,) = await self.encoded([prompt])
-        params = body.params(self.engines.base.context_length - len(ids))
+        async with self._asked(request, ChatBody) as (caller, body):
+            messages = [message.plain() for message in body.messages]
+            prompt = await self.in_thread(
+                caller.tenant, lambda: render_messages(self.tokenizer, messages)
+            )
+            (ids,) = await self.encoded(caller.tenant, [prompt])
+            params = body.params(self.engines.base.context_length - len(ids))
         running = await self._begun(caller, body.model, [ids], params)
         return await self._answer(caller, running, body, [""])
 
     @api.post("/v1/sample")
     async def sample_native(self, request: Request) -> Response:
-        caller, body = await self._asked(request, SampleBody)
-        prompts, params = check_prompts(body.prompts), body.params()
+        async with self._asked(request, SampleBody) as (caller, body):
+            prompts, params = check_prompts(body.prompts), body.params()
         running = await self._begun(caller, body.model, prompts, params)
         if body.stream:
             return await self._events(caller, running, sample_event)
@@ -140,23 +144,29 @@ class HttpReplica(Replica):
 
     # --- the way of a request ------------------------------------------------------------------
 
-    async def _asked(self, request: Request, kind: type[_Body]) -> tuple[Caller, _Body]:
-        """Who asks, and then for what: nobody without a key has a body read.
+    @asynccontextmanager
+    async def _asked(
+        self, request: Request, kind: type[_Body]
+    ) -> AsyncGenerator[tuple[Caller, _Body], None]:
+        """Who asks, and then for what: nobody without a key has a body read, and nobody more of
+        them at once than may be answered.
 
         Raises:
             AccessDeniedError: no key, or one that opens nothing.
+            QueueFullError: too many requests of this key.
             InvalidRequestError: the body is none of this kind.
             DeadlineExceededError: it did not arrive in time.
         """
         caller = await self._access.caller(request)
-        try:
-            async with asyncio.timeout(BODY_S):
-                content = await request.body()
-        except TimeoutError:
-            raise DeadlineExceededError(
-                f"the body was not complete after {BODY_S:g} s: send it at once"
-            ) from None
-        return caller, parsed(kind, content)
+        with self._access.arriving(caller):
+            try:
+                async with asyncio.timeout(BODY_S):
+                    content = await request.body()
+            except TimeoutError:
+                raise DeadlineExceededError(
+                    f"the body was not complete after {BODY_S:g} s: send it at once"
+                ) from None
+            yield caller, parsed(kind, content)
 
     async def _answer(
         self, caller: Caller, running: Running, body: CompletionBody | ChatBody, echoes: list[str]
@@ -166,7 +176,9 @@ class HttpReplica(Replica):
             parts = await self._all(caller, running)
             drawn = sum(len(chunk.token_ids) for part in parts for chunk in part)
             counts = usage(running.prompt_tokens, drawn)
-            return await self.in_thread(lambda: JSONResponse(answer.whole(parts, counts)))
+            return await self.in_thread(
+                caller.tenant, lambda: JSONResponse(answer.whole(parts, counts))
+            )
         wanted = body.stream_options is not None and body.stream_options.include_usage
         last = answer.usage_event if wanted else None
         return await self._events(caller, running, answer.event, last)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +43,9 @@ REPORT_S = 1.0
 
 FORGET_S = 2.0
 """Between two looks whether artifacts that are held still exist."""
+
+TEXTS = 2
+"""Texts that are turned into tokens or back at once, of each tenant."""
 
 ALL = ""
 """In place of a tenant, over the SDK: one domain of trust."""
@@ -83,7 +88,10 @@ class Replica:
         self.tokenizer = load_tokenizer(self.engines.base.tokenizer_files())
         settle_heap()
         self.sources = Sources(self.registry.typed, self._key, namespace, store, model_ref)
-        self._text = ThreadPoolExecutor(2, thread_name_prefix="text")  # waits for nothing else
+        # By tenant: long texts of one are no queue for the others. They wait for nothing else.
+        self._texts = defaultdict[str, ThreadPoolExecutor](
+            partial(ThreadPoolExecutor, TEXTS, thread_name_prefix="text")
+        )
         self._fetches = Fetches(self.engines)
         self._newest: dict[str, int] = {}  # step of each run that was sampled from
         self._reporting = asyncio.ensure_future(self._report())
@@ -152,7 +160,7 @@ class Replica:
 
         Args:
             owner: whose turns it shares in the engine.
-            tenant: whose threads fetch the weights.
+            tenant: whose threads read the prompts and fetch the weights.
 
         Raises:
             InvalidRequestError: it can never run.
@@ -161,7 +169,7 @@ class Replica:
         arrived, loop, watch = asyncio.Event(), asyncio.get_running_loop(), Watch()
         call = Completions(
             self.tokenizer,
-            await self.encoded(prompts),
+            await self.encoded(tenant, prompts),
             params,
             source.version,
             adapter=source.name if source.shared else None,
@@ -189,15 +197,18 @@ class Replica:
             " fewer runs at a time"
         )
 
-    async def encoded(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+    async def encoded(self, tenant: str, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         """Token ids; the event loop goes on meanwhile."""
         return await self.in_thread(
-            lambda: [encode_prompt(self.tokenizer, p) if isinstance(p, str) else p for p in prompts]
+            tenant,
+            lambda: [
+                encode_prompt(self.tokenizer, p) if isinstance(p, str) else p for p in prompts
+            ],
         )
 
-    async def in_thread(self, work: Callable[[], _T]) -> _T:
+    async def in_thread(self, tenant: str, work: Callable[[], _T]) -> _T:
         """Work on text."""
-        return await asyncio.get_running_loop().run_in_executor(self._text, work)
+        return await asyncio.get_running_loop().run_in_executor(self._texts[tenant], work)
 
     async def follow(
         self, running: Running, deadline_s: float | None = None, tenant: str | None = None,

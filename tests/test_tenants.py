@@ -10,13 +10,17 @@ import asyncio
 import json
 import os
 import re
+import select
 import signal
+import socket
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -30,8 +34,10 @@ from test_serving import scraped
 
 from actors.home import create
 from actors.registry import Registry
+from serve_app.access import HttpOptions
 from serve_app.fetches import AT_ONCE, Fetches
-from serve_app.http import LOOKUPS, MOST_WAITING, api
+from serve_app.http import BODY_S, LOOKUPS, MOST_WAITING, api
+from serve_app.replica import TEXTS
 from serve_app.sources import Source, Sources
 from tg_tinker import (
     DPConfig,
@@ -267,6 +273,61 @@ def test_a_frozen_run_of_one_tenant_holds_nobody_else_up(both: Both) -> None:
             os.kill(frozen, signal.SIGCONT)
         assert found.status == 200
         assert {one.result().status for one in mine} == {200}
+
+
+@pytest.mark.slow
+def test_long_texts_of_one_tenant_are_no_queue_for_the_other(both: Both) -> None:
+    long = {"model": "base", "prompt": "hello world " * 80_000}
+    short = {"model": "base", "prompt": "abc", "max_tokens": 1}
+
+    def left_when_answered(count: int) -> int:
+        """How many of these long ones are not read when a short one of the other is answered."""
+        with ThreadPoolExecutor(count) as pool:
+            mine = [
+                pool.submit(ask, both.url, "POST", "/v1/completions", both.key, long)
+                for _ in range(count)
+            ]
+            time.sleep(1)  # they are on their way
+            found = ask(both.url, "POST", "/v1/completions", both.their_key, short)
+            left = sum(not one.done() for one in mine)
+            assert found.status == 200
+            assert {one.result().status for one in mine} == {400}  # longer than the context
+        return left
+
+    # behind them it would come last every time; a busy machine may be slow once
+    assert any(left_when_answered(24) > TEXTS for _ in range(3))
+
+
+@pytest.mark.slow
+def test_bodies_that_do_not_end_take_no_more_places_than_their_key_has(both: Both) -> None:
+    url = urllib.parse.urlsplit(both.url)
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: {url.netloc}\r\nAuthorization: Bearer {both.key}"
+        "\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+    )
+    most = HttpOptions().most_at_once
+    with ExitStack() as stack:
+        senders = [
+            stack.enter_context(socket.create_connection((url.hostname or "", url.port or 0)))
+            for _ in range(most + 8)
+        ]
+        for sender in senders:
+            sender.sendall(head.encode())
+        answered: list[socket.socket] = []
+        deadline = time.monotonic() + BODY_S / 2
+        while len(answered) < 8 and time.monotonic() < deadline:
+            answered, _, _ = select.select(senders, [], [], 0.1)
+            time.sleep(0.1)
+        assert [one.recv(12) for one in answered] == [b"HTTP/1.1 429"] * 8
+        short = {"model": "base", "prompt": "abc", "max_tokens": 1}
+        assert ask(both.url, "POST", "/v1/completions", both.key, short).status == 429
+        assert ask(both.url, "GET", "/v1/models", both.key).status == 429
+        assert ask(both.url, "POST", "/v1/completions", both.their_key, short).status == 200
+    deadline = time.monotonic() + BODY_S + 5
+    while (status := ask(both.url, "POST", "/v1/completions", both.key, short).status) == 429:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert status == 200
 
 
 def test_weights_that_do_not_come_for_one_tenant_hold_nobody_else_up() -> None:
