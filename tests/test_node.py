@@ -72,11 +72,14 @@ class Machine:
     environment: Mapping[str, str]
 
     def run(self, *words: str, code: int = 0, answer: str = "") -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", "from tg_tinker.cli import main; main()", *words],
-            env=self.environment, input=answer, capture_output=True, text=True, timeout=120,
-            check=False,
-        )  # fmt: skip
+        for _ in range(3):
+            done = subprocess.run(
+                [sys.executable, "-c", "from tg_tinker.cli import main; main()", *words],
+                env=self.environment, input=answer, capture_output=True, text=True, timeout=120,
+                check=False,
+            )  # fmt: skip
+            if "timed out during startup" not in done.stderr:
+                break  # else the machine was busy: Ray waits 30 s and has no setting for it
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
