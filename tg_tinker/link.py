@@ -232,7 +232,7 @@ class TrainingLink:
         reply = None
         with suppress(ActorLostError):  # told when somebody takes it
             reply = self._arrived(ref, 0)
-            if reply is None and not (self.told and self.lost is not None):
+            if reply is None and not self.told:
                 reply = self._lost_calls.found(request_id)
                 if reply is None:
                     return False

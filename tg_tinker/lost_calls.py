@@ -182,6 +182,4 @@ def _failed(search: Future[Reply]) -> bool:
 
 def _due(reply: Reply) -> int | None:
     """The number of the call that the actor has to get first; None where it has run this one."""
-    if reply.error is None or reply.error[2].get("code") != OUT_OF_TURN:
-        return None
-    return int(reply.error[2]["due"])
+    return int(reply.error[2]["due"]) if reply.error and reply.code == OUT_OF_TURN else None

@@ -113,9 +113,14 @@ class Reply:
     ledger_head: str = ""
 
     @property
+    def code(self) -> str:
+        """Of the error; empty without one."""
+        return "" if self.error is None else str(self.error[2].get("code", ""))
+
+    @property
     def final(self) -> bool:
         """Whether it says what became of the call, not only that it has to come again."""
-        return self.error is None or self.error[2].get("code") not in (OUT_OF_TURN, NOT_YET)
+        return self.code not in (OUT_OF_TURN, NOT_YET)
 
     def unwrap(self) -> Any:
         """The value; raises the error as a clean local copy."""
