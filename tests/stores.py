@@ -11,7 +11,7 @@ import pytest
 
 from actors.objects import Objects
 from actors.store import MANIFEST, ArtifactStore
-from tests.storage_servers import Server
+from tests.storage_servers import Server, abfss_store, gs_store, moto_store, s3_store
 from tg_tinker.errors import NotFoundError
 
 TENANT, ARTIFACT = "clinic", "art-1"
@@ -25,6 +25,26 @@ def served(
 ) -> Iterator[Server]:
     with make(tmp_path_factory.mktemp("server")) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    yield from served(s3_store, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    yield from served(moto_store, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def gs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    yield from served(gs_store, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def abfss(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    yield from served(abfss_store, tmp_path_factory)
 
 
 def enter(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

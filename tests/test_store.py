@@ -22,8 +22,11 @@ from stores import (
     enter,
     is_whole,
     names,
-    served,
 )
+from stores import abfss as abfss  # servers
+from stores import gs as gs
+from stores import moto as moto
+from stores import s3 as s3
 
 from actors import artifacts
 from actors.filesystems import RetryPolicy, cause_of
@@ -34,10 +37,6 @@ from actors.store import MANIFEST, ArtifactStore, open_objects
 from tests.storage_servers import (
     BUCKET,
     Server,
-    abfss_store,
-    gs_store,
-    moto_store,
-    s3_store,
 )
 from tg_tinker import TrainingConfig
 from tg_tinker.errors import IntegrityError, InvalidRequestError, NotFoundError, StorageError
@@ -47,26 +46,6 @@ SECRET = "hunter2-XYZ"
 
 
 # --- the stores ------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    yield from served(s3_store, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    yield from served(moto_store, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def gs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    yield from served(gs_store, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def abfss(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    yield from served(abfss_store, tmp_path_factory)
 
 
 @pytest.fixture(params=["local", "s3", "gs", "abfss"])

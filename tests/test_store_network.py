@@ -20,39 +20,23 @@ from stores import (
     enter,
     is_whole,
     names,
-    served,
 )
+from stores import abfss as abfss  # servers
+from stores import gs as gs
+from stores import s3 as s3
 
 from actors.filesystems import RetryPolicy
 from actors.store import ArtifactStore, open_objects
 from tests.storage_servers import (
     FaultyNetwork,
     Server,
-    abfss_store,
     answer,
-    gs_store,
     no_such_bucket,
-    s3_store,
 )
 from tg_tinker.errors import NotFoundError, StorageError
 
 MIB = 2**20
 SHORT = RetryPolicy(connect_s=1, request_s=1, attempts=2, deadline_s=20)
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    yield from served(s3_store, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def gs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    yield from served(gs_store, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def abfss(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    yield from served(abfss_store, tmp_path_factory)
 
 
 @pytest.fixture

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stores import abfss as abfss  # servers, for `root`
+from stores import gs as gs
+from stores import s3 as s3
 from test_artifacts import TENANT, Service
 from test_artifacts import service as service  # a fixture
-from test_store import abfss as abfss  # servers, for `root`
-from test_store import gs as gs
 from test_store import root as root
-from test_store import s3 as s3
 from typer.testing import CliRunner
 
 from actors import artifacts, lifecycle
