@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import Future
 
 from serve_app.engines import Engines
 from serve_app.sources import Source
+from serve_app.tenant_threads import TenantThreads
 
 AT_ONCE = 4
 """Weights that are fetched at once for each tenant: each takes the memory of a copy meanwhile."""
@@ -19,10 +18,7 @@ class Fetches:
 
     def __init__(self, engines: Engines) -> None:
         self._engines = engines
-        # By tenant: one that waits, for a frozen run say, fills no other's places.
-        self._threads = defaultdict[str, ThreadPoolExecutor](
-            partial(ThreadPoolExecutor, AT_ONCE, thread_name_prefix="fetch")
-        )
+        self._threads = TenantThreads(AT_ONCE, "fetch")
         self._coming: dict[str | None, asyncio.Future[Future[None]]] = {}
 
     async def ahead(self, source: Source, tenant: str) -> Future[None] | None:
@@ -32,11 +28,7 @@ class Fetches:
             return None
         coming = self._coming.get(source.name)
         if coming is None:
-            loop = asyncio.get_running_loop()
-            coming = loop.run_in_executor(self._threads[tenant], self._add, source)
+            coming = self._threads.run(tenant, lambda: self._engines.add(source.fetch()))
             coming.add_done_callback(lambda _: self._coming.pop(source.name))
             self._coming[source.name] = coming
         return await asyncio.shield(coming)  # whoever leaves does not take it from the others
-
-    def _add(self, source: Source) -> Future[None]:
-        return self._engines.add(source.fetch())

@@ -8,9 +8,8 @@ OpenAI's `/v1/completions`, `/v1/chat/completions` and `/v1/models`, our own `/v
 # strings here (no `from __future__ import annotations`), and nothing is defined after the class.
 import asyncio
 import time
-from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -37,6 +36,7 @@ from serve_app.refusals import install, parsed
 from serve_app.replica import Replica, Running
 from serve_app.sealed_http import ReplicaEnd
 from serve_app.sources import BASE, BASE_SOURCE, Source
+from serve_app.tenant_threads import TenantThreads
 from tg_tinker.chat import render_messages
 from tg_tinker.errors import (
     DeadlineExceededError,
@@ -57,7 +57,6 @@ WAIT_S, POLL_S, MOST_WAITING = 10.0, 0.2, 32
 LOOKUPS = 8
 """Names of weights that are looked up at once, of each tenant."""
 
-_T = TypeVar("_T")
 _Body = TypeVar("_Body", CompletionBody, ChatBody, SampleBody)
 
 api = FastAPI(title="TG-Tinker", docs_url=None, redoc_url=None, openapi_url=None)
@@ -75,11 +74,8 @@ class HttpReplica(Replica):
         super().__init__(*arguments)
         self._options = options
         self._access = Access(self.registry.typed, options, self.sources.store)
-        # Both by tenant: one that waits, for a frozen run say, fills no other's places.
-        self._lookups = defaultdict[str, ThreadPoolExecutor](
-            partial(ThreadPoolExecutor, LOOKUPS, thread_name_prefix="lookup")
-        )
-        self._waiting: Counter[str] = Counter()
+        self._lookups = TenantThreads(LOOKUPS, "lookup")
+        self._waiting: Counter[str] = Counter()  # by tenant
 
     # --- routes ------------------------------------------------------------------------------
 
@@ -92,8 +88,8 @@ class HttpReplica(Replica):
     async def models(self, request: Request) -> dict[str, Any]:
         caller = await self._access.caller(request)
         with self._access.arriving(caller):
-            names = await self._looked_up(
-                caller, lambda: self.sources.names(caller.tenant, caller.models)
+            names = await self._lookups.run(
+                caller.tenant, lambda: self.sources.names(caller.tenant, caller.models)
             )
         listed = [{"id": name, "object": "model", "created": 0, "owned_by": caller.tenant}
                   for name in names]  # fmt: skip
@@ -111,7 +107,7 @@ class HttpReplica(Replica):
     async def chat(self, request: Request) -> Response:
         async with self._asked(request, ChatBody) as (caller, body):
             messages = [message.plain() for message in body.messages]
-            prompt = await self.in_thread(
+            prompt = await self.texts.run(
                 caller.tenant, lambda: render_messages(self.tokenizer, messages)
             )
             (ids,) = await self.encoded(caller.tenant, [prompt])
@@ -176,7 +172,7 @@ class HttpReplica(Replica):
             parts = await self._all(caller, running)
             drawn = sum(len(chunk.token_ids) for part in parts for chunk in part)
             counts = usage(running.prompt_tokens, drawn)
-            return await self.in_thread(
+            return await self.texts.run(
                 caller.tenant, lambda: JSONResponse(answer.whole(parts, counts))
             )
         wanted = body.stream_options is not None and body.stream_options.include_usage
@@ -211,7 +207,7 @@ class HttpReplica(Replica):
         try:
             while True:
                 try:
-                    return await self._looked_up(caller, find)
+                    return await self._lookups.run(caller.tenant, find)
                 except VersionGoneError as gone:
                     if not gone.details.get("later") or time.monotonic() > deadline:
                         raise
@@ -224,10 +220,6 @@ class HttpReplica(Replica):
                 await asyncio.sleep(POLL_S)
         finally:
             self._waiting[caller.tenant] -= waits
-
-    async def _looked_up(self, caller: Caller, work: Callable[[], _T]) -> _T:
-        pool = self._lookups[caller.tenant]
-        return await asyncio.get_running_loop().run_in_executor(pool, work)
 
     async def _followed(
         self, caller: Caller, running: Running

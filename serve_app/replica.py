@@ -9,13 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from actors.audit_log import SDK
 from actors.completion import Completions, join
@@ -27,6 +24,7 @@ from serve_app.engines import Engines, EngineThread, loader
 from serve_app.fetches import Fetches
 from serve_app.metrics import Watch, count_refusal, meters
 from serve_app.sources import Source, Sources
+from serve_app.tenant_threads import TenantThreads
 from tg_tinker.envelope import open_payload, seal_payload
 from tg_tinker.errors import DeadlineExceededError, InternalError, NotFoundError, TGTinkerError
 from tg_tinker.named_actors import find_registry, keep_to_reserved_gpus
@@ -35,8 +33,6 @@ from tg_tinker.sampling import SamplingParams
 from tg_tinker.text import encode_prompt, load_tokenizer
 from tg_tinker.types import SampleResult, StreamChunk
 from tg_tinker.wire import Reply, SampleRequest
-
-_T = TypeVar("_T")
 
 REPORT_S = 1.0
 """Between two looks at how full the engines are, for the metrics."""
@@ -88,10 +84,7 @@ class Replica:
         self.tokenizer = load_tokenizer(self.engines.base.tokenizer_files())
         settle_heap()
         self.sources = Sources(self.registry.typed, self._key, namespace, store, model_ref)
-        # By tenant: long texts of one are no queue for the others. They wait for nothing else.
-        self._texts = defaultdict[str, ThreadPoolExecutor](
-            partial(ThreadPoolExecutor, TEXTS, thread_name_prefix="text")
-        )
+        self.texts = TenantThreads(TEXTS, "text")  # they wait for nothing else
         self._fetches = Fetches(self.engines)
         self._newest: dict[str, int] = {}  # step of each run that was sampled from
         self._reporting = asyncio.ensure_future(self._report())
@@ -199,16 +192,12 @@ class Replica:
 
     async def encoded(self, tenant: str, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         """Token ids; the event loop goes on meanwhile."""
-        return await self.in_thread(
+        return await self.texts.run(
             tenant,
             lambda: [
                 encode_prompt(self.tokenizer, p) if isinstance(p, str) else p for p in prompts
             ],
         )
-
-    async def in_thread(self, tenant: str, work: Callable[[], _T]) -> _T:
-        """Work on text."""
-        return await asyncio.get_running_loop().run_in_executor(self._texts[tenant], work)
 
     async def follow(
         self, running: Running, deadline_s: float | None = None, tenant: str | None = None,
@@ -283,6 +272,6 @@ def failure(error: Exception) -> Reply:
         raise error
 
     reply = reply_of(again)
-    if reply.error is not None:
-        count_refusal(reply.error[2]["code"])
+    if reply.code:
+        count_refusal(reply.code)
     return reply
