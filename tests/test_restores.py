@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from test_artifacts import TENANT, Service, assert_same, checkpoint
 from test_artifacts import service as service  # a fixture
-from test_audit_log import US, LocalService, restored
-from test_audit_log import place as place  # a fixture
+from test_audit_log import US
+from test_audit_log_registry import place as place  # a fixture
+from test_audit_log_service import LocalService, restored
 from typer.testing import CliRunner
 
 from actors import artifacts, doctor, lifecycle, restores, upkeep
