@@ -124,7 +124,9 @@ def _exposure(proc: Path) -> Finding:
     reached = {
         (name, _variable(process, "RAY_AUTH_MODE").lower() == "token")
         for process in proc.glob("[0-9]*")
-        if (name := _server(process)) and _sockets(process) & outside
+        if (name := _server(process))
+        and not _is_kept_to_loopback(process)
+        and _sockets(process) & outside
     }
     if names := sorted(name for name, token in reached if not token):
         message = (
@@ -165,15 +167,19 @@ def _is_loopback(text: str) -> bool:
 
 
 def _server(process: Path) -> str:
-    """What of Ray a process is that may take orders from elsewhere; empty where it is nothing of
-    that, or another user's."""
+    """What of Ray a process is; empty where it is nothing of that, or another user's."""
+    program = [Path(word).name for word in _command(process)[:3]]
+    return next((_SERVERS[name] for name in program if name in _SERVERS), "")
+
+
+def _is_kept_to_loopback(process: Path) -> bool:
+    return any(word.startswith(_AT_LOOPBACK) for word in _command(process))
+
+
+def _command(process: Path) -> list[str]:
     with suppress(OSError):
-        words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-        if any(word.startswith(_AT_LOOPBACK) for word in words):
-            return ""
-        program = [Path(word).name for word in words[:3]]
-        return next((_SERVERS[name] for name in program if name in _SERVERS), "")
-    return ""
+        return (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+    return []
 
 
 def _sockets(process: Path) -> set[str]:
