@@ -24,8 +24,8 @@ test: .venv/dev  ## all tests, the real model included (under 20 minutes on two 
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 soak: .venv/dev .venv/sshd ## faults for longer: artifacts, kill -9 at every point, lost messages, all at random; ray up (90 minutes)
-	TG_TINKER_SOAK=1 $(BIN)/python -m pytest --timeout 3600 tests/test_artifact_machine.py tests/test_artifact_edits.py \
-		tests/test_kill_points.py tests/test_lost_messages.py tests/test_ray_up.py tests/test_soak.py $(ARGS)
+	TG_TINKER_SOAK=1 $(BIN)/python -m pytest --timeout 3600 tests/artifacts/test_artifact_machine.py tests/artifacts/test_artifact_edits.py \
+		tests/system/test_kill_points.py tests/system/test_lost_messages.py tests/system/test_ray_up.py tests/system/test_soak.py $(ARGS)
 
 lint: .venv/dev  ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -4,4 +4,4 @@ Start at `training_actor` (the Ray shell), then `worker` (one run), then `engine
 Imports go one way: serve_app -> actors -> tg_tinker.
 """
 
-import tg_tinker.ray_calls  # noqa: F401  (sets what Ray reads when it is first imported)
+import tg_tinker.cluster.ray_calls  # noqa: F401  (sets what Ray reads when it is first imported)

@@ -10,9 +10,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from tg_tinker.cluster.messages import Reply
 from tg_tinker.errors import InternalError, TGTinkerError
-from tg_tinker.keyrings import is_keyring
-from tg_tinker.wire import Reply
+from tg_tinker.storage.keyrings import is_keyring
 
 SPIN = {"GOMP_SPINCOUNT": "1000"}
 """Read when torch loads its OpenMP: a waiting thread spins for some microseconds, then sleeps.

@@ -43,11 +43,11 @@ from tg_tinker import (
     TGTinkerError,
     TrainingClient,
     TrainingConfig,
-    plots,
 )
-from tg_tinker.batch import IGNORED
-from tg_tinker.data import Encoded, as_batch, make_batches
-from tg_tinker.demo_options import find_demo_model
+from tg_tinker.data.batch import IGNORED
+from tg_tinker.data.rows import Encoded, as_batch, make_batches
+from tg_tinker.demo import plots
+from tg_tinker.demo.options import find_demo_model
 
 BASE, OPEN, PRIVATE = RUNS = ("before training", "without privacy", "with privacy")
 HELD_OUT = 40

@@ -4,4 +4,4 @@
 `engines` gives the slot engine a thread and each kind of weights an engine.
 """
 
-import tg_tinker.ray_calls  # noqa: F401  (sets what Ray reads when it is first imported)
+import tg_tinker.cluster.ray_calls  # noqa: F401  (sets what Ray reads when it is first imported)

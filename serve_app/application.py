@@ -21,11 +21,12 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
-from actors.generation import SLOTS
 from actors.process import SPIN
-from serve_app.access import HttpOptions
-from serve_app.http import HttpReplica
-from serve_app.sealed_http import APPLICATIONS, check_proxy
+from actors.sampling.engine import SLOTS
+from serve_app.http.access import HttpOptions
+from serve_app.http.routes import HttpReplica
+from serve_app.http.sealed import APPLICATIONS, check_proxy
+from tg_tinker.client.service import addresses, check_port
 from tg_tinker.errors import (
     ActorLostError,
     ClusterUnavailableError,
@@ -33,7 +34,6 @@ from tg_tinker.errors import (
     PlacementError,
     QueueFullError,
 )
-from tg_tinker.service import addresses, check_port
 
 MOST_ONGOING = 64 * SLOTS
 """Calls that a replica takes; those beyond its slots wait in its engine."""

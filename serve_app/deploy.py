@@ -14,15 +14,15 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
-from actors.home import STORE
-from serve_app.access import HttpOptions
+from actors.storage.home import STORE
 from serve_app.application import Place, bound
-from tg_tinker.connection import check_encrypted
-from tg_tinker.databases import default_database
-from tg_tinker.entry_points import provided
-from tg_tinker.keyrings import audit_folder, default_place, place_of
-from tg_tinker.location import as_text
-from tg_tinker.service import home_directory
+from serve_app.http.access import HttpOptions
+from tg_tinker.backend import provided
+from tg_tinker.client.service import home_directory
+from tg_tinker.cluster.connection import check_encrypted
+from tg_tinker.storage.databases import default_database
+from tg_tinker.storage.keyrings import audit_folder, default_place, place_of
+from tg_tinker.storage.stores import as_text
 
 
 class Settings(BaseModel):
@@ -92,7 +92,7 @@ def config(model_ref: str, dtype: str, host: str, port: int, replicas: int, name
     place = Place(namespace, model_ref, dtype, home="", store="", num_cpus=1, num_gpus=0, threads=1)
     return f"""\
 # On the head node, after `tg-tinker init` and `tg-tinker api-keys create`; Ray was started with
-# RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.sealed_http:middlewares (docs/sampling.md):
+# RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.http.sealed:middlewares (docs/sampling.md):
 #     serve deploy FILE
 proxy_location: HeadOnly
 http_options: {{host: {json.dumps(host)}, port: {port}}}

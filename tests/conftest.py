@@ -1,4 +1,4 @@
-"""Shared pieces: a two-layer Llama with a byte-level tokenizer, made on the spot."""
+"""Fixtures of all rooms: a tiny model, a home, a service on it, the databases."""
 
 from __future__ import annotations
 
@@ -7,56 +7,15 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import databases
 import pytest
 
+from support import databases
+from support.models import make_home, make_model
 from tg_tinker import ServiceClient
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A shell's background job starts with SIGINT ignored; the tests of Ctrl-C need Python's own way.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def make_tokenizer(directory: Path) -> None:
-    """256 bytes and three special tokens: any text, exact bytes, no training."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    core.add_special_tokens([AddedToken(s, special=True) for s in specials])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(directory)
-
-
-def make_model(directory: Path, seed: int = 0, **overrides: object) -> Path:
-    """A Hugging Face directory: 2 layers, width 32, 259 tokens, context 128, float32."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    sizes = {
-        "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-        "eos_token_id": 258, "bos_token_id": 257, "initializer_range": 0.2,
-    }  # fmt: skip
-    LlamaForCausalLM(LlamaConfig(**(sizes | overrides))).save_pretrained(directory)
-    make_tokenizer(directory)
-    return directory
 
 
 @pytest.fixture(scope="session")
@@ -68,12 +27,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def converted_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Converted base models, kept for the whole session: the real one takes half a minute."""
     return tmp_path_factory.mktemp("models")
-
-
-def make_home(path: Path, converted_models: Path) -> Path:
-    path.mkdir(mode=0o700)
-    (path / "models").symlink_to(converted_models)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+
+from actors.engine.model import Base
 from bench import __main__ as program
 from bench import machine, peers, report
 from bench.catalogue import benches, selected
@@ -24,10 +27,7 @@ from bench.sides import Side, SideError, command
 from bench.size import BASIS, flatness, sizes, slopes
 from bench.training import WORKLOADS
 from bench.workloads import Turns, Workload, check_losses, compared, run_all
-from helpers import RAGGED, assert_close, weights, window
-from rich.console import Console
-
-from actors.model import Base
+from support.helpers import RAGGED, assert_close, weights, window
 
 GOALS = {
     "ragged": (1.6, 0.6), "uniform": (1.0, None), "row4096": (1.0, 0.5), "eval": (1.6, None),
@@ -178,8 +178,7 @@ def test_both_clip_and_take_the_same_steps(loops: tuple[Ours, Plain]) -> None:
 
 def examples_of(rows: Rows) -> list:  # type: ignore[type-arg]
     from bench.loops import as_batch
-
-    from tg_tinker.batch import normalise
+    from tg_tinker.data.batch import normalise
 
     return normalise(as_batch(rows))
 

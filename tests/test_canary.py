@@ -15,7 +15,7 @@ from types import ModuleType
 
 import pytest
 
-from tg_tinker.batch import IGNORED
+from tg_tinker.data.batch import IGNORED
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

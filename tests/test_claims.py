@@ -16,7 +16,7 @@ def test_every_claim_names_tests_that_exist(page: str) -> None:
     rows = [line for line in table.splitlines() if line.startswith("|")][2:]
     defined = {
         name
-        for file in TESTS.glob("test_*.py")
+        for file in TESTS.rglob("test_*.py")
         for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
     }
     assert len(rows) > 20

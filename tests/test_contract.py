@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import make_model
 
 import tg_tinker
+from support.models import make_model
 from tg_tinker import (
     FutureHandle,
     LoRAConfig,
@@ -37,7 +37,7 @@ from tg_tinker import (
     TrainingClient,
     TrainingConfig,
 )
-from tg_tinker.demo_options import find_demo_model
+from tg_tinker.demo.options import find_demo_model
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

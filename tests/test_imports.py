@@ -25,29 +25,59 @@ LINE = ("tg_tinker", "actors", "serve_app")
 
 DOORS = {
     "ray": {
-        "tg_tinker/ray_calls.py", "actors/training_actor.py", "actors/registry_actor.py",
-        "actors/storage_actor.py", "actors/doctor_nodes.py", "actors/spare.py",
-        "serve_app/application.py", "serve_app/deploy.py", "serve_app/http.py",
-        "serve_app/metrics.py",
+        "actors/operations/doctor_nodes.py",
+        "actors/registry/actor.py",
+        "actors/training/actor.py",
+        "actors/training/storage_actor.py",
+        "actors/training/warm_process.py",
+        "serve_app/application.py",
+        "serve_app/deploy.py",
+        "serve_app/http/routes.py",
+        "serve_app/replica/metrics.py",
+        "tg_tinker/cluster/ray_calls.py",
     },
-    "transformers": {"tg_tinker/text.py", "actors/model.py"},
-    "peft": {"actors/model.py"},
+    "transformers": {
+        "actors/engine/model.py",
+        "tg_tinker/data/text.py",
+    },
+    "peft": {
+        "actors/engine/model.py",
+    },
     "sqlalchemy": {
-        "actors/database.py", "actors/registry.py", "actors/budgets.py", "actors/api_keys.py",
-        "actors/audit_log.py", "actors/artifact_index.py", "actors/orphans.py",
-        "actors/postgres.py", "actors/registry_backup.py", "actors/key_names.py",
+        "actors/registry/api_keys.py",
+        "actors/registry/artifacts.py",
+        "actors/registry/audit_log.py",
+        "actors/registry/backup.py",
+        "actors/registry/database.py",
+        "actors/registry/key_names.py",
+        "actors/registry/ledgers.py",
+        "actors/registry/orphans.py",
+        "actors/registry/postgres.py",
+        "actors/registry/registry.py",
     },
-    "opacus": {"actors/accountants.py", "actors/model.py"},
+    "opacus": {
+        "actors/engine/model.py",
+        "actors/privacy/accountants.py",
+    },
     "cryptography": {
-        "tg_tinker/envelope.py", "tg_tinker/segments.py", "actors/doctor_cluster.py",
+        "actors/operations/doctor_cluster.py",
+        "tg_tinker/storage/envelope.py",
+        "tg_tinker/storage/segments.py",
     },
-    "pyarrow": {"tg_tinker/data.py", "actors/filesystems.py"},
-    "tenacity": {"actors/cloud.py"},
-    "matplotlib": {"tg_tinker/plots.py"},
-}  # fmt: skip
+    "pyarrow": {
+        "actors/storage/filesystems.py",
+        "tg_tinker/data/rows.py",
+    },
+    "tenacity": {
+        "actors/storage/bucket.py",
+    },
+    "matplotlib": {
+        "tg_tinker/demo/plots.py",
+    },
+}
 """Library -> the only files that may import it when they run."""
 
-DOORS_FOR_TYPES = {"ray": {"tg_tinker/future.py", "tg_tinker/link.py"}}
+DOORS_FOR_TYPES = {"ray": {"tg_tinker/client/future.py", "tg_tinker/client/actor_link.py"}}
 """The same for imports under `if TYPE_CHECKING`."""
 
 FILES = sorted(path for package in LINE for path in (ROOT / package).rglob("*.py"))
@@ -167,7 +197,7 @@ class TestEveryFile:
         assert asserts(tree(path)) == []
 
     def test_imports_nothing_dynamically_but_the_entry_points(self, path: Path) -> None:
-        allowed = ["entry_points"] if name_of(path) == "tg_tinker/entry_points.py" else []
+        allowed = ["entry_points"] if name_of(path) == "tg_tinker/backend.py" else []
         assert dynamic_imports(tree(path)) == allowed
 
 
@@ -187,11 +217,11 @@ def test_every_door_is_in_use(library: str) -> None:
     "source",
     [
         "import actors",
-        "import actors.model as m",
+        "import actors.engine.model as m",
         "from serve_app import app",
-        "def f():\n    from actors.model import Base",
-        "if TYPE_CHECKING:\n    from actors.model import Base",
-        "class A:\n    def f(self):\n        try:\n            import actors.engine\n"
+        "def f():\n    from actors.engine.model import Base",
+        "if TYPE_CHECKING:\n    from actors.engine.model import Base",
+        "class A:\n    def f(self):\n        try:\n            import actors.engine.session\n"
         "        except ImportError:\n            pass",
     ],
 )
@@ -200,7 +230,7 @@ def test_an_import_up_the_line_is_found(source: str) -> None:
 
 
 def test_an_import_down_the_line_is_fine() -> None:
-    source = "from tg_tinker.batch import Example\nfrom actors import engine\nimport actorsque"
+    source = "from tg_tinker.data.batch import Example\nfrom actors import engine\nimport actorsque"
     assert upward_imports("serve_app", ast.parse(source)) == []
     assert upward_imports("actors", ast.parse("from . import engine")) == []
 
@@ -208,14 +238,14 @@ def test_an_import_down_the_line_is_fine() -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "from tg_tinker.connection import _answers",
+        "from tg_tinker.cluster.connection import _answers",
         "from tg_tinker import _private",
         "import tg_tinker._private",
         "def f():\n    from tg_tinker._private import anything",
         "from tg_tinker import connection\nconnection._answers()",
-        "import tg_tinker.connection\ntg_tinker.connection._answers()",
-        "from tg_tinker.cluster import Cluster\nCluster._embedded_users",
-        "import tg_tinker.connection as c\nc._answers()",
+        "import tg_tinker.cluster.connection\ntg_tinker.connection._answers()",
+        "from tg_tinker.cluster.cluster import Cluster\nCluster._embedded_users",
+        "import tg_tinker.cluster.connection as c\nc._answers()",
     ],
 )
 def test_a_private_name_of_another_package_is_found(source: str) -> None:
@@ -253,7 +283,7 @@ def test_an_assert_is_found() -> None:
 # --- what the packages offer -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("package", ["tg_tinker", "tg_tinker.cluster", "tg_tinker.text"])
+@pytest.mark.parametrize("package", ["tg_tinker", "tg_tinker.cluster", "tg_tinker.data.text"])
 def test_importing_the_sdk_loads_no_heavy_library(package: str) -> None:
     heavy = {"torch", "ray", "transformers", "peft", "pyarrow", "sqlalchemy", "matplotlib"}
     program = f"import sys, {package}; print(sorted({heavy!r} & set(sys.modules)))"

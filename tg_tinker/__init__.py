@@ -12,8 +12,9 @@
 Importing the package loads neither torch, ray nor transformers.
 """
 
-from tg_tinker.audit_log import AuditHead, AuditRow
-from tg_tinker.batch import BatchData
+from tg_tinker.client.future import FutureHandle
+from tg_tinker.client.service import ServiceClient
+from tg_tinker.client.training import TrainingClient
 from tg_tinker.config import (
     CheckpointConfig,
     DPConfig,
@@ -22,6 +23,8 @@ from tg_tinker.config import (
     ResourceConfig,
     TrainingConfig,
 )
+from tg_tinker.data.batch import BatchData
+from tg_tinker.data.hashing import batch_hash
 from tg_tinker.errors import (
     AccessDeniedError,
     ActorLostError,
@@ -47,11 +50,8 @@ from tg_tinker.errors import (
     VersionGoneError,
     WindowSpoiledError,
 )
-from tg_tinker.future import FutureHandle
-from tg_tinker.hashing import batch_hash
-from tg_tinker.privacy import PrivacyInfo, PrivacyReport
-from tg_tinker.service import ServiceClient
-from tg_tinker.training import TrainingClient
+from tg_tinker.records.audit_log import AuditHead, AuditRow
+from tg_tinker.records.report import PrivacyInfo, PrivacyReport
 from tg_tinker.types import (
     ApiKeyInfo,
     ArtifactInfo,

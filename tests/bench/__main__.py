@@ -22,7 +22,7 @@ from bench.catalogue import benches, selected
 from bench.measure import SCREEN, Bench, Run
 from bench.peers import not_run
 from bench.workloads import OUTPUT
-from tg_tinker.demo_options import find_demo_model
+from tg_tinker.demo.options import find_demo_model
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C."""

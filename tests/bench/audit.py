@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from actors.home import DATABASE, KEYRING, create
-from actors.registry import Registry
+from actors.registry.registry import Registry
+from actors.storage.home import DATABASE, KEYRING, create
 from bench.measure import Bench, Run, Sheet
 from tg_tinker import TrainingConfig
 

@@ -70,8 +70,8 @@ def main() -> None:
         answers.write(json.dumps(found) + "\n")
         answers.flush()
 
-    from actors.model import use_threads
-    from tg_tinker.service import init_home
+    from actors.engine.model import use_threads
+    from tg_tinker.client.service import init_home
 
     spec = LoopSpec(**json.loads(sys.argv[1]))
     use_threads(spec.threads)

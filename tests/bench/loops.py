@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from actors.engine import Session
-from actors.model import Base
+from actors.engine.model import Base
+from actors.engine.session import Session
 from tg_tinker import (
     DPConfig,
     LoRAConfig,
@@ -27,8 +27,8 @@ from tg_tinker import (
     ServiceClient,
     TrainingConfig,
 )
-from tg_tinker.batch import normalise
-from tg_tinker.service import init_home
+from tg_tinker.client.service import init_home
+from tg_tinker.data.batch import normalise
 
 Rows = list[tuple[list[int], list[int]]]
 IGNORED = -100
@@ -157,9 +157,8 @@ class Ours:
     """The engine in this process: no Ray, otherwise what a training actor runs."""
 
     def __init__(self, base: Base, spec: LoopSpec) -> None:
-        from privacy_helpers import new_budget, registry
-
-        from actors.private import PrivateSession
+        from actors.privacy.session import PrivateSession
+        from support.privacy_helpers import new_budget, registry
 
         config, self._folder = training_config(spec), scratch() if spec.private else None
         if self._folder:

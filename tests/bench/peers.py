@@ -19,14 +19,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from processes import free_port
-
-from actors.model import Base
+from actors.engine.model import Base
 from bench.loops import LEARNING_RATE, LoopSpec, Rows, uniform
 from bench.measure import SCREEN, Bench, Goal, Row, Run, Sheet, Spread, ratios, shown_progress
 from bench.sides import Side, SideError, command, opened
 from bench.workloads import OUTPUT, SAME_LOSS
-from tg_tinker.service import init_home
+from support.processes import free_port
+from tg_tinker.client.service import init_home
 
 ENVIRONMENTS = Path(".venv-peers")
 RANK = 16

@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from privacy_helpers import new_budget, registry
 
-from actors.clipping import ClippedSum, privatise
+from actors.privacy.clipping import ClippedSum, privatise
 from bench.loops import LoopSpec, uniform
 from bench.measure import Bench, Run, Sheet, Spread, timed
 from bench.workloads import Workload, run_all
+from support.privacy_helpers import new_budget, registry
 from tg_tinker import DPConfig, TrainingConfig
 
 UNIFORM = "uniform 8x128, private"

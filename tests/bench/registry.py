@@ -21,7 +21,7 @@ import ray
 
 from bench.measure import Bench, Run, Sheet, shown_progress
 from tg_tinker import ServiceClient, TrainingConfig
-from tg_tinker.remote_registry import RemoteRegistry
+from tg_tinker.cluster.remote_registry import RemoteRegistry
 
 CALLS = [("sha256:" + "a" * 64, "sha256:" + "b" * 64)] * 2
 CLIENTS, PROCESSES, SECONDS = 50, 5, 10

@@ -15,12 +15,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.generation import GenerationConfig
 
-from actors.adapters import Adapter
-from actors.generation import SlotEngine, TokenRequest
-from actors.model import Base, use_threads
+from actors.engine.model import Base, use_threads
+from actors.sampling.adapters import Adapter
+from actors.sampling.engine import SlotEngine, TokenRequest
 from bench.measure import Bench, Run, Sheet, beside_the_first, in_turns
+from tg_tinker.client.service import init_home
 from tg_tinker.sampling import SamplingParams
-from tg_tinker.service import init_home
 
 Side = Callable[[], object]
 ROWS = 8

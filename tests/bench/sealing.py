@@ -15,9 +15,9 @@ from collections.abc import Callable
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from bench.measure import Bench, Goal, Row, Run, Sheet, Spread, in_turns, ratios
-from tg_tinker import segments
-from tg_tinker.envelope import new_key, seal, sealed_parts, unseal
-from tg_tinker.segments import SEGMENT
+from tg_tinker.storage import segments
+from tg_tinker.storage.envelope import new_key, seal, sealed_parts, unseal
+from tg_tinker.storage.segments import SEGMENT
 
 KEY, CONTEXT, NONCE, TAG = new_key(), b"artifact 7", bytes(12), 16
 MEBIBYTES, PARTS = 512, "sealed_parts"

@@ -20,14 +20,14 @@ from typing import Any
 
 from ray import serve
 
-from actors.completion import Completions
-from actors.generation import SlotEngine, Token
-from actors.home import MODELS
+from actors.sampling.engine import SlotEngine, Token
+from actors.sampling.text import Completions
+from actors.storage.home import MODELS
 from bench.measure import Bench, Run, Sheet, shown_progress
-from serve_app.engines import EngineThread, loader
+from serve_app.replica.engines import EngineThread, loader
 from tg_tinker import LoRAConfig, ServiceClient, TrainingClient, TrainingConfig
+from tg_tinker.client.service import home_directory
 from tg_tinker.sampling import SamplingParams
-from tg_tinker.service import home_directory
 
 ROW = {"input_ids": [[*range(1000, 1016)]]}
 PROMPT = "The capital of France is"

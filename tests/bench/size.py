@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from actors.engine import MAX_STREAM_TOKENS
+from actors.engine.session import MAX_STREAM_TOKENS
 from bench.loops import LoopSpec, uniform
 from bench.measure import Bench, Goal, Row, Run, Sheet, Spread, ratios, shown_progress
 from bench.sides import Side, command, opened

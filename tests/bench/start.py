@@ -17,14 +17,14 @@ from typing import Any
 
 import ray
 
-from actors.model import save_tiny_llama
-from actors.training_actor import IDLE_S
+from actors.engine.model import save_tiny_llama
+from actors.training.actor import IDLE_S
 from bench.loops import LoopSpec, uniform
 from bench.measure import SCREEN, Bench, Goal, Run, Sheet, Spread
 from bench.sides import command, opened
 from bench.workloads import OUTPUT, Turns, Workload, run_all
 from tg_tinker import LoRAConfig, ServiceClient, TrainingClient, TrainingConfig
-from tg_tinker.service import home_directory, init_home
+from tg_tinker.client.service import home_directory, init_home
 
 WAIT_S = 12.0
 """For the spare process to finish its imports: it takes a core meanwhile."""

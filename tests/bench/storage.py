@@ -18,17 +18,17 @@ from pathlib import Path
 
 import torch
 
-from actors.artifacts import Draft, fetch, publish
-from actors.budget import Budget
-from actors.home import DATABASE, KEYRING, create
-from actors.registry import Registry
-from actors.staging import staged
-from actors.state import OPTIMIZER, STATE, WEIGHTS
-from actors.store import ArtifactStore
+from actors.artifacts.publish import Draft, fetch, publish
+from actors.engine.checkpoint import OPTIMIZER, STATE, WEIGHTS
+from actors.engine.staging import staged
+from actors.privacy.budget import Budget
+from actors.registry.registry import Registry
+from actors.storage.home import DATABASE, KEYRING, create
+from actors.storage.store import ArtifactStore
 from bench.child import resident
 from bench.measure import Bench, Goal, Row, Run, Sheet, Spread, ratios, shown_progress, timed
 from tg_tinker import DPConfig, TrainingConfig
-from tg_tinker.envelope import new_key, seal, unseal
+from tg_tinker.storage.envelope import new_key, seal, unseal
 
 TENANT = "default"
 FULL = {f"layer{i}": (576, 7786) for i in range(30)}

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from bench.measure import Bench, Run, Sheet
 from tg_tinker import ServiceClient
-from tg_tinker.demo import run_demo
-from tg_tinker.demo_options import DemoOptions
+from tg_tinker.demo.options import DemoOptions
+from tg_tinker.demo.run import run_demo
 
 EPSILONS = (8.0, 3.0)
 

@@ -1,0 +1,154 @@
+"""Artifacts after they were saved: copied, sealed anew under a fresh key, shredded.
+
+What is new is complete in the store before one transaction of the registry makes it count, and
+only then does what is old go. So a crash at any place leaves the old or the new, whole, and files
+that nothing reaches.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from actors.artifacts.publish import (
+    Draft,
+    check_deletable,
+    check_written,
+    enter,
+    fetch,
+    remove,
+    sealed_file,
+    written,
+)
+from actors.registry.registry import Registry
+from actors.registry.rollback import keep_newest
+from actors.storage.manifest import Manifest
+from actors.storage.store import MANIFEST, ArtifactStore
+from tg_tinker.errors import IntegrityError, NotFoundError, StorageError, TGTinkerError
+from tg_tinker.types import ArtifactInfo
+
+NOT_REACHED = (
+    "Backups of the store, and earlier versions that a bucket keeps: with one of them the keyring"
+    " opens the artifact. End them too, or retire the key that wrapped it (tg-tinker keys rotate,"
+    " then keys retire).",
+    "Copies of it, and exports in clear: they are artifacts and files of their own.",
+    "Training clients that have loaded it, and snapshots and later artifacts of their runs: close"
+    " the clients, shred the artifacts.",
+    "Samplers that hold it forget it within seconds, once its running requests end; their memory"
+    " is freed and not overwritten. A sampler without a connection to the registry keeps it until"
+    " it ends.",
+    "Blocks of a disk that the file system has freed but not overwritten.",
+)
+"""What shredding does not reach, for whoever has to rely on it."""
+
+
+def copy(registry: Registry, root: str, tenant: str, artifact_id: str) -> ArtifactInfo:
+    """Another artifact of the same content, lineage, run and step, under a data key of its own.
+
+    Raises:
+        NotFoundError: unknown, deleted or expired, also meanwhile; no copy is left.
+        IntegrityError: the source is not what was published; there is no copy.
+    """
+    store, keeper = ArtifactStore(root), registry.keeper(tenant)
+    draft = Draft(registry, store, keeper, fetch(registry, store, keeper, artifact_id))
+    manifest, size = written(store, draft)
+    info = enter(
+        registry, store, draft,
+        lambda: registry.publish_copy(
+            tenant, artifact_id, draft.artifact_id, size, manifest,
+            registry.key_of(draft.wrapped_key),
+        ),
+    )  # fmt: skip
+    keep_newest(registry, store, tenant)
+    return info
+
+
+def reseal(registry: Registry, root: str, tenant: str, artifact_id: str) -> ArtifactInfo:
+    """The same artifact under a fresh data key; what the old one opened goes from the store.
+
+    Raises:
+        NotFoundError: unknown, deleted or expired, also meanwhile.
+        IntegrityError: it is not what was published, or the store does not give back what was
+            written; it is as it was.
+        InvalidRequestError: somebody else resealed it or rotated the tenant key meanwhile.
+        StorageError: the store refused: either it is as it was, or, as the message then says, it
+            is resealed and old files are left.
+    """
+    store, keeper = ArtifactStore(root), registry.keeper(tenant)
+    before = registry.stored_as(tenant, artifact_id)
+    files = fetch(registry, store, keeper, artifact_id)
+    stored_as = registry.begin_reseal(tenant, artifact_id)
+    draft = Draft(registry, store, keeper, files, artifact_id, stored_as)
+    manifest, size = written(store, draft)
+
+    def switch() -> ArtifactInfo:
+        check_written(store, draft)  # it will be the only copy
+        return registry.finish_reseal(
+            tenant, artifact_id, before, stored_as, size, manifest,
+            registry.key_of(draft.wrapped_key),
+        )  # fmt: skip
+
+    info = enter(registry, store, draft, switch)
+    keep_newest(registry, store, tenant)
+    _remove_old(store, tenant, before)
+    return info
+
+
+def readopt(
+    registry: Registry, store: ArtifactStore, tenant: str, artifact_id: str, whole: Iterable[str]
+) -> None:
+    """Finds an artifact again that was resealed after the copy of the database was made, which
+    knows it under the name that it had before.
+
+    Args:
+        whole: names in the store of what has manifest and key.
+
+    Raises:
+        NotFoundError: there is nothing of it.
+        IntegrityError: why what is there is not taken, of the newest.
+    """
+    problems: list[TGTinkerError] = []
+    for stored_as in _resealed(artifact_id, whole):
+        try:
+            content = store.read(tenant, stored_as, MANIFEST)
+            manifest = Manifest.parse(content, tenant, artifact_id)
+            for name in manifest.files:
+                sealed_file(store, stored_as, manifest, name)
+            wrapped = store.read_key(tenant, stored_as)
+            return registry.adopt(tenant, artifact_id, stored_as, content, wrapped)
+        except (IntegrityError, NotFoundError) as error:
+            problems.append(error)
+    raise next(iter(problems), NotFoundError("its files are gone"))
+
+
+def _resealed(artifact_id: str, whole: Iterable[str]) -> list[str]:
+    """Names that an artifact may have since it was resealed, the newest first."""
+    names = [name for name in whole if re.fullmatch(rf"{artifact_id}\.[1-9][0-9]{{0,8}}", name)]
+    return sorted(names, key=lambda name: -int(name.rpartition(".")[2]))
+
+
+def shred(registry: Registry, root: str, tenant: str, artifact_id: str) -> list[str]:
+    """Deletes an artifact, its one wrapped key first; says what that does not reach.
+
+    Broken off anywhere, nothing opens it any more. The next call goes on; once the entry is gone it
+    raises NotFoundError, and what is left is ciphertext without a key, for a sweep.
+
+    Raises:
+        NotFoundError, RollbackError, StorageError: see `delete`.
+    """
+    store = ArtifactStore(root)
+    check_deletable(registry, store, tenant, artifact_id)
+    store.delete_key(tenant, registry.stored_as(tenant, artifact_id))
+    remove(registry, store, tenant, artifact_id, "artifact.shred")
+    return [*NOT_REACHED]
+
+
+def _remove_old(store: ArtifactStore, tenant: str, stored_as: str) -> None:
+    try:
+        store.delete(tenant, stored_as)
+    except StorageError as error:
+        raise StorageError(
+            "the artifact is under a fresh key, but what the old one opens is left:"
+            f" {error.message}",
+            details=error.details,
+        ) from None

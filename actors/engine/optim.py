@@ -1,0 +1,114 @@
+"""Optimizers and schedules. torch holds the moments; every number is passed in per step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from actors.engine.gradients import MeanGradient, Tensors
+from actors.privacy.clipping import PrivateGradient
+from tg_tinker.config import OptimizerConfig
+from tg_tinker.errors import NonFiniteError
+
+
+def learning_rate(config: OptimizerConfig, step: int, max_steps: int | None) -> float:
+    """The rate of the step after `step` completed ones.
+
+    Linear warm-up to the peak, then constant, or falling to 0 after `max_steps` steps.
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant" or max_steps is None:
+        return config.learning_rate
+    done = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
+    left = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return config.learning_rate * max(0.0, left)
+
+
+class Optimizer:
+    """One torch optimizer over named parameters.
+
+    Attributes:
+        half_moved: a step failed while it moved them: no state is whole any more.
+    """
+
+    def __init__(self, config: OptimizerConfig, parameters: Mapping[str, torch.nn.Parameter]):
+        self.half_moved = False
+        # Adafactor's eps is a pair of its own (regularisation, scale floor): keep its defaults.
+        self._settable = {"lr", "betas", "weight_decay", "momentum"}
+        self._settable |= set() if config.name == "adafactor" else {"eps"}
+        self._parameters = dict(parameters)
+        self._torch = _create(config, list(parameters.values()))
+
+    def step(
+        self,
+        gradient: MeanGradient | PrivateGradient,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        momentum: float,
+        max_grad_norm: float | None,
+    ) -> float:
+        """Moves the parameters; returns the gradient's L2 norm before global clipping.
+
+        Raises:
+            NonFiniteError: NaN or infinity in the gradient; no parameter has moved.
+        """
+        norm = torch.nn.utils.get_total_norm(gradient.tensors.values())
+        if not torch.isfinite(norm):
+            raise NonFiniteError(
+                "the gradient is not finite: this step was dropped, weights are as before;"
+                " lower the learning rate"
+            )
+        numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+                   "momentum": momentum}  # fmt: skip
+        for group in self._torch.param_groups:
+            known = self._settable & group.keys()
+            group.update({name: number for name, number in numbers.items() if name in known})
+        for name, parameter in self._parameters.items():
+            parameter.grad = gradient.tensors[name].to(parameter.dtype)
+        try:
+            if max_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), max_grad_norm, norm)
+            self.half_moved = True
+            self._torch.step()
+            self.half_moved = False
+        finally:
+            self._torch.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def state(self) -> Tensors:
+        """Moments as tensors named `parameter::key`, ready for safetensors."""
+        return {
+            f"{name}::{key}": torch.as_tensor(value)
+            for name, parameter in self._parameters.items()
+            for key, value in self._torch.state.get(parameter, {}).items()
+            if value is not None
+        }
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Puts back what `state` returned; parameters without state start fresh."""
+        self._torch.state.clear()
+        for full_name, tensor in state.items():
+            name, _, key = full_name.rpartition("::")
+            parameter = self._parameters[name]
+            moment = tensor.clone() if key == "step" else tensor.to(parameter.device, copy=True)
+            self._torch.state[parameter][key] = moment
+
+
+def _create(config: OptimizerConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    kinds: dict[str, Any] = {
+        "adamw": torch.optim.AdamW,
+        "adam": torch.optim.Adam,
+        "sgd": torch.optim.SGD,
+        "adafactor": torch.optim.Adafactor,
+    }
+    if config.name == "sgd":
+        return torch.optim.SGD(parameters, lr=config.learning_rate, momentum=config.momentum)
+    optimizer: torch.optim.Optimizer = kinds[config.name](parameters, lr=config.learning_rate)
+    return optimizer

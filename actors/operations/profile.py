@@ -1,0 +1,81 @@
+"""Where a training step's time goes: runs the very steps of a training client."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from actors.process import spin_briefly
+from actors.storage import home
+from tg_tinker.config import TrainingConfig
+from tg_tinker.data.batch import Example, check_bounds
+
+if TYPE_CHECKING:
+    from actors.engine.model import Base
+    from actors.engine.session import Session
+
+OTHER = "other"
+
+
+def profile_steps(
+    config: TrainingConfig, cache: Path, *, rows: int, tokens: int, steps: int,
+    progress: Callable[[str], None] = lambda message: None,
+) -> dict[str, float]:  # fmt: skip
+    """Seconds of a step by stage, the mean of some steps on random tokens after one to warm up.
+
+    Its registry is a directory that is removed again; converted models come from `cache`.
+
+    Raises:
+        InvalidRequestError: rows longer than the model's context.
+        NotFoundError: as `Base.load` does.
+    """
+    spin_briefly()  # first: the next lines load torch, which looks once
+    from actors.engine.model import Base, use_threads
+    from actors.engine.timing import Stage, measured
+
+    use_threads(config.resources.num_threads)
+    base = Base.load(config.model_ref, cache=cache, dtype=config.dtype, progress=progress)
+    batches = [_rows(base.vocab_size, rows, tokens, seed) for seed in range(steps + 1)]
+    check_bounds(batches[0], base.vocab_size, base.context_length)  # a private step leaves rows out
+    with tempfile.TemporaryDirectory() as scratch:
+        session = _session(base, config, Path(scratch) / "home")
+        _step(session, batches[0])
+        progress(f"measuring {steps} steps")
+        with measured() as spent:
+            started = time.perf_counter()
+            for batch in batches[1:]:
+                _step(session, batch)
+            total = time.perf_counter() - started
+    found = {stage.value: spent[stage] / steps for stage in Stage}
+    return found | {OTHER: total / steps - sum(found.values())}
+
+
+def _step(session: Session, batch: list[Example]) -> None:
+    session.forward_backward(batch)
+    session.optim_step()
+
+
+def _session(base: Base, config: TrainingConfig, place: Path) -> Session:
+    from actors.engine.session import Session
+    from actors.privacy.budget import Budget
+    from actors.privacy.session import PrivateSession
+    from actors.registry.registry import Registry
+
+    if not config.private:
+        return Session(base, config)
+    home.create(place)
+    registry = Registry(f"sqlite:///{place / home.DATABASE}", place / home.KEYRING)
+    run_id = registry.create_run("default", config.model_dump_json())
+    epoch = registry.claim(run_id)
+    budget = Budget.planned(registry, "default", run_id, epoch, config, str(base.dtype))
+    return PrivateSession(base, config, budget)
+
+
+def _rows(vocab_size: int, rows: int, tokens: int, seed: int) -> list[Example]:
+    generator = np.random.default_rng(seed)
+    return [Example(ids, ids) for ids in generator.integers(0, vocab_size, (rows, tokens))]

@@ -1,0 +1,161 @@
+"""Units of privacy: who a row belongs to, which rows of a step count, and the Poisson draw."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from actors.privacy.clipping import ClippedSum
+from tg_tinker.data.batch import IGNORED, Example, require_ids
+from tg_tinker.errors import InvalidRequestError, ServiceError
+from tg_tinker.records.report import Charge
+from tg_tinker.storage.envelope import keystream
+
+UNIT_BYTES = 16
+
+
+def unit_ids(key: bytes, examples: Sequence[Example], unit: str) -> list[bytes]:
+    """Each row's unit as a keyed hash: without the data set's key nobody can look for a row.
+
+    Args:
+        unit: ``example``, a distinct sequence of input ids, or ``id``, all rows of an id.
+
+    Raises:
+        InvalidRequestError: a row without an id where ids are the unit.
+    """
+    if unit == "id":
+        require_ids(examples)
+    return [
+        hmac.digest(key, _content(example, unit), hashlib.sha256)[:UNIT_BYTES]
+        for example in examples
+    ]
+
+
+def _content(example: Example, unit: str) -> bytes:
+    if unit == "id":
+        return b"id\0" + str(example.example_id).encode()
+    return b"example\0" + example.input_ids.astype("<i8").tobytes()
+
+
+def row_defect(example: Example, vocab_size: int, context_length: int) -> str | None:
+    """Why a row of a private run contributes zero instead of raising: an error would tell."""
+    kept = example.labels[example.labels != IGNORED]
+    ids = np.concatenate([example.input_ids, kept])
+    if len(example.input_ids) > context_length:
+        return "too long"
+    if ((ids < 0) | (ids >= vocab_size)).any():
+        return "out of vocabulary"
+    return None if example.num_labelled else "nothing labelled"
+
+
+@dataclass(repr=False)
+class Window:
+    """What a private step has collected.
+
+    Attributes:
+        total: the clipped sum.
+        units: all units of the step, those that contributed zero included.
+        rows: rows that were passed.
+        calls: (batch hash, gradient hash) of each call.
+    """
+
+    total: ClippedSum
+    units: set[bytes] = field(default_factory=set)
+    rows: int = 0
+    calls: list[tuple[str, str]] = field(default_factory=list)
+
+    def admit(
+        self, examples: Sequence[Example], units: Sequence[bytes], at_limit: set[bytes],
+        vocab_size: int, context_length: int, whole_units: bool,
+    ) -> tuple[list[list[Example]], set[bytes], Counter[str]]:  # fmt: skip
+        """Rows that count, unit by unit; the units they take up; how many rows do not count.
+
+        A unit may come once in a window: all its rows in one call when `whole_units` (the unit
+        is an id), a single row otherwise. Later rows of it add zero, so that it moves the sum
+        by C at most.
+        """
+        groups: dict[bytes, list[Example]] = {}
+        taken: set[bytes] = set()
+        skipped: Counter[str] = Counter()
+        for example, unit in zip(examples, units, strict=True):
+            repeated = unit in self.units or (unit in taken and not whole_units)
+            if unit in at_limit or repeated:
+                skipped["use limit reached" if unit in at_limit else "repeated in the step"] += 1
+                continue
+            taken.add(unit)
+            defect = row_defect(example, vocab_size, context_length)
+            if defect is None:
+                groups.setdefault(unit, []).append(example)
+            else:
+                skipped[defect] += 1
+        return list(groups.values()), taken, skipped
+
+
+class PoissonSampler:
+    """Draws each unit into a step with probability `rate`, on its own, from OS entropy.
+
+    A draw is charged before anyone sees it, and stays until a step has used it: asking again,
+    registering again or loading other weights gives the same one, and whoever leaves it for
+    another, in a new client or after a crash, has paid for both. It is never saved.
+    """
+
+    def __init__(self, units: Sequence[bytes], rate: float) -> None:
+        self._units = list(units)
+        self._rate = rate
+        self._drawn: list[int] | None = None
+        self._charge: Charge | None = None
+
+    @property
+    def paid(self) -> bool:
+        """Whether a draw waits for its step, which needs no budget any more."""
+        return self._charge is not None
+
+    def draws_from(self, units: Sequence[bytes]) -> bool:
+        """Whether it has these units, and so keeps its draw.
+
+        Raises:
+            InvalidRequestError: it has others, and a draw of them is open.
+        """
+        if self._drawn is not None and units != self._units:
+            raise InvalidRequestError(
+                "a drawn sample waits for its step: pass the same data set, in the same order"
+            )
+        return units == self._units
+
+    def draw(self, charge: Callable[[list[bytes]], Charge]) -> list[int]:
+        """Indices of the units of the next step, in order; may be empty.
+
+        `charge` makes a new draw durable; what it raises leaves no draw.
+        """
+        if self._drawn is None:
+            words = np.frombuffer(keystream(8 * len(self._units)), dtype="<u8")
+            uniforms = (words >> np.uint64(11)) * 2.0**-53
+            drawn = np.flatnonzero(uniforms < self._rate).tolist()
+            self._charge = charge([self._units[i] for i in drawn])
+            self._drawn = drawn
+        return self._drawn
+
+    def check(self, units: set[bytes]) -> None:
+        """Refuses a step whose units are not exactly the draw; the draw stays.
+
+        Raises:
+            InvalidRequestError: nothing was drawn, or rows are missing, added or changed.
+        """
+        if self._drawn is None or units != {self._units[i] for i in self._drawn}:
+            raise InvalidRequestError(
+                "the rows of this step are not the drawn sample, so Poisson accounting would not"
+                " hold for it: pass each batch of tc.poisson_batches(dataset) to forward_backward"
+                " whole, in one step. The step was dropped; the sample waits, and is paid for"
+            )
+
+    def use(self) -> Charge:
+        """The charge of the draw, which `check` has found right; the next draw is another."""
+        if self._charge is None:
+            raise ServiceError("no sample was drawn for this step")
+        charge, self._charge, self._drawn = self._charge, None, None
+        return charge

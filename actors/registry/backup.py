@@ -1,0 +1,217 @@
+"""The registry's rows in one SQLite file, and back into an empty database of either kind.
+
+A backup is itself a registry's database. So one way serves both kinds, moves a registry from one
+to the other, and takes a plain copy of `registry.db` as well. Keys are no part of it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+import sqlalchemy as sa
+
+import actors.registry.registry  # noqa: F401  it declares every table
+from actors.registry.database import METADATA, OWNER, Database, refuse_older, typed_refusal
+from actors.storage.objects import sync
+from tg_tinker.errors import IntegrityError, InvalidRequestError, StorageError
+from tg_tinker.records.audit_log import AuditRow
+from tg_tinker.records.ledger import place_of
+from tg_tinker.storage.databases import SQLITE
+
+Reached = list[tuple[str, str, str]]
+"""(tenant, ``ledger of NAME`` or ``audit log``, ``SEQ-HASH``): where each chain ends."""
+
+_ROWS = 1000
+"""Read and written at a time."""
+
+_SUFFIXES = ("", "-journal", "-wal", "-shm")
+"""Of a database's name, for all files that SQLite makes of it."""
+
+
+def backup(database: str, path: Path) -> Reached:
+    """Writes one state of a registry into a new file of mode 0600; durable when it returns.
+
+    Raises:
+        InvalidRequestError: the file exists.
+        StorageError: the database or the disk refuses; no file is left.
+    """
+    with _new_file(path) as partial, closing(_Copied(database)) as registry:
+        return registry.write(partial)
+
+
+def restore(path: Path, database: str) -> Reached:
+    """Puts a backup into a database without rows, all of it or nothing; a missing SQLite file is
+    made.
+
+    Raises:
+        InvalidRequestError: there is no such backup, or the database has rows.
+        StorageError: the backup is damaged, or the database refuses; it is as it was.
+    """
+    if not path.is_file():
+        raise InvalidRequestError(f"there is no backup {path}")
+    with _made(database), closing(_Copied(database)) as registry:
+        return registry.read(path)
+
+
+class _Copied(Database):
+    """A registry's rows, without the keys that a registry has."""
+
+    def write(self, path: Path) -> Reached:
+        engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)), hide_parameters=True)
+        with typed_refusal(), self._reading() as old, engine.begin() as new:
+            METADATA.create_all(new)
+            _copy(old, new)
+            return _reached(old)
+
+    def read(self, path: Path) -> Reached:
+        there = f"file:{quote(str(path.absolute()))}?mode=ro"
+        engine = sa.create_engine(
+            SQLITE, creator=lambda: sqlite3.connect(there, uri=True), hide_parameters=True
+        )
+        with typed_refusal(), engine.connect() as old, self._change() as new:
+            _check_whole(old, path)
+            _refuse_rows(new)
+            with _blamed(path):
+                _copy(old, new)
+                return _reached(old)
+
+
+def _copy(old: sa.Connection, new: sa.Connection) -> None:
+    """Every table, those that others refer to first; whose turn it is belongs to each database."""
+    for table in METADATA.sorted_tables:
+        if table is not OWNER:
+            for rows in old.execute(sa.select(table)).mappings().partitions(_ROWS):
+                new.execute(table.insert(), [dict(row) for row in rows])
+
+
+def _reached(connection: sa.Connection) -> Reached:
+    entries, rows = METADATA.tables["ledger_entries"], METADATA.tables["audit_rows"]
+    ledgers = [
+        (row.tenant, f"ledger of {row.dataset}", place_of(row.seq, row.hash))
+        for row in _last(connection, entries, "tenant", "dataset")
+    ]
+    logs = [
+        (row.tenant, "audit log", place_of(row.seq, AuditRow.parse(row.row).hash))
+        for row in _last(connection, rows, "tenant")
+    ]
+    return sorted(ledgers + logs)
+
+
+def _last(connection: sa.Connection, table: sa.Table, *chain: str) -> list[sa.Row[tuple[object]]]:
+    """The newest row of each chain."""
+    of_chain = [table.c[name] for name in chain]
+    newest = sa.select(*of_chain, sa.func.max(table.c.seq).label("seq")).group_by(*of_chain)
+    ends = newest.subquery()
+    same = sa.and_(*(table.c[name] == ends.c[name] for name in (*chain, "seq")))
+    return [*connection.execute(sa.select(table).join(ends, same))]
+
+
+def _refuse_rows(new: sa.Connection) -> None:
+    for table in METADATA.sorted_tables:
+        if table is not OWNER and _has_rows(new, table):
+            raise InvalidRequestError(
+                f"the database has rows already (table {table.name}): restore into an empty one."
+                " Nothing was changed"
+            )
+
+
+def _has_rows(connection: sa.Connection, table: sa.Table) -> bool:
+    return (
+        connection.execute(sa.select(sa.literal(1)).select_from(table).limit(1)).first() is not None
+    )
+
+
+def _check_whole(old: sa.Connection, path: Path) -> None:
+    try:
+        old.exec_driver_sql("BEGIN")  # the file may be that of a registry in use
+        sound = old.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
+        missing = METADATA.tables.keys() - {*sa.inspect(old).get_table_names()}
+    except sa.exc.DatabaseError:
+        sound, missing = False, set()
+    if not sound:
+        raise _damaged(path)
+    refuse_older(old)
+    if missing:
+        raise StorageError(
+            f"{path} is no backup of a registry, it has no table {min(missing)}: use another one;"
+            " nothing was changed"
+        )
+    try:
+        for table in METADATA.sorted_tables:
+            for _ in old.execute(sa.select(table)).partitions(_ROWS):
+                pass
+    except sa.exc.DatabaseError:
+        raise _damaged(path) from None
+
+
+@contextmanager
+def _blamed(path: Path) -> Iterator[None]:
+    """Rows that can be none of a registry are the backup's fault, not the database's."""
+    try:
+        yield
+    except (sa.exc.IntegrityError, sa.exc.DataError, IntegrityError):
+        raise _damaged(path) from None
+    except sa.exc.StatementError as error:
+        if isinstance(error, sa.exc.DBAPIError):
+            raise
+        raise _damaged(path) from None  # a value of another type than its column's
+
+
+def _damaged(path: Path) -> StorageError:
+    return StorageError(
+        f"{path} is no backup of a registry, or it is damaged: use another one; nothing was changed"
+    )
+
+
+@contextmanager
+def _made(database: str) -> Iterator[None]:
+    """A missing SQLite file, which goes again if nothing was restored: an empty registry would
+    begin anew."""
+    if not database.startswith(f"{SQLITE}/"):
+        yield
+        return
+    file = Path(database.removeprefix(f"{SQLITE}/"))
+    made = [] if file.exists() else [path for path in _files_of(file) if not path.exists()]
+    try:
+        file.touch(0o600)
+        yield
+    except OSError as error:
+        _remove(made)
+        raise StorageError(f"cannot write {file}: {error.strerror}") from None
+    except BaseException:
+        _remove(made)
+        raise
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[Path]:
+    """A file beside it that becomes it, whole, unless something fails."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL, 0o600))
+        yield partial
+        sync(partial)
+        path.hardlink_to(partial)
+        sync(path.parent)
+    except FileExistsError:
+        raise InvalidRequestError(f"{path} exists: name a file that does not") from None
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        _remove(_files_of(partial))
+
+
+def _files_of(database: Path) -> list[Path]:
+    return [database.with_name(database.name + suffix) for suffix in _SUFFIXES]
+
+
+def _remove(files: Sequence[Path]) -> None:
+    """Exactly these: the backup, or another one, may lie beside them as `registry.db.bak`."""
+    for file in files:
+        file.unlink(missing_ok=True)

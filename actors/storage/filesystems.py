@@ -1,0 +1,230 @@
+"""The door to pyarrow's filesystems: how each is opened, and what its errors mean.
+
+Credentials and endpoints come from the environment of the process, never from arguments: a
+pickled filesystem holds its secrets in clear.
+
+    s3      AWS_ACCESS_KEY_ID ..., profiles, instance roles; AWS_REGION or AWS_DEFAULT_REGION;
+            AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL for a store that is not Amazon's
+    gs      GOOGLE_APPLICATION_CREDENTIALS ...; CLOUD_STORAGE_EMULATOR_ENDPOINT
+    abfss   AZURE_STORAGE_KEY or AZURE_STORAGE_SAS_TOKEN, else AZURE_CLIENT_ID ... and managed
+            identities; AZURE_STORAGE_SERVICE_ENDPOINT for an emulator
+    hdfs    libhdfs with its Hadoop configuration and Kerberos tickets
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from tg_tinker.errors import InvalidRequestError
+from tg_tinker.storage.stores import Location
+
+REQUESTS = 3
+"""How often the library sends a request of s3: a part of a large object fails alone. More would
+outlast any deadline, as its pauses double."""
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How long a store may take.
+
+    Attributes:
+        connect_s: seconds until a connection stands; s3 only.
+        request_s: seconds without a byte after which a request failed (s3; some six more while
+            it sends), or for which the library repeats one (gs). On abfss and hdfs the libraries'
+            own limits hold.
+        attempts: of an operation. Within one, the library repeats a request (`REQUESTS`, s3).
+        deadline_s: seconds after which no further attempt of an operation begins.
+    """
+
+    connect_s: float = 5.0
+    request_s: float = 10.0
+    attempts: int = 3
+    deadline_s: float = 120.0
+
+
+# --- opening -------------------------------------------------------------------------------------
+
+
+def open_filesystem(location: Location, policy: RetryPolicy) -> Any:
+    """A `pyarrow.fs.FileSystem` that creates no bucket. Only hdfs connects here.
+
+    Raises:
+        InvalidRequestError: a variable of the environment is malformed.
+        OSError: no connection (hdfs).
+    """
+    from pyarrow import fs
+
+    match location.scheme:
+        case "s3":
+            return fs.S3FileSystem(
+                region=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"),
+                connect_timeout=policy.connect_s,
+                request_timeout=policy.request_s,
+                retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=REQUESTS),
+                allow_delayed_open=True,  # a small object is one request: old or new, never part
+                **_s3_endpoint(),
+            )
+        case "gs":
+            return fs.GcsFileSystem(
+                anonymous="CLOUD_STORAGE_EMULATOR_ENDPOINT" in os.environ,
+                retry_time_limit=timedelta(seconds=max(1.0, policy.request_s)),
+            )
+        case "abfss":
+            account, _, domain = location.host.partition(".dfs.")
+            return fs.AzureFileSystem(
+                account,
+                account_key=_azure_key(),
+                sas_token=os.environ.get("AZURE_STORAGE_SAS_TOKEN"),
+                **_azure_endpoint(domain),
+            )
+        case _:
+            return fs.HadoopFileSystem(location.host or "default", location.port)
+
+
+def _s3_endpoint() -> dict[str, str]:
+    endpoint = _endpoint("AWS_ENDPOINT_URL_S3") or _endpoint("AWS_ENDPOINT_URL")
+    if not endpoint:
+        return {}
+    return {"scheme": endpoint[0], "endpoint_override": endpoint[1]}
+
+
+def _azure_endpoint(domain: str) -> dict[str, str]:
+    scheme, authority = _endpoint("AZURE_STORAGE_SERVICE_ENDPOINT") or ("https", "")
+    return {
+        "blob_storage_scheme": scheme,
+        "dfs_storage_scheme": scheme,
+        "blob_storage_authority": authority or f".blob.{domain}",
+        "dfs_storage_authority": authority or f".dfs.{domain}",
+    }
+
+
+def _endpoint(variable: str) -> tuple[str, str] | None:
+    """Scheme and `host:port` of an address in the environment, None where there is none."""
+    address = os.environ.get(variable)
+    if not address:
+        return None
+    parts = urlsplit(address)
+    plain = parts.scheme in ("http", "https") and parts.netloc and "@" not in parts.netloc
+    if not plain or parts.path.strip("/") or parts.query:
+        raise InvalidRequestError(
+            f"the environment's {variable} is no address of the form https://HOST:PORT"
+        )
+    return parts.scheme, parts.netloc
+
+
+def _azure_key() -> str | None:
+    """The account's key. One that is not base64 would end the whole process inside pyarrow."""
+    key = os.environ.get("AZURE_STORAGE_KEY")
+    try:
+        base64.b64decode(key or "", validate=True)
+    except binascii.Error:
+        raise InvalidRequestError("the environment's AZURE_STORAGE_KEY is not base64") from None
+    return key
+
+
+# --- looking -------------------------------------------------------------------------------------
+
+
+def bucket_exists(filesystem: Any, bucket: str) -> bool:
+    from pyarrow.fs import FileType
+
+    return bool(filesystem.get_file_info(bucket).type == FileType.Directory)
+
+
+def files_below(filesystem: Any, path: str) -> list[Any]:
+    """A `pyarrow.fs.FileInfo` for each object below a folder, at any depth."""
+    from pyarrow.fs import FileSelector
+
+    selector = FileSelector(path, recursive=True, allow_not_found=True)
+    return [info for info in filesystem.get_file_info(selector) if info.is_file]
+
+
+def folders_in(filesystem: Any, path: str) -> list[str]:
+    """Names of the folders directly in a folder."""
+    from pyarrow.fs import FileSelector, FileType
+
+    if filesystem.type_name == "gcs":  # arrow shows no folder there that has no object of its own
+        below = (info.path.removeprefix(f"{path}/") for info in files_below(filesystem, path))
+        return list({name.partition("/")[0] for name in below if "/" in name})
+    found = filesystem.get_file_info(FileSelector(path, allow_not_found=True))
+    return [info.base_name for info in found if info.type == FileType.Directory]
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+class NoBucketError(OSError):
+    """The bucket was looked for and is not there."""
+
+
+class SizeDiffersError(OSError):
+    """The store holds another number of bytes than it was sent."""
+
+
+class Cause(NamedTuple):
+    """What an error of a store comes down to."""
+
+    reason: str  # a stable name for programs
+    text: str
+    remedy: str
+    may_pass: bool  # whether to try again
+
+
+NO_BUCKET = Cause(
+    "no_bucket", "there is no such bucket", "create it, which TG-Tinker never does, and", False
+)
+DENIED = Cause(
+    "access_denied", "access denied",
+    "check the credentials in the environment of the actors, which must allow to list, read, write"
+    " and delete below the prefix, and", False,
+)  # fmt: skip
+NO_LIBRARY = Cause(
+    "no_library", "libjvm or libhdfs cannot be loaded",
+    "install Java and Hadoop, set JAVA_HOME, HADOOP_HOME and CLASSPATH, and", False,
+)  # fmt: skip
+TRUNCATED = Cause(
+    "size_differs", "it holds another number of bytes than it was sent",
+    "check what lies between here and the store, and", True,
+)  # fmt: skip
+
+_KNOWN = {
+    NO_BUCKET: r"AWS Error NO_SUCH_BUCKET|Azure Error: \[ContainerNotFound\]",
+    DENIED: (
+        r"AWS Error (ACCESS_DENIED|INVALID_ACCESS_KEY_ID|INVALID_SIGNATURE|SIGNATURE_DOES_NOT_MATCH"
+        r"|INVALID_CLIENT_TOKEN_ID|UNRECOGNIZED_CLIENT|MISSING_AUTHENTICATION_TOKEN)"
+        r"|AWS Error \w+ \(HTTP status 40[13]\)|Azure Error: \[\w*\] 40[13]"
+        r"|Status\((PERMISSION_DENIED|UNAUTHENTICATED)|Could not create a OAuth2 access token"
+    ),
+    NO_LIBRARY: r"Unable to load lib(jvm|hdfs)|attempt to load libhdfs failed",
+}
+_CODE = re.compile(r"AWS Error (\w+(?: \(HTTP status \d+\))?)|Status\((\w+)|Azure Error: \[(\w+)\]")
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What operations of a filesystem raise."""
+    from pyarrow import ArrowException
+
+    return (OSError, ArrowException)
+
+
+def cause_of(error: BaseException) -> Cause:
+    """Why an operation failed. The error's own text is never repeated: it names URLs, on Azure
+    with the token in them.
+    """
+    if isinstance(error, NoBucketError):
+        return NO_BUCKET
+    if isinstance(error, SizeDiffersError):
+        return TRUNCATED
+    for cause, pattern in _KNOWN.items():
+        if re.search(pattern, str(error)):
+            return cause
+    code = _CODE.search(str(error))
+    named = next(filter(None, code.groups())) if code else type(error).__name__
+    return Cause("unavailable", named, "check the store's address and the network, and", True)

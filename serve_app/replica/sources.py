@@ -1,0 +1,160 @@
+"""Which weights a request means, and where to get them.
+
+base            the base model itself
+RUN             the weights of a living run after its last completed step
+RUN@7           the same, if that step is the seventh
+RUN@>=7         the same, once it is the seventh or a later one
+ARTIFACT        a saved artifact
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from actors.artifacts.publish import ARTIFACT_PREFIX, fetch
+from actors.engine.checkpoint import from_files
+from actors.registry.registry import Registry
+from actors.sampling.snapshots import Snapshot, of_state, opened, shares_base
+from actors.storage.store import ArtifactStore
+from tg_tinker.cluster.messages import SnapshotRef
+from tg_tinker.cluster.named_actors import (
+    current_step,
+    fetch_snapshot,
+    latest_snapshot,
+    living_actors,
+)
+from tg_tinker.config import TrainingConfig
+from tg_tinker.errors import InvalidRequestError, NotFoundError, VersionGoneError
+from tg_tinker.storage.envelope import open_payload
+from tg_tinker.types import TrainingClientInfo
+
+BASE = "base"
+"""Name of the base model itself."""
+
+
+@dataclass(frozen=True, repr=False)
+class Source:
+    """Weights that are here or can be fetched.
+
+    Attributes:
+        name: unique for these weights; None is the base model.
+        version: what answers carry.
+        shared: they can share a base model with others.
+    """
+
+    name: str | None
+    version: str
+    shared: bool
+    fetch: Callable[[], Snapshot]
+
+
+class Sources:
+    """Weights of one base model, as a tenant may name them. Its calls block."""
+
+    def __init__(
+        self, registry: Registry, key: bytes, namespace: str, store: str, model_ref: str
+    ) -> None:
+        self._registry, self._key, self._namespace = registry, key, namespace
+        self.store, self._model_ref = store, model_ref
+
+    def of_snapshot(self, reference: SnapshotRef) -> Source:
+        """What a training client has taken."""
+
+        def get() -> Snapshot:
+            sealed = fetch_snapshot(self._namespace, reference.actor, reference.name)
+            return opened(open_payload(self._key, sealed).unwrap())
+
+        return Source(reference.name, reference.version, reference.shared, get)
+
+    def find(self, tenant: str, allowed: tuple[str, ...], model: str, who: str) -> Source:
+        """What a request names.
+
+        Args:
+            who: asks, for the audit log.
+
+        Raises:
+            NotFoundError: there is no such thing for this tenant and key, or it is of another
+                base model; which of them is not told.
+            VersionGoneError: the run is at another step; `details["later"]` if waiting may help.
+            ActorLostError: the run has no living actor.
+        """
+        if model == BASE:
+            return BASE_SOURCE
+        name, _, wanted = model.partition("@")
+        if model.isascii() and not (allowed and name not in allowed):
+            with contextlib.suppress(NotFoundError):
+                return self._live(tenant, name, wanted)
+            if not wanted:
+                with contextlib.suppress(NotFoundError):
+                    return self._saved(tenant, name, who)
+        raise NotFoundError(f"there is no model {model!r}: GET /v1/models names those there are")
+
+    def names(self, tenant: str, allowed: tuple[str, ...]) -> list[str]:
+        """The base model, runs that live, and all artifacts: what `find` finds."""
+        living = living_actors(self._namespace)
+        runs = {run.training_client_id: run for run in self._registry.runs(tenant)
+                if run.model_ref == self._model_ref}  # fmt: skip
+        found = [name for name, run in runs.items() if f"{name}@{run.epoch}" in living]
+        found += [artifact.artifact_id for artifact in self._registry.artifacts(tenant)
+                  if artifact.training_client_id in runs and not artifact.expired]  # fmt: skip
+        return [BASE, *(name for name in found if not allowed or name in allowed)]
+
+    def gone(self, names: Iterable[str]) -> list[str]:
+        """Those of these names of weights that are of artifacts which nothing may open any more."""
+        saved = [name for name in names if name.startswith(ARTIFACT_PREFIX)]
+        return self._registry.gone(saved) if saved else []
+
+    # --- inside ------------------------------------------------------------------------------
+
+    def _run(self, tenant: str, run_id: str) -> tuple[TrainingClientInfo, str]:
+        info, stored = self._registry.run(tenant, run_id)
+        if info.model_ref != self._model_ref:
+            raise NotFoundError("a run on another base model")
+        return info, stored
+
+    def _live(self, tenant: str, run_id: str, wanted: str) -> Source:
+        info, _ = self._run(tenant, run_id)
+        if not wanted:
+            return self._latest(info)
+        least, exact = wanted.removeprefix(">="), wanted[:2] != ">="
+        if not (least.isdecimal() and len(least) < 12):
+            raise InvalidRequestError("after @ comes a step, or >= and a step")
+        step = current_step(self._namespace, _actor(info))
+        if step >= int(least) and (not exact or step == int(least)):
+            found = self._latest(info)
+            if not exact or found.version == f"{run_id}@{int(least)}":  # it may have gone on
+                return found
+        raise VersionGoneError(
+            f"{run_id} is at step {step}, not {wanted}: name the run for the latest,"
+            " or save an artifact of the step you want",
+            details={"step": step, "later": not exact},
+        )
+
+    def _latest(self, info: TrainingClientInfo) -> Source:
+        return self.of_snapshot(latest_snapshot(self._namespace, _actor(info), self._key))
+
+    def _saved(self, tenant: str, artifact_id: str, who: str) -> Source:
+        info = self._registry.openable(tenant, artifact_id)
+        _, stored = self._run(tenant, info.training_client_id)
+        lora = TrainingConfig.model_validate_json(stored).lora_config
+
+        def get() -> Snapshot:
+            store = ArtifactStore(self.store)
+            reader = self._registry.reader(tenant, who)
+            files = fetch(self._registry, store, reader, artifact_id)
+            return of_state(artifact_id, from_files(files).state, lora)
+
+        return Source(artifact_id, artifact_id, shares_base(lora), get)
+
+
+def _actor(info: TrainingClientInfo) -> str:
+    return f"{info.training_client_id}@{info.epoch}"
+
+
+def _nothing() -> Snapshot:
+    raise AssertionError("the base model is always here")
+
+
+BASE_SOURCE = Source(None, BASE, True, _nothing)

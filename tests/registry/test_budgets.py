@@ -1,0 +1,278 @@
+"""Ledgers in the registry: who may spend, what is stored, and many clients on one data set."""
+
+from __future__ import annotations
+
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.privacy.budget import Budget
+from actors.registry.registry import Registry
+from support.privacy_helpers import new_budget, private_config, registry
+from tg_tinker import (
+    ActorLostError,
+    DPBudgetExceededError,
+    DPConfig,
+    InvalidRequestError,
+    NotFoundError,
+    TrainingConfig,
+)
+from tg_tinker.errors import IntegrityError
+from tg_tinker.records.ledger import Ledger
+from tg_tinker.records.report import Charge
+
+pytestmark = pytest.mark.usefixtures("each_database")
+
+CALLS = [("sha256:batch-4711", "sha256:gradient-4711")]
+
+
+def units(*numbers: int) -> list[bytes]:
+    return [number.to_bytes(16, "big") for number in numbers]
+
+
+def opened(known: Registry, **values: Any) -> Budget:
+    return new_budget(known, private_config(Path("none"), **values))
+
+
+def charge(budget: Budget, numbers: list[bytes], noised: bool = True) -> Charge:
+    return budget.registry.charge(
+        budget.tenant, budget.dataset, budget.run_id, budget.epoch, secrets.token_hex(16),
+        numbers, noised, CALLS,
+    )  # fmt: skip
+
+
+def ledger_of(budget: Budget) -> Ledger:
+    return Ledger.replay(budget.registry.ledger_entries(budget.tenant, budget.dataset))
+
+
+# --- registration --------------------------------------------------------------------------------
+
+
+def test_what_was_promised_for_a_data_set_is_never_changed() -> None:
+    known = registry()
+    known.register_dataset("default", "clinic", 8.0, 1e-5, "example")
+    before = known.ledger_entries("default", "clinic")
+    known.register_dataset("default", "clinic", 8.0, 1e-5, "example")  # the same again
+    for other in ((9.0, 1e-5, "example"), (None, 1e-5, "example"), (8.0, 1e-6, "example"),
+                  (8.0, 1e-5, "id")):  # fmt: skip
+        with pytest.raises(InvalidRequestError, match="never changed"):
+            known.register_dataset("default", "clinic", *other)
+    assert known.ledger_entries("default", "clinic") == before
+
+
+def test_a_refused_plan_registers_nothing() -> None:
+    known = registry()
+    with pytest.raises(DPBudgetExceededError, match="cannot pay"):
+        opened(known, dp={"noise_multiplier": 0.1}, dataset_id="clinic")
+    assert known.dataset_ids("default") == []
+
+
+def test_a_data_set_of_another_tenant_does_not_exist() -> None:
+    known = registry()
+    known.register_dataset("bank", "default", 8.0, 1e-5, "example")
+    assert known.ledger_entries("clinic", "default") == []
+    assert known.dataset_ids("clinic") == []
+    with pytest.raises(NotFoundError, match="no data set 'default'"):
+        known.admit("clinic", "default", "tc-1", [])
+
+
+def test_data_sets_have_different_unit_keys_which_are_stored_wrapped(tmp_path: Path) -> None:
+    known = registry(tmp_path / "home")
+    first, second = opened(known, dataset_id="a"), opened(known, dataset_id="b")
+    assert first.key != second.key
+    assert known.unit_key("default", "a") == first.key
+    for file in (tmp_path / "home").glob("registry.db*"):
+        assert first.key not in file.read_bytes()
+        assert first.key.hex().encode() not in file.read_bytes()
+
+
+# --- charges -------------------------------------------------------------------------------------
+
+
+def test_two_clients_of_one_data_set_spend_one_budget() -> None:
+    known = registry()
+    first, second = opened(known), opened(known)
+    made = [charge(first, units(1, 2)), charge(second, units(1, 2)), charge(first, units(3))]
+    assert [round(c.total_epsilon, 3) for c in made] == [4.377, 6.573, 6.573]
+    assert sum(c.epsilon_spent for c in made) == pytest.approx(made[-1].total_epsilon, abs=1e-9)
+    with pytest.raises(DPBudgetExceededError, match="cannot pay"):
+        charge(second, units(1))
+    assert ledger_of(first).epsilon == made[-1].total_epsilon
+
+
+@pytest.mark.parametrize("contract", ["participation", "client_poisson"])
+def test_an_actor_that_was_replaced_charges_nothing_and_changes_no_contract(contract: str) -> None:
+    """500 rows where 50 were to be expected were not drawn: the run would be counted otherwise."""
+    dp: dict[str, Any] = {"noise_multiplier": 20.0}
+    if contract == "client_poisson":
+        dp |= {"sampling": "client_poisson", "dataset_size": 500, "accountant_type": "rdp"}
+    budget = opened(registry(), dp=dp, batch_size=50)
+    charge(budget, units(*range(50)))
+    before = budget.registry.ledger_entries(budget.tenant, budget.dataset)
+    budget.registry.claim(budget.run_id)
+    with pytest.raises(ActorLostError, match="may not charge"):
+        charge(budget, units(*range(500)))
+    assert budget.registry.ledger_entries(budget.tenant, budget.dataset) == before
+
+
+def test_two_contracts_on_one_data_set_are_filtered_and_add_up() -> None:
+    known = registry()
+    poisson = {
+        "sampling": "poisson", "dataset_size": 8000, "accountant_type": "rdp",
+        "noise_multiplier": 1.0,
+    }  # fmt: skip
+    first = opened(known, dp=poisson)
+    second = opened(known, dp={"noise_multiplier": 4.0})
+    made = [charge(first, units(1)), charge(second, units(1)), charge(first, units(2)),
+            charge(second, units(1, 2))]  # fmt: skip
+    totals = [c.total_epsilon for c in made]
+    assert totals == sorted(totals)
+    assert sum(c.epsilon_spent for c in made) == pytest.approx(totals[-1], abs=1e-9)
+    assert totals[-1] <= 8
+
+
+def test_the_last_charges_of_two_clients_at_once_never_overspend() -> None:
+    known = registry()
+    budgets = [opened(known, dp={"noise_multiplier": 1.5}) for _ in range(8)]
+
+    def spend(budget: Budget) -> bool:
+        try:
+            charge(budget, units(1))
+        except DPBudgetExceededError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        granted = sum(pool.map(spend, budgets))
+    ledger = ledger_of(budgets[0])
+    assert 0 < granted < 8
+    assert ledger.epsilon <= 8
+    assert sum(account.count for account in ledger.accounts.values()) == granted
+
+
+def test_a_refused_charge_notes_no_use() -> None:
+    budget = opened(registry(), dp={"max_participations": 1})
+    charge(budget, units(1))
+    before = budget.registry.ledger_entries("default", "default")
+    with pytest.raises(DPBudgetExceededError):
+        charge(budget, units(1, 2))
+    assert budget.registry.ledger_entries("default", "default") == before
+    assert budget.admit(units(1, 2)) == set(units(1))
+    charge(budget, units(2))  # its use was not noted by the refused charge
+
+
+def test_uses_of_ten_thousand_units_are_counted() -> None:
+    budget = opened(registry(), dp={"noise_multiplier": 2.0, "max_participations": 2})
+    many = units(*range(12_000))
+    assert charge(budget, many).count == 1
+    assert charge(budget, [*many[6_000:], *units(*range(12_000, 13_000))]).count == 2
+    assert budget.admit(many) == set(many[6_000:])
+
+
+def test_reservations_are_kept_from_others_and_given_back() -> None:
+    known = registry()
+    first = opened(known, dp={"noise_multiplier": 2.0, "max_participations": 6})
+    with pytest.raises(DPBudgetExceededError, match="reserved"):
+        opened(known, dp={"noise_multiplier": 2.0, "max_participations": 6})
+    known.release_reservation("default", "default", first.run_id)
+    length = ledger_of(first).length
+    known.release_reservation("default", "default", first.run_id)  # nothing is left to free
+    assert ledger_of(first).length == length
+    opened(known, dp={"noise_multiplier": 2.0, "max_participations": 6})
+
+
+def test_the_end_of_a_run_frees_its_plan_and_that_of_an_actor_it_had_before_does_not() -> None:
+    known = registry()
+    run = opened(known, dp={"noise_multiplier": 2.0, "max_participations": 6})
+    known.park(run.run_id, run.epoch)
+    known.finish(run.run_id, run.epoch, "completed")  # the client that parked it is closed
+    assert ledger_of(run).accounts[run.run_id].reserved == 6
+    back = known.claim(run.run_id)
+    known.finish(run.run_id, run.epoch, "completed")  # a client that does not know that it is back
+    assert ledger_of(run).accounts[run.run_id].reserved == 6
+    known.finish(run.run_id, back, "completed")
+    assert ledger_of(run).accounts[run.run_id].reserved == 0
+    length = ledger_of(run).length
+    known.finish(run.run_id, back, "completed")  # only the answer was lost
+    assert ledger_of(run).length == length
+
+
+def test_a_run_that_comes_back_keeps_its_contract_and_its_uses() -> None:
+    known = registry()
+    config = private_config(Path("none"), dp={"max_participations": 1})
+    run = new_budget(known, config)
+    charge(run, units(1))
+    epoch = known.claim(run.run_id)
+    again = Budget.planned(known, "default", run.run_id, epoch, config, "float32").open()
+    assert again.key == run.key
+    assert again.admit(units(1, 2)) == set(units(1))
+    assert list(ledger_of(run).accounts) == [run.run_id]
+
+
+# --- what is stored ------------------------------------------------------------------------------
+
+
+def test_hashes_of_data_are_stored_keyed_only(tmp_path: Path) -> None:
+    budget = opened(registry(tmp_path / "home"))
+    charge(budget, units(1))
+    other = opened(budget.registry)
+    charge(other, units(2))
+    for file in (tmp_path / "home").glob("registry.db*"):
+        for call in CALLS:
+            assert not any(part.encode() in file.read_bytes() for part in call)
+    with budget.registry._engine.begin() as database:
+        evidence = database.exec_driver_sql("select evidence from charges").scalars().all()
+    for call in CALLS:
+        assert not any(part in text for part in call for text in evidence)
+    assert len(set(evidence)) == 2  # of equal batches: the key is the run's
+
+
+def test_ledger_entries_hold_nothing_of_the_units() -> None:
+    budget = opened(registry())
+    charge(budget, units(77))
+    text = str(budget.registry.ledger_entries("default", "default"))
+    assert units(77)[0].hex() not in text
+    assert "4711" not in text
+
+
+def test_an_entry_changed_in_the_database_is_noticed_by_the_next_registry(tmp_path: Path) -> None:
+    budget = opened(registry(tmp_path / "home"))
+    charge(budget, units(1))
+    with budget.registry._engine.begin() as database:
+        database.exec_driver_sql(
+            "update ledger_entries set entry = replace(entry, '\"count\": 1', '\"count\": 0')"
+            " where seq = 2"
+        )
+    with pytest.raises(IntegrityError, match="entry 2"):
+        registry(tmp_path / "home").charge(
+            "default", "default", budget.run_id, budget.epoch, "f" * 32, units(2), True, CALLS
+        )
+
+
+# --- steps without noise -------------------------------------------------------------------------
+
+
+def test_a_step_without_noise_is_infinite_for_ever_and_refused_elsewhere() -> None:
+    known = registry()
+    free = opened(known, dp={"target_epsilon": None}, dataset_id="free")
+    assert charge(free, units(1), noised=False).total_epsilon == float("inf")
+    assert charge(free, units(2)).total_epsilon == float("inf")
+    limited = opened(known)
+    with pytest.raises(DPBudgetExceededError, match="unlimited"):
+        charge(limited, units(1), noised=False)
+    assert ledger_of(limited).epsilon == 0
+
+
+@pytest.mark.parametrize("config", [{}, {"dp_config": DPConfig(enabled=False)}])
+def test_data_that_was_trained_on_without_privacy_gets_no_budget(config: dict[str, Any]) -> None:
+    known = registry()
+    open_run = TrainingConfig(model_ref="m", dataset_id="shared", **config)
+    known.create_run("default", open_run.model_dump_json())
+    with pytest.raises(InvalidRequestError, match="without privacy"):
+        known.register_dataset("default", "shared", 8.0, 1e-5, "example")
+    assert known.ledger_entries("default", "shared") == []
+    known.register_dataset("another", "shared", 8.0, 1e-5, "example")  # of another tenant
+    known.register_dataset("default", "other", 8.0, 1e-5, "example")

@@ -1,0 +1,255 @@
+"""Calls that share a transaction: none is answered before it, none undoes another, none is made
+twice that must not be."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+import sqlalchemy as sa
+
+from actors.registry.group_commit import MOST_TOGETHER, Turns
+from actors.registry.registry import Registry
+from support.databases import url_of
+from support.privacy_helpers import new_budget, private_config, registry
+from tg_tinker.records.audit_log import AuditRow, verify
+
+pytestmark = pytest.mark.usefixtures("each_database")
+
+US = "default"
+CALLS = [("sha256:batch", "sha256:gradient")]
+
+
+@pytest.fixture
+def known(tmp_path: Path) -> Registry:
+    return registry(tmp_path / "home")
+
+
+@pytest.fixture
+def run(known: Registry) -> str:
+    run = known.create_run(US, private_config(Path("none")).model_dump_json())
+    known.claim(run)
+    return run
+
+
+class Waiting:
+    """Calls that are taken inside its `with` block all wait, and run at the block's end.
+
+    Attributes:
+        commits: how many of the calls were answered at each commit.
+    """
+
+    def __init__(self, known: Registry) -> None:
+        self.commits: list[int] = []
+        self._turns = Turns(lambda: known)
+        self._pool = ThreadPoolExecutor(32)
+        self._begun, self._free = threading.Event(), threading.Event()
+        known.hold = self._hold  # type: ignore[attr-defined]
+        sa.event.listen(known._engine, "commit", self._committed)
+
+    def __enter__(self) -> Self:
+        self._replies = [self._pool.submit(self._turns.take, ("hold", ()))]
+        assert self._begun.wait(30)
+        return self
+
+    def take(self, name: str, *arguments: Any) -> None:
+        before = len(self._turns._waiting)
+        self._replies.append(self._pool.submit(self._turns.take, (name, arguments)))
+        while len(self._turns._waiting) == before:
+            time.sleep(0.001)
+
+    def __exit__(self, *exception: object) -> None:
+        self._free.set()
+        replies = [reply.result(30) for reply in self._replies[1:]]
+        self.errors = [reply.error and reply.error[0] for reply in replies]
+        self.values = [reply.value for reply in replies]
+        self._pool.shutdown()
+
+    def _hold(self) -> None:
+        self._begun.set()
+        assert self._free.wait(30)
+
+    def _committed(self, connection: sa.Connection) -> None:
+        self.commits.append(sum(reply.done() for reply in self._replies[1:]))
+
+
+class Failing:
+    """The next commits of a registry fail, on the way to the database."""
+
+    def __init__(self, known: Registry, times: int = 1) -> None:
+        self.left, self._real = times, known._engine.dialect.do_commit
+        known._engine.dialect.do_commit = self._commit
+
+    def _commit(self, connection: Any) -> None:
+        if self.left:
+            self.left -= 1
+            raise sa.exc.OperationalError("commit", {}, OSError("the disk is full"))
+        self._real(connection)
+
+
+def rows(known: Registry) -> list[AuditRow]:
+    found = [AuditRow.parse(line) for line in known.audit_rows(US, 0, 10_000)]
+    verify(found)
+    return found
+
+
+def steps(known: Registry) -> list[Any]:
+    return [row.details["step"] for row in rows(known) if row.event == "step"]
+
+
+# --- one transaction -----------------------------------------------------------------------------
+
+
+def test_calls_that_wait_share_a_commit_and_are_answered_after_it_in_order(
+    known: Registry, run: str, tmp_path: Path
+) -> None:
+    waiting = Waiting(known)
+    with waiting:
+        for step in range(1, 6):
+            waiting.take("record", run, 1, step, "active", CALLS)
+            waiting.take("run", US, run)
+    assert waiting.commits == [0]
+    assert [info.step for info, _ in waiting.values[1::2]] == [1, 2, 3, 4, 5], "what was before it"
+    assert steps(registry(tmp_path / "home")) == [1, 2, 3, 4, 5]
+
+
+def test_a_transaction_ends_after_so_many_calls(known: Registry, run: str) -> None:
+    waiting = Waiting(known)
+    with waiting:
+        for step in range(1, MOST_TOGETHER + 3):
+            waiting.take("record", run, 1, step, "active")
+    assert waiting.commits == [0, MOST_TOGETHER]
+
+
+def test_a_refused_call_undoes_itself_alone(known: Registry, run: str) -> None:
+    budget = new_budget(known, private_config(Path("none"), dp={"max_participations": 1}))
+    unit = [bytes(16)]
+    charge = US, budget.dataset, budget.run_id, budget.epoch
+    known.charge(*charge, "first", unit, True, CALLS)
+    before = known.ledger_entries(US, budget.dataset)
+    waiting = Waiting(known)
+    with waiting:
+        waiting.take("record", run, 1, 1, "active", CALLS)
+        waiting.take("charge", *charge, "second", [*unit, bytes(range(16))], True, CALLS)
+        waiting.take("record", run, 1, 2, "active", CALLS)
+        waiting.take("claim", "tc-unknown")
+        waiting.take("charge", *charge, "third", [bytes(range(16))], True, CALLS)
+    assert waiting.commits == [0]
+    assert waiting.errors == [None, "DPBudgetExceededError", None, "InternalError", None]
+    assert steps(known) == [1, 2]
+    added = known.ledger_entries(US, budget.dataset)[len(before) :]
+    assert [entry["charge"] for entry in added] == ["third"], "its unit was free"
+    refused = [row.subject for row in rows(known) if row.outcome != "ok"]
+    assert refused == [budget.dataset]
+
+
+# --- a database that fails -----------------------------------------------------------------------
+
+
+def test_a_call_that_the_database_refuses_fails_alone(known: Registry, run: str) -> None:
+    publish = US, run, 1, "art-1", 0, 10, True, b"{}", "k1"
+    known.publish(*publish)
+    waiting = Waiting(known)
+    with waiting:
+        waiting.take("record", run, 1, 1, "active", CALLS)
+        waiting.take("publish", *publish[:-2], b"other", "k1")
+        waiting.take("record", run, 1, 2, "active", CALLS)
+    assert waiting.errors == [None, "InternalError", None]
+    assert steps(known) == [1, 2]
+
+
+def test_a_read_that_the_database_refuses_takes_no_change_with_it(
+    known: Registry, run: str
+) -> None:
+    """PostgreSQL commits nothing of a transaction in which a statement has failed, and says so to
+    nobody."""
+    waiting = Waiting(known)
+    with waiting:
+        waiting.take("record", run, 1, 1, "active", CALLS)
+        waiting.take("audit_rows", US, 0, -1)
+        waiting.take("record", run, 1, 2, "active", CALLS)
+    assert waiting.errors[::2] == [None, None]
+    assert steps(known) == [1, 2]
+
+
+@pytest.mark.sqlite_only
+def test_a_statement_that_ends_the_transaction_takes_no_other_call_with_it(
+    known: Registry, run: str
+) -> None:
+    """As SQLite does by itself when its disk is full."""
+    with known._engine.begin() as tx:
+        tx.exec_driver_sql(
+            "CREATE TRIGGER full BEFORE UPDATE ON runs WHEN NEW.step = 2"
+            " BEGIN SELECT RAISE(ROLLBACK, 'full'); END"
+        )
+    waiting = Waiting(known)
+    with waiting:
+        for step in (1, 2, 3):
+            waiting.take("record", run, 1, step, "active", CALLS)
+    assert waiting.errors == [None, "InternalError", None]
+    assert steps(known) == [1, 3]
+
+
+def test_after_a_failed_commit_nobody_is_answered_before_another(known: Registry, run: str) -> None:
+    waiting = Waiting(known)
+    with waiting:
+        for step in (1, 2, 3):
+            waiting.take("record", run, 1, step, "active", CALLS)
+        Failing(known)
+    assert waiting.errors == [None] * 3
+    assert waiting.commits == [0, 0, 0, 0], "the one that failed, and one for each"
+    assert steps(known) == [1, 2, 3]
+
+
+def test_where_no_commit_succeeds_every_call_fails(known: Registry, run: str) -> None:
+    waiting = Waiting(known)
+    with waiting:
+        for step in (1, 2, 3):
+            waiting.take("record", run, 1, step, "active", CALLS)
+        failing = Failing(known, 1000)
+    failing.left = 0
+    assert waiting.errors == ["StorageError"] * 3
+    assert steps(known) == []
+    with Waiting(known) as waiting:
+        waiting.take("record", run, 1, 1, "active", CALLS)
+    assert steps(known) == [1], "it goes on"
+
+
+def test_what_must_not_be_made_twice_is_not(known: Registry, run: str) -> None:
+    waiting = Waiting(known)
+    with waiting:
+        waiting.take("record", run, 1, 1, "active", CALLS)
+        waiting.take("create_run", US, "{}")
+        waiting.take("record", run, 1, 2, "active", CALLS)
+        Failing(known, 2)
+    assert waiting.errors == ["StorageError"] * 2 + [None]
+    assert len([row for row in rows(known) if row.event == "run.create"]) == 1
+
+
+def test_a_fenced_registry_changes_nothing_for_anybody(
+    known: Registry, run: str, tmp_path: Path
+) -> None:
+    Registry(url_of(tmp_path / "home"), tmp_path / "home" / "keyring", sole=True)
+    waiting = Waiting(known)
+    with waiting:
+        waiting.take("record", run, 1, 1, "active", CALLS)
+        waiting.take("run", US, run)
+        waiting.take("record", run, 1, 2, "active", CALLS)
+    assert waiting.errors == ["StorageError", None, "StorageError"]
+    assert steps(known) == []
+
+
+# --- what may be called -------------------------------------------------------------------------
+
+
+def test_what_is_not_public_cannot_be_called(known: Registry) -> None:
+    waiting = Waiting(known)
+    with waiting:
+        for name in ("_change", "_group", "no_such_method"):
+            waiting.take(name)
+    assert waiting.errors == ["InternalError"] * 3
+    assert waiting.commits == []

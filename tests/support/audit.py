@@ -1,0 +1,83 @@
+"""Tenants and times of the audit logs in tests, and a service over a real registry without Ray."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.registry.registry import Registry
+from actors.storage.home import DATABASE, KEYRING, STORE, create
+from tg_tinker import ServiceClient, TrainingConfig
+from tg_tinker.records.audit_log import AuditRow
+from tg_tinker.records.files import read_rows
+
+US, THEM = "clinic", "bank"
+
+
+TIME = "2026-05-01T10:00:00.000000+00:00"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    create(tmp_path / "home")
+    return tmp_path / "home"
+
+
+class LocalService(ServiceClient):
+    """The real client, with the registry in this process."""
+
+    def __init__(self, home: Path, tenant: str = US) -> None:
+        self._home, self._tenant = home, tenant
+        self._store, self._audit_keys = str(home / STORE), home
+        self._registry: Any = open_registry(home)
+
+    def close(self) -> None:
+        pass
+
+
+def restored(service: LocalService, change: Callable[[], object]) -> None:
+    """Makes a change, then puts the database from before it back."""
+    database = service._home / DATABASE
+    service._registry._engine.dispose()
+    shutil.copy(database, old := service._home / "old.db")
+    change()
+    service._registry._engine.dispose()
+    for suffix in ("-wal", "-shm"):
+        database.with_name(database.name + suffix).unlink(missing_ok=True)
+    shutil.copy(old, database)
+    service._registry = open_registry(service._home)
+
+
+CONFIG = TrainingConfig(model_ref="some/model").model_dump_json()
+
+
+def open_registry(place: Path, kind: type[Registry] = Registry) -> Registry:
+    """One that has met a store without heads."""
+    registry = kind(f"sqlite:///{place / DATABASE}", place / KEYRING)
+    registry.meet_store(US, STORE, {})
+    return registry
+
+
+@pytest.fixture
+def registry(place: Path) -> Registry:
+    return open_registry(place)
+
+
+@pytest.fixture
+def run(registry: Registry) -> str:
+    return registry.create_run(US, CONFIG)
+
+
+VECTORS = Path(__file__).parents[1] / "vectors" / "audit"
+
+
+def vector(name: str) -> Path:
+    return VECTORS / f"{name}.jsonl"
+
+
+def good() -> list[AuditRow]:
+    return list(read_rows(vector("good")))

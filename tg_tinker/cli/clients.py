@@ -1,0 +1,100 @@
+"""The commands for training clients: which there are, how they are, parking and ending them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tg_tinker.storage.stores import shown
+from tg_tinker.types import CLOSED, NOT_STARTED
+
+clients = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="""Training clients of the cluster: programs may have ended, their clients live on.
+
+      [cyan]tg-tinker clients list[/]
+      [cyan]tg-tinker clients info tc-0123456789abcdef[/]
+      [cyan]tg-tinker clients park tc-0123456789abcdef[/]
+      [cyan]tg-tinker clients close tc-0123456789abcdef[/]""",
+)
+
+_Client = Annotated[str, typer.Argument(help="Id of the training client, as `list` shows it.")]
+
+
+@clients.command("list")
+def show_all(
+    ctx: typer.Context,
+    everything: Annotated[bool, typer.Option("--all", help="Closed ones, too.")] = False,
+) -> None:
+    """List clients that are not closed, oldest first, and why one has no actor.
+
+    [cyan]tg-tinker clients list[/]
+    [cyan]tg-tinker clients list --all[/]
+    """
+    from tg_tinker.cli.main import connector, print_table
+
+    with connector(ctx)() as service:
+        known = service.list_training_clients()
+    rows = [
+        (run.training_client_id, run.status, str(run.step), str(run.epoch), run.reason or "-")
+        for run in known
+        if everything or run.reason not in (CLOSED, NOT_STARTED)
+    ]
+    print_table(("client", "status", "step", "epoch", "without actor"), rows)
+
+
+@clients.command()
+def info(ctx: typer.Context, client: _Client) -> None:
+    """Show one client. It is not brought back by that.
+
+    [cyan]tg-tinker clients info tc-0123456789abcdef[/]
+    """
+    from tg_tinker.cli.main import connector
+
+    with connector(ctx)() as service:
+        found = service.describe_training_client(client)
+    for name, value in (
+        ("client", found.training_client_id), ("model", found.model_ref),
+        ("status", found.status), ("without actor", found.reason or "-"), ("step", found.step),
+        ("epoch", found.epoch), ("created (UTC)", f"{found.created_at:%Y-%m-%d %H:%M}"),
+        ("last artifact", found.last_artifact_id or "-"),
+    ):  # fmt: skip
+        typer.echo(f"{name:14} {shown(str(value))}")
+
+
+@clients.command()
+def park(ctx: typer.Context, client: _Client) -> None:
+    """Save a client and free its memory, CPUs and GPUs until its next call.
+
+    Refused while gradients wait for their optimizer step.
+
+    [cyan]tg-tinker clients park tc-0123456789abcdef[/]
+    """
+    from tg_tinker.cli.main import connector
+
+    with connector(ctx)() as service:
+        service.park_training_client(client)
+    typer.echo(f"{client} is parked: its next call brings it back")
+
+
+@clients.command()
+def close(
+    ctx: typer.Context,
+    client: _Client,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """End a client: steps since its last artifact are lost, artifacts stay.
+
+    [cyan]tg-tinker clients close tc-0123456789abcdef[/]
+    """
+    from tg_tinker.cli.main import connector
+
+    with connector(ctx)() as service:
+        found = service.describe_training_client(client)
+        question = f"End {client} at step {found.step}, last artifact: {found.last_artifact_id}?"
+        if not yes and not typer.confirm(question):
+            raise typer.Exit(1)
+        service.close_training_client(client)
+    typer.echo(f"{client} is closed")

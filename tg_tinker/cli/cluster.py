@@ -1,0 +1,163 @@
+"""The commands about a cluster that outlives programs: `up`, `status`, `down`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+commands = typer.Typer(rich_markup_mode="rich")
+
+_GIB = 2**30
+
+
+@commands.command()
+def up(
+    host: Annotated[
+        str, typer.Option(help="This machine's address for the others of the cluster.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1024, max=65_535, help="Of the head.")] = 6379,
+    dashboard_port: Annotated[
+        int, typer.Option(min=1024, max=65_535, help="For `ray job submit`, on this machine only.")
+    ] = 8265,
+    join: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Join this head; make none here.")
+    ] = None,
+    num_cpus: Annotated[int | None, typer.Option(min=0, help="All when left out.")] = None,
+    num_gpus: Annotated[int | None, typer.Option(min=0, help="All when left out.")] = None,
+    without_tls: Annotated[
+        bool, typer.Option("--without-tls", help="Nobody else listens on this network.")
+    ] = False,
+) -> None:
+    """Start a Ray cluster on this machine, or join one, with what TG-Tinker asks for.
+
+    Programs, `ray job submit` and `tg-tinker serve` find it. Training clients
+    go on when a program ends. Strangers need the token in ~/.ray/auth_token;
+    no usage statistics leave.
+
+      [cyan]tg-tinker up[/]
+      [cyan]tg-tinker up --host 10.0.0.1[/]
+      [cyan]tg-tinker up --join 10.0.0.1:6379 --host 10.0.0.2[/]
+    """
+    import os
+
+    from rich.console import Console
+
+    from tg_tinker.backend import provided
+    from tg_tinker.client.service import home_directory, init_home
+    from tg_tinker.cluster import node
+    from tg_tinker.cluster.connection import WITHOUT_TLS
+
+    home = home_directory()
+    reached = [host] if join is None else [host, _host_of(join)]
+    if not without_tls:
+        for one in reached:
+            node.check_encrypted(one)
+    if join is None:
+        init_home(home)
+    else:
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    provided("seal_http")()
+    with Console(stderr=True).status("starting Ray"), node.alone(home):
+        if join is None:
+            node.make_token()
+        else:
+            node.check_token()
+        started = node.start(
+            home, host=host, port=port, dashboard_port=dashboard_port, join=join,
+            num_cpus=num_cpus, num_gpus=num_gpus,
+            environment={**os.environ, **({WITHOUT_TLS: "1"} if without_tls else {})},
+        )  # fmt: skip
+    typer.echo(f"{'Joined' if join else 'Started'} the cluster at {started.address}")
+    if started.dashboard:
+        typer.echo(
+            "Programs of this user find it. As a job:\n  RAY_AUTH_MODE=token ray job submit"
+            f" --address {started.dashboard} -- python train.py"
+        )
+
+
+@commands.command()
+def status(ctx: typer.Context) -> None:
+    """Show the cluster that runs here: its machines, what is free, who trains.
+
+    Ends with status 1 if none runs.
+
+      [cyan]tg-tinker status[/]
+    """
+    from tg_tinker.cli.main import connector, print_table
+
+    _need_a_cluster()
+    with connector(ctx)() as service:
+        found = service.cluster_status()
+        steps = {run.training_client_id: run for run in service.list_training_clients()}
+    kind = "under TLS" if found.encrypted else "without TLS"
+    typer.echo(f"cluster at {found.address}, {kind}")
+    rows = [
+        (address, f"{has.get('CPU', 0):g}", f"{has.get('GPU', 0):g}",
+         f"{has.get('memory', 0) / _GIB:.1f} GiB")
+        for address, has in found.machines.items()
+    ]  # fmt: skip
+    print_table(("machine", "CPUs", "GPUs", "memory"), rows)
+    typer.echo(f"free: {found.free.get('CPU', 0):g} CPUs, {found.free.get('GPU', 0):g} GPUs")
+    for run in found.clients:  # of other tenants the id alone is told
+        known = steps.get(run)
+        typer.echo(f"trains: {run}" + (f", {known.status}, step {known.step}" if known else ""))
+    if not found.clients:
+        typer.echo("trains: nobody")
+
+
+@commands.command()
+def down(
+    ctx: typer.Context,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """End the cluster that `up` started here; other clusters of this machine stay.
+
+    Training clients end with it: what they did since their last save_state is
+    lost. Runs, artifacts, budgets and keys are on disk and stay.
+
+      [cyan]tg-tinker down[/]
+      [cyan]tg-tinker down --yes[/]
+    """
+    from tg_tinker.cli.main import connector
+    from tg_tinker.client.service import home_directory
+    from tg_tinker.cluster import node
+    from tg_tinker.errors import ClusterUnavailableError
+
+    running = node.read(home_directory())
+    if running is None:
+        raise ClusterUnavailableError(
+            "no cluster that `tg-tinker up` started from this home runs here; one that `ray start`"
+            " began ends with `ray stop`"
+        )
+    if not yes and running.dashboard:
+        with connector(ctx)() as service:
+            clients = service.cluster_status().clients
+        if clients:
+            many = f"{len(clients)} training clients" if len(clients) > 1 else clients[0]
+            typer.confirm(f"End {many}, and what was not saved?", abort=True)
+    node.stop(home_directory())
+    what = "the cluster" if running.dashboard else "this machine's part of the cluster"
+    typer.echo(f"Ended {what} at {running.address}")
+
+
+def _host_of(join: str) -> str:
+    from tg_tinker.errors import InvalidRequestError
+
+    host, _, port = join.rpartition(":")
+    if not host or not port.isdecimal():
+        raise InvalidRequestError(f"--join {join!r} is not HOST:PORT, such as 10.0.0.1:6379")
+    return host.strip("[]")
+
+
+def _need_a_cluster() -> None:
+    import os
+
+    from tg_tinker.client.service import home_directory
+    from tg_tinker.cluster import node
+    from tg_tinker.cluster.connection import running_cluster
+    from tg_tinker.errors import ClusterUnavailableError
+
+    here = node.read(home_directory()) or running_cluster()
+    if not os.environ.get("RAY_ADDRESS") and here is None:
+        raise ClusterUnavailableError("no cluster runs here: `tg-tinker up` starts one")

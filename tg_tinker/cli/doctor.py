@@ -1,0 +1,45 @@
+"""The command `doctor`: what to mend before data is trusted to this machine."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from tg_tinker.storage.stores import shown_lines
+
+
+def doctor(
+    store: Annotated[
+        str | None, typer.Option(help="Folder or URI, as in ServiceClient; the home's if left out.")
+    ] = None,
+    keyring: Annotated[
+        str | None,
+        typer.Option(help="Path or env:NAME; TG_TINKER_KEYRING or the home's if left out."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
+) -> None:
+    """Check keys, store, machine and cluster, and say what to do; starts none.
+
+    A small probe is written into the store and removed again; a cluster that
+    runs is joined, to ask each machine. Exit status 1 is a problem; warnings
+    alone are 0.
+
+      [cyan]tg-tinker doctor[/]
+      [cyan]tg-tinker doctor --store s3://bucket/prefix --keyring env:TENANT_KEYS[/]
+      [cyan]tg-tinker doctor --json[/]
+    """
+    from tg_tinker.backend import provided
+    from tg_tinker.client.service import home_directory
+    from tg_tinker.storage.keyrings import default_place
+
+    home = home_directory()
+    where = keyring or str(default_place(home))
+    findings = list(provided("doctor")(home, where, store or str(home / "store")))
+    if as_json:
+        typer.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            typer.echo(f"{finding.status:8} {finding.check}: {shown_lines(finding.message)}")
+    raise typer.Exit(any(finding.status == "problem" for finding in findings))

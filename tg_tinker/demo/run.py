@@ -1,0 +1,520 @@
+"""The job behind `tg-tinker demo`: a real, private fine-tune, start to finish, by the public API.
+
+`Demo.run` is the whole story and a template for a training loop of your own. Every run is
+private and has a data set, so a privacy budget, of its own; `no_privacy` trains on the same rows
+without. Ctrl-C at any moment takes back the calls that are queued, saves a checkpoint and says
+how to go on; a second Ctrl-C leaves without one. The text comes from `docstrings` or `data`,
+tokens from `chat`, the picture from `plots`; all training is done by the service.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from tg_tinker.client.future import FutureHandle
+from tg_tinker.client.service import ServiceClient
+from tg_tinker.client.training import TrainingClient
+from tg_tinker.cluster.interrupts import ctrl_c_held_back
+from tg_tinker.config import TrainingConfig
+from tg_tinker.data.batch import IGNORED, BatchData
+from tg_tinker.data.chat import encode_row, render_row_prompt
+from tg_tinker.data.rows import Encoded, Row, as_batch, make_batches, split_rows
+from tg_tinker.demo import plots
+from tg_tinker.demo.meter import Meter, StepRecord
+from tg_tinker.demo.options import (
+    DemoOptions,
+    prepare,
+    private_config,
+    resume_command,
+    unwritable,
+)
+from tg_tinker.errors import (
+    InternalError,
+    InvalidRequestError,
+    TGTinkerError,
+)
+from tg_tinker.records.report import PrivacyInfo, dataset_of
+from tg_tinker.types import (
+    ForwardBackwardResult,
+    LoadStateResult,
+    OptimStepResult,
+    SaveStateResult,
+)
+
+HELD_OUT = 48
+"""Rows kept for measuring; a fifth of a smaller file."""
+
+SHOWN = 3
+"""Held-out rows whose completions are shown."""
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+_FEW = 10  # rows per expected row of a step, below which noise drowns what is learned
+_ANSWER_TOKENS = 40
+_SHOWN_CHARS = 240
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """Encoded rows to train on and to measure by, and the rows whose answers are shown."""
+
+    training: list[Encoded]
+    held_out: list[Encoded]
+    shown: list[Row]
+
+
+def run_demo(
+    options: DemoOptions,
+    console: Console | None = None,
+    connect: Callable[[], ServiceClient] = ServiceClient,
+    program: str = "tg-tinker",
+) -> int:
+    """Runs the demo; returns the exit status, 0 or 130 after Ctrl-C.
+
+    Args:
+        options: see `DemoOptions`.
+        console: where to write; the terminal when None.
+        connect: makes the service.
+        program: how the user calls this program, for the commands it suggests.
+    """
+    console = console or Console()
+    try:
+        config, rows = prepare(options)
+        with connect() as service:
+            demo = Demo(options, config, service, console, program)
+            try:
+                demo.run(rows)
+            except KeyboardInterrupt:
+                demo.leave()
+                return INTERRUPTED
+    except KeyboardInterrupt:
+        console.print("\nStopped.")
+        return INTERRUPTED
+    return 0
+
+
+class Demo:
+    """One run of the demo. `run` may be interrupted anywhere; then call `leave`."""
+
+    def __init__(
+        self,
+        options: DemoOptions,
+        config: TrainingConfig,
+        service: ServiceClient,
+        console: Console,
+        program: str = "tg-tinker",
+    ) -> None:
+        self._options = options
+        self._config = config
+        self._service = service
+        self._console = console
+        self._program = program
+        self._client: TrainingClient | None = None
+        self._artifact_id = options.resume
+        self._budget: float | None = None  # of epsilon, in a private run
+        self._answers: dict[str, list[str]] = {}
+        self._in_flight: list[FutureHandle[Any]] = []
+
+    def run(self, rows: Sequence[Row]) -> None:
+        client, data = self._begin(rows)
+        before = self._evaluate(client, data.held_out, "before training")
+        self._complete(client, data.shown, "before training")
+        history = self._train(client, data.training)
+        after = self._evaluate(client, data.held_out, "after training")
+        self._complete(client, data.shown, "after training")
+        saved = self._save(client, after)
+        self._check_resume(self._end(client), saved, after, data)
+        self._write(history, before, after, saved)
+        self._report_privacy(client)
+        self._say_what_next(client.config, saved)
+
+    def leave(self) -> None:
+        """Takes back what is queued, saves, and says how to go on."""
+        self._console.print("\n[bold]Stopping.[/] Ctrl-C again leaves without a checkpoint.")
+        try:
+            if self._client is not None:
+                # Newest first: a step must not run on half of its gradients.
+                for handle in reversed(self._in_flight):
+                    handle.cancel()
+                self._artifact_id = self._save_state(self._client).artifact_id
+        except TGTinkerError as error:
+            self._console.print(Text(f"No checkpoint was saved: {error}", style="red"))
+        if self._artifact_id is None:
+            self._console.print("Nothing was trained yet.")
+        else:
+            self._console.print(f"Checkpoint: [bold]{self._artifact_id}[/]. Go on with")
+            self._print_command(resume_command(self._options, self._artifact_id, self._program))
+
+    # --- the parts of `run`, in order --------------------------------------------------------
+
+    def _begin(self, rows: Sequence[Row]) -> tuple[TrainingClient, DemoData]:
+        """A client and its data. A new private run states its size, so it is encoded before."""
+        if self._options.no_privacy or self._artifact_id is not None:
+            client = self._client = self._open(self._artifact_id)
+            data = self._encode(client, rows)
+        else:
+            with self._create(self._config) as reader:  # trains nothing: it has the tokenizer
+                data = self._encode(reader, rows)
+            self._config = private_config(self._config, self._options, len(data.training))
+            client = self._client = self._open(None)
+        privacy = client.privacy
+        if privacy is not None:
+            self._budget = privacy.target_epsilon
+            self._explain(privacy, len(data.training))
+        return client, data
+
+    def _open(self, artifact_id: str | None) -> TrainingClient:
+        """A new run, or one that goes on from an artifact.
+
+        What was trained privately goes on in its own run only, which has the budget; anything
+        else in a new run, by the options of this one.
+        """
+        if artifact_id is not None and not self._options.no_privacy:
+            return self._take_up(artifact_id)
+        client = self._create(self._config)
+        if artifact_id is not None:
+            self._refuse_private(self._load(client, artifact_id), artifact_id)
+        return client
+
+    def _create(self, config: TrainingConfig) -> TrainingClient:
+        return self._starting(
+            lambda said: self._service.create_training_client(config, progress=said)
+        )
+
+    def _take_up(self, artifact_id: str) -> TrainingClient:
+        run = self._service.get_artifact(artifact_id).training_client_id
+        client = self._starting(lambda said: self._service.get_training_client(run, said))
+        if not client.config.private:
+            client.close()
+            raise InvalidRequestError(
+                f"{artifact_id} was trained without privacy, which no later step can add: go on"
+                " with --no-privacy, or start anew without --resume"
+            )
+        self._load(client, artifact_id)
+        return client
+
+    def _starting(self, start: Callable[[Callable[[str], None]], TrainingClient]) -> TrainingClient:
+        with self._console.status("starting") as status:
+            return start(lambda said: status.update(Text(said)))
+
+    def _load(self, client: TrainingClient, artifact_id: str) -> LoadStateResult:
+        with self._console.status("loading the checkpoint"):
+            return client.load_state(artifact_id)
+
+    def _refuse_private(self, loaded: LoadStateResult, artifact_id: str) -> None:
+        dataset = loaded.metadata.get("dataset_id")
+        if dataset is not None:
+            raise InvalidRequestError(
+                f"{artifact_id} was trained privately on data set {dataset}; steps without privacy"
+                " would void that. Leave out --no-privacy to go on, or --resume to start anew"
+            )
+
+    def _explain(self, privacy: PrivacyInfo, num_rows: int) -> None:
+        """The contract of the run, in the words of someone who reads it for the first time."""
+        self._console.print(
+            f"[bold]Private[/]: epsilon {privacy.target_epsilon:g} at delta {privacy.delta:g} for"
+            f" each of {num_rows:,} rows. The server draws about {privacy.expected_batch} of them"
+            f" for a step, cuts each one's gradient to length {privacy.max_grad_norm:g} and adds"
+            f" noise of {privacy.noise_multiplier:.3g} times that; the budget pays for"
+            f" {privacy.limit} steps.\n"
+        )
+        if num_rows < _FEW * privacy.expected_batch:
+            self._console.print(
+                "So few rows are hard to learn from privately: the same noise hides any one of"
+                " them, whether there are a hundred or a million. Expect little.\n",
+                style="yellow",
+            )
+
+    def _encode(self, client: TrainingClient, rows: Sequence[Row]) -> DemoData:
+        with self._console.status(f"encoding {len(rows):,} rows"):
+            encoded, rows = self._encode_usable(client.tokenizer, rows)
+            pairs = list(zip(encoded, rows, strict=True))
+        if not self._options.no_privacy:  # a distinct row is what privacy protects
+            pairs = list({tuple(pair[0][0]): pair for pair in reversed(pairs)}.values())[::-1]
+        held_out = min(HELD_OUT, max(1, len(pairs) // 5))
+        training, kept = split_rows(pairs, held_out, self._options.seed)
+        self._console.print(
+            f"Fine-tuning [bold]{_short_name(self._config.model_ref)}[/] on {len(training):,} rows"
+            f" with a LoRA adapter of {client.info().num_trainable:,} parameters; {len(kept)} rows"
+            " are held out.\n"
+        )
+        return DemoData(
+            [e for e, _ in training], [e for e, _ in kept], [row for _, row in kept[:SHOWN]]
+        )
+
+    def _encode_usable(
+        self, tokenizer: Any, rows: Sequence[Row]
+    ) -> tuple[list[Encoded], list[Row]]:
+        """Rows of which something labelled is left within `max_length`; the others are counted."""
+        encoded, kept, problem = [], [], None
+        for index, row in enumerate(rows):
+            try:
+                encoded.append(encode_row(tokenizer, row, self._options.max_length))
+                kept.append(row)
+            except InvalidRequestError as error:
+                problem = (
+                    problem or f"row {index} {error.message.removeprefix('the row').lstrip(': ')}"
+                )
+        if problem is not None:
+            self._console.print(
+                Text(f"Left out {len(rows) - len(kept)} of {len(rows)} rows; {problem}"),
+                style="yellow",
+            )
+        if not kept:
+            raise InvalidRequestError(f"no row can be used; {problem}")
+        return encoded, kept
+
+    def _evaluate(self, client: TrainingClient, rows: Sequence[Encoded], when: str) -> float:
+        """Mean loss per labelled token over rows that were not trained on."""
+        with self._console.status(f"measuring held-out loss {when}"):
+            loss = self._mean_loss(client, rows)
+        self._console.print(f"Held-out loss {when}: [bold]{loss:.4f}[/] nats per token")
+        return loss
+
+    def _mean_loss(self, client: TrainingClient, rows: Sequence[Encoded]) -> float:
+        size = self._options.batch_size
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        client.eval()
+        handles = [self._send_batch(client, as_batch(part)) for part in parts]
+        client.train()
+        losses = [self._wait(handle).loss for handle in handles]
+        weights = [sum(_num_labelled(row) for row in part) for part in parts]
+        return sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
+
+    def _complete(self, client: TrainingClient, rows: Sequence[Row], when: str) -> None:
+        """Shows what the model answers now, with its earlier answers and the held-out rows'."""
+        prompts = [render_row_prompt(client.tokenizer, row) for row in rows]
+        with self._console.status(f"sampling {when}"):
+            result = client.sample(prompts, max_tokens=_ANSWER_TOKENS, temperature=0.0)
+        self._answers[when] = [sample.completion for sample in result.samples]
+        table = Table.grid(
+            Column(style="dim", no_wrap=True), Column(overflow="fold"), padding=(0, 2)
+        )
+        for i, row in enumerate(rows):
+            question, held_out = _question_and_answer(row)
+            table.add_row("asked", Text(_clipped(question), style="bold"))
+            for moment, answers in self._answers.items():
+                table.add_row(moment, Text(_clipped(answers[i])))
+            table.add_row("held-out row", Text(_clipped(held_out)))
+            table.add_row()
+        self._console.print("", table)
+
+    def _train(self, client: TrainingClient, rows: Sequence[Encoded]) -> list[StepRecord]:
+        """Trains up to the wanted step, showing loss, epsilon, speed and time left."""
+        history: list[StepRecord] = []
+        first = client.step
+        wanted = max(0, self._options.steps - first)
+        with Meter(self._console, wanted, self._budget) as meter:
+            for record in self._steps(client, islice(self._batches(client, rows), wanted)):
+                history.append(record)
+                meter.show(record)
+        if not wanted:
+            self._console.print(f"Step {first} is reached already: --steps sets a later end.")
+        elif len(history) < wanted:
+            self._console.print("The privacy budget pays for no further step.")
+        return history
+
+    def _batches(self, client: TrainingClient, rows: Sequence[Encoded]) -> Iterator[BatchData]:
+        """What this client still has to train on: the server's draws, or shuffled epochs."""
+        if client.config.private:
+            return client.poisson_batches(as_batch(rows))
+        batches = make_batches(rows, self._options.batch_size, self._options.seed)
+        return islice(batches, client.step, None)
+
+    def _steps(self, client: TrainingClient, batches: Iterator[BatchData]) -> Iterator[StepRecord]:
+        """Steps in order; each is sent before the last is waited for, so the actor never idles.
+
+        A drawn batch is there only once the step before it is done: then there is no queue.
+        """
+        last, started = None, time.perf_counter()
+        for batch in batches:
+            sent = self._send_batch(client, batch), self._send_step(client)
+            if last is not None:
+                yield self._finish(*last, started)
+                started = time.perf_counter()
+            last = sent
+        if last is not None:
+            yield self._finish(*last, started)
+
+    def _finish(
+        self,
+        gradient: FutureHandle[ForwardBackwardResult],
+        step: FutureHandle[OptimStepResult],
+        started: float,
+    ) -> StepRecord:
+        found, done = self._wait(gradient), self._wait(step)
+        return StepRecord(
+            done.step, found.loss, found.num_tokens, time.perf_counter() - started,
+            done.dp_metrics.total_epsilon if done.dp_metrics else None,
+        )  # fmt: skip
+
+    def _save(self, client: TrainingClient, held_out_loss: float) -> SaveStateResult:
+        with self._console.status("saving"):
+            saved = self._save_state(client, held_out_loss=held_out_loss)
+        self._artifact_id = saved.artifact_id
+        self._console.print(
+            f"Saved [bold]{saved.artifact_id}[/]: {saved.size_bytes / 1e6:.1f} MB, encrypted with"
+            f" {saved.encryption.algorithm}."
+        )
+        return saved
+
+    def _save_state(self, client: TrainingClient, **notes: Any) -> SaveStateResult:
+        if client.config.private:
+            notes["dataset_id"] = dataset_of(client.config)
+        return client.save_state(metadata=notes)
+
+    def _end(self, client: TrainingClient) -> int:
+        """The last step. Only the checkpoint is left: a GPU is free for the next client."""
+        step, self._client = client.step, None
+        client.close()
+        return step
+
+    def _check_resume(self, step: int, saved: SaveStateResult, loss: float, data: DemoData) -> None:
+        """A new client takes up the checkpoint, is found equal, and takes one more step."""
+        with self._open(saved.artifact_id) as client:
+            resumed_step, resumed_loss = client.step, self._mean_loss(client, data.held_out)
+            if step != resumed_step or not math.isclose(loss, resumed_loss, rel_tol=1e-5):
+                raise InternalError(
+                    f"the resumed run differs: step {resumed_step} instead of {step}, held-out"
+                    f" loss {resumed_loss:.6f} instead of {loss:.6f}"
+                )
+            batches = islice(self._batches(client, data.training), 1)
+            record = next(self._steps(client, batches), None)
+        self._console.print(
+            f"Resumed in a new client: step {resumed_step} and held-out loss {resumed_loss:.4f},"
+            f" as saved. {_one_more(record)}\n"
+        )
+
+    def _write(
+        self, history: Sequence[StepRecord], before: float, after: float, saved: SaveStateResult
+    ) -> None:
+        model = _short_name(self._config.model_ref)
+        record = {
+            "model": model,
+            "artifact_id": saved.artifact_id,
+            "dataset_id": saved.metadata.get("dataset_id"),
+            "held_out_loss_before": before,
+            "held_out_loss_after": after,
+            "steps": [_as_json(step) for step in history],
+        }
+        try:
+            (self._options.output / "history.json").write_text(json.dumps(record, indent=2) + "\n")
+            self._plot(history, before, after, f"{model}, LoRA rank {self._options.rank}")
+        except OSError as error:
+            raise unwritable(self._options.output, error) from None
+
+    def _plot(self, history: Sequence[StepRecord], before: float, after: float, title: str) -> None:
+        losses = [(record.step, record.loss) for record in history]
+        spent = [record.epsilon for record in history if record.epsilon is not None]
+        plots.plot_training(
+            losses, before, after, self._options.output / "loss.png", title, spent, self._budget
+        )
+
+    def _report_privacy(self, client: TrainingClient) -> None:
+        """What the finished run cost, from the ledger, which is verified here."""
+        if not client.config.private:
+            self._console.print("Trained without privacy: nothing bounds what it remembers.\n")
+            return
+        report = self._service.privacy_report(dataset_of(client.config))
+        ledger, account = report.ledger, report.ledger.accounts[client.id]
+        self._console.print(
+            f"[bold]Privacy[/]: epsilon {report.total_epsilon:.3g} of {report.target_epsilon:g}"
+            f" spent at delta {ledger.delta:g}, for each distinct row of data set"
+            f" {ledger.registered['dataset']}.\n"
+            f"Paid for {account.steps} steps with noise {account.sigma:.3g} on samples of"
+            f" {account.rate:.2%} of the rows; the ledger's {ledger.length} entries are verified.\n"
+        )
+
+    def _say_what_next(self, config: TrainingConfig, saved: SaveStateResult) -> None:
+        self._console.print(
+            f"Plot: [bold]{self._options.output / 'loss.png'}[/], figures: history.json beside it."
+            "\nWhat to do next:"
+        )
+        for command in self._next_commands(config, saved.artifact_id):
+            self._print_command(command)
+
+    def _next_commands(self, config: TrainingConfig, artifact_id: str) -> Iterator[str]:
+        if config.private:
+            yield f"{self._program} privacy report {dataset_of(config)}"
+            yield f"{self._program} privacy certificate {dataset_of(config)}"
+            yield f"{self._program} demo --no-privacy"
+        else:
+            more = replace(self._options, steps=2 * self._options.steps)
+            yield resume_command(more, artifact_id, self._program)
+        yield f"{self._program} artifacts export {artifact_id} my-adapter"
+        yield f"{self._program} demo --data my-chats.jsonl"
+
+    # --- inside ------------------------------------------------------------------------------
+
+    def _send_batch(
+        self, client: TrainingClient, batch: BatchData
+    ) -> FutureHandle[ForwardBackwardResult]:
+        return self._send(lambda: client.forward_backward(batch))
+
+    def _send_step(self, client: TrainingClient) -> FutureHandle[OptimStepResult]:
+        return self._send(client.optim_step)
+
+    def _send(self, call: Callable[[], FutureHandle[_T]]) -> FutureHandle[_T]:
+        with ctrl_c_held_back():
+            handle = call()
+            self._in_flight.append(handle)
+        return handle
+
+    def _wait(self, handle: FutureHandle[_T]) -> _T:
+        result = handle.result()
+        self._in_flight.remove(handle)
+        return result
+
+    def _print_command(self, command: str) -> None:
+        self._console.print(Text(f"  {command}", style="cyan"), soft_wrap=True)
+
+
+def _one_more(record: StepRecord | None) -> str:
+    if record is None:
+        return "The privacy budget pays for no step more."
+    spent = "" if record.epsilon is None else f", epsilon {record.epsilon:.2f}"
+    return f"Step {record.step} from there: loss {record.loss:.4f}{spent}."
+
+
+def _as_json(record: StepRecord) -> dict[str, Any]:
+    """JSON has no NaN: the loss of a step without rows is null."""
+    return asdict(record) | {"loss": None if math.isnan(record.loss) else record.loss}
+
+
+def _short_name(model_ref: str) -> str:
+    """The last part of a hub id or path; a GGUF file is trained dequantised."""
+    name = Path(model_ref).name
+    return f"{name.removesuffix('.gguf')} (dequantised)" if name.endswith(".gguf") else name
+
+
+def _num_labelled(row: Encoded) -> int:
+    """Labels that count in the loss: the first token of a row is predicted from nothing."""
+    return sum(label != IGNORED for label in row[1][1:])
+
+
+def _question_and_answer(row: Row) -> tuple[str, str]:
+    """The row's first answer and what was said just before it."""
+    if "prompt" in row:
+        return row["prompt"], row["completion"]
+    roles = [message["role"] for message in row["messages"]]
+    at = roles.index("assistant")
+    question = row["messages"][at - 1]["content"] if at else ""
+    return question, row["messages"][at]["content"]
+
+
+def _clipped(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN_CHARS else text[: _SHOWN_CHARS - 1] + "…"
