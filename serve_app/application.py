@@ -26,7 +26,7 @@ from actors.sampling.engine import SLOTS
 from serve_app.http.access import HttpOptions
 from serve_app.http.routes import HttpReplica
 from serve_app.http.sealed import APPLICATIONS, check_proxy
-from tg_tinker.client.service import addresses, check_port
+from tg_tinker.cluster.ports import addresses, check_port
 from tg_tinker.errors import (
     ActorLostError,
     ClusterUnavailableError,

@@ -37,11 +37,13 @@ DOORS = {
         "tg_tinker/cluster/ray_calls.py",
     },
     "transformers": {
+        "actors/engine/loading.py",
+        "actors/engine/lora.py",
         "actors/engine/model.py",
         "tg_tinker/data/text.py",
     },
     "peft": {
-        "actors/engine/model.py",
+        "actors/engine/lora.py",
     },
     "sqlalchemy": {
         "actors/registry/api_keys.py",
@@ -56,8 +58,8 @@ DOORS = {
         "actors/registry/registry.py",
     },
     "opacus": {
-        "actors/engine/model.py",
         "actors/privacy/accountants.py",
+        "actors/privacy/layers.py",
     },
     "cryptography": {
         "actors/operations/doctor_cluster.py",

@@ -3,18 +3,25 @@ service with the same `LoRAConfig` would have saved."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from actors.engine.checkpoint import SessionState
+from actors.artifacts.fetch import fetch
+from actors.engine.checkpoint import WEIGHTS, SessionState, from_files
 from actors.engine.gradients import Tensors
 from actors.engine.lineage import Lineage
-from tg_tinker.errors import ArtifactMismatchError, InvalidRequestError
+from actors.registry.registry import Registry
+from actors.registry.rollback import keep_newest
+from actors.storage.store import ArtifactStore
+from tg_tinker.errors import ArtifactMismatchError, InvalidRequestError, StorageError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Their values are kept exactly: trained adapters are float32."""
@@ -102,3 +109,41 @@ def _check_tensors(theirs: Tensors, ours: Tensors) -> None:
             )
         if not torch.isfinite(tensor).all():
             raise InvalidRequestError(f"tensor {name} holds NaN or infinite values")
+
+
+def export_adapter(
+    registry: Registry, store: str, tenant: str, artifact_id: str, target: Path
+) -> None:
+    """Writes an adapter in clear, as the directory that `PeftModel.from_pretrained` reads.
+
+    Raises:
+        InvalidRequestError: the artifact holds all weights, not an adapter.
+        StorageError: the target's disk is full or refuses; no half-written adapter is left.
+    """
+    files = fetch(registry, ArtifactStore(store), registry.reader(tenant), artifact_id)
+    adapter_config = from_files(files).state.adapter_config
+    if adapter_config is None:
+        raise InvalidRequestError(
+            f"artifact {artifact_id} is of a full fine-tune, not an adapter; this version exports"
+            " adapters only"
+        )
+    outputs = {
+        WEIGHTS: files[WEIGHTS],
+        "adapter_config.json": json.dumps(adapter_config, indent=2).encode(),
+    }
+    registry.record_export(tenant, artifact_id)  # what is not in the audit log is not exported
+    try:
+        target.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for name, content in outputs.items():
+            (target / name).touch(mode=0o600)
+            (target / name).write_bytes(content)
+    except BaseException as error:
+        for name in outputs:
+            with suppress(OSError):
+                (target / name).unlink()
+        if not isinstance(error, OSError):
+            raise
+        raise StorageError(
+            f"cannot export to {target} ({error.strerror}): choose another directory"
+        ) from None
+    keep_newest(registry, ArtifactStore(store), tenant)

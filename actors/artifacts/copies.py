@@ -10,36 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from actors.artifacts.publish import (
-    Draft,
-    check_deletable,
-    check_written,
-    enter,
-    fetch,
-    remove,
-    sealed_file,
-    written,
-)
+from actors.artifacts.delete import remove_old
+from actors.artifacts.fetch import check_written, fetch, sealed_file
+from actors.artifacts.publish import Draft, enter, written
 from actors.registry.registry import Registry
 from actors.registry.rollback import keep_newest
 from actors.storage.manifest import Manifest
 from actors.storage.store import MANIFEST, ArtifactStore
-from tg_tinker.errors import IntegrityError, NotFoundError, StorageError, TGTinkerError
+from tg_tinker.errors import IntegrityError, NotFoundError, TGTinkerError
 from tg_tinker.types import ArtifactInfo
-
-NOT_REACHED = (
-    "Backups of the store, and earlier versions that a bucket keeps: with one of them the keyring"
-    " opens the artifact. End them too, or retire the key that wrapped it (tg-tinker keys rotate,"
-    " then keys retire).",
-    "Copies of it, and exports in clear: they are artifacts and files of their own.",
-    "Training clients that have loaded it, and snapshots and later artifacts of their runs: close"
-    " the clients, shred the artifacts.",
-    "Samplers that hold it forget it within seconds, once its running requests end; their memory"
-    " is freed and not overwritten. A sampler without a connection to the registry keeps it until"
-    " it ends.",
-    "Blocks of a disk that the file system has freed but not overwritten.",
-)
-"""What shredding does not reach, for whoever has to rely on it."""
 
 
 def copy(registry: Registry, root: str, tenant: str, artifact_id: str) -> ArtifactInfo:
@@ -90,7 +69,7 @@ def reseal(registry: Registry, root: str, tenant: str, artifact_id: str) -> Arti
 
     info = enter(registry, store, draft, switch)
     keep_newest(registry, store, tenant)
-    _remove_old(store, tenant, before)
+    remove_old(store, tenant, before)
     return info
 
 
@@ -125,30 +104,3 @@ def _resealed(artifact_id: str, whole: Iterable[str]) -> list[str]:
     """Names that an artifact may have since it was resealed, the newest first."""
     names = [name for name in whole if re.fullmatch(rf"{artifact_id}\.[1-9][0-9]{{0,8}}", name)]
     return sorted(names, key=lambda name: -int(name.rpartition(".")[2]))
-
-
-def shred(registry: Registry, root: str, tenant: str, artifact_id: str) -> list[str]:
-    """Deletes an artifact, its one wrapped key first; says what that does not reach.
-
-    Broken off anywhere, nothing opens it any more. The next call goes on; once the entry is gone it
-    raises NotFoundError, and what is left is ciphertext without a key, for a sweep.
-
-    Raises:
-        NotFoundError, RollbackError, StorageError: see `delete`.
-    """
-    store = ArtifactStore(root)
-    check_deletable(registry, store, tenant, artifact_id)
-    store.delete_key(tenant, registry.stored_as(tenant, artifact_id))
-    remove(registry, store, tenant, artifact_id, "artifact.shred")
-    return [*NOT_REACHED]
-
-
-def _remove_old(store: ArtifactStore, tenant: str, stored_as: str) -> None:
-    try:
-        store.delete(tenant, stored_as)
-    except StorageError as error:
-        raise StorageError(
-            "the artifact is under a fresh key, but what the old one opens is left:"
-            f" {error.message}",
-            details=error.details,
-        ) from None

@@ -7,26 +7,17 @@ It counts once its manifest lies in the store and the registry knows the manifes
 from __future__ import annotations
 
 import hashlib
-import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from pathlib import Path
 from typing import TypeVar
 
-from actors.engine.checkpoint import WEIGHTS, from_files
-from actors.process import no_core_files
 from actors.registry.registry import Registry
 from actors.registry.rollback import keep_newest, meet
 from actors.storage.capabilities import Capability
 from actors.storage.manifest import DATA_KEY, Manifest, SealedFile
-from actors.storage.store import MANIFEST, ArtifactStore
+from actors.storage.store import ArtifactStore
 from tg_tinker.errors import (
-    IntegrityError,
-    InvalidRequestError,
-    NotFoundError,
-    StorageError,
     TGTinkerError,
 )
 from tg_tinker.storage.envelope import (
@@ -36,7 +27,6 @@ from tg_tinker.storage.envelope import (
     commitment,
     context_of,
     sealed_parts,
-    unseal,
 )
 from tg_tinker.types import EncryptionInfo
 
@@ -174,160 +164,3 @@ def _needed(registry: Registry, draft: Draft) -> bool:
         return registry.reaches(draft.tenant, draft.stored_as)
     except TGTinkerError:
         return True
-
-
-def fetch(
-    registry: Registry, store: ArtifactStore, capability: Capability, artifact_id: str
-) -> dict[str, bytes]:
-    """The files of an artifact in clear, after every one of them was verified.
-
-    Raises:
-        NotFoundError: unknown, deleted, expired, of another tenant, or its files are gone.
-        ActorLostError: the capability is of an actor that was replaced.
-        IntegrityError: not what was published, or not for this key.
-        RollbackError, StorageError: see `audit_heads.meet`.
-    """
-    tenant = capability.tenant
-    no_core_files()  # a copy, an export or a check decrypts in the program that uses the SDK
-    meet(registry, store, tenant, capability.who)
-    stored_as = registry.stored_as(tenant, artifact_id)
-    try:
-        manifest, key = _opened(registry, store, capability, artifact_id, stored_as)
-        return {
-            name.removesuffix(".enc"): _file(store, stored_as, manifest, key, name)
-            for name in manifest.files
-        }
-    except (NotFoundError, IntegrityError):
-        if registry.stored_as(tenant, artifact_id) == stored_as:
-            raise
-    return fetch(registry, store, capability, artifact_id)  # it was resealed while it was read
-
-
-def check_written(store: ArtifactStore, draft: Draft) -> None:
-    """Reads a written draft back. Raises IntegrityError unless it opens as what it was made of."""
-    content = store.read(draft.tenant, draft.stored_as, MANIFEST)
-    manifest = Manifest.parse(content, draft.tenant, draft.artifact_id)
-    manifest.check(draft._key)
-    same = store.read_key(draft.tenant, draft.stored_as) == draft.wrapped_key and all(
-        _file(store, draft.stored_as, manifest, draft._key, f"{name}.enc") == content
-        for name, content in draft._files.items()
-    )
-    if not same:
-        raise IntegrityError(f"the store does not give back what was written as {draft.stored_as}")
-
-
-def _opened(
-    registry: Registry, store: ArtifactStore, capability: Capability, artifact_id: str,
-    stored_as: str,
-) -> tuple[Manifest, bytes]:  # fmt: skip
-    """The verified manifest of an artifact, and its data key."""
-    tenant = capability.tenant
-    content = store.read(tenant, stored_as, MANIFEST)
-    registry.check_manifest(tenant, artifact_id, content)
-    manifest = Manifest.parse(content, tenant, artifact_id)
-    wrapped = store.read_key(tenant, stored_as)
-    key = registry.open_data_key(capability, artifact_id, wrapped, store.root)
-    manifest.verify(key)
-    return manifest, key
-
-
-def _file(store: ArtifactStore, stored_as: str, manifest: Manifest, key: bytes, name: str) -> bytes:
-    context = context_of(manifest.tenant, manifest.artifact_id, name.removesuffix(".enc"))
-    return unseal(key, sealed_file(store, stored_as, manifest, name), context)
-
-
-def sealed_file(store: ArtifactStore, stored_as: str, manifest: Manifest, name: str) -> bytes:
-    """A file as it lies in the store. Raises IntegrityError unless it is what the manifest says."""
-    entry = manifest.files[name]
-    sealed = store.read(manifest.tenant, stored_as, name, entry.size)
-    if len(sealed) != entry.size or hashlib.sha256(sealed).hexdigest() != entry.sha256:
-        raise IntegrityError(f"{name} of artifact {manifest.artifact_id} is not what was published")
-    return sealed
-
-
-def delete(
-    registry: Registry, store: str, tenant: str, artifact_id: str,
-    event: str = "artifact.delete", lost: bool = False,
-) -> None:  # fmt: skip
-    """Entry first, so that no copy of the files counts any more; then manifest, key, files.
-
-    Args:
-        event: what the audit log calls it.
-        lost: also where this store has no file of it.
-
-    Raises:
-        NotFoundError: unknown, deleted already, or in another store; nothing was deleted.
-        RollbackError: see `audit_heads.meet`.
-        StorageError: the store refused: the artifact is gone, some of its files are not.
-    """
-    folder = ArtifactStore(store)
-    check_deletable(registry, folder, tenant, artifact_id, lost)
-    remove(registry, folder, tenant, artifact_id, event)
-
-
-def remove(
-    registry: Registry, store: ArtifactStore, tenant: str, artifact_id: str, event: str
-) -> None:
-    """`delete` of one that is known to be in this store."""
-    # By the name that the entry has now: somebody may have resealed it since.
-    stored_as = registry.delete_artifact(tenant, artifact_id, event)
-    keep_newest(registry, store, tenant)
-    store.delete(tenant, stored_as)
-
-
-def check_deletable(
-    registry: Registry, store: ArtifactStore, tenant: str, artifact_id: str, lost: bool = False
-) -> None:
-    """In another store the files would stay, and in an older database the deletion would be lost.
-    An artifact that lost some of its files is here all the same; one that lost all, if `lost`.
-
-    Raises:
-        NotFoundError: unknown, deleted, or in another store.
-        RollbackError, StorageError: see `audit_heads.meet`.
-    """
-    meet(registry, store, tenant)
-    stored_as = registry.stored_as(tenant, artifact_id)
-    here = lost or store.holds(tenant, stored_as)
-    if not here and registry.stored_as(tenant, artifact_id) == stored_as:  # not just resealed
-        raise NotFoundError(
-            f"artifact {artifact_id} has no file in this store: open the one that it was saved to."
-            f" If its files are lost, `tg-tinker artifacts delete --lost {artifact_id}`"
-        )
-
-
-def export_adapter(
-    registry: Registry, store: str, tenant: str, artifact_id: str, target: Path
-) -> None:
-    """Writes an adapter in clear, as the directory that `PeftModel.from_pretrained` reads.
-
-    Raises:
-        InvalidRequestError: the artifact holds all weights, not an adapter.
-        StorageError: the target's disk is full or refuses; no half-written adapter is left.
-    """
-    files = fetch(registry, ArtifactStore(store), registry.reader(tenant), artifact_id)
-    adapter_config = from_files(files).state.adapter_config
-    if adapter_config is None:
-        raise InvalidRequestError(
-            f"artifact {artifact_id} is of a full fine-tune, not an adapter; this version exports"
-            " adapters only"
-        )
-    outputs = {
-        WEIGHTS: files[WEIGHTS],
-        "adapter_config.json": json.dumps(adapter_config, indent=2).encode(),
-    }
-    registry.record_export(tenant, artifact_id)  # what is not in the audit log is not exported
-    try:
-        target.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for name, content in outputs.items():
-            (target / name).touch(mode=0o600)
-            (target / name).write_bytes(content)
-    except BaseException as error:
-        for name in outputs:
-            with suppress(OSError):
-                (target / name).unlink()
-        if not isinstance(error, OSError):
-            raise
-        raise StorageError(
-            f"cannot export to {target} ({error.strerror}): choose another directory"
-        ) from None
-    keep_newest(registry, ArtifactStore(store), tenant)

@@ -92,3 +92,16 @@ def _block_sums(flat: torch.Tensor) -> torch.Tensor:
     signs = torch.randint(0, 2, (_BLOCK,), generator=generator, dtype=torch.float64) * 2 - 1
     padded = torch.nn.functional.pad(flat, (0, -len(flat) % _BLOCK))
     return padded.view(-1, _BLOCK).double() @ signs
+
+
+@dataclass(frozen=True, repr=False)
+class PrivateGradient:
+    """What a private run may show its optimizer: (sum + noise) / B.
+
+    Attributes:
+        tensors: float32 by parameter name.
+        noise_std: of the noise on the sum, sigma * C; 0 on a data set without a limit only.
+    """
+
+    tensors: Tensors
+    noise_std: float

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from actors.engine.gradients import MeanGradient, Tensors
-from actors.privacy.clipping import PrivateGradient
+from actors.engine.gradients import MeanGradient, PrivateGradient, Tensors
 from tg_tinker.config import OptimizerConfig
 from tg_tinker.errors import NonFiniteError
 

@@ -22,14 +22,20 @@ import torch
 from actors.engine.attention import keeping_attention
 from actors.engine.batching import FlatStream, flat_streams
 from actors.engine.checkpoint import SessionState
-from actors.engine.gradients import GradientSum, MeanGradient, Tensors, gradient_hash
+from actors.engine.gradients import (
+    GradientSum,
+    MeanGradient,
+    PrivateGradient,
+    Tensors,
+    gradient_hash,
+)
 from actors.engine.lineage import Lineage
+from actors.engine.lora import make_trainable
 from actors.engine.losses import sums_by_example
 from actors.engine.matmul import library
-from actors.engine.model import Base, labelled_losses, make_trainable
+from actors.engine.model import Base, labelled_losses
 from actors.engine.optim import Optimizer, learning_rate
 from actors.engine.timing import Stage, stage
-from actors.privacy.clipping import PrivateGradient
 from tg_tinker.config import TrainingConfig
 from tg_tinker.data.batch import Example, check_bounds
 from tg_tinker.data.hashing import resolve_batch_hash

@@ -11,9 +11,8 @@ from actors.registry.registry import Registry
 from actors.registry.rollback import keep_in, keep_newest, meet, tenants, unknown_in
 from actors.storage.store import MOST_OF_A_HEAD, ArtifactStore, ledger_in, place_in
 from tg_tinker.errors import IntegrityError, NotFoundError, StorageError
-from tg_tinker.records.files import read_head
-from tg_tinker.records.ledger import parse_place
-from tg_tinker.records.ledger_files import KeptHead
+from tg_tinker.records.entries import parse_place
+from tg_tinker.records.files import KeptHead, read_head
 from tg_tinker.types import RegistryAcceptance, RegistryCheck
 
 

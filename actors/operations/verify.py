@@ -3,20 +3,15 @@ their keys another wrapping."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 
-from actors.artifacts.publish import delete, fetch
+from actors.artifacts.fetch import fetch
 from actors.engine.checkpoint import from_files
 from actors.registry.deletions import differences
 from actors.registry.registry import Registry
-from actors.registry.rollback import keep_newest, meet, meet_all
-from actors.storage.keyring import names_in
+from actors.registry.rollback import meet
 from actors.storage.store import ArtifactStore
-from tg_tinker.errors import IntegrityError, InvalidRequestError, NotFoundError, TGTinkerError
-from tg_tinker.storage.stores import is_component
-from tg_tinker.types import KeyUses
+from tg_tinker.errors import TGTinkerError
 
 
 def verify(
@@ -56,133 +51,3 @@ def _to_verify(registry: Registry, tenant: str, artifact_id: str | None) -> list
     expired = registry.expired(tenant)
     known = [info.artifact_id for info in registry.artifacts(tenant)]
     return [one for one in known if one not in expired]
-
-
-def delete_expired(registry: Registry, root: str, tenant: str) -> Iterator[tuple[str, str]]:
-    """Deletes every artifact whose time is over; (id, what went wrong), empty where nothing.
-
-    Raises:
-        RollbackError, StorageError: see `audit_heads.meet`: expiry may have been changed since.
-    """
-    meet(registry, ArtifactStore(root), tenant)
-    for artifact_id in registry.expired(tenant):
-        try:
-            delete(registry, root, tenant, artifact_id, "artifact.expire")
-        except TGTinkerError as error:
-            yield artifact_id, error.message
-        else:
-            yield artifact_id, ""
-
-
-def rotate(registry: Registry, root: str, tenant: str) -> str:
-    """See `Registry.rotate_key`. What is in the store counts as well: database and keyring may both
-    be older copies, and a second key of one name would hide the first.
-
-    Raises:
-        RollbackError, StorageError: see `audit_heads.meet`; nothing was changed.
-    """
-    store = ArtifactStore(root)
-    meet_all(registry, store)
-    key_id = registry.rotate_key(tenant, _named_in(store))
-    keep_newest(registry, store, tenant)
-    return key_id
-
-
-def _named_in(store: ArtifactStore) -> list[str]:
-    """Ids of tenant keys that the key files of all tenants name, truly or not."""
-    named = set[str]()
-    for tenant in store.tenants():
-        for stored_as in filter(is_component, store.with_key(tenant)):
-            with suppress(NotFoundError, IntegrityError):
-                named |= names_in(store.read_key(tenant, stored_as))
-    return sorted(named)
-
-
-def rewrap(registry: Registry, root: str) -> Iterator[tuple[str, str]]:
-    """Wraps the data key of every artifact under the primary key; (id, what is wrong) of each.
-    First those of the data sets, of which only what is wrong is told: a keyring that is read-only
-    was rotated elsewhere.
-
-    Only key files are written, each in one step: broken off anywhere, every artifact opens as
-    before, and the next call finds what is left.
-
-    Raises:
-        RollbackError, StorageError: see `audit_heads.meet`: an older database could put old key
-            files in the place of new ones. Nothing was changed.
-    """
-    store = ArtifactStore(root)
-    meet_all(registry, store)
-    yield from registry.rewrap_unit_keys().items()
-    for tenant, artifact_id, stored_as in registry.all_artifacts():
-        try:
-            _rewrap_one(registry, store, tenant, artifact_id, stored_as)
-        except TGTinkerError as error:
-            yield artifact_id, error.message
-        else:
-            yield artifact_id, ""
-
-
-def _rewrap_one(
-    registry: Registry, store: ArtifactStore, tenant: str, artifact_id: str, stored_as: str
-) -> None:
-    wrapped = store.read_key(tenant, stored_as)
-    held = registry.held_key(tenant, artifact_id, wrapped)
-    again = registry.rewrapped(tenant, artifact_id, wrapped)
-    while again is not None:
-        store.write_key(tenant, stored_as, again)
-        if not registry.reaches(tenant, stored_as):
-            store.delete_key(tenant, stored_as)  # deleted meanwhile: it must not come back
-            return
-        # Written late, it may have replaced a newer file, and its key and that of `wrapped` be
-        # destroyed. Only a key that is no more the primary one can be, or is about to be.
-        again = registry.rewrapped_held(tenant, artifact_id, held, registry.key_of(again))
-
-
-def uses(registry: Registry, root: str) -> KeyUses:
-    """How many artifacts each key opens, those of which nobody can tell, and keys that are lost."""
-    wrapped, unreadable = _wrapped_under(registry, root)
-    counts = dict.fromkeys(registry.key_ids(), 0) | Counter(wrapped.values())
-    missing = tuple(registry.missing_keys())
-    return KeyUses(registry.key_info()[0], counts, unreadable, missing)
-
-
-def _wrapped_under(registry: Registry, root: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Ids of tenant keys, by the name in the store of what each opens; and what is wrong with the
-    key files that do not say, by artifact."""
-    store = ArtifactStore(root)
-    wrapped, unreadable = {}, {}
-    for tenant, artifact_id, stored_as in registry.all_artifacts():
-        try:
-            stored = store.read_key(tenant, stored_as)
-            registry.rewrapped(tenant, artifact_id, stored)  # opens it: a name proves nothing
-            wrapped[stored_as] = registry.key_of(stored)
-        except (NotFoundError, IntegrityError) as error:
-            unreadable[artifact_id] = error.message
-    return wrapped, unreadable
-
-
-def retire(registry: Registry, root: str, tenant: str, key_id: str) -> None:
-    """Destroys a key that opens nothing any more.
-
-    Raises:
-        InvalidRequestError: it is the primary one, or opens an artifact still; or one was saved
-            meanwhile.
-        IntegrityError: of an artifact nobody can tell which key opens it.
-        RollbackError, StorageError: see `audit_heads.meet`: what an older database has lost may
-            need it.
-    """
-    store = ArtifactStore(root)
-    meet_all(registry, store)
-    if key_id == registry.key_info()[0]:  # before files are read: `_rewrap_one` relies on it
-        raise InvalidRequestError(
-            f"key {key_id!r} is the primary one, which cannot be retired: rotate first"
-        )
-    wrapped, unreadable = _wrapped_under(registry, root)
-    if unreadable:  # the backup of such a file may need the very key
-        raise IntegrityError(
-            f"nobody can tell which key opens {', '.join(sorted(unreadable)[:5])}"
-            f" ({len(unreadable)} in all): put their key files back from a backup of the store, or"
-            " delete these artifacts; nothing was changed"
-        )
-    registry.retire_key(tenant, key_id, wrapped)
-    keep_newest(registry, store, tenant)

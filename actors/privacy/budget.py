@@ -10,7 +10,8 @@ from actors.privacy.plan import plan_run
 from actors.registry.head_keeper import HeadKeeper
 from actors.registry.registry import Registry
 from tg_tinker.config import DPConfig, TrainingConfig
-from tg_tinker.records.ledger import Entry, Ledger, registration
+from tg_tinker.records.entries import Entry, registration
+from tg_tinker.records.ledger import Ledger
 from tg_tinker.records.report import Charge, dataset_of
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from actors.engine.gradients import Tensors
+from actors.engine.gradients import PrivateGradient, Tensors
 from actors.privacy.noise import standard_normal
 
 Noise = Callable[[int], torch.Tensor]
@@ -119,19 +119,6 @@ class ClippedSum:
         for tensor in self.sums.values():
             tensor.zero_()
         self.sums = {}
-
-
-@dataclass(frozen=True, repr=False)
-class PrivateGradient:
-    """What a private run may show its optimizer: (sum + noise) / B.
-
-    Attributes:
-        tensors: float32 by parameter name.
-        noise_std: of the noise on the sum, sigma * C; 0 on a data set without a limit only.
-    """
-
-    tensors: Tensors
-    noise_std: float
 
 
 def _norm_blocks(rows: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -24,7 +24,8 @@ from tg_tinker.records.accounting import (
     largest_count,
     smallest_sigma,
 )
-from tg_tinker.records.ledger import POISSON, Account, Entry, Ledger
+from tg_tinker.records.entries import POISSON, Entry
+from tg_tinker.records.ledger import Account, Ledger
 
 USES = 3
 """Uses of one unit that noise is calibrated for where neither is stated."""

@@ -21,14 +21,16 @@ import torch
 
 from actors.engine.batching import FlatStream, flat_streams, flatten
 from actors.engine.checkpoint import SessionState
-from actors.engine.gradients import Tensors, gradient_hash
-from actors.engine.model import Base, refuse_mixing_layers, silence_dropout
+from actors.engine.gradients import PrivateGradient, Tensors, gradient_hash
+from actors.engine.model import Base
 from actors.engine.session import MAX_STREAM_TOKENS, Session
 from actors.engine.timing import Stage, stage
 from actors.privacy.capture import Recorder, capture
-from actors.privacy.clipping import ClippedSum, PrivateGradient, UnitGradients, privatise
+from actors.privacy.clipping import ClippedSum, UnitGradients, privatise
+from actors.privacy.layers import refuse_mixing_layers, silence_dropout
 from actors.privacy.noise import standard_normal
-from actors.privacy.units import PoissonSampler, Window, unit_ids
+from actors.privacy.poisson import PoissonSampler
+from actors.privacy.units import Window, unit_ids
 from tg_tinker.config import DPConfig, TrainingConfig
 from tg_tinker.data.batch import Example
 from tg_tinker.data.hashing import resolve_batch_hash

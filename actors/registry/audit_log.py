@@ -27,7 +27,7 @@ from tg_tinker.records.audit_log import (
     accepted_by,
     chained,
 )
-from tg_tinker.records.ledger import is_place, parse_place, place_of
+from tg_tinker.records.entries import is_place, parse_place, place_of
 from tg_tinker.storage.envelope import public_key_of
 
 Details = dict[str, str | int]

@@ -18,11 +18,11 @@ import sqlalchemy as sa
 
 import actors.registry.registry  # noqa: F401  it declares every table
 from actors.registry.database import METADATA, OWNER, Database, refuse_older, typed_refusal
-from actors.storage.objects import sync
 from tg_tinker.errors import IntegrityError, InvalidRequestError, StorageError
 from tg_tinker.records.audit_log import AuditRow
-from tg_tinker.records.ledger import place_of
+from tg_tinker.records.entries import place_of
 from tg_tinker.storage.databases import SQLITE
+from tg_tinker.storage.files import sync
 
 Reached = list[tuple[str, str, str]]
 """(tenant, ``ledger of NAME`` or ``audit log``, ``SEQ-HASH``): where each chain ends."""

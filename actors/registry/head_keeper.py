@@ -11,8 +11,8 @@ from actors.registry.audit_log import SDK
 from actors.registry.registry import Registry
 from actors.storage.store import ArtifactStore, place_in
 from tg_tinker.errors import LedgerMismatchError, StorageError, TGTinkerError
+from tg_tinker.records.entries import parse_place
 from tg_tinker.records.heads import LedgerHead
-from tg_tinker.records.ledger import parse_place
 
 EVERY = 8
 """Charges of a run from one head in the store to the next."""

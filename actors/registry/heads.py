@@ -16,8 +16,9 @@ from datetime import UTC, datetime
 from actors.registry.audit_log import SDK
 from actors.registry.ledgers import Budgets
 from tg_tinker.errors import IntegrityError, LedgerMismatchError
+from tg_tinker.records.entries import CHAIN, Entry, is_place
 from tg_tinker.records.heads import LedgerHead
-from tg_tinker.records.ledger import CHAIN, Entry, Ledger, is_place
+from tg_tinker.records.ledger import Ledger
 from tg_tinker.storage.envelope import context_of, derive_key, public_key_of, seal, unseal
 
 _NAME, _ENTRIES = "ledger pseudonym", "ledger entries"

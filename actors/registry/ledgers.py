@@ -28,7 +28,8 @@ from tg_tinker.errors import (
     NotFoundError,
 )
 from tg_tinker.records.accounting import gaussian_epsilon, largest_count
-from tg_tinker.records.ledger import Account, Entry, Ledger, registration
+from tg_tinker.records.entries import Entry, registration
+from tg_tinker.records.ledger import Account, Ledger
 from tg_tinker.records.report import Charge, PrivacyInfo, describe_run
 from tg_tinker.storage.envelope import context_of, new_key
 

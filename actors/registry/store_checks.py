@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from actors.registry.audit_log import SDK, AuditLog
 from tg_tinker.errors import AccessDeniedError, IntegrityError, RollbackError
 from tg_tinker.records.audit_log import ACCEPT, AuditHead
-from tg_tinker.records.ledger import place_of
+from tg_tinker.records.entries import place_of
 from tg_tinker.storage.envelope import public_key_of
 
 

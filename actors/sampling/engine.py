@@ -12,11 +12,8 @@ prompt delays the others by a piece at a time. It knows no text and has no lock:
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass, field
+from collections.abc import Sequence
 
 import torch
 
@@ -24,6 +21,7 @@ from actors.engine.model import Base, next_token_logits
 from actors.engine.slots import Layout, Piece, Slots
 from actors.sampling.adapters import AdapterBank
 from actors.sampling.drawing import draw, penalised, uniform
+from actors.sampling.requests import Load, RunningSequence, Token, TokenRequest, Turns
 from tg_tinker.errors import (
     InternalError,
     InvalidRequestError,
@@ -31,7 +29,7 @@ from tg_tinker.errors import (
     QueueFullError,
     TGTinkerError,
 )
-from tg_tinker.sampling import NOT_SAMPLED, SamplingParams
+from tg_tinker.sampling import NOT_SAMPLED
 
 SLOTS = 8
 """Sequences that run at a time, unless told otherwise."""
@@ -41,134 +39,6 @@ PROMPT_TOKENS = 64
 
 PROMPT_TOKENS_ALONE = 512
 """The same while no sequence runs."""
-
-
-@dataclass(frozen=True, repr=False)
-class Token:
-    """One more token of a completion, or the end of its request.
-
-    Attributes:
-        index: which completion of the request.
-        logprob: under the model's own distribution, before penalties and temperature.
-        top: the most probable tokens there, best first, as (token, logprob).
-        prompt: with the first token of each completion and `prompt_logprobs`: the log-probability
-            of each prompt token after those before it; NaN for the first.
-        finish_reason: `length`, `eos`, `stop` (a stop token) or None while it grows.
-        error: why the whole request ended; then nothing else is set.
-    """
-
-    index: int = 0
-    token_id: int = -1
-    logprob: float = 0.0
-    top: tuple[tuple[int, float], ...] = ()
-    prompt: tuple[float, ...] | None = None
-    finish_reason: str | None = None
-    error: TGTinkerError | None = None
-
-
-@dataclass(repr=False, eq=False)
-class TokenRequest:
-    """`params.num_completions` completions of one prompt.
-
-    Attributes:
-        deliver: called in the engine's thread with each `Token`; it must be quick.
-        adapter: name of a resident LoRA adapter, or None for the base model.
-        number, first: which prompt of its call, and the index of its first completion among those
-            of that prompt: with the seed they fix all draws.
-        owner: whose turns it shares: owners get slots by turns, whatever each has asked for.
-        seed: of all its draws; drawn here when `params` has none.
-        waited_s: from `submit` to a slot; set by the engine.
-    """
-
-    prompt: list[int]
-    params: SamplingParams
-    deliver: Callable[[Token], None]
-    number: int = 0
-    first: int = 0
-    adapter: str | None = None
-    owner: str = ""
-    seed: int = field(init=False)
-    waited_s: float = field(init=False, default=0.0)
-    submitted_at: float = field(init=False, default=0.0)
-
-    def __post_init__(self) -> None:
-        given = self.params.seed
-        self.seed = secrets.randbits(63) if given is None else given
-
-
-@dataclass(frozen=True)
-class Load:
-    """How full an engine is: slots, requests that wait for some, resident adapters."""
-
-    running: int
-    free: int
-    waiting: int
-    adapters: int
-    adapter_bytes: int
-
-    def __add__(self, other: Load) -> Load:
-        pairs = zip(astuple(self), astuple(other), strict=True)
-        return Load(*(mine + theirs for mine, theirs in pairs))
-
-
-@dataclass(repr=False, eq=False)
-class _Sequence:
-    """A completion in its slot; while the prompt is read, the one that stands for all."""
-
-    request: TokenRequest
-    index: int
-    slot: int
-    read: int = 0  # prompt tokens in the slot
-    generated: list[int] = field(default_factory=list)
-    prompt_logprobs: list[float] = field(default_factory=list)
-    reserved: list[int] = field(default_factory=list)  # slots of the other completions
-
-    @property
-    def reading(self) -> bool:
-        return self.read < len(self.request.prompt)
-
-    @property
-    def stored(self) -> int:
-        """Tokens whose keys and values are in the slot."""
-        return self.read + max(0, len(self.generated) - 1)
-
-
-class Turns:
-    """Requests that wait: those of an owner in their order, owners one after the other."""
-
-    def __init__(self) -> None:
-        self._of: OrderedDict[str, deque[TokenRequest]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return sum(map(len, self._of.values()))
-
-    def __iter__(self) -> Iterator[TokenRequest]:
-        return (request for waiting in self._of.values() for request in waiting)
-
-    @property
-    def next(self) -> TokenRequest:
-        return next(iter(self._of.values()))[0]
-
-    def append(self, request: TokenRequest) -> None:
-        self._of.setdefault(request.owner, deque()).append(request)
-
-    def take(self) -> TokenRequest:
-        """The next; its owner is the last now."""
-        request = self.next
-        self.remove(request)
-        if request.owner in self._of:
-            self._of.move_to_end(request.owner)
-        return request
-
-    def remove(self, request: TokenRequest) -> bool:
-        """False if it does not wait."""
-        waiting = self._of.get(request.owner, ())
-        if request not in waiting:
-            return False
-        self._of[request.owner].remove(request)
-        if not self._of[request.owner]:
-            del self._of[request.owner]
-        return True
 
 
 class SlotEngine:
@@ -182,7 +52,7 @@ class SlotEngine:
         self._slots = Slots(slots, base.device)
         self._free = list(range(slots))
         self._waiting = Turns()
-        self._running: list[_Sequence] = []
+        self._running: list[RunningSequence] = []
 
     def submit(self, request: TokenRequest) -> None:
         """Queues a request.
@@ -281,9 +151,9 @@ class SlotEngine:
             self._free.sort()
             count = request.params.num_completions
             slots, self._free = self._free[:count], self._free[count:]
-            self._running.append(_Sequence(request, 0, slots[0], reserved=slots[1:]))
+            self._running.append(RunningSequence(request, 0, slots[0], reserved=slots[1:]))
 
-    def _next_pieces(self, beside_others: bool) -> list[tuple[_Sequence, Piece]]:
+    def _next_pieces(self, beside_others: bool) -> list[tuple[RunningSequence, Piece]]:
         room = PROMPT_TOKENS if beside_others else PROMPT_TOKENS_ALONE
         pieces = []
         for sequence in self._running:
@@ -293,7 +163,9 @@ class SlotEngine:
                 room -= size
         return pieces
 
-    def _advance(self, extended: list[_Sequence], pieces: list[tuple[_Sequence, Piece]]) -> None:
+    def _advance(
+        self, extended: list[RunningSequence], pieces: list[tuple[RunningSequence, Piece]]
+    ) -> None:
         """The forward, then a token for each extended sequence and each prompt that is read."""
         layout = Layout(
             self._slots, [(s.slot, s.stored) for s in extended], [piece for _, piece in pieces]
@@ -323,19 +195,19 @@ class SlotEngine:
         if ready:
             self._extend(ready, torch.cat(logits))
 
-    def _fork(self, sequence: _Sequence) -> list[_Sequence]:
+    def _fork(self, sequence: RunningSequence) -> list[RunningSequence]:
         """The other completions of a prompt that was just read: copies of its slot."""
         others = []
         for index, slot in enumerate(sequence.reserved, start=1):
             self._slots.copy(sequence.slot, slot, sequence.read)
-            other = _Sequence(sequence.request, index, slot, sequence.read)
+            other = RunningSequence(sequence.request, index, slot, sequence.read)
             other.prompt_logprobs = sequence.prompt_logprobs
             others.append(other)
         sequence.reserved = []
         self._running += others
         return [sequence, *others]
 
-    def _score_prompt(self, sequence: _Sequence, piece: Piece, logits: torch.Tensor) -> None:
+    def _score_prompt(self, sequence: RunningSequence, piece: Piece, logits: torch.Tensor) -> None:
         """Adds the log-probabilities of the tokens that follow those of the piece."""
         if not sequence.request.params.prompt_logprobs:
             return
@@ -344,7 +216,7 @@ class SlotEngine:
         rows = torch.log_softmax(logits[: len(following)].float(), dim=-1)
         sequence.prompt_logprobs += rows.gather(1, ids[:, None])[:, 0].tolist()
 
-    def _extend(self, ready: list[_Sequence], logits: torch.Tensor) -> None:
+    def _extend(self, ready: list[RunningSequence], logits: torch.Tensor) -> None:
         """One token for each of these sequences from its row of logits [R, V]."""
         logits = logits.float()
         logprobs = torch.log_softmax(logits, dim=-1)
@@ -367,7 +239,7 @@ class SlotEngine:
             top = self._most_probable(sequence, logprobs[row])
             self._deliver(sequence, drawn[row], chosen[row], top)
 
-    def _choose(self, sequence: _Sequence, logits: torch.Tensor, best: int) -> int | None:
+    def _choose(self, sequence: RunningSequence, logits: torch.Tensor, best: int) -> int | None:
         """A token, or None where this request's own parameters leave none to draw."""
         request, params = sequence.request, sequence.request.params
         scores = penalised(logits, request.prompt, sequence.generated, params)
@@ -379,7 +251,7 @@ class SlotEngine:
         return draw(scores, params, uniform(request.seed, *place))
 
     def _most_probable(
-        self, sequence: _Sequence, logprobs: torch.Tensor
+        self, sequence: RunningSequence, logprobs: torch.Tensor
     ) -> tuple[tuple[int, float], ...]:
         if not sequence.request.params.top_logprobs:
             return ()
@@ -388,7 +260,7 @@ class SlotEngine:
 
     def _deliver(
         self,
-        sequence: _Sequence,
+        sequence: RunningSequence,
         token_id: int,
         logprob: float,
         top: tuple[tuple[int, float], ...],
@@ -409,7 +281,7 @@ class SlotEngine:
         token = Token(sequence.index, token_id, logprob, top, prompt, reason)
         sequence.request.deliver(token)
 
-    def _end(self, sequence: _Sequence) -> None:
+    def _end(self, sequence: RunningSequence) -> None:
         self._running.remove(sequence)
         self._slots.clear(sequence.slot, sequence.stored + 1)
         self._free += [sequence.slot, *sequence.reserved]

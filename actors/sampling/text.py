@@ -9,7 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from actors.sampling.engine import SLOTS, Token, TokenRequest
+from actors.sampling.engine import SLOTS
+from actors.sampling.requests import Token, TokenRequest
 from tg_tinker.data.text import TextStream, encode_prompt
 from tg_tinker.sampling import SamplingParams
 from tg_tinker.types import Sample, StreamChunk

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import NoReturn, Protocol
 
 from actors.storage.keyring import Keyring, Keys, next_name, random_name
-from actors.storage.objects import sync
 from tg_tinker.errors import IntegrityError, InvalidRequestError, StorageError
-from tg_tinker.storage.files import written
+from tg_tinker.storage.files import sync, written
 from tg_tinker.storage.keyrings import Variable, place_of
 
 _PATIENCE_S = 10.0

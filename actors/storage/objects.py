@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
 from tg_tinker.errors import IntegrityError, NotFoundError, StorageError
+from tg_tinker.storage.files import sync
 from tg_tinker.storage.stores import check_name, shown
 
 Piece = bytes | bytearray | memoryview
@@ -254,15 +255,6 @@ def _make_folder(path: Path) -> None:
         _make_folder(path.parent)
         path.mkdir(mode=0o700, exist_ok=True)
         sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Makes a file, or new names in a folder and the loss of old ones, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unless_gone(error: OSError) -> None:

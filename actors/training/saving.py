@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from actors.artifacts.publish import delete
+from actors.artifacts.delete import delete
 from actors.registry.registry import Registry
 from tg_tinker.cluster.messages import ArtifactQuery
 from tg_tinker.config import CheckpointConfig

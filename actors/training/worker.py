@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from actors.artifacts.adapters import imported
-from actors.artifacts.publish import Draft, Write, fetch, publish, write
+from actors.artifacts.fetch import fetch
+from actors.artifacts.publish import Draft, Write, publish, write
 from actors.engine.checkpoint import Checkpoint, SessionState, from_files, to_files
+from actors.engine.loading import Progress
 from actors.engine.memory import check_room
-from actors.engine.model import Base, Progress, compute_dtype, use_threads
+from actors.engine.model import Base, compute_dtype, use_threads
 from actors.engine.session import Session
 from actors.privacy.budget import Budget
 from actors.privacy.session import PrivateSession

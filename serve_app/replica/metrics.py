@@ -11,7 +11,7 @@ from functools import cache
 
 from ray.serve import metrics
 
-from actors.sampling.engine import Load
+from actors.sampling.requests import Load
 from actors.sampling.text import Completions
 from tg_tinker.types import StreamChunk
 

@@ -17,11 +17,10 @@ from typing import Any
 from actors.engine.model import use_threads
 from actors.process import reply_of, settle_heap
 from actors.registry.audit_log import SDK
-from actors.sampling.engine import Load
+from actors.sampling.requests import Load
 from actors.sampling.text import Completions, join
 from actors.storage.home import MODELS
-from serve_app.replica.engines import Engines, EngineThread, loader
-from serve_app.replica.fetches import Fetches
+from serve_app.replica.engines import Engines, EngineThread, Fetches, loader
 from serve_app.replica.metrics import Watch, count_refusal, meters
 from serve_app.replica.sources import Source, Sources
 from serve_app.replica.threads import TenantThreads

@@ -13,7 +13,8 @@ import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from actors.artifacts.publish import ARTIFACT_PREFIX, fetch
+from actors.artifacts.fetch import fetch
+from actors.artifacts.publish import ARTIFACT_PREFIX
 from actors.engine.checkpoint import from_files
 from actors.registry.registry import Registry
 from actors.sampling.snapshots import Snapshot, of_state, opened, shares_base

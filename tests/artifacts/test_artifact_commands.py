@@ -9,7 +9,7 @@ from typing import Any, Self
 import pytest
 from typer.testing import CliRunner
 
-from actors.operations import verify
+from actors.operations import keys
 from actors.registry.database import METADATA
 from support.artifacts import TENANT, Service, assert_same, checkpoint
 from support.artifacts import service as service  # a fixture
@@ -204,7 +204,7 @@ class Everything(Calls):
     """`ServiceClient`, as far as it lists what is in the database."""
 
     def list_keys(self) -> Any:
-        return verify.uses(self._registry, self._store)
+        return keys.uses(self._registry, self._store)
 
     def list_api_keys(self) -> Any:
         return self._registry.api_keys(self._tenant)

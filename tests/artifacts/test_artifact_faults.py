@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from actors.artifacts import publish
+from actors.artifacts import fetch, publish
 from actors.artifacts.publish import Draft
-from actors.operations import verify
+from actors.operations import keys
 from actors.operations.sweep import sweep
 from actors.registry.registry import Registry
 from actors.storage.home import DATABASE, KEYRING
@@ -69,9 +69,9 @@ def is_there(registry: Registry, service: Service, artifact: str) -> bool:
     known = artifact in {info.artifact_id for info in registry.artifacts(TENANT)}
     if not known:
         with pytest.raises(NotFoundError):
-            publish.fetch(registry, store, registry.reader(TENANT), artifact)
+            fetch.fetch(registry, store, registry.reader(TENANT), artifact)
         return False
-    assert publish.fetch(registry, store, registry.reader(TENANT), artifact) == FILES
+    assert fetch.fetch(registry, store, registry.reader(TENANT), artifact) == FILES
     return True
 
 
@@ -145,7 +145,7 @@ def test_a_rotation_that_is_killed_at_any_call_is_finished_later(service: Servic
     def rotate() -> None:
         registry = reopened(service)
         registry.rotate_key(TENANT)
-        assert [problem for _, problem in verify.rewrap(registry, str(service.root))] == ["", ""]
+        assert [problem for _, problem in keys.rewrap(registry, str(service.root))] == ["", ""]
 
     k, died = 0, True
     while died:
@@ -154,11 +154,11 @@ def test_a_rotation_that_is_killed_at_any_call_is_finished_later(service: Servic
         registry = reopened(service)
         assert all(is_there(registry, service, draft.artifact_id) for draft in known), k
         root = str(service.root)
-        assert [problem for _, problem in verify.rewrap(registry, root)] == ["", ""]
+        assert [problem for _, problem in keys.rewrap(registry, root)] == ["", ""]
         *older, primary = registry.key_ids()
-        assert verify.uses(registry, root).artifacts == dict.fromkeys(older, 0) | {primary: 2}
+        assert keys.uses(registry, root).artifacts == dict.fromkeys(older, 0) | {primary: 2}
         for key_id in older:
-            verify.retire(registry, root, TENANT, key_id)
+            keys.retire(registry, root, TENANT, key_id)
         assert all(is_there(registry, service, draft.artifact_id) for draft in known), k
         for _ in range(2):
             list(sweep(registry, service.store, TENANT, 0))

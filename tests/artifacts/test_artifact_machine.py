@@ -21,7 +21,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from actors.artifacts import publish
+from actors.artifacts import delete as delete_module
+from actors.artifacts import fetch, publish
 from actors.artifacts.publish import Draft
 from actors.operations.sweep import sweep_store
 from actors.registry.registry import Registry
@@ -200,7 +201,7 @@ class Artifacts(RuleBasedStateMachine):
     def load(self, which: int) -> None:
         artifact = [*self.contents][which % len(self.contents)]
         if artifact in self.published():
-            self._begin("load", artifact, lambda: publish.fetch(
+            self._begin("load", artifact, lambda: fetch.fetch(
                 self.gated, ArtifactStore(self.root), self.reader, artifact
             ))  # fmt: skip
 
@@ -210,7 +211,7 @@ class Artifacts(RuleBasedStateMachine):
         artifact = [*self.contents][which % len(self.contents)]
         if artifact in self.published():
             self.deleting.add(artifact)
-            self._begin("delete", artifact, lambda: publish.delete(
+            self._begin("delete", artifact, lambda: delete_module.delete(
                 self.gated, self.root, TENANT, artifact
             ))  # fmt: skip
 
@@ -302,10 +303,10 @@ class Artifacts(RuleBasedStateMachine):
         published, store = self.published(), ArtifactStore(self.root)
         for artifact, files in self.contents.items():
             if artifact in published:
-                assert publish.fetch(self.registry, store, self.reader, artifact) == files
+                assert fetch.fetch(self.registry, store, self.reader, artifact) == files
             else:
                 with pytest.raises(NotFoundError):
-                    publish.fetch(self.registry, store, self.reader, artifact)
+                    fetch.fetch(self.registry, store, self.reader, artifact)
 
     def teardown(self) -> None:
         try:

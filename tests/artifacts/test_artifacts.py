@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from actors.artifacts import publish
+from actors.artifacts import adapters, delete, fetch, publish
 from actors.artifacts.publish import Draft
 from actors.engine.checkpoint import from_files, to_files
 from actors.registry.registry import Registry
@@ -67,9 +67,7 @@ def test_it_comes_back_through_another_registry_and_store(service: Service) -> N
     artifact = service.publish()
     again = Registry(f"sqlite:///{service.home / DATABASE}", service.home / KEYRING)
     store = ArtifactStore(str(service.root))
-    assert_same(
-        from_files(publish.fetch(again, store, again.reader(TENANT), artifact)), checkpoint()
-    )
+    assert_same(from_files(fetch.fetch(again, store, again.reader(TENANT), artifact)), checkpoint())
 
 
 def test_the_answer_says_what_is_on_disk_and_how_it_is_sealed(service: Service) -> None:
@@ -221,9 +219,9 @@ def test_another_tenant_fetches_exports_and_deletes_nothing(
     with pytest.raises(NotFoundError):
         service.fetch(artifact, tenant="bank")
     with pytest.raises(NotFoundError):
-        publish.delete(service.registry, str(service.root), "bank", artifact)
+        delete.delete(service.registry, str(service.root), "bank", artifact)
     with pytest.raises(NotFoundError):
-        publish.export_adapter(
+        adapters.export_adapter(
             service.registry, str(service.root), "bank", artifact, tmp_path / "out"
         )
     assert not (tmp_path / "out").exists()
@@ -237,7 +235,7 @@ def test_an_unknown_id_is_not_found_before_any_file_is_touched(
     with pytest.raises(NotFoundError, match="list_artifacts"):
         service.fetch(artifact)
     with pytest.raises(NotFoundError, match="list_artifacts"):
-        publish.delete(service.registry, str(service.root), TENANT, artifact)
+        delete.delete(service.registry, str(service.root), TENANT, artifact)
     assert (service.home / KEYRING).exists()
 
 
@@ -261,7 +259,7 @@ def test_a_state_with_broken_tensors_is_refused() -> None:
 def test_a_deleted_artifact_leaves_no_file_and_nothing_opens_it(service: Service) -> None:
     artifact, kept = service.publish(), service.publish()
     copies = {path: path.read_bytes() for path in service.files_of(artifact)}
-    publish.delete(service.registry, str(service.root), TENANT, artifact)
+    delete.delete(service.registry, str(service.root), TENANT, artifact)
     assert service.files_of(artifact) == []
     with pytest.raises(NotFoundError):
         service.fetch(artifact)
@@ -276,7 +274,7 @@ def test_a_deleted_artifact_leaves_no_file_and_nothing_opens_it(service: Service
 def test_an_artifact_that_lost_its_manifest_can_be_deleted(service: Service) -> None:
     artifact = service.publish()
     (service.root / f"t/{TENANT}/a/{artifact}/manifest.json").unlink()
-    publish.delete(service.registry, str(service.root), TENANT, artifact)
+    delete.delete(service.registry, str(service.root), TENANT, artifact)
     assert service.files_of(artifact) == []
     assert service.registry.artifacts(TENANT) == []
 
@@ -284,7 +282,7 @@ def test_an_artifact_that_lost_its_manifest_can_be_deleted(service: Service) -> 
 def test_a_deletion_is_in_the_head_that_the_store_keeps(service: Service) -> None:
     """So that a database from before it is noticed."""
     artifact = service.publish()
-    publish.delete(service.registry, str(service.root), TENANT, artifact)
+    delete.delete(service.registry, str(service.root), TENANT, artifact)
     rows = service.registry.audit_rows(TENANT, 0, 100)
     public = (service.home / PUBLIC_KEY).read_bytes()
     newest = max(kept(str(service.root), TENANT, public), key=lambda head: head.seq)
@@ -304,7 +302,7 @@ def test_a_link_in_the_store_is_never_followed(
     folder = service.root / f"t/{TENANT}/a/{artifact}"
     if inside:
         (folder / "evil").symlink_to(mine)
-        publish.delete(service.registry, str(service.root), TENANT, artifact)
+        delete.delete(service.registry, str(service.root), TENANT, artifact)
         assert service.files_of(artifact) == []
     else:
         shutil.rmtree(folder)
@@ -312,16 +310,16 @@ def test_a_link_in_the_store_is_never_followed(
         with pytest.raises(StorageError, match="symbolic link"):
             service.fetch(artifact)
         with pytest.raises(StorageError, match="symbolic link"):
-            publish.delete(service.registry, str(service.root), TENANT, artifact)
+            delete.delete(service.registry, str(service.root), TENANT, artifact)
     assert (mine / "deep" / "letter").read_text() == "dear"
     assert (mine / "manifest.json").exists()
 
 
 def test_deleting_twice_is_not_found(service: Service) -> None:
     artifact = service.publish()
-    publish.delete(service.registry, str(service.root), TENANT, artifact)
+    delete.delete(service.registry, str(service.root), TENANT, artifact)
     with pytest.raises(NotFoundError):
-        publish.delete(service.registry, str(service.root), TENANT, artifact)
+        delete.delete(service.registry, str(service.root), TENANT, artifact)
 
 
 # --- failures while saving -------------------------------------------------------------------
@@ -499,7 +497,7 @@ def test_an_adapter_is_exported_as_a_peft_directory(service: Service, tmp_path: 
     from safetensors.torch import load_file
 
     target = tmp_path / "new" / "adapter"
-    publish.export_adapter(service.registry, str(service.root), TENANT, service.publish(), target)
+    adapters.export_adapter(service.registry, str(service.root), TENANT, service.publish(), target)
     assert {path.name for path in target.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors",
     }  # fmt: skip
@@ -510,7 +508,7 @@ def test_an_adapter_is_exported_as_a_peft_directory(service: Service, tmp_path: 
 
 
 def test_an_export_drops_the_notes_of_the_owner(service: Service, tmp_path: Path) -> None:
-    publish.export_adapter(
+    adapters.export_adapter(
         service.registry, str(service.root), TENANT, service.publish(), tmp_path / "out"
     )
     assert found_in([*(tmp_path / "out").iterdir()], NOTE) == []
@@ -519,7 +517,7 @@ def test_an_export_drops_the_notes_of_the_owner(service: Service, tmp_path: Path
 def test_a_full_fine_tune_is_no_adapter(service: Service, tmp_path: Path) -> None:
     artifact = service.publish(checkpoint(adapter_config=None))
     with pytest.raises(InvalidRequestError, match="full fine-tune, not an adapter"):
-        publish.export_adapter(
+        adapters.export_adapter(
             service.registry, str(service.root), TENANT, artifact, tmp_path / "out"
         )
     assert not (tmp_path / "out").exists()
@@ -530,7 +528,7 @@ def test_a_changed_artifact_is_not_exported_at_all(service: Service, tmp_path: P
     weights = service.root / f"t/{TENANT}/a/{artifact}/adapter_model.safetensors.enc"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     with pytest.raises(IntegrityError):
-        publish.export_adapter(
+        adapters.export_adapter(
             service.registry, str(service.root), TENANT, artifact, tmp_path / "out"
         )
     assert not (tmp_path / "out").exists()
@@ -558,7 +556,7 @@ def test_what_is_not_in_the_audit_log_is_not_exported(service: Service, tmp_path
     registry = Unrecorded(f"sqlite:///{service.home / DATABASE}", service.home / KEYRING)
     artifact = service.publish()
     with pytest.raises(StorageError, match="disk is full"):
-        publish.export_adapter(
+        adapters.export_adapter(
             registry, str(service.root), TENANT, artifact, tmp_path / "out"
         )  # fmt: skip
     assert not (tmp_path / "out").exists()

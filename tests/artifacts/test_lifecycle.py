@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 
 from actors.artifacts import copies
-from actors.artifacts.publish import delete, export_adapter
-from actors.operations import verify
+from actors.artifacts import delete as delete_module
+from actors.artifacts.adapters import export_adapter
+from actors.artifacts.delete import delete
+from actors.operations import expiry, verify
+from actors.operations import keys as keys_module
 from actors.registry import artifacts
 from actors.registry.artifacts import EXPIRED
 from actors.registry.registry import Registry
@@ -51,7 +54,7 @@ def resealed(service: Service, artifact: str, tenant: str = TENANT) -> ArtifactI
 
 
 def shredded(service: Service, artifact: str, tenant: str = TENANT) -> list[str]:
-    return copies.shred(service.registry, str(service.root), tenant, artifact)
+    return delete_module.shred(service.registry, str(service.root), tenant, artifact)
 
 
 def deleted(service: Service, artifact: str) -> None:
@@ -180,9 +183,9 @@ def test_resealing_again_and_after_a_rotation_works_and_everything_else_still_fi
     artifact, root = service.publish(), str(service.root)
     resealed(service, artifact)
     service.registry.rotate_key(TENANT)
-    assert [*verify.rewrap(service.registry, root)] == [(artifact, "")]
-    assert verify.uses(service.registry, root).artifacts == {"k1": 0, "k2": 1}
-    verify.retire(service.registry, root, TENANT, "k1")
+    assert [*keys_module.rewrap(service.registry, root)] == [(artifact, "")]
+    assert keys_module.uses(service.registry, root).artifacts == {"k1": 0, "k2": 1}
+    keys_module.retire(service.registry, root, TENANT, "k1")
     resealed(service, artifact)
     assert names_in_store(service) == {f"{artifact}.3"}
     assert [*verify.verify(service.registry, root, TENANT)] == [(artifact, "")]
@@ -420,8 +423,8 @@ def test_a_key_that_was_rotated_while_resealing_is_not_relied_on(
 
     def rotate_and_retire() -> None:
         service.registry.rotate_key(TENANT)
-        assert [*verify.rewrap(service.registry, root)] == [(artifact, "")]
-        verify.retire(service.registry, root, TENANT, "k1")
+        assert [*keys_module.rewrap(service.registry, root)] == [(artifact, "")]
+        keys_module.retire(service.registry, root, TENANT, "k1")
 
     during_reseal(monkeypatch, service, rotate_and_retire)
     with pytest.raises(InvalidRequestError, match="rotated"):
@@ -476,7 +479,7 @@ def test_an_artifact_that_only_has_its_key_left_is_shredded(service: Service) ->
 def test_an_artifact_of_another_store_is_not_shredded(service: Service, tmp_path: Path) -> None:
     artifact = service.publish()
     with pytest.raises(NotFoundError, match="no file in this store"):
-        copies.shred(service.registry, str(tmp_path / "other"), TENANT, artifact)
+        delete_module.shred(service.registry, str(tmp_path / "other"), TENANT, artifact)
     assert_same(service.fetch(artifact), checkpoint())
 
 
@@ -492,7 +495,7 @@ def test_a_rotation_does_not_bring_a_shredded_key_back(
         inner(self, *arguments)
 
     monkeypatch.setattr(ArtifactStore, "write_key", late)
-    assert [*verify.rewrap(service.registry, str(service.root))] == [(artifact, "")]
+    assert [*keys_module.rewrap(service.registry, str(service.root))] == [(artifact, "")]
     assert service.files_of(artifact) == []
 
 
@@ -603,7 +606,7 @@ def test_from_its_expiry_on_an_artifact_opens_nowhere_and_before_it_everywhere(
     assert len(registry.artifacts(TENANT)) == 3  # it is listed until it is removed
     registry.set_expiry(TENANT, artifact, None)
     assert_same(service.fetch(artifact), checkpoint())
-    assert [*verify.delete_expired(registry, root, TENANT)] == [(later, "")]
+    assert [*expiry.delete_expired(registry, root, TENANT)] == [(later, "")]
     assert [info.artifact_id for info in registry.artifacts(TENANT)] == [artifact, kept]
     assert service.files_of(later) == []
     assert ("artifact.expire", later, "ok") in events(service)
@@ -619,7 +622,7 @@ def test_an_expired_artifact_that_cannot_be_removed_holds_up_no_other(
     for path in service.files_of(known[0]):
         path.unlink()
     clock.now += 2
-    found = dict(verify.delete_expired(service.registry, str(service.root), TENANT))
+    found = dict(expiry.delete_expired(service.registry, str(service.root), TENANT))
     assert [bool(found[artifact]) for artifact in known] == [True, False, False]
 
 

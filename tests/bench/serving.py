@@ -20,7 +20,8 @@ from typing import Any
 
 from ray import serve
 
-from actors.sampling.engine import SlotEngine, Token
+from actors.sampling.engine import SlotEngine
+from actors.sampling.requests import Token
 from actors.sampling.text import Completions
 from actors.storage.home import MODELS
 from bench.measure import Bench, Run, Sheet, shown_progress

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from actors.artifacts.publish import Draft, fetch, publish
-from actors.engine.checkpoint import OPTIMIZER, STATE, WEIGHTS
-from actors.engine.staging import staged
+from actors.artifacts.fetch import fetch
+from actors.artifacts.publish import Draft, publish
+from actors.engine.checkpoint import OPTIMIZER, STATE, WEIGHTS, staged
 from actors.privacy.budget import Budget
 from actors.registry.registry import Registry
 from actors.storage.home import DATABASE, KEYRING, create

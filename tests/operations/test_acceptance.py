@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from actors.artifacts import copies, publish
+from actors.artifacts import copies, delete
+from actors.operations import keys as keys_module
 from actors.operations import restore
 from actors.operations import verify as upkeep
 from actors.operations.sweep import sweep
@@ -135,20 +136,20 @@ def test_an_artifact_whose_files_are_lost_can_be_deleted_and_then_a_key_retired(
     assert old.accept().lost == {old.deleted: "its files are gone"}
     registry, root = old.registry, old.root
     registry.rotate_key(TENANT)
-    [*upkeep.rewrap(registry, root)]
+    [*keys_module.rewrap(registry, root)]
     with pytest.raises(IntegrityError, match=old.deleted):
-        upkeep.retire(registry, root, TENANT, "k1")
+        keys_module.retire(registry, root, TENANT, "k1")
     with pytest.raises(NotFoundError, match="delete --lost"):
-        publish.delete(registry, root, TENANT, old.deleted)
-    publish.delete(registry, root, TENANT, old.deleted, lost=True)
+        delete.delete(registry, root, TENANT, old.deleted)
+    delete.delete(registry, root, TENANT, old.deleted, lost=True)
     assert [one.artifact_id for one in registry.artifacts(TENANT)] == [old.kept]
-    upkeep.retire(registry, root, TENANT, "k1")
+    keys_module.retire(registry, root, TENANT, "k1")
     assert_same(old.service.fetch(old.kept), checkpoint())
 
 
 def test_a_lost_artifact_of_an_older_database_is_not_deleted(old: Restored) -> None:
     with pytest.raises(RollbackError):
-        publish.delete(old.registry, old.root, TENANT, old.kept, lost=True)
+        delete.delete(old.registry, old.root, TENANT, old.kept, lost=True)
 
 
 def test_an_artifact_without_its_key_file_is_lost(old: Restored) -> None:
@@ -197,7 +198,7 @@ def test_a_sweep_goes_on_once_a_lost_artifact_is_forgotten(resealed: Restored) -
     registry, store = resealed.registry, resealed.service.store
     store.delete_key(TENANT, f"{resealed.kept}.3")
     assert [*resealed.accept().lost] == [resealed.kept]
-    publish.delete(registry, resealed.root, TENANT, resealed.kept, lost=True)
+    delete.delete(registry, resealed.root, TENANT, resealed.kept, lost=True)
     for _ in range(2):
         swept = {one.name: one.state for one in sweep(registry, store, TENANT, 0)}
     assert swept[f"{resealed.kept}.3"] == "removed"
@@ -218,7 +219,7 @@ def test_an_artifact_whose_key_is_in_no_keyring_here_does_not_open_and_is_not_go
     keyring = old.service.home / KEYRING
     before = keyring.read_bytes()
     old.newest.registry.rotate_key(TENANT)
-    [*upkeep.rewrap(old.newest.registry, old.root)]
+    [*keys_module.rewrap(old.newest.registry, old.root)]
     newest = keyring.read_bytes()
     keyring.write_bytes(before)
     accepted = old.accept()
@@ -334,7 +335,7 @@ def test_a_retired_key_and_a_new_actor_leave_a_head(
 ) -> None:
     registry, root = service.registry, str(service.root)
     registry.rotate_key(TENANT)
-    upkeep.retire(registry, root, TENANT, "k1")
+    keys_module.retire(registry, root, TENANT, "k1")
     assert newest_in(root, TENANT) == registry.audit_head(TENANT).seq
     with pytest.raises(NotFoundError):
         train(service)
@@ -462,8 +463,8 @@ def test_a_stranger_s_link_among_the_tenants_is_none(service: Service) -> None:
     (service.root / "t/evil").symlink_to("/")
     assert service.store.tenants() == [TENANT]
     service.registry.rotate_key(TENANT)
-    [*upkeep.rewrap(service.registry, str(service.root))]
-    upkeep.retire(service.registry, str(service.root), TENANT, "k1")
+    [*keys_module.rewrap(service.registry, str(service.root))]
+    keys_module.retire(service.registry, str(service.root), TENANT, "k1")
 
 
 # --- artifacts against the log -------------------------------------------------------------------
@@ -495,7 +496,7 @@ def test_verify_tells_what_was_undone_in_the_database(service: Service, tmp_path
     edit(f"manifest_sha256 = '{digest}'")
     assert found()[artifact] == ""
     shutil.copytree(service.root, tmp_path / "store")
-    copies.shred(registry, root, TENANT, artifact)
+    delete.shred(registry, root, TENANT, artifact)
     shutil.copytree(tmp_path / "store", service.root, dirs_exist_ok=True)
     edit("deleted_at = NULL")
     assert f"deleted at row {registry.audit_head(TENANT).seq}" in found()[artifact]
@@ -549,9 +550,9 @@ def test_a_keyring_whose_older_keys_were_retired_opens_an_older_copy(
     artifact = service.publish()
     database = old_copy(service, tmp_path / "old.db")
     registry, root = service.registry, str(service.root)
-    upkeep.rotate(registry, root, TENANT)
-    [*upkeep.rewrap(registry, root)]
-    upkeep.retire(registry, root, TENANT, "k1")
+    keys_module.rotate(registry, root, TENANT)
+    [*keys_module.rewrap(registry, root)]
+    keys_module.retire(registry, root, TENANT, "k1")
     older = on(service, database)
     assert older.registry.missing_keys() == []  # k2 came after all that it knows
     restore.accept(older.registry, root, TENANT, service.home)

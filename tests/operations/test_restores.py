@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from actors.artifacts import copies, publish
-from actors.operations import doctor, restore
+from actors.artifacts import adapters, copies, delete
+from actors.operations import doctor, expiry, keys, restore
 from actors.operations import verify as upkeep
 from actors.operations.doctor import PROBLEM, examine
 from actors.operations.sweep import sweep
@@ -64,7 +64,7 @@ USES: dict[str, Callable[[Service, str], object]] = {
     "verify": lambda of, _: [*upkeep.verify(of.registry, str(of.root), TENANT)],
     "load_state": loaded,
     "read": lambda of, one: of.fetch(one),
-    "export": lambda of, one: publish.export_adapter(
+    "export": lambda of, one: adapters.export_adapter(
         of.registry, str(of.root), TENANT, one, of.home.parent / "out"
     ),
     "sample": lambda of, one: (
@@ -76,10 +76,10 @@ USES: dict[str, Callable[[Service, str], object]] = {
     "reseal": lambda of, one: copies.reseal(of.registry, str(of.root), TENANT, one),
     "save": lambda of, _: of.publish(),
     "sweep": lambda of, _: [*sweep(of.registry, of.store, TENANT, 0)],
-    "expire": lambda of, _: [*upkeep.delete_expired(of.registry, str(of.root), TENANT)],
-    "retire": lambda of, _: upkeep.retire(of.registry, str(of.root), TENANT, "k1"),
-    "delete": lambda of, one: publish.delete(of.registry, str(of.root), TENANT, one),
-    "shred": lambda of, one: copies.shred(of.registry, str(of.root), TENANT, one),
+    "expire": lambda of, _: [*expiry.delete_expired(of.registry, str(of.root), TENANT)],
+    "retire": lambda of, _: keys.retire(of.registry, str(of.root), TENANT, "k1"),
+    "delete": lambda of, one: delete.delete(of.registry, str(of.root), TENANT, one),
+    "shred": lambda of, one: delete.shred(of.registry, str(of.root), TENANT, one),
     "train": lambda of, _: train(of),
 }
 
@@ -149,7 +149,7 @@ def test_a_database_that_goes_back_under_a_living_registry_is_noticed(
     artifact = service.publish()
     database = old_copy(service, tmp_path / "old.db")
     shutil.copytree(service.root, tmp_path / "store")
-    copies.shred(service.registry, str(service.root), TENANT, artifact)
+    delete.shred(service.registry, str(service.root), TENANT, artifact)
     shutil.copytree(tmp_path / "store", service.root, dirs_exist_ok=True)
     put_back(database, service)
     for use in (loaded, USES["save"], USES["export"]):
@@ -461,12 +461,12 @@ def test_a_tenant_that_only_the_store_knows_keeps_its_key(service: Service, tmp_
     database = old_copy(service, tmp_path / "old.db")
     found = theirs(service)
     service.registry.rotate_key(TENANT)
-    assert [*upkeep.rewrap(service.registry, str(service.root))] == [(artifact, ""), (found, "")]
+    assert [*keys.rewrap(service.registry, str(service.root))] == [(artifact, ""), (found, "")]
     copied = tmp_path / "store" / f"t/{TENANT}"  # TENANT has the heads of that day
     shutil.copytree(service.root / f"t/{TENANT}", copied)
     older = on(service, database)
     with pytest.raises(RollbackError, match=f"tenant {THEM}"):
-        upkeep.retire(older.registry, str(service.root), TENANT, "k1")
+        keys.retire(older.registry, str(service.root), TENANT, "k1")
     assert older.registry.key_ids() == ["k1", "k2"]
     assert doctored(service, database).status == PROBLEM
     assert THEM in doctored(service, database).message

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from actors.artifacts import copies, publish
+from actors.artifacts import copies, delete, fetch, publish
 from actors.artifacts.publish import Draft
 from actors.operations.sweep import sweep
 from actors.registry.registry import Registry
@@ -101,7 +101,7 @@ class Store:
         return draft.artifact_id
 
     def fetch(self, artifact: str) -> dict[str, bytes]:
-        return publish.fetch(self.registry, self.store, self.registry.reader(TENANT), artifact)
+        return fetch.fetch(self.registry, self.store, self.registry.reader(TENANT), artifact)
 
     def sweep(self, later_s: float = 0, registry: Registry | None = None, **options: Any) -> Any:
         """States by name, after some time has passed."""
@@ -457,7 +457,7 @@ def test_a_sweep_that_is_killed_at_any_call_is_finished_by_the_next_one(at: Stor
         assert at.fetch(kept) == FILES
         assert set(at.sweep(registry=_reopened(at.service))) <= killed
         assert at.names() == files_of(kept), k
-        publish.delete(at.registry, str(at.service.root), TENANT, kept)
+        delete.delete(at.registry, str(at.service.root), TENANT, kept)
         if status == 0:
             break
     assert k > 8
@@ -625,7 +625,7 @@ def test_every_store_tells_its_time_and_loses_its_orphans_alone(
     left = {info.name.removeprefix(f"t/{TENANT}/") for info in store.objects.list_below()}
     assert {name for name in left if name[:6] != "audit/"} == files_of(kept.artifact_id) | {"clock"}
     reader = service.registry.reader(TENANT)
-    assert publish.fetch(service.registry, store, reader, kept.artifact_id) == FILES
+    assert fetch.fetch(service.registry, store, reader, kept.artifact_id) == FILES
 
 
 # --- SDK and command -----------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from actors.artifacts.publish import Draft, publish, write
 from actors.engine.checkpoint import to_files
+from actors.operations import keys as keys_module
 from actors.operations import restore, verify
 from actors.registry.backup import backup
 from actors.registry.registry import Registry
@@ -54,7 +55,7 @@ def wrapped_under(service: Service, artifact: str) -> str:
 
 
 def rewrapped(service: Service) -> list[tuple[str, str]]:
-    return [*verify.rewrap(service.registry, str(service.root))]
+    return [*keys_module.rewrap(service.registry, str(service.root))]
 
 
 def test_a_rotation_touches_no_data_and_everything_opens_before_and_after(
@@ -71,7 +72,7 @@ def test_a_rotation_touches_no_data_and_everything_opens_before_and_after(
     assert rewrapped(service) == [(artifact, "") for artifact in (*old, new)]
     assert {wrapped_under(service, a) for a in (*old, new)} == {"k2"}
     assert all(path.read_bytes() == content for path, content in data.items())
-    verify.retire(service.registry, str(service.root), TENANT, "k1")
+    keys_module.retire(service.registry, str(service.root), TENANT, "k1")
     rows = [json.loads(row) for row in service.registry.audit_rows(TENANT, 0, 1000)]
     assert [(r["event"], r["subject"]) for r in rows if r["event"].startswith("key.")] == [
         ("key.rotate", "k2"), ("key.retire", "k1"),
@@ -104,9 +105,9 @@ def test_a_rotation_that_is_broken_off_is_finished_later(
     for artifact in known:
         assert_same(service.fetch(artifact), checkpoint())
     with pytest.raises(InvalidRequestError, match=f"opens {4 - broken_at} artifacts"):
-        verify.retire(service.registry, str(service.root), TENANT, "k1")
+        keys_module.retire(service.registry, str(service.root), TENANT, "k1")
     assert rewrapped(service) == [(artifact, "") for artifact in known]
-    verify.retire(service.registry, str(service.root), TENANT, "k1")
+    keys_module.retire(service.registry, str(service.root), TENANT, "k1")
     for artifact in known:
         assert_same(service.fetch(artifact), checkpoint())
 
@@ -118,15 +119,15 @@ def test_a_key_file_written_late_is_wrapped_again_though_its_key_was_destroyed(
     """One shell stalls in its write; another rotates, wraps and retires meanwhile."""
     artifact, root = service.publish(), str(service.root)
     shell = reopened(service)
-    verify.rotate(service.registry, root, TENANT)
+    keys_module.rotate(service.registry, root, TENANT)
     write = ArtifactStore.write_key
 
     def stalled(store: ArtifactStore, *arguments: Any) -> None:
         monkeypatch.setattr(ArtifactStore, "write_key", write)
-        verify.rotate(shell, root, TENANT)
-        assert [*verify.rewrap(shell, root)] == [(artifact, "")]
+        keys_module.rotate(shell, root, TENANT)
+        assert [*keys_module.rewrap(shell, root)] == [(artifact, "")]
         for key_id in retired:
-            verify.retire(shell, root, TENANT, key_id)
+            keys_module.retire(shell, root, TENANT, key_id)
         write(store, *arguments)
 
     monkeypatch.setattr(ArtifactStore, "write_key", stalled)
@@ -140,16 +141,16 @@ def test_a_key_that_was_primary_when_files_were_read_is_not_retired(
 ) -> None:
     """A key file may be written under it until somebody has rotated."""
     artifact, root = service.publish(), str(service.root)
-    wrapped_now = verify._wrapped_under
+    wrapped_now = keys_module._wrapped_under
 
     def read_then_rotated(*of: Any) -> Any:
         found = wrapped_now(*of)
-        verify.rotate(service.registry, root, TENANT)
+        keys_module.rotate(service.registry, root, TENANT)
         return {artifact: "k9"}, found[1]
 
-    monkeypatch.setattr(verify, "_wrapped_under", read_then_rotated)
+    monkeypatch.setattr(keys_module, "_wrapped_under", read_then_rotated)
     with pytest.raises(InvalidRequestError, match="primary one"):
-        verify.retire(service.registry, root, TENANT, "k1")
+        keys_module.retire(service.registry, root, TENANT, "k1")
     assert service.registry.key_ids() == ["k1"]
 
 
@@ -186,12 +187,12 @@ def test_artifacts_whose_key_file_does_not_say_are_listed_and_keep_every_key(
     path = keys / f"{renamed}.json"
     path.write_text(path.read_text().replace('"k1"', '"k2"'))
     (keys / f"{deep}.json").write_text("[" * 100_000)
-    found = verify.uses(service.registry, root)
+    found = keys_module.uses(service.registry, root)
     assert (found.primary, found.artifacts) == ("k2", {"k1": 1, "k2": 0})
     assert {*found.unreadable} == {damaged, gone, renamed, deep}
     assert [problem for name, problem in rewrapped(service) if name == whole] == [""]
     with pytest.raises(IntegrityError, match=f"{damaged}.*4 in all"):
-        verify.retire(service.registry, root, TENANT, "k1")
+        keys_module.retire(service.registry, root, TENANT, "k1")
     assert service.registry.key_ids() == ["k1", "k2"]
 
 
@@ -231,12 +232,12 @@ def test_an_older_copy_of_the_keyring_is_told_and_its_next_key_has_a_name_of_its
     lost, newest = service.publish(), keyring.read_text()
     keyring.write_text(old)
     registry = reopened(service)
-    assert verify.uses(registry, root).missing == ("k2",)
-    assert verify.rotate(registry, root, TENANT) == "k3"
+    assert keys_module.uses(registry, root).missing == ("k2",)
+    assert keys_module.rotate(registry, root, TENANT) == "k3"
     registry = reopened(service)
-    found = verify.uses(registry, root)
+    found = keys_module.uses(registry, root)
     assert (found.primary, found.missing, {*found.unreadable}) == ("k3", (), {lost})
-    problems = dict(verify.rewrap(registry, root))
+    problems = dict(keys_module.rewrap(registry, root))
     assert problems[kept] == ""
     assert all("needs key 'k2'" in problems[name] for name in (lost, f"data set {TENANT}/chats"))
     with pytest.raises(IntegrityError, match=rf"data set {TENANT}/chats"):
@@ -252,7 +253,7 @@ def test_a_key_that_an_older_database_and_keyring_forgot_keeps_its_name(
     """The store outlived both. A second k2 would hide the first, should its keyring be found."""
     root, old = str(service.root), (service.home / KEYRING).read_text()
     backup(f"sqlite:///{service.home / DATABASE}", tmp_path / "old.db")
-    verify.rotate(service.registry, root, TENANT)
+    keys_module.rotate(service.registry, root, TENANT)
     artifact, newest = service.publish(), (service.home / KEYRING).read_text()
     service.registry.close()
     keys = service.root / f"t/{TENANT}/keys"
@@ -265,7 +266,7 @@ def test_a_key_that_an_older_database_and_keyring_forgot_keeps_its_name(
     (service.home / KEYRING).write_text(old)
     registry = reopened(service)
     restore.accept(registry, root, TENANT, service.home)
-    assert verify.rotate(registry, root, TENANT) == "k3"
+    assert keys_module.rotate(registry, root, TENANT) == "k3"
     registry.close()
     (service.home / KEYRING).write_text(newest)
     wrapped = service.store.read_key(TENANT, artifact)
@@ -274,7 +275,7 @@ def test_a_key_that_an_older_database_and_keyring_forgot_keeps_its_name(
 
 def test_what_was_retired_is_not_missed_and_its_name_not_given_again(service: Service) -> None:
     service.registry.rotate_key(TENANT)
-    verify.retire(service.registry, str(service.root), TENANT, "k1")
+    keys_module.retire(service.registry, str(service.root), TENANT, "k1")
     assert service.registry.missing_keys() == []
     assert service.registry.rotate_key(TENANT) == "k3"
     assert reopened(service).missing_keys() == []
@@ -320,7 +321,7 @@ def test_the_primary_key_is_the_one_that_is_named_so(service: Service) -> None:
     keyring = service.home / KEYRING
     service.registry.rotate_key(TENANT)
     keyring.write_text(json.dumps(json.loads(keyring.read_text()) | {"primary": "k1"}))
-    assert verify.uses(reopened(service), str(service.root)).primary == "k1"
+    assert keys_module.uses(reopened(service), str(service.root)).primary == "k1"
 
 
 def test_a_key_that_only_a_data_set_needs_is_not_lost_with_it(service: Service) -> None:
@@ -335,7 +336,7 @@ def test_a_key_that_only_a_data_set_needs_is_not_lost_with_it(service: Service) 
 
 
 @pytest.mark.parametrize(
-    "call", [lambda *of: verify.rotate(*of, TENANT), lambda *of: [*verify.rewrap(*of)]]
+    "call", [lambda *of: keys_module.rotate(*of, TENANT), lambda *of: [*keys_module.rewrap(*of)]]
 )
 def test_an_older_database_rotates_and_rewraps_nothing(
     service: Service, call: Callable[[Registry, str], object]
@@ -362,10 +363,10 @@ class Shell:
 
     def __init__(self, service: Service) -> None:
         self._of = (service.registry, str(service.root))
-        self.list_keys = lambda: verify.uses(*self._of)
-        self.rotate_key = lambda: verify.rotate(*self._of, TENANT)
-        self.rewrap_keys = lambda: verify.rewrap(*self._of)
-        self.retire_key = lambda key_id: verify.retire(*self._of, TENANT, key_id)
+        self.list_keys = lambda: keys_module.uses(*self._of)
+        self.rotate_key = lambda: keys_module.rotate(*self._of, TENANT)
+        self.rewrap_keys = lambda: keys_module.rewrap(*self._of)
+        self.retire_key = lambda key_id: keys_module.retire(*self._of, TENANT, key_id)
 
     def __enter__(self) -> Shell:
         return self
@@ -403,7 +404,7 @@ def test_a_key_in_the_place_of_its_name_is_not_repeated(
     assert (found.exit_code, "no name of a key" in found.output) == (1, True)
     assert key not in found.output
     with pytest.raises(InvalidRequestError) as refused:
-        verify.retire(service.registry, str(service.root), TENANT, key)
+        keys_module.retire(service.registry, str(service.root), TENANT, key)
     assert key not in str(refused.value)
 
 
@@ -439,7 +440,7 @@ def test_what_only_a_retired_key_opens_is_lost(service: Service) -> None:
     copy = service.store.read_key(TENANT, artifact)
     service.registry.rotate_key(TENANT)
     rewrapped(service)
-    verify.retire(service.registry, str(service.root), TENANT, "k1")
+    keys_module.retire(service.registry, str(service.root), TENANT, "k1")
     service.store.write_key(TENANT, artifact, copy)
     with pytest.raises(IntegrityError, match="needs key 'k1'"):
         service.fetch(artifact)
@@ -462,14 +463,14 @@ def test_a_key_is_not_retired_over_an_artifact_that_nobody_counted(
     with monkeypatch.context() as patch:
         patch.setattr(registry, "retire_key", late)
         with pytest.raises(InvalidRequestError, match=r"saved meanwhile.*repeat"):
-            verify.retire(registry, root, TENANT, "k1")
+            keys_module.retire(registry, root, TENANT, "k1")
     assert registry.key_ids() == ["k1", "k2"]
     assert "key.retire" not in "".join(registry.audit_rows(TENANT, 0, 1000))
     assert_same(service.fetch(draft.artifact_id), checkpoint())
     with pytest.raises(InvalidRequestError, match="opens 1 artifacts"):
-        verify.retire(registry, root, TENANT, "k1")
+        keys_module.retire(registry, root, TENANT, "k1")
     rewrapped(service)
-    verify.retire(registry, root, TENANT, "k1")
+    keys_module.retire(registry, root, TENANT, "k1")
     assert_same(service.fetch(draft.artifact_id), checkpoint())
 
 
@@ -500,7 +501,7 @@ def test_a_save_by_another_registry_finds_the_key_that_is_being_retired_gone(
         retire(ring, key_id)
 
     monkeypatch.setattr(FileKeyring, "retire", slow)
-    verify.retire(service.registry, str(service.root), TENANT, "k1")
+    keys_module.retire(service.registry, str(service.root), TENANT, "k1")
     saver.join(30)
     assert "'k1' was retired" in refused[0]
     assert other.artifacts(TENANT) == []
@@ -513,8 +514,8 @@ def test_two_registries_on_one_home_save_under_the_key_of_today(service: Service
     shell.rotate_key(TENANT)
     after = service.publish()
     assert [wrapped_under(service, artifact) for artifact in (before, after)] == ["k1", "k2"]
-    assert [*verify.rewrap(shell, str(service.root))] == [(before, ""), (after, "")]
-    verify.retire(shell, str(service.root), TENANT, "k1")
+    assert [*keys_module.rewrap(shell, str(service.root))] == [(before, ""), (after, "")]
+    keys_module.retire(shell, str(service.root), TENANT, "k1")
     last = service.publish()
     assert service.registry.rotate_key(TENANT) == "k3"
     assert service.registry.key_ids() == shell.key_ids() == ["k2", "k3"]
@@ -576,7 +577,7 @@ def test_what_a_stranger_puts_in_the_place_of_files_holds_no_check_up(service: S
     assert found[whole] == ""
     assert f"{pipe}.json is not in the store" in found[pipe]
     assert "longer than what was put there" in found[endless]
-    assert {*verify.uses(registry, str(service.root)).unreadable} == {pipe}
+    assert {*keys_module.uses(registry, str(service.root)).unreadable} == {pipe}
 
 
 # --- saves beside training, through a real service -----------------------------------------------

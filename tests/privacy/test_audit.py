@@ -15,17 +15,13 @@ import numpy as np
 import pytest
 import torch
 
+from actors.engine.gradients import PrivateGradient
 from actors.engine.session import Session
-from actors.privacy import self_audit, session
-from actors.privacy.clipping import ClippedSum, PrivateGradient, UnitGradients, privatise
+from actors.privacy import attacks, self_audit, session
+from actors.privacy.attacks import epsilon_bound, mean_shift, one_run_audit
+from actors.privacy.clipping import ClippedSum, UnitGradients, privatise
 from actors.privacy.noise import standard_normal
-from actors.privacy.self_audit import (
-    AuditReport,
-    epsilon_bound,
-    mean_shift,
-    one_run_audit,
-    run_audit,
-)
+from actors.privacy.self_audit import AuditReport, run_audit
 from actors.privacy.session import PrivateSession
 from tg_tinker.records.accounting import gaussian_epsilon
 
@@ -309,7 +305,7 @@ def paper_p_value(m: int, r: int, v: int, epsilon: float, delta: float) -> float
 def test_the_bound_is_that_of_the_paper(m: int, r: int, v: int, delta: float) -> None:
     for epsilon in (0.0, 0.5, 2.0):
         expected = paper_p_value(m, r, v, epsilon, delta)
-        assert self_audit._p_value(m, r, v, epsilon, delta) == pytest.approx(expected, rel=1e-9)
+        assert attacks._p_value(m, r, v, epsilon, delta) == pytest.approx(expected, rel=1e-9)
     bound = epsilon_bound(m, r, v, delta, 0.05)
     if bound:
         assert paper_p_value(m, r, v, bound, delta) == pytest.approx(0.05, rel=1e-6)
@@ -365,7 +361,7 @@ def test_a_sound_step_fails_once_in_two_thousand_times() -> None:
 
 
 def test_the_verdict_names_what_failed() -> None:
-    good, bad = self_audit.Check("a", True, "", {}), self_audit.Check("b", False, "", {})
+    good, bad = attacks.Check("a", True, "", {}), attacks.Check("b", False, "", {})
     report = AuditReport((good, bad), 5000, 4, 2.0, 1e-5, 2.0, 0.0, 0.0, (), ())
     assert report.verdict == "VIOLATION: b"
     assert not report.passed

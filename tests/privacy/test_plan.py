@@ -17,7 +17,8 @@ from actors.privacy.plan import Plan, plan_run
 from tg_tinker.config import DPConfig, TrainingConfig
 from tg_tinker.errors import DPBudgetExceededError, InvalidRequestError
 from tg_tinker.records.accounting import filter_order, gaussian_epsilon
-from tg_tinker.records.ledger import Ledger, registration
+from tg_tinker.records.entries import registration
+from tg_tinker.records.ledger import Ledger
 
 SAMPLED = {"sampling": "poisson", "dataset_size": 800, "accountant_type": "rdp"}
 

@@ -10,7 +10,8 @@ import pytest
 
 from actors.engine.model import Base
 from actors.privacy.budget import Budget
-from actors.privacy.units import PoissonSampler, unit_ids
+from actors.privacy.poisson import PoissonSampler
+from actors.privacy.units import unit_ids
 from actors.registry.plausibility import looks_drawn
 from support.privacy_helpers import ROWS, PrivateSession, private_session, registry, rows
 from tg_tinker import ActorLostError, DPBudgetExceededError, InvalidRequestError

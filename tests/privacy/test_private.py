@@ -17,10 +17,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from actors.engine.model import Base, silence_dropout
+from actors.engine.model import Base
 from actors.privacy import capture, clipping
 from actors.privacy import session as private
 from actors.privacy.clipping import ClippedSum, UnitGradients, privatise
+from actors.privacy.layers import silence_dropout
 from actors.privacy.noise import standard_normal
 from actors.privacy.session import PrivateSession
 from support.helpers import IGNORED, assert_close, assert_equal, session, weights

@@ -23,7 +23,8 @@ from tg_tinker.records.accounting import (
     subsampled_gaussian_epsilon,
     subsampled_gaussian_rdp,
 )
-from tg_tinker.records.ledger import GENESIS, Account, Entry, Ledger, entry_hash
+from tg_tinker.records.entries import GENESIS, Entry, entry_hash
+from tg_tinker.records.ledger import Account, Ledger
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 DELTA = 1e-5

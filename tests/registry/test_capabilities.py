@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.artifacts import publish
+from actors.artifacts import fetch
 from actors.artifacts.publish import Draft
 from actors.engine.checkpoint import from_files, to_files
-from actors.operations import verify
+from actors.operations import keys, verify
 from actors.registry.audit_log import ANYONE, SDK
 from actors.registry.registry import Registry
 from actors.storage.capabilities import READER, RUN, Capability, Issuer
@@ -63,7 +63,7 @@ def test_an_actor_makes_artifacts_and_reads_those_of_all_runs_of_its_tenant(
     service: Service,
 ) -> None:
     artifact, other = service.publish(), client(service.registry)
-    files = publish.fetch(service.registry, service.store, other, artifact)
+    files = fetch.fetch(service.registry, service.store, other, artifact)
     assert_same(from_files(files), checkpoint())
     assert seen(service.registry)[-1] == (other.who, "artifact.load", artifact, "ok")
     assert len(service.registry.new_data_key(other, "art-new", service.store.root)[0]) == 32
@@ -93,8 +93,8 @@ def test_the_audit_log_names_the_reader_that_was_given_a_capability(service: Ser
 def test_a_capability_outlives_a_restart_a_rotation_and_the_end_of_a_key(service: Service) -> None:
     """An actor that has trained for days must still be able to save."""
     service.registry.rotate_key(TENANT)
-    [*verify.rewrap(service.registry, str(service.root))]
-    verify.retire(service.registry, str(service.root), TENANT, "k1")
+    [*keys.rewrap(service.registry, str(service.root))]
+    keys.retire(service.registry, str(service.root), TENANT, "k1")
     again = Registry(f"sqlite:///{service.home / DATABASE}", service.home / KEYRING)
     artifact = replace(service, registry=again).publish()
     assert len(opened(replace(service, registry=again), service.capability, artifact)) == 32

@@ -33,10 +33,10 @@ from tg_tinker.errors import (
     StorageError,
 )
 from tg_tinker.records.audit_log import AuditRow
-from tg_tinker.records.files import keep_line
+from tg_tinker.records.entries import Entry, place_of
+from tg_tinker.records.files import KeptHead, keep_line
 from tg_tinker.records.heads import LedgerHead
-from tg_tinker.records.ledger import Entry, Ledger, place_of
-from tg_tinker.records.ledger_files import KeptHead
+from tg_tinker.records.ledger import Ledger
 from tg_tinker.storage.envelope import new_signing_key
 
 US, DATA = "default", "clinic-2026"

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from actors.engine.session import Session
 from actors.sampling.drawing import draw, penalised, uniform
-from actors.sampling.engine import SlotEngine, Token, TokenRequest
+from actors.sampling.engine import SlotEngine
+from actors.sampling.requests import Token, TokenRequest
 from actors.sampling.text import Completions, join
 from support.helpers import examples, session
 from support.sampling import cut

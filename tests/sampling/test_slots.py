@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from actors.engine import slots
 from actors.engine.model import Base
 from actors.sampling import engine as generation
-from actors.sampling.engine import SlotEngine, TokenRequest
+from actors.sampling.engine import SlotEngine
+from actors.sampling.requests import TokenRequest
 from support.helpers import session
 from support.models import make_model
 from support.sampling import Reader, alone, finish

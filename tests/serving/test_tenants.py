@@ -33,7 +33,7 @@ from actors.registry.registry import Registry
 from actors.storage.home import create
 from serve_app.http.access import HttpOptions
 from serve_app.http.routes import BODY_S, LOOKUPS, MOST_WAITING, api
-from serve_app.replica.fetches import AT_ONCE, Fetches
+from serve_app.replica.engines import AT_ONCE, Fetches
 from serve_app.replica.replica import TEXTS
 from serve_app.replica.sources import Source, Sources
 from support.http import scraped

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from actors.operations import verify
+from actors.operations import keys
 from actors.process import forget_keyrings
 from actors.registry.registry import Registry
 from actors.storage.home import DATABASE, KEYRING, create
@@ -310,9 +310,9 @@ def test_a_keyring_moves_into_the_environment_and_rotates_there(
         service.registry.rotate_key(TENANT)
     service = moved(service, monkeypatch, new_text(after=WHERE))
     fresh = service.registry.key_info()[0]
-    assert verify.uses(service.registry, str(service.root)).artifacts == {"k1": 1, fresh: 0}
-    assert [*verify.rewrap(service.registry, str(service.root))] == [(old, "")]
-    assert verify.uses(service.registry, str(service.root)).artifacts == {"k1": 0, fresh: 1}
+    assert keys.uses(service.registry, str(service.root)).artifacts == {"k1": 1, fresh: 0}
+    assert [*keys.rewrap(service.registry, str(service.root))] == [(old, "")]
+    assert keys.uses(service.registry, str(service.root)).artifacts == {"k1": 0, fresh: 1}
     without = json.loads(os.environ[VARIABLE])
     del without["keys"]["k1"]
     service = moved(service, monkeypatch, json.dumps(without))

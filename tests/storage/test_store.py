@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from actors.artifacts import publish
+from actors.artifacts import delete, fetch, publish
 from actors.registry.registry import Registry
 from actors.storage.filesystems import RetryPolicy, cause_of
 from actors.storage.home import DATABASE, KEYRING, create
@@ -268,11 +268,11 @@ class TestArtifactsInEveryStore:
         )  # fmt: skip
         artifact = draft.artifact_id
         assert (
-            publish.fetch(registry, ArtifactStore(root), registry.reader(TENANT), artifact) == files
+            fetch.fetch(registry, ArtifactStore(root), registry.reader(TENANT), artifact) == files
         )
         stored = ArtifactStore(root).objects.list_below(f"t/{TENANT}/a")
         assert sum(info.size for info in stored) == size
-        publish.delete(registry, root, TENANT, artifact)
+        delete.delete(registry, root, TENANT, artifact)
         left = ArtifactStore(root).objects.list_below()
         assert len(left) == 2  # heads of the audit log, after the save and after the deletion
         assert all(head.name.startswith(f"t/{TENANT}/audit/") for head in left)

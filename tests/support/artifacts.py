@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from actors.artifacts import publish
+from actors.artifacts import fetch, publish
 from actors.artifacts.publish import Draft
 from actors.engine.checkpoint import Checkpoint, SessionState, from_files, to_files
 from actors.engine.lineage import Lineage
@@ -75,7 +75,7 @@ class Service:
 
     def fetch(self, artifact: str, tenant: str = TENANT) -> Checkpoint:
         return from_files(
-            publish.fetch(self.registry, self.store, self.registry.reader(tenant), artifact)
+            fetch.fetch(self.registry, self.store, self.registry.reader(tenant), artifact)
         )
 
     def files(self) -> list[Path]:

@@ -47,7 +47,8 @@ from tg_tinker.records.accounting import (
     subsampled_gaussian_rdp,
 )
 from tg_tinker.records.audit_log import AuditHead, AuditRow, verify
-from tg_tinker.records.ledger import VERSION, Entry, Ledger
+from tg_tinker.records.entries import VERSION, Entry
+from tg_tinker.records.ledger import Ledger
 from tg_tinker.records.report import (
     DEFAULT_DATASET,
     PrivacyInfo,

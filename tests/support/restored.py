@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.artifacts import copies, publish
+from actors.artifacts import delete, fetch
 from actors.operations import restore
 from actors.registry.registry import Registry
 from actors.storage.home import DATABASE, KEYRING
@@ -71,14 +71,14 @@ def old(service: Service, tmp_path: Path) -> Restored:
     kept, deleted = service.publish(), service.publish()
     database = old_copy(service, tmp_path / "old.db")
     shutil.copytree(service.root, tmp_path / "store")
-    copies.shred(service.registry, str(service.root), TENANT, deleted)
+    delete.shred(service.registry, str(service.root), TENANT, deleted)
     shutil.copytree(tmp_path / "store", service.root, dirs_exist_ok=True)
     assert len(service.files_of(deleted)) == 5
     return Restored(on(service, database), on(service, service.home / DATABASE), kept, deleted)
 
 
 def loaded(of: Service, artifact: str) -> None:
-    publish.fetch(of.registry, of.store, of.capability, artifact)
+    fetch.fetch(of.registry, of.store, of.capability, artifact)
 
 
 def train(of: Service) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from actors.engine.model import Base
-from actors.sampling.engine import SlotEngine, Token, TokenRequest
+from actors.sampling.engine import SlotEngine
+from actors.sampling.requests import Token, TokenRequest
 from tg_tinker.sampling import SamplingParams
 
 

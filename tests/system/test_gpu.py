@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from actors.engine.model import Base
-from actors.sampling.engine import SlotEngine, TokenRequest
+from actors.sampling.engine import SlotEngine
+from actors.sampling.requests import TokenRequest
 from support.helpers import RAGGED, assert_close, examples, session, weights, window
 from support.models import make_model
 from support.privacy_helpers import norm, perturb, private_session, sums

@@ -29,7 +29,7 @@ from tg_tinker import (
     TrainingConfig,
 )
 from tg_tinker.cli.main import main
-from tg_tinker.records.ledger import Entry
+from tg_tinker.records.entries import Entry
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:a step has")]
 DATA = "clinic-2026"

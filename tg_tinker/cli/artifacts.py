@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tg_tinker.cli.shared import connector, print_table, report
 from tg_tinker.cli.sweep import sweep
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.storage.stores import shown
@@ -55,8 +56,6 @@ def list_artifacts(
     [cyan]tg-tinker artifacts list --label stage=prod --older-than 2026-01-31[/]
     [cyan]tg-tinker artifacts list --limit 20 --after ARTIFACT_ID[/]
     """
-    from tg_tinker.cli.main import connector, print_table
-
     with connector(ctx)() as service:
         known = service.list_artifacts(
             run=run, label=label, newer_than=_utc(newer_than), older_than=_utc(older_than),
@@ -81,8 +80,6 @@ def show(ctx: typer.Context, artifact_id: _Id) -> None:
 
     [cyan]tg-tinker artifacts show ARTIFACT_ID[/]
     """
-    from tg_tinker.cli.main import connector
-
     with connector(ctx)() as service:
         item = service.get_artifact(artifact_id)
     for name, value in {
@@ -113,7 +110,6 @@ def label(
       [cyan]tg-tinker artifacts label ARTIFACT_ID stage=prod owner=anna[/]
       [cyan]tg-tinker artifacts label ARTIFACT_ID[/]
     """
-    from tg_tinker.cli.main import connector
     from tg_tinker.labels import parse_labels
 
     wanted = parse_labels(labels or [])
@@ -140,8 +136,6 @@ def expire(
       [cyan]tg-tinker artifacts expire ARTIFACT_ID --never[/]
       [cyan]tg-tinker artifacts delete --expired[/]
     """
-    from tg_tinker.cli.main import connector
-
     if [days is not None, at is not None, never].count(True) != 1:
         raise InvalidRequestError("say one of --days N, --at DATE and --never")
     when = _utc(at) if days is None else datetime.now(UTC) + timedelta(days=days)
@@ -156,8 +150,6 @@ def copy(ctx: typer.Context, artifact_id: _Id) -> None:
 
     [cyan]tg-tinker artifacts copy ARTIFACT_ID[/]
     """
-    from tg_tinker.cli.main import connector
-
     with connector(ctx)() as service, _working("copying"):
         item = service.copy_artifact(artifact_id)
     typer.echo(item.artifact_id)
@@ -173,8 +165,6 @@ def reseal(ctx: typer.Context, artifact_id: _Id) -> None:
 
       [cyan]tg-tinker artifacts reseal ARTIFACT_ID[/]
     """
-    from tg_tinker.cli.main import connector
-
     with connector(ctx)() as service, _working("encrypting anew"):
         service.reseal_artifact(artifact_id)
     typer.echo(f"{artifact_id} is under a fresh key")
@@ -190,8 +180,6 @@ def export(
 
     [cyan]tg-tinker artifacts export ARTIFACT_ID my-adapter[/]
     """
-    from tg_tinker.cli.main import connector
-
     with connector(ctx)() as service:
         service.export_adapter(artifact_id, path)
     typer.echo(f"Wrote {path}: not encrypted, load it with peft.PeftModel.from_pretrained")
@@ -213,8 +201,6 @@ def import_adapter(
 
       [cyan]tg-tinker artifacts import my-adapter --model path/or/hub-id[/]
     """
-    from tg_tinker.cli.main import connector
-
     with connector(ctx, begins=True)() as service, _working("starting") as status:
         item = service.import_adapter(path, model, progress=status.update)
     typer.echo(item.artifact_id)
@@ -232,9 +218,6 @@ def verify_artifacts(
     [cyan]tg-tinker artifacts verify[/]
     [cyan]tg-tinker artifacts verify ARTIFACT_ID[/]
     """
-    from tg_tinker.cli.keys import report
-    from tg_tinker.cli.main import connector
-
     with connector(ctx)() as service:
         all_of_them = service.list_artifacts() if artifact_id is None else []
         failed = report(service.verify_artifacts(artifact_id), "checking artifacts")
@@ -260,9 +243,6 @@ def delete(
     [cyan]tg-tinker artifacts delete ARTIFACT_ID --yes[/]
     [cyan]tg-tinker artifacts delete --expired[/]
     """
-    from tg_tinker.cli.keys import report
-    from tg_tinker.cli.main import connector
-
     if (artifact_id is None) != expired:
         raise InvalidRequestError("name one artifact, or say --expired")
     if expired and lost:
@@ -289,8 +269,6 @@ def shred(ctx: typer.Context, artifact_id: _Id, yes: _Yes = False) -> None:
 
       [cyan]tg-tinker artifacts shred ARTIFACT_ID[/]
     """
-    from tg_tinker.cli.main import connector
-
     with connector(ctx)() as service:
         service.get_artifact(artifact_id)
         if not yes:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tg_tinker.cli.shared import connector, print_table
 from tg_tinker.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -42,8 +43,6 @@ def show(
 
     [cyan]tg-tinker audit-log show --since 120[/]
     """
-    from tg_tinker.cli.main import connector, print_table
-
     with connector(ctx)() as service:
         known = service.audit_log(since, limit)
     rows = [
@@ -73,7 +72,6 @@ def verify(
       [cyan]tg-tinker audit-log verify audit.jsonl --public-key audit.pub[/]
       [cyan]tg-tinker audit-log verify audit.jsonl --public-key audit.pub --since may.jsonl[/]
     """
-    from tg_tinker.cli.main import connector
     from tg_tinker.records.files import read_public_key, verify_export
 
     if (file is None) != (public_key is None):
@@ -95,7 +93,6 @@ def export(
 
     [cyan]tg-tinker audit-log export audit.jsonl[/]
     """
-    from tg_tinker.cli.main import connector
     from tg_tinker.records.files import paged, write_export
 
     with connector(ctx)() as service:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from tg_tinker.cli.shared import connector, print_table
 from tg_tinker.storage.stores import shown
 from tg_tinker.types import CLOSED, NOT_STARTED
 
@@ -33,8 +34,6 @@ def show_all(
     [cyan]tg-tinker clients list[/]
     [cyan]tg-tinker clients list --all[/]
     """
-    from tg_tinker.cli.main import connector, print_table
-
     with connector(ctx)() as service:
         known = service.list_training_clients()
     rows = [
@@ -51,8 +50,6 @@ def info(ctx: typer.Context, client: _Client) -> None:
 
     [cyan]tg-tinker clients info tc-0123456789abcdef[/]
     """
-    from tg_tinker.cli.main import connector
-
     with connector(ctx)() as service:
         found = service.describe_training_client(client)
     for name, value in (
@@ -72,8 +69,6 @@ def park(ctx: typer.Context, client: _Client) -> None:
 
     [cyan]tg-tinker clients park tc-0123456789abcdef[/]
     """
-    from tg_tinker.cli.main import connector
-
     with connector(ctx)() as service:
         service.park_training_client(client)
     typer.echo(f"{client} is parked: its next call brings it back")
@@ -89,8 +84,6 @@ def close(
 
     [cyan]tg-tinker clients close tc-0123456789abcdef[/]
     """
-    from tg_tinker.cli.main import connector
-
     with connector(ctx)() as service:
         found = service.describe_training_client(client)
         question = f"End {client} at step {found.step}, last artifact: {found.last_artifact_id}?"

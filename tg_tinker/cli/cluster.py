@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from tg_tinker.cli.shared import connector, print_table
+
 commands = typer.Typer(rich_markup_mode="rich")
 
 _GIB = 2**30
@@ -84,8 +86,6 @@ def status(ctx: typer.Context) -> None:
 
       [cyan]tg-tinker status[/]
     """
-    from tg_tinker.cli.main import connector, print_table
-
     _need_a_cluster()
     with connector(ctx)() as service:
         found = service.cluster_status()
@@ -119,7 +119,6 @@ def down(
       [cyan]tg-tinker down[/]
       [cyan]tg-tinker down --yes[/]
     """
-    from tg_tinker.cli.main import connector
     from tg_tinker.client.service import home_directory
     from tg_tinker.cluster import node
     from tg_tinker.errors import ClusterUnavailableError

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import track
 
+from tg_tinker.cli.shared import connector, print_table, report
 from tg_tinker.storage.keyrings import check_key_id
 from tg_tinker.storage.stores import shown
 
@@ -37,8 +35,6 @@ def list_keys(ctx: typer.Context) -> None:
 
       [cyan]tg-tinker keys list[/]
     """
-    from tg_tinker.cli.main import connector, print_table
-
     with connector(ctx)() as service:
         found = service.list_keys()
     rows = [(name, "primary" if name == found.primary else "older", str(count))
@@ -73,8 +69,6 @@ def rotate(
       [cyan]tg-tinker keys rotate[/]
       [cyan]tg-tinker keys rotate --resume[/]
     """
-    from tg_tinker.cli.main import connector
-
     with connector(ctx)() as service:
         if not resume:
             typer.echo(f"key {service.rotate_key()} is the primary one now")
@@ -94,8 +88,6 @@ def retire(
 
     [cyan]tg-tinker keys retire k1[/]
     """
-    from tg_tinker.cli.main import connector
-
     check_key_id(key_id)  # before it is repeated: it may be the key itself
     with connector(ctx)() as service:
         if not yes:
@@ -124,14 +116,3 @@ def new(
     from tg_tinker.backend import provided
 
     typer.echo(provided("new_keyring")(after))
-
-
-def report(outcomes: Iterator[tuple[str, str]], title: str) -> int:
-    """Shows progress and what failed; how many did."""
-    failed, console = [], Console(stderr=True)
-    for name, problem in track(outcomes, title, console=console):
-        if problem:
-            failed.append((name, problem))
-    for name, problem in failed:
-        typer.echo(shown(f"{name}: {problem}"), err=True)
-    return len(failed)

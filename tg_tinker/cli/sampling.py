@@ -1,4 +1,4 @@
-"""The commands about sampling: `serve`, `api-keys`, `sample` and `chat`."""
+"""The commands about sampling: `serve`, `sample` and `chat`."""
 
 from __future__ import annotations
 
@@ -15,25 +15,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from tg_tinker.cli.http_client import stream
+from tg_tinker.cli.shared import connector
 from tg_tinker.errors import InvalidRequestError, TGTinkerError
 
 if TYPE_CHECKING:
-    from tg_tinker.client.service import ServiceClient
+    pass
 
 commands = typer.Typer()
-api_keys = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    help="""Keys for clients of `tg-tinker serve`.
-
-    As soon as there is one, every request needs one. Only hashes are stored: a
-    key is shown when it is made, and never again.
-
-      [cyan]tg-tinker api-keys create --label laptop --days 30[/]
-      [cyan]tg-tinker api-keys list[/]
-      [cyan]tg-tinker api-keys revoke KEY_ID[/]""",
-)
-commands.add_typer(api_keys, name="api-keys")
 
 _Url = Annotated[
     str, typer.Option(envvar="TG_TINKER_URL", help="Of the server, as `tg-tinker serve` prints it.")
@@ -76,7 +64,6 @@ def serve(
       [cyan]tg-tinker serve --model path/or/hub-id --host 0.0.0.0[/]
       [cyan]tg-tinker serve --write-config serve.yaml[/]
     """
-    from tg_tinker.cli.main import connector
     from tg_tinker.client.service import check_serving
     from tg_tinker.demo.options import find_demo_model
 
@@ -214,79 +201,3 @@ def _ask() -> str:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return ""
-
-
-@api_keys.command("create")
-def create_key(
-    ctx: typer.Context,
-    label: Annotated[str, typer.Option(help="A note for you.")] = "",
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="A run or artifact it may use; repeat for more. All if left out."),
-    ] = None,
-    days: Annotated[float, typer.Option(min=0.001, help="Until it expires.")] = 90,
-) -> None:
-    """Make a key and print it, once.
-
-    [cyan]tg-tinker api-keys create --label laptop --model ARTIFACT_ID[/]
-    """
-    with _connected(ctx, begins=True) as service:
-        token, info = service.create_api_key(label, model or (), days)
-        unknown = set(model or ()) - _names(service)
-    for name in sorted(unknown):
-        typer.echo(f"warning: there is no run or artifact {name} yet: see `tg-tinker runs` and"
-                   " `tg-tinker artifacts list`", err=True)  # fmt: skip
-    typer.echo(token)
-    typer.echo(f"key {info.key_id}, until {info.expires_at:%Y-%m-%d}: keep it, it is not stored",
-               err=True)  # fmt: skip
-
-
-@api_keys.command("list")
-def list_keys(ctx: typer.Context) -> None:
-    """List keys that are not revoked, oldest first.
-
-    [cyan]tg-tinker api-keys list[/]
-    """
-    from tg_tinker.cli.main import print_table
-
-    with _connected(ctx) as service:
-        known = service.list_api_keys()
-    rows = [
-        (key.key_id, key.label or "-", ", ".join(map(_short, key.models)) or "all",
-         f"{key.expires_at:%Y-%m-%d}" if key.expires_at else "never")
-        for key in known
-    ]  # fmt: skip
-    print_table(("key", "label", "models", "expires (UTC)"), rows, "`tg-tinker api-keys create`")
-
-
-@api_keys.command("revoke")
-def revoke_key(
-    ctx: typer.Context, key_id: Annotated[str, typer.Argument(help="As `list` shows it.")]
-) -> None:
-    """End a key; servers notice within seconds.
-
-    [cyan]tg-tinker api-keys revoke KEY_ID[/]
-    """
-    with _connected(ctx) as service:
-        service.revoke_api_key(key_id)
-    typer.echo(f"revoked {key_id}")
-
-
-@contextlib.contextmanager
-def _connected(ctx: typer.Context, begins: bool = False) -> Iterator[ServiceClient]:
-    """The service, and a line that says what takes time."""
-    from tg_tinker.cli.main import connector
-
-    connect = connector(ctx, begins=begins)
-    with Console(stderr=True).status("opening the registry"), connect() as service:
-        yield service
-
-
-def _names(service: ServiceClient) -> set[str]:
-    """What a key may be bound to: the base model alone, runs, artifacts."""
-    runs = {run.training_client_id for run in service.list_training_clients()}
-    return {"base"} | runs | {saved.artifact_id for saved in service.list_artifacts()}
-
-
-def _short(model: str) -> str:
-    return Path(model).name

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import track
 
+from tg_tinker.cli.shared import connector
+
 if TYPE_CHECKING:
     from tg_tinker.types import Orphan
 
@@ -32,8 +34,6 @@ def sweep(
       [cyan]tg-tinker artifacts sweep[/]
       [cyan]tg-tinker artifacts sweep --dry-run --min-age 24[/]
     """
-    from tg_tinker.cli.main import connector
-
     with connector(ctx)() as service:
         outcomes = service.sweep_store(3600 * min_age, dry_run)
         found = list(track(outcomes, "sweeping", console=Console(stderr=True)))

@@ -33,7 +33,7 @@ from tg_tinker.errors import (
     TGTinkerError,
     from_wire,
 )
-from tg_tinker.records.ledger_files import KeptHead
+from tg_tinker.records.files import KeptHead
 from tg_tinker.storage.envelope import seal_payload
 from tg_tinker.types import PARKED, LoadStateResult, OptimStepResult
 

@@ -31,8 +31,8 @@ from tg_tinker.errors import (
     StorageError,
     TGTinkerError,
 )
+from tg_tinker.records.files import KeptHead
 from tg_tinker.records.ledger import Ledger
-from tg_tinker.records.ledger_files import KeptHead
 from tg_tinker.records.report import dataset_of
 from tg_tinker.types import PARKED, ArtifactInfo, ModelInfo, TrainingClientInfo
 

@@ -10,11 +10,10 @@ import contextlib
 import logging
 import os
 import re
-import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from tg_tinker.backend import provided
 from tg_tinker.client.artifacts import ArtifactCalls
@@ -23,16 +22,15 @@ from tg_tinker.client.runs import ClientCalls, with_absolute_path
 from tg_tinker.cluster import node
 from tg_tinker.cluster.cluster import Cluster
 from tg_tinker.cluster.connection import running_cluster
+from tg_tinker.cluster.ports import addresses, check_port
 from tg_tinker.config import DPConfig, TrainingConfig
 from tg_tinker.errors import (
-    ClusterUnavailableError,
     InvalidRequestError,
     NotFoundError,
     StorageError,
 )
 from tg_tinker.records.audit_log import AuditHead, AuditRow, empty, parse_rows, verify
-from tg_tinker.records.files import keep_head, paged, read_head, read_public_key
-from tg_tinker.records.ledger_files import KeptHead
+from tg_tinker.records.files import KeptHead, keep_head, paged, read_head, read_public_key
 from tg_tinker.records.report import DEFAULT_DATASET, PrivacyReport
 from tg_tinker.storage.databases import check_database, database_file, default_database
 from tg_tinker.storage.keyrings import audit_folder, default_place, place_of
@@ -92,42 +90,6 @@ def check_serving(model_ref: str, host: str, port: int) -> None:
     addresses(host, port)
     if (os.environ.get("RAY_ADDRESS") or running_cluster() or "local") == "local":
         check_port(host, port)  # on a cluster that runs, its own Serve may have it
-
-
-def addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
-    """Families and socket addresses of a host, IPv4 first.
-
-    Raises:
-        InvalidRequestError: it has none.
-    """
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        raise InvalidRequestError(
-            f"host {host!r} has no address: 127.0.0.1 is this machine, 0.0.0.0 all its networks"
-        ) from None
-    return sorted(((entry[0], entry[4]) for entry in found), key=lambda pair: pair[0])
-
-
-def check_port(host: str, port: int) -> None:
-    """Whether a program may listen there.
-
-    Serve itself sets SO_REUSEPORT: it would share the port of another server of this user.
-
-    Raises:
-        InvalidRequestError: a host without an address.
-        ClusterUnavailableError: the port is taken, or the system does not give it.
-    """
-    family, address = addresses(host, port)[0]
-    try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Serve does
-            probe.bind(address)
-    except OSError as error:
-        raise ClusterUnavailableError(
-            f"cannot listen on port {port} of {host} ({error.strerror}): stop the program that has"
-            " it, or take another --port"
-        ) from None
 
 
 class ServiceClient(ClientCalls, ArtifactCalls, RegistryCalls):

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tg_tinker.errors import IntegrityError
-from tg_tinker.records.ledger import place_of
+from tg_tinker.records.entries import place_of
 from tg_tinker.storage.envelope import check_signature, sign
 
 GENESIS = "0" * 64

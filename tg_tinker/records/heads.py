@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass, replace
 
 from tg_tinker.errors import IntegrityError
-from tg_tinker.records.ledger import place_of
+from tg_tinker.records.entries import place_of
 from tg_tinker.storage.envelope import check_signature, sign
 
 _DOMAIN = b"tg-tinker ledger head v1\n"

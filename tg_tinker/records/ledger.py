@@ -30,10 +30,8 @@ whatever was chosen in the light of earlier results.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -43,27 +41,28 @@ from tg_tinker.errors import DPBudgetExceededError, IntegrityError, LedgerMismat
 from tg_tinker.records.accounting import (
     MAX_ORDER,
     SIGMA_RANGE,
-    filter_order,
     gaussian_epsilon,
     rdp_epsilon,
     subsampled_gaussian_epsilon,
     subsampled_gaussian_rdp,
 )
-
-Entry = dict[str, Any]
-
-VERSION = 1
-GENESIS = "0" * 64
-CHAIN = ("seq", "prev", "hash")
-# Nine digits: a number that no chain reaches, and that every database takes.
-_AT = re.compile(r"(0|[1-9]\d{0,8})-([0-9a-f]{64})", re.ASCII)
-
-_REFUSALS = (
-    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
-    DPBudgetExceededError,
-)  # fmt: skip
-POISSON = ("poisson", "client_poisson")
-GAUSSIAN = ("participation", "worst_case")
+from tg_tinker.records.entries import (
+    CHAIN,
+    GAUSSIAN,
+    GENESIS,
+    POISSON,
+    REFUSALS,
+    VERSION,
+    Entry,
+    canonical,
+    check_table,
+    entry_hash,
+    is_text,
+    parse_place,
+    place_of,
+    real,
+    whole,
+)
 
 
 @dataclass
@@ -132,7 +131,7 @@ class Ledger:
             place = f"entry {ledger.length} of the ledger"
             try:
                 again = ledger.append({k: v for k, v in entry.items() if k not in CHAIN})
-            except _REFUSALS:
+            except REFUSALS:
                 raise IntegrityError(f"{place} breaks a rule of the ledger") from None
             if again != dict(entry):
                 raise IntegrityError(f"{place} does not continue the chain: it was changed")
@@ -242,7 +241,7 @@ class Ledger:
         if not set(body).isdisjoint(CHAIN):
             raise ValueError("an entry is chained here, and nowhere else")
         # Before the rule, which changes the state: what JSON cannot hold must change nothing.
-        entry: Entry = json.loads(_canonical(dict(body) | {"seq": self.length, "prev": self.head}))
+        entry: Entry = json.loads(canonical(dict(body) | {"seq": self.length, "prev": self.head}))
         entry["hash"] = entry_hash(entry)
         rule(**{key: entry[key] for key in body if key != "type"})
         self.head = entry["hash"]
@@ -255,12 +254,12 @@ class Ledger:
         self, version: int, dataset: str, epsilon: float | None, delta: float, unit: str,
         order: int, born: str,
     ) -> None:  # fmt: skip
-        known = unit in ("example", "id") and _text(dataset) and isinstance(born, str)
-        if version != VERSION or not 0 < _real(delta) < 1 or not known:
+        known = unit in ("example", "id") and is_text(dataset) and isinstance(born, str)
+        if version != VERSION or not 0 < real(delta) < 1 or not known:
             raise ValueError("not a registration of this version")
-        if not 2 <= _whole(order) <= MAX_ORDER:
+        if not 2 <= whole(order) <= MAX_ORDER:
             raise ValueError("no such Renyi order")
-        if epsilon is not None and not _real(epsilon) > 0:
+        if epsilon is not None and not real(epsilon) > 0:
             raise ValueError("epsilon must be positive")
         self.registered = {
             "dataset": dataset, "epsilon": epsilon, "delta": delta, "unit": unit, "order": order,
@@ -273,15 +272,15 @@ class Ledger:
     ) -> None:  # fmt: skip
         if run in self.accounts or contract not in POISSON + GAUSSIAN:
             raise ValueError("not a new run under a known contract")
-        rows = tuple((_whole(n), _real(epsilon)) for n, epsilon in table)
-        if not SIGMA_RANGE[0] <= _real(sigma) <= SIGMA_RANGE[1] or not 0 < _real(rate) <= 1:
+        rows = tuple((whole(n), real(epsilon)) for n, epsilon in table)
+        if not SIGMA_RANGE[0] <= real(sigma) <= SIGMA_RANGE[1] or not 0 < real(rate) <= 1:
             raise ValueError("no such noise or rate")
-        if not (isinstance(facts, dict) and _text(run) and _text(accountant)):
+        if not (isinstance(facts, dict) and is_text(run) and is_text(accountant)):
             raise ValueError("facts are an object, names are text")
         if contract not in POISSON and (rate != 1 or rows):
             raise ValueError("only a Poisson sample has a rate and a table")
-        _check_table(rows, subsampled_gaussian_epsilon(sigma, rate, self.delta))
-        if _whole(planned) > (planned if limit is None else _whole(limit)):
+        check_table(rows, subsampled_gaussian_epsilon(sigma, rate, self.delta))
+        if whole(planned) > (planned if limit is None else whole(limit)):
             raise ValueError("more is planned than allowed")
         account = Account(contract, sigma, rate, accountant, rows, limit, planned, facts=facts)
         self._afford(run, planned, account)
@@ -304,11 +303,11 @@ class Ledger:
 
     def _fall_back(self, run: str, count: int, limit: int | None) -> None:
         account = self.usable(run)
-        if account.contract != "client_poisson" or not _whole(count) <= account.steps:
+        if account.contract != "client_poisson" or not whole(count) <= account.steps:
             raise ValueError("only an asserted Poisson sample falls back")
         account.contract, account.rate, account.table = "participation", 1.0, ()
         account.accountant, account.reserved = "exact", 0
-        account.count, account.limit = count, None if limit is None else _whole(limit)
+        account.count, account.limit = count, None if limit is None else whole(limit)
         account.refuted = True
 
     def _unnoised(self, run: str, epoch: int, charge: str, count: int) -> None:
@@ -327,7 +326,7 @@ class Ledger:
         self.accounts[run].reserved = 0
 
     def _link(self, run: str, datasets: Iterable[str]) -> None:
-        if run not in self.accounts or not all(_text(name) for name in datasets):
+        if run not in self.accounts or not all(is_text(name) for name in datasets):
             raise ValueError("not a run of this data set, or no names")
         self.linked |= set(datasets)
 
@@ -343,11 +342,11 @@ class Ledger:
     def _check_count(self, account: Account, count: int) -> None:
         # Under participation a step may use no unit more often than the most used one before.
         unchanged = account.contract == "participation" and count == account.count
-        if _whole(count) != account.count + 1 and not unchanged:
+        if whole(count) != account.count + 1 and not unchanged:
             raise ValueError(f"the count goes from {account.count} to {count}")
 
     def _check_unpaid(self, charge: str) -> None:
-        if not _text(charge) or charge in self._paid:
+        if not is_text(charge) or charge in self._paid:
             raise ValueError("a charge has an id of its own")
 
     def _afford(self, run: str, count: int, account: Account) -> None:
@@ -382,72 +381,6 @@ class Ledger:
             for account, count in used
         )
         return rdp_epsilon(rdp, order, self.delta)
-
-
-def registration(dataset: str, epsilon: float | None, delta: float, unit: str, born: str) -> Entry:
-    """The body of a ledger's first entry; its Renyi order follows from the budget."""
-    return {
-        "type": "register", "version": VERSION, "dataset": dataset, "epsilon": epsilon,
-        "delta": delta, "unit": unit, "born": born,
-        "order": filter_order(math.inf if epsilon is None else epsilon, delta),
-    }  # fmt: skip
-
-
-def place_of(seq: int, found: str) -> str:
-    """An entry's place in a chain as text, ``SEQ-HASH``."""
-    return f"{seq}-{found}"
-
-
-def is_place(text: str) -> bool:
-    """Whether `parse_place` takes it."""
-    return _AT.fullmatch(text) is not None
-
-
-def parse_place(place: str) -> tuple[int, str]:
-    """The inverse of `place_of`.
-
-    Raises:
-        IntegrityError: this is no such text.
-    """
-    match = _AT.fullmatch(place) if isinstance(place, str) else None
-    if match is None:
-        raise IntegrityError("this is not a place in a ledger, SEQ-HASH: it was changed")
-    return int(match[1]), match[2]
-
-
-def entry_hash(entry: Mapping[str, Any]) -> str:
-    """SHA-256 of an entry's canonical JSON without its own hash."""
-    body = {key: value for key, value in entry.items() if key != "hash"}
-    return hashlib.sha256(_canonical(body).encode()).hexdigest()
-
-
-def _canonical(body: Mapping[str, Any]) -> str:
-    return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def _whole(value: Any) -> int:
-    """A count as it is; neither a truth value nor a float may stand for one."""
-    if type(value) is not int or value < 0:
-        raise ValueError("not a whole number")
-    return value
-
-
-def _real(value: Any) -> float:
-    """A number as it is; no truth value, no text."""
-    if type(value) not in (int, float):
-        raise ValueError("not a number")
-    return float(value)
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _check_table(rows: tuple[tuple[int, float], ...], floor: float) -> None:
-    """Rising, and nowhere below the exact epsilon of a single step."""
-    for before, row in zip(((0, floor * (1 - 1e-6)), *rows), rows, strict=False):
-        if not (row[0] > before[0] and row[1] >= before[1]):
-            raise ValueError("the table must rise, from one step's epsilon at least")
 
 
 def _counted(account: Account) -> str:

@@ -18,7 +18,8 @@ from typing import Any
 
 from tg_tinker.config import TrainingConfig
 from tg_tinker.errors import IntegrityError, NotFoundError, ServiceError
-from tg_tinker.records.ledger import Account, Entry, Ledger, place_of
+from tg_tinker.records.entries import Entry, place_of
+from tg_tinker.records.ledger import Account, Ledger
 
 DEFAULT_DATASET = "default"
 """The data set of a private run that names none."""

@@ -1,0 +1,84 @@
+"""Artifacts out of the store: checked, opened, and only the one that was published."""
+
+from __future__ import annotations
+
+import hashlib
+
+from actors.artifacts.publish import Draft
+from actors.process import no_core_files
+from actors.registry.registry import Registry
+from actors.registry.rollback import meet
+from actors.storage.capabilities import Capability
+from actors.storage.manifest import Manifest
+from actors.storage.store import MANIFEST, ArtifactStore
+from tg_tinker.errors import IntegrityError, NotFoundError
+from tg_tinker.storage.envelope import context_of, unseal
+
+
+def fetch(
+    registry: Registry, store: ArtifactStore, capability: Capability, artifact_id: str
+) -> dict[str, bytes]:
+    """The files of an artifact in clear, after every one of them was verified.
+
+    Raises:
+        NotFoundError: unknown, deleted, expired, of another tenant, or its files are gone.
+        ActorLostError: the capability is of an actor that was replaced.
+        IntegrityError: not what was published, or not for this key.
+        RollbackError, StorageError: see `audit_heads.meet`.
+    """
+    tenant = capability.tenant
+    no_core_files()  # a copy, an export or a check decrypts in the program that uses the SDK
+    meet(registry, store, tenant, capability.who)
+    stored_as = registry.stored_as(tenant, artifact_id)
+    try:
+        manifest, key = _opened(registry, store, capability, artifact_id, stored_as)
+        return {
+            name.removesuffix(".enc"): _file(store, stored_as, manifest, key, name)
+            for name in manifest.files
+        }
+    except (NotFoundError, IntegrityError):
+        if registry.stored_as(tenant, artifact_id) == stored_as:
+            raise
+    return fetch(registry, store, capability, artifact_id)  # it was resealed while it was read
+
+
+def check_written(store: ArtifactStore, draft: Draft) -> None:
+    """Reads a written draft back. Raises IntegrityError unless it opens as what it was made of."""
+    content = store.read(draft.tenant, draft.stored_as, MANIFEST)
+    manifest = Manifest.parse(content, draft.tenant, draft.artifact_id)
+    manifest.check(draft._key)
+    same = store.read_key(draft.tenant, draft.stored_as) == draft.wrapped_key and all(
+        _file(store, draft.stored_as, manifest, draft._key, f"{name}.enc") == content
+        for name, content in draft._files.items()
+    )
+    if not same:
+        raise IntegrityError(f"the store does not give back what was written as {draft.stored_as}")
+
+
+def _opened(
+    registry: Registry, store: ArtifactStore, capability: Capability, artifact_id: str,
+    stored_as: str,
+) -> tuple[Manifest, bytes]:  # fmt: skip
+    """The verified manifest of an artifact, and its data key."""
+    tenant = capability.tenant
+    content = store.read(tenant, stored_as, MANIFEST)
+    registry.check_manifest(tenant, artifact_id, content)
+    manifest = Manifest.parse(content, tenant, artifact_id)
+    wrapped = store.read_key(tenant, stored_as)
+    key = registry.open_data_key(capability, artifact_id, wrapped, store.root)
+    manifest.verify(key)
+    return manifest, key
+
+
+def _file(store: ArtifactStore, stored_as: str, manifest: Manifest, key: bytes, name: str) -> bytes:
+    context = context_of(manifest.tenant, manifest.artifact_id, name.removesuffix(".enc"))
+    return unseal(key, sealed_file(store, stored_as, manifest, name), context)
+
+
+def sealed_file(store: ArtifactStore, stored_as: str, manifest: Manifest, name: str) -> bytes:
+    """A file as it lies in the store. Raises IntegrityError unless it is what the manifest says."""
+    entry = manifest.files[name]
+    sealed = store.read(manifest.tenant, stored_as, name, entry.size)
+    if len(sealed) != entry.size or hashlib.sha256(sealed).hexdigest() != entry.sha256:
+        raise IntegrityError(f"{name} of artifact {manifest.artifact_id} is not what was published")
+    return sealed

@@ -1,0 +1,27 @@
+"""Artifacts whose time is over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from actors.artifacts.delete import delete
+from actors.registry.registry import Registry
+from actors.registry.rollback import meet
+from actors.storage.store import ArtifactStore
+from tg_tinker.errors import TGTinkerError
+
+
+def delete_expired(registry: Registry, root: str, tenant: str) -> Iterator[tuple[str, str]]:
+    """Deletes every artifact whose time is over; (id, what went wrong), empty where nothing.
+
+    Raises:
+        RollbackError, StorageError: see `audit_heads.meet`: expiry may have been changed since.
+    """
+    meet(registry, ArtifactStore(root), tenant)
+    for artifact_id in registry.expired(tenant):
+        try:
+            delete(registry, root, tenant, artifact_id, "artifact.expire")
+        except TGTinkerError as error:
+            yield artifact_id, error.message
+        else:
+            yield artifact_id, ""

@@ -1,0 +1,84 @@
+"""What all commands share: the service they call, tables, and errors in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+from typer.core import TyperGroup
+
+from tg_tinker.errors import TGTinkerError
+from tg_tinker.storage.stores import shown, shown_lines
+
+if TYPE_CHECKING:
+    from tg_tinker.client.service import ServiceClient
+
+
+_INTERRUPTED = 130
+
+
+class OneLineErrors(TyperGroup):
+    """Ends every command alike: an error of ours is one line on stderr and status 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TGTinkerError as error:
+            console = Console(stderr=True)
+            console.print(f"[red]error:[/] {escape(shown_lines(error.message))}", soft_wrap=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(_INTERRUPTED) from None
+
+
+def connector(ctx: typer.Context, *, begins: bool = False) -> Callable[..., ServiceClient]:
+    """What connects a command to the service.
+
+    Args:
+        begins: it begins something, so it may make a home where there is none.
+    """
+    from tg_tinker.client.service import ServiceClient, check_home
+
+    if ctx.obj:
+        return cast("Callable[..., ServiceClient]", ctx.obj)
+    if not begins:
+        check_home()
+    return ServiceClient
+
+
+def print_table(
+    columns: Sequence[str], rows: Sequence[tuple[str, ...]], maker: str = "`tg-tinker demo`"
+) -> None:
+    """A table on a terminal; elsewhere the same, never cut to a width. No cell commands the
+    terminal: whoever writes to the database may have put it there."""
+    console = Console() if sys.stdout.isatty() else Console(width=4000)
+    table = Table(*columns, box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        table.add_row(*(escape(shown(cell)) for cell in row))
+    console.print(table if rows else f"none yet: {maker} makes one")
+
+
+def report(outcomes: Iterator[tuple[str, str]], title: str) -> int:
+    """Shows progress and what failed; how many did."""
+    failed, console = [], Console(stderr=True)
+    for name, problem in track(outcomes, title, console=console):
+        if problem:
+            failed.append((name, problem))
+    for name, problem in failed:
+        typer.echo(shown(f"{name}: {problem}"), err=True)
+    return len(failed)
+
+
+@contextlib.contextmanager
+def connected(ctx: typer.Context, begins: bool = False) -> Iterator[ServiceClient]:
+    """The service, and a line that says what takes time."""
+    connect = connector(ctx, begins=begins)
+    with Console(stderr=True).status("opening the registry"), connect() as service:
+        yield service

@@ -1,0 +1,106 @@
+"""Entries of a ledger: their form, hash and place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from tg_tinker.errors import DPBudgetExceededError, IntegrityError
+from tg_tinker.records.accounting import filter_order
+
+Entry = dict[str, Any]
+
+
+VERSION = 1
+
+
+GENESIS = "0" * 64
+
+
+CHAIN = ("seq", "prev", "hash")
+
+
+# Nine digits: a number that no chain reaches, and that every database takes.
+_AT = re.compile(r"(0|[1-9]\d{0,8})-([0-9a-f]{64})", re.ASCII)
+
+
+REFUSALS = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
+    DPBudgetExceededError,
+)  # fmt: skip
+
+
+POISSON = ("poisson", "client_poisson")
+
+
+GAUSSIAN = ("participation", "worst_case")
+
+
+def registration(dataset: str, epsilon: float | None, delta: float, unit: str, born: str) -> Entry:
+    """The body of a ledger's first entry; its Renyi order follows from the budget."""
+    return {
+        "type": "register", "version": VERSION, "dataset": dataset, "epsilon": epsilon,
+        "delta": delta, "unit": unit, "born": born,
+        "order": filter_order(math.inf if epsilon is None else epsilon, delta),
+    }  # fmt: skip
+
+
+def place_of(seq: int, found: str) -> str:
+    """An entry's place in a chain as text, ``SEQ-HASH``."""
+    return f"{seq}-{found}"
+
+
+def is_place(text: str) -> bool:
+    """Whether `parse_place` takes it."""
+    return _AT.fullmatch(text) is not None
+
+
+def parse_place(place: str) -> tuple[int, str]:
+    """The inverse of `place_of`.
+
+    Raises:
+        IntegrityError: this is no such text.
+    """
+    match = _AT.fullmatch(place) if isinstance(place, str) else None
+    if match is None:
+        raise IntegrityError("this is not a place in a ledger, SEQ-HASH: it was changed")
+    return int(match[1]), match[2]
+
+
+def entry_hash(entry: Mapping[str, Any]) -> str:
+    """SHA-256 of an entry's canonical JSON without its own hash."""
+    body = {key: value for key, value in entry.items() if key != "hash"}
+    return hashlib.sha256(canonical(body).encode()).hexdigest()
+
+
+def canonical(body: Mapping[str, Any]) -> str:
+    return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def whole(value: Any) -> int:
+    """A count as it is; neither a truth value nor a float may stand for one."""
+    if type(value) is not int or value < 0:
+        raise ValueError("not a whole number")
+    return value
+
+
+def real(value: Any) -> float:
+    """A number as it is; no truth value, no text."""
+    if type(value) not in (int, float):
+        raise ValueError("not a number")
+    return float(value)
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def check_table(rows: tuple[tuple[int, float], ...], floor: float) -> None:
+    """Rising, and nowhere below the exact epsilon of a single step."""
+    for before, row in zip(((0, floor * (1 - 1e-6)), *rows), rows, strict=False):
+        if not (row[0] > before[0] and row[1] >= before[1]):
+            raise ValueError("the table must rise, from one step's epsilon at least")
