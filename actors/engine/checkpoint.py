@@ -1,6 +1,8 @@
 """The state of a session between two steps, and its form as plain files.
 
-safetensors and JSON only: reading an artifact never runs code.
+safetensors and JSON only: reading an artifact never runs code. `staged` writes a safetensors file
+into memory of its own, aligned and in one copy, so that training may go on at once. Sealing the
+files and keeping them is left to others.
 """
 
 from __future__ import annotations
@@ -23,6 +25,13 @@ from tg_tinker.errors import IntegrityError
 from tg_tinker.storage.envelope import Buffer
 
 WEIGHTS, OPTIMIZER, STATE = "adapter_model.safetensors", "optimizer.safetensors", "state.json"
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""What safetensors calls them."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -100,13 +109,6 @@ def from_files(files: dict[str, bytes]) -> Checkpoint:
         raise IntegrityError("the files open, but they are not a session's state") from None
 
 
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-
-
 def staged(tensors: Mapping[str, torch.Tensor]) -> memoryview:
     """A safetensors file of the tensors as they are now; they may change afterwards.
 
@@ -118,7 +120,7 @@ def staged(tensors: Mapping[str, torch.Tensor]) -> memoryview:
     for name in order:
         tensor, start = tensors[name], end
         end += tensor.nbytes
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape),
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [start, end]}  # fmt: skip
     described = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     described += b" " * (-len(described) % 8)

@@ -1,12 +1,14 @@
 """Sums of gradients, the mean of a finished window, and the hash of a sum.
 
 The types keep the order of work: `GradientSum` adds up over calls, only `mean` divides, and the
-optimizer takes nothing but a `MeanGradient`.
+optimizer takes nothing but a `MeanGradient` or, in a private run, a `PrivateGradient`, which
+`privatise` alone makes, above this package: nothing here clips or adds noise.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +27,19 @@ class MeanGradient:
     """The gradient of one optimizer step: token-weighted mean, by parameter name."""
 
     tensors: Tensors
+
+
+@dataclass(frozen=True, repr=False)
+class PrivateGradient:
+    """What a private run may show its optimizer: (sum + noise) / B.
+
+    Attributes:
+        tensors: float32 by parameter name.
+        noise_std: of the noise on the sum, sigma * C; 0 on a data set without a limit only.
+    """
+
+    tensors: Tensors
+    noise_std: float
 
 
 @dataclass(repr=False)
@@ -67,6 +82,15 @@ class GradientSum:
         return MeanGradient(tensors)
 
 
+def take_gradients(parameters: Mapping[str, torch.nn.Parameter]) -> Tensors:
+    """float32 gradients by name, zeros where a parameter took no part; it keeps none."""
+    taken = {}
+    for name, parameter in parameters.items():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        taken[name], parameter.grad = gradient.float(), None
+    return taken
+
+
 def gradient_hash(tensors: Tensors) -> str:
     """A fingerprint of a gradient sum; equal sums give equal hashes.
 
@@ -92,16 +116,3 @@ def _block_sums(flat: torch.Tensor) -> torch.Tensor:
     signs = torch.randint(0, 2, (_BLOCK,), generator=generator, dtype=torch.float64) * 2 - 1
     padded = torch.nn.functional.pad(flat, (0, -len(flat) % _BLOCK))
     return padded.view(-1, _BLOCK).double() @ signs
-
-
-@dataclass(frozen=True, repr=False)
-class PrivateGradient:
-    """What a private run may show its optimizer: (sum + noise) / B.
-
-    Attributes:
-        tensors: float32 by parameter name.
-        noise_std: of the noise on the sum, sigma * C; 0 on a data set without a limit only.
-    """
-
-    tensors: Tensors
-    noise_std: float

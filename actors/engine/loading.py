@@ -1,4 +1,9 @@
-"""Base models found, converted once, and read."""
+"""Base models found, converted once, read, and told apart by a digest.
+
+Weights are always read from a safetensors directory in the compute dtype, so that all actors of a
+node share its pages by mmap; whatever is not one is converted once into the cache. What a model
+can do is found out in `model`.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +29,10 @@ from tg_tinker.errors import InvalidRequestError, NotFoundError, StorageError, T
 
 Progress = Callable[[str], None]
 
-
 CheckRoom = Callable[[Path, torch.dtype], None]
 
-
 _CACHE_VERSION = 1
-
-
 _STALE_S = 86_400  # a conversion older than a day was killed
-
-
 _WEIGHTS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
 

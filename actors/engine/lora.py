@@ -1,4 +1,7 @@
-"""What is trained of a base model: a LoRA adapter by PEFT, or all weights."""
+"""What is trained of a base model: a LoRA adapter, or all weights. The door to PEFT.
+
+How it is trained, and how many adapters are served side by side, is known elsewhere.
+"""
 
 from __future__ import annotations
 

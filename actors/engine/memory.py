@@ -1,4 +1,8 @@
-"""What a run needs of memory at least, told by its model's shapes before anything is loaded."""
+"""What a run needs of memory at least, told by its model's shapes before anything is loaded; what
+its node or GPU has; and memory handed back.
+
+Who is refused is up to the callers: `check_room` and `check_conversion` only compare and raise.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The door to transformers and PEFT: base models, adapters, and one forward over a flat stream.
+"""Base models in memory, what they are found to be able to do, and one forward over a flat stream.
 
-`Base.load` takes a hub id, a Hugging Face directory or a GGUF file. Weights are always read from
-a safetensors directory in the compute dtype, so that all actors of a node share its pages by
-mmap; whatever is not one is converted once into the cache.
+`Base.load` takes a hub id, a Hugging Face directory or a GGUF file, which `loading` finds and
+converts; two probes tell whether rows may share a stream and whether the head is a plain product.
+What trains is put in by `lora`.
 """
 
 from __future__ import annotations
@@ -186,7 +186,10 @@ def next_token_logits(
     return base.model(**options).logits[0, keep]  # type: ignore[no-any-return]
 
 
-# --- what trains -----------------------------------------------------------------------------
+def use_threads(count: int | None) -> int:
+    """Sets torch's threads (None: every core this process may use) and says how many."""
+    torch.set_num_threads(count or len(os.sched_getaffinity(0)))
+    return torch.get_num_threads()
 
 
 def save_tiny_llama(directory: Path, vocab_size: int) -> Path:
@@ -200,7 +203,7 @@ def save_tiny_llama(directory: Path, vocab_size: int) -> Path:
     return directory
 
 
-# --- finding and converting ------------------------------------------------------------------
+# --- probes ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -253,9 +256,3 @@ def _rope_kinds(parameters: Any) -> set[str]:
         return set()
     nested = [kind for value in parameters.values() for kind in _rope_kinds(value)]
     return {str(parameters.get("rope_type", "default")), *nested}
-
-
-def use_threads(count: int | None) -> int:
-    """Sets torch's threads (None: every core this process may use) and says how many."""
-    torch.set_num_threads(count or len(os.sched_getaffinity(0)))
-    return torch.get_num_threads()

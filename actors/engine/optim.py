@@ -1,4 +1,7 @@
-"""Optimizers and schedules. torch holds the moments; every number is passed in per step."""
+"""Optimizers and schedules. torch holds the moments; every number is passed in per step.
+
+It takes gradients that are means or private already, never sums: see `gradients`.
+"""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ from actors.engine.gradients import (
     PrivateGradient,
     Tensors,
     gradient_hash,
+    take_gradients,
 )
 from actors.engine.lineage import Lineage
 from actors.engine.lora import make_trainable
@@ -241,7 +242,7 @@ class Session:
                 check_cancelled()
                 total += self._run_stream(stream, train)
                 if train:  # summed in float32 here, not in a parameter's own dtype
-                    gradient.add(GradientSum(self._take_gradients()))
+                    gradient.add(GradientSum(take_gradients(self._parameters)))
             return total, gradient.tensors
         finally:
             self.base.model.eval()
@@ -279,14 +280,6 @@ class Session:
         elif self._recomputing and not wanted:
             self.base.model.activation_checkpointing_disable()
         self._recomputing = wanted
-
-    def _take_gradients(self) -> Tensors:
-        """float32 gradients by name, zeros where a parameter took no part."""
-        taken = {}
-        for name, parameter in self._parameters.items():
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            taken[name], parameter.grad = gradient.float(), None
-        return taken
 
     def _seed_dropout(self) -> None:
         """A function of (seed, step, call): no generator state needs to be saved."""

@@ -2,7 +2,8 @@
 
 A step of the sampling engine is one flat stream: one token of each sequence that is being
 extended, then pieces of the prompts that are still being read. Linear layers see all tokens at
-once; attention looks up each token's own sequence here.
+once; attention looks up each token's own sequence here. Which sequence has which slot, and for how
+long, is up to that engine.
 
 Legend: T tokens of the stream, R extended sequences, N slots, L positions of a slot, H heads,
 K key/value heads, D head size.

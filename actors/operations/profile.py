@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actors.process import spin_briefly
-from actors.storage import home
 from tg_tinker.config import TrainingConfig
 from tg_tinker.data.batch import Example, check_bounds
 
@@ -64,12 +63,11 @@ def _session(base: Base, config: TrainingConfig, place: Path) -> Session:
     from actors.engine.session import Session
     from actors.privacy.budget import Budget
     from actors.privacy.session import PrivateSession
-    from actors.registry.registry import Registry
+    from actors.registry.scratch import scratch_registry
 
     if not config.private:
         return Session(base, config)
-    home.create(place)
-    registry = Registry(f"sqlite:///{place / home.DATABASE}", place / home.KEYRING)
+    registry = scratch_registry(place)
     run_id = registry.create_run("default", config.model_dump_json())
     epoch = registry.claim(run_id)
     budget = Budget.planned(registry, "default", run_id, epoch, config, str(base.dtype))

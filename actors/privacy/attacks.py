@@ -1,4 +1,13 @@
-"""Attacks on a private step: what one unit moves, whether the noise is noise, who was in a step."""
+"""Attacks on a private step: what one unit moves, whether the noise is noise, who was in a step.
+
+Each of `neighbour_replay`, `noise_fit`, `one_run_audit` and `mean_shift` answers with a `Check`.
+They look into sessions of their own, as no client can. How much is attacked, and the report of it,
+is up to `self_audit`.
+
+Legend: P trainable values, S rows of a stream, m canaries over all steps, C the L2 bound of a unit
+(`BOUND`), B the public divisor (`DIVISOR`), mu = 1 / sigma. A canary is a made-up unit that an
+attacker looks for.
+"""
 
 from __future__ import annotations
 
@@ -18,33 +27,24 @@ from actors.engine.gradients import Tensors
 from actors.engine.model import Base, save_tiny_llama
 from actors.privacy.budget import Budget
 from actors.privacy.session import PrivateSession
-from actors.registry.registry import Registry
-from actors.storage import home
+from actors.registry.scratch import scratch_registry
 from tg_tinker.config import DPConfig, LoRAConfig, OptimizerConfig, TrainingConfig
 from tg_tinker.data.batch import Example
 
+BOUND, DIVISOR, DELTA = 0.5, 16, 1e-5
+
+CANARY_STEPS, CANARY_CALLS = 4, 4
+"""Steps with canaries of their own, and the calls of each: a window of one call hides mistakes."""
+
 _REPLAY_SIGMA = 1.5
-
-
 _NOISE_STEPS = 4  # in each of two sessions: 1 % of the std is 5 standard errors
-
-
 _CONFIDENCE = 0.95
-
-
 _GUESSES = (0.02, 0.1, 0.4)  # of all canaries, the surest ones
-
-
 _TOKENS = 256
-
-
 _SURE = 3.5
 """Standard errors of mu that pass: a sound step fails once in two thousand audits."""
 
-
 Floats = npt.NDArray[np.float64]
-
-
 Flags = npt.NDArray[np.bool_]
 
 
@@ -65,9 +65,7 @@ class Bench:
         self._model = save_tiny_llama(folder / "model", vocab_size=_TOKENS)
         self._session_type = session_type
         self._made = 0
-        place = folder / "home"
-        home.create(place)
-        self._registry = Registry(f"sqlite:///{place / home.DATABASE}", place / home.KEYRING)
+        self._registry = scratch_registry(folder / "home")
 
     def session(self, sigma: float, epsilon: float = 1e4) -> PrivateSession:
         """SGD at rate 1: the movement of the weights times B is what a step released."""
@@ -262,7 +260,7 @@ def _play_step(
     def planted(stream: FlatStream, owners: list[int]) -> tuple[torch.Tensor, Tensors]:
         return torch.zeros(stream.size, device=session.base.device), _directions(session, stream)
 
-    session._unit_gradients = planted  # type: ignore[method-assign]
+    session.unit_backward.of_stream = planted  # type: ignore[method-assign]
     inside = np.frombuffer(secrets.token_bytes(count), dtype=np.uint8) % 2 == 1
     rows = [_row(divmod(number, _TOKENS)) for number in np.flatnonzero(inside).tolist()]
     collect(session, [rows[start::CANARY_CALLS] for start in range(CANARY_CALLS)])
@@ -366,9 +364,3 @@ def standard_error(canaries: int) -> float:
 def tolerance(sigma: float, canaries: int) -> float:
     """10 % of mu, or what `_SURE` standard errors cannot tell from it."""
     return max(0.1 / sigma, _SURE * standard_error(canaries))
-
-
-BOUND, DIVISOR, DELTA = 0.5, 16, 1e-5
-
-
-CANARY_STEPS, CANARY_CALLS = 4, 4

@@ -4,13 +4,14 @@
     print(report.verdict)  # no violation found, power 1.00 against noise 20 % too small
 
 Four checks, from exact to statistical: what one row can change, whether the noise is what it
-should be, what an attacker learns from one step, and how far a canary moves it. A tiny random
-model will do, for nothing here depends on what a model knows. Attacked are steps whose unit is the
-example, under the worst-case contract. Not attacked are the accountants, who counts under the
-other contracts, and whatever lies outside of `PrivateSession`.
+should be, what an attacker learns from one step, and how far a canary moves it. `attacks` makes
+them; here they are run, one after the other, and reported. A tiny random model will do, for nothing
+depends on what a model knows. Attacked are steps whose unit is the example, under the worst-case
+contract. Not attacked are the accountants, who counts under the other contracts, and whatever lies
+outside of `PrivateSession`.
 
-Legend: P trainable values, m canaries over all steps, C the L2 bound of a unit, B the public
-divisor, mu = 1 / sigma. A canary is a made-up unit that an attacker looks for.
+Legend: C the L2 bound of a unit, mu = 1 / sigma. A canary is a made-up unit that an attacker looks
+for.
 """
 
 from __future__ import annotations
@@ -154,15 +155,3 @@ def run_audit(
         delta=DELTA, sigma=sigma, bound=bound, mu_hat=mu_hat,
         scores_in=tuple(scores[inside].tolist()), scores_out=tuple(scores[~inside].tolist()),
     )  # fmt: skip
-
-
-# --- sessions to attack ------------------------------------------------------------------------
-
-
-# --- what one row can change -------------------------------------------------------------------
-
-
-# --- the noise ---------------------------------------------------------------------------------
-
-
-# --- canaries ----------------------------------------------------------------------------------

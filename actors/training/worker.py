@@ -192,10 +192,11 @@ class Worker:
             raise
 
     def register_units(self, check_cancelled: Check, examples: list[Example]) -> list[list[int]]:
-        return self._private_session().register_units(examples)
+        return self._private_session().poisson.register(examples)
 
     def draw_units(self, check_cancelled: Check) -> list[int]:
-        drawn = self._private_session().draw_units()
+        session = self._private_session()
+        drawn = session.poisson.draw(session.step)
         self._note_charge()
         return drawn
 

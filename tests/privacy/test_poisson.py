@@ -69,13 +69,13 @@ def test_units_are_known_by_a_keyed_hash_of_their_tokens_alone() -> None:
 
 def test_a_step_of_exactly_the_draw_is_taken_until_the_budget_ends(tiny_model: Path) -> None:
     s = drawn_session(tiny_model)
-    units = s.register_units(rows())
+    units = s.poisson.register(rows())
     for _ in range(3):
-        s.forward_backward([rows()[row] for unit in s.draw_units() for row in units[unit]])
+        s.forward_backward([rows()[row] for unit in s.poisson.draw(s.step) for row in units[unit]])
         metrics = s.optim_step().dp_metrics
     assert metrics.total_epsilon <= 8
     with pytest.raises(DPBudgetExceededError, match="no step is left"):
-        s.draw_units()
+        s.poisson.draw(s.step)
 
 
 @pytest.mark.parametrize("change", ["one more", "one less", "another"])
@@ -83,12 +83,12 @@ def test_a_step_of_other_rows_than_the_draw_is_refused_and_not_charged(
     tiny_model: Path, change: str
 ) -> None:
     s = drawn_session(tiny_model)
-    s.register_units(rows())
-    drawn = s.draw_units()
+    s.poisson.register(rows())
+    drawn = s.poisson.draw(s.step)
     while not drawn or len(drawn) == len(ROWS):  # a draw that can be changed both ways
         s = drawn_session(tiny_model)
-        s.register_units(rows())
-        drawn = s.draw_units()
+        s.poisson.register(rows())
+        drawn = s.poisson.draw(s.step)
     others = [unit for unit in range(len(ROWS)) if unit not in drawn]
     sent = {
         "one more": [*drawn, others[0]], "one less": drawn[1:], "another": [*drawn[1:], others[0]],
@@ -96,7 +96,7 @@ def test_a_step_of_other_rows_than_the_draw_is_refused_and_not_charged(
     s.forward_backward([rows()[unit] for unit in sent])
     with pytest.raises(InvalidRequestError, match="not the drawn sample"):
         s.optim_step()
-    assert s.draw_units() == drawn  # nobody can pick among draws
+    assert s.poisson.draw(s.step) == drawn  # nobody can pick among draws
     ledger = Ledger.replay(s.budget.registry.ledger_entries("default", "default"))
     assert [account.steps for account in ledger.accounts.values()] == [1]  # the draw, no more
     assert s.step == 0
@@ -114,36 +114,36 @@ def test_a_draw_is_paid_before_it_is_told_and_stays_paid(tiny_model: Path, tmp_p
     s = private_session(tiny_model, known=known, batch_size=2, max_steps=3, dp=dp)
     run, charged = s.budget.run_id, []
     for epoch in range(2, 5):  # a new actor of the run each time
-        s.register_units(rows())
-        s.draw_units()
+        s.poisson.register(rows())
+        s.poisson.draw(s.step)
         account = Ledger.replay(known.ledger_entries("default", "default")).accounts[run]
         charged.append(account.count)
         budget = Budget.planned(known, "default", run, known.claim(run), s.config, "float32")
         assert budget.epoch == epoch
         s = PrivateSession(Base.load(str(tiny_model), cache=tmp_path), s.config, budget)
     assert charged == [1, 2, 3]
-    s.register_units(rows())
+    s.poisson.register(rows())
     with pytest.raises(DPBudgetExceededError):
-        s.draw_units()
+        s.poisson.draw(s.step)
     assert s.step == 0
 
 
 def test_a_draw_that_cannot_be_paid_is_not_told(tiny_model: Path) -> None:
     s = drawn_session(tiny_model)
-    s.register_units(rows())
+    s.poisson.register(rows())
     known = s.budget.registry
     known.claim(s.budget.run_id)  # a newer actor owns the run
     for _ in range(2):
         with pytest.raises(ActorLostError):
-            s.draw_units()
-    assert not s._sampler.paid
-    assert s._sampler._drawn is None
+            s.poisson.draw(s.step)
+    assert not s.poisson.paid
+    assert s.poisson._sampler._drawn is None
 
 
 def test_a_step_before_any_draw_is_refused(tiny_model: Path) -> None:
     s = drawn_session(tiny_model)
     with pytest.raises(InvalidRequestError, match="poisson_batches"):
-        s.draw_units()
+        s.poisson.draw(s.step)
     s.forward_backward(rows())
     with pytest.raises(InvalidRequestError, match="poisson_batches"):
         s.optim_step()
@@ -153,43 +153,43 @@ def test_the_registered_rows_must_be_as_many_units_as_agreed(tiny_model: Path) -
     s = drawn_session(tiny_model)
     for wrong in (ROWS[:7], [*ROWS[:7], ROWS[0]]):
         with pytest.raises(InvalidRequestError, match="7 distinct units"):
-            s.register_units(rows(wrong))
-    assert s.register_units(rows([*ROWS, ROWS[3]])) == [[i] for i in range(8)]
+            s.poisson.register(rows(wrong))
+    assert s.poisson.register(rows([*ROWS, ROWS[3]])) == [[i] for i in range(8)]
 
 
 def test_no_other_contract_draws(tiny_model: Path) -> None:
     with pytest.raises(InvalidRequestError, match="'participation'"):
-        private_session(tiny_model).register_units(rows())
+        private_session(tiny_model).poisson.register(rows())
 
 
 def test_an_open_draw_survives_registering_and_loading(tiny_model: Path) -> None:
     s = drawn_session(tiny_model, noise_multiplier=1.0)
-    s.register_units(rows())
-    drawn, saved = s.draw_units(), s.state()
+    s.poisson.register(rows())
+    drawn, saved = s.poisson.draw(s.step), s.state()
     for _ in range(20):
-        s.register_units(rows())
+        s.poisson.register(rows())
         s.load(saved)
-        assert s.draw_units() == drawn
+        assert s.poisson.draw(s.step) == drawn
     with pytest.raises(InvalidRequestError, match="waits for its step"):
-        s.register_units(rows([[1, 2, 3], *ROWS[1:]]))
-    assert s.draw_units() == drawn
+        s.poisson.register(rows([[1, 2, 3], *ROWS[1:]]))
+    assert s.poisson.draw(s.step) == drawn
 
 
 def test_draws_end_with_the_planned_steps_though_the_budget_pays_for_more(
     tiny_model: Path,
 ) -> None:
     s = drawn_session(tiny_model, noise_multiplier=4.0)
-    s.register_units(rows())
+    s.poisson.register(rows())
     for _ in range(3):
-        s.forward_backward([rows()[unit] for unit in s.draw_units()])
+        s.forward_backward([rows()[unit] for unit in s.poisson.draw(s.step)])
         s.optim_step()
     with pytest.raises(DPBudgetExceededError, match="that were planned"):
-        s.draw_units()
+        s.poisson.draw(s.step)
 
 
 def train_until_refused(s: PrivateSession) -> None:
     while True:
-        s.forward_backward([rows()[unit] for unit in s.draw_units()])
+        s.forward_backward([rows()[unit] for unit in s.poisson.draw(s.step)])
         s.optim_step()
 
 
@@ -197,8 +197,8 @@ def test_draws_end_when_another_run_has_spent_the_budget(tiny_model: Path) -> No
     known = registry()
     dp = {"sampling": "poisson", "dataset_size": 8, "accountant_type": "rdp"}
     s = private_session(tiny_model, known=known, batch_size=2, dp=dp)
-    s.register_units(rows())
-    s.draw_units()
+    s.poisson.register(rows())
+    s.poisson.draw(s.step)
     other = private_session(tiny_model, known=known, dp={"max_participations": 1})
     other.forward_backward(rows())
     other.optim_step()

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from actors.engine.model import Base
-from actors.privacy import capture, clipping
+from actors.privacy import capture, clipping, unit_gradients
 from actors.privacy import session as private
 from actors.privacy.clipping import ClippedSum, UnitGradients, privatise
 from actors.privacy.layers import silence_dropout
@@ -78,7 +78,7 @@ def biased_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_sum_equals_the_loop_oracle(biased_model: Path, what: Any, bound: float) -> None:
     s = private_session(biased_model, dp={"max_grad_norm": bound}, **what)
     perturb(s)
-    assert (s._recorder is not None) == (what is LORA)
+    assert (s.unit_backward.recorder is not None) == (what is LORA)
     s.forward_backward(rows())
     assert_close(sums(s), oracle_sum(s, [[row] for row in rows()]), 2e-5)
 
@@ -138,7 +138,7 @@ def test_activation_checkpointing_changes_nothing(tiny_model: Path, mode: str) -
     expected = oracle_sum(s, [[row] for row in rows()])
     if mode != "plain":
         checkpointed(s, mode == "reentrant")
-        assert s._captures_rightly(s._recorder)
+        assert s.unit_backward.captures_rightly(s.unit_backward.recorder)
     s.forward_backward(rows())
     assert_close(sums(s), expected, 2e-5)
 
@@ -173,7 +173,9 @@ def test_recomputed_activations_are_clipped_as_the_oracle_clips(
     resources = ResourceConfig(activation_checkpointing=asked)
     s = private_session(long_model, dp={"max_grad_norm": 12.0}, resources=resources, **what)
     perturb(s)
-    assert (s._recorder is not None) == (what is LORA)  # else the fast way would not be tested
+    assert (s.unit_backward.recorder is not None) == (
+        what is LORA
+    )  # else the fast way would not be tested
     with entries(s.base.model.get_decoder().layers[0].mlp) as entered:
         s.forward_backward(rows(ids))
     lengths = [len(row) for row in ids]
@@ -254,8 +256,8 @@ def test_micro_batches_are_bounded_by_bytes_and_change_nothing(
 ) -> None:
     whole, cut = private_session(tiny_model), private_session(tiny_model)
     whole.forward_backward(rows())
-    monkeypatch.setattr(private, "UNIT_GRADIENT_BYTES", 3 * 4 * cut.num_trainable)
-    assert cut._stream_limits()[1] == 3
+    monkeypatch.setattr(unit_gradients, "UNIT_GRADIENT_BYTES", 3 * 4 * cut.num_trainable)
+    assert cut.unit_backward.stream_limits()[1] == 3
     cut.forward_backward(rows())
     assert_close(sums(cut), sums(whole), 1e-5)
 
@@ -264,10 +266,10 @@ def test_micro_batches_are_bounded_by_bytes_and_change_nothing(
 def test_gradients_of_single_units_are_gone_before_the_next_are_made(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, what: Any
 ) -> None:
-    monkeypatch.setattr(private, "MAX_STREAM_TOKENS", 8)
+    monkeypatch.setattr(unit_gradients, "MAX_STREAM_TOKENS", 8)
     s = private_session(tiny_model, **what)
     made: list[list[weakref.ref[torch.Tensor]]] = []
-    make = s._unit_gradients
+    make = s.unit_backward.of_stream
 
     def watched(*of: Any) -> Any:
         assert not any(held() is not None for held in itertools.chain.from_iterable(made))
@@ -275,14 +277,14 @@ def test_gradients_of_single_units_are_gone_before_the_next_are_made(
         made.append([weakref.ref(tensor) for tensor in by_unit.values()])
         return by_row, by_unit
 
-    monkeypatch.setattr(s, "_unit_gradients", watched)
+    monkeypatch.setattr(s.unit_backward, "of_stream", watched)
     s.forward_backward(rows())
     assert len(made) > 2
 
 
 def test_a_unit_that_goes_on_holds_nothing_of_the_others() -> None:
     by_unit = {"a": torch.arange(12.0).view(3, 4)}
-    last = private._cut_last(by_unit)
+    last = unit_gradients.cut_last(by_unit)
     assert last["a"].tolist() == [8, 9, 10, 11]
     assert last["a"].untyped_storage().nbytes() == 4 * 4
     assert by_unit["a"].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
@@ -430,7 +432,7 @@ def test_no_product_that_a_gpu_may_shorten_clips() -> None:
 def test_rows_of_one_id_are_clipped_together(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, what: Any, tokens: int
 ) -> None:
-    monkeypatch.setattr(private, "MAX_STREAM_TOKENS", tokens)
+    monkeypatch.setattr(unit_gradients, "MAX_STREAM_TOKENS", tokens)
     s = private_session(tiny_model, dp={"unit": "id"}, **what)
     perturb(s)
     ids = ["a", "b", "a", "c", "a", "b", "d", "d"]
@@ -690,7 +692,7 @@ def test_a_failed_call_spoils_the_step_and_charges_nothing(
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(s, "_unit_gradients", fail)
+        patched.setattr(s.unit_backward, "of_stream", fail)
         with pytest.raises(MemoryError):
             s.forward_backward(rows())
     before = weights(s)
@@ -855,6 +857,6 @@ def test_a_wrong_capture_is_found_and_ordinary_autograd_takes_over(
 
     monkeypatch.setattr(capture, "_per_unit", wrong)
     s = private_session(tiny_model)
-    assert s._recorder is None
+    assert s.unit_backward.recorder is None
     s.forward_backward(rows())
     assert_close(sums(s), oracle_sum(s, [[row] for row in rows()]), 2e-5)

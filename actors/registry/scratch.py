@@ -1,0 +1,17 @@
+"""A registry in a home of its own, for audits and measurements, which leave nothing behind.
+
+What makes the folder also removes it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from actors.registry.registry import Registry
+from actors.storage import home
+
+
+def scratch_registry(place: Path) -> Registry:
+    """Of a new home at `place`, with a keyring of its own."""
+    home.create(place)
+    return Registry(f"sqlite:///{place / home.DATABASE}", place / home.KEYRING)
