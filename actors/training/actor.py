@@ -21,7 +21,7 @@ import ray
 
 from actors.process import forget_keyrings, harden, reply_of, settle_heap
 from actors.training import warm_process
-from actors.training.call_journal import Calls
+from actors.training.call_journal import CallJournal
 from actors.training.step_notes import StepNotes
 from tg_tinker.cluster.messages import Reply, Request, Saving
 from tg_tinker.cluster.named_actors import ActorInfo, keep_to_reserved_gpus
@@ -71,7 +71,7 @@ class TrainingActor:
         self._arguments = (namespace, tenant, config, store, home)
         self._resume = resume
         self._capability = open_payload(self._key, capability)
-        self._calls = Calls(epoch)
+        self._calls = CallJournal(epoch)
         self._worker: Worker | None = None
         self._said: list[str] = []
         self._loading: Reply | None = None
@@ -141,7 +141,7 @@ class TrainingActor:
     def sealed_file(self, artifact_id: str, name: str) -> Iterator[bytes]:
         """A file that is being saved, sealed, for the storage actor."""
         joined = bytearray()
-        for part in self._ready_worker().drafts[artifact_id].parts(name):
+        for part in self._ready_worker().saver.drafts[artifact_id].parts(name):
             joined += part
             if len(joined) >= PIECE:
                 yield bytes(joined)
@@ -151,7 +151,7 @@ class TrainingActor:
     @_sealing
     def manifest(self, artifact_id: str) -> bytes:
         """Of a draft whose files were all read."""
-        return self._ready_worker().drafts[artifact_id].manifest()
+        return self._ready_worker().saver.drafts[artifact_id].manifest()
 
     @ray.method(concurrency_group="saved")
     def saved(self, request_id: str) -> bytes:
@@ -219,8 +219,9 @@ class TrainingActor:
         self._set_progress("importing torch and transformers")
         warm_process.imported()
         from actors.storage.home import MODELS
+        from actors.training.place import Place
         from actors.training.storage_actor import writer
-        from actors.training.worker import Place, Worker
+        from actors.training.worker import Worker
 
         namespace, tenant, config, store, home = self._arguments
         cache = Path(home) / MODELS
@@ -272,7 +273,7 @@ class TrainingActor:
                 ray.kill(myself)
 
     def _saved(self, begun: Reply, wait: bool = True) -> Any:
-        return self._ready_worker().saved(begun.unwrap(), wait)
+        return self._ready_worker().saver.outcome(begun.unwrap(), wait)
 
     def _set_progress(self, message: str) -> None:
         self._said.append(message)

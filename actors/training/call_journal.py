@@ -26,7 +26,7 @@ KEPT_HANDLES = 64
 """Client objects whose replies are kept: those that have called last."""
 
 
-class Calls:
+class CallJournal:
     """Runs each request once; a repeat gets the stored reply.
 
     `run` and `admit` belong to the training thread. `cancel` and `stored` may be called from any

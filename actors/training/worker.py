@@ -1,25 +1,23 @@
-"""One run: its session, its artifacts, its completions. A plain class; Ray is in its shell.
+"""One run: the operations on its session. A plain class; Ray is in its shell, `actor`.
 
-Each public method named in `TRAINING_OPERATIONS` is one operation of the API.
+Each public method named in `TRAINING_OPERATIONS` is one operation of the API. How a state becomes
+an artifact, at once or by itself, is up to `saving`.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from actors.artifacts.adapters import imported
 from actors.artifacts.fetch import fetch
-from actors.artifacts.publish import Draft, Write, publish, write
-from actors.engine.checkpoint import Checkpoint, SessionState, from_files, to_files
+from actors.artifacts.publish import Write, write
+from actors.engine.checkpoint import SessionState, from_files
 from actors.engine.loading import Progress
 from actors.engine.memory import check_room
 from actors.engine.model import Base, compute_dtype, use_threads
@@ -30,9 +28,9 @@ from actors.registry.head_keeper import HeadKeeper
 from actors.registry.registry import Registry
 from actors.registry.rollback import keep_newest, meet
 from actors.sampling.snapshots import shares_base, take
-from actors.storage.capabilities import Capability
 from actors.storage.store import ArtifactStore
-from actors.training.saving import Schedule, prune
+from actors.training.place import Place
+from actors.training.saving import Saver
 from tg_tinker.cluster.messages import TRAINING_OPERATIONS, Request, Saving, SnapshotRef
 from tg_tinker.config import TrainingConfig
 from tg_tinker.data.batch import Example
@@ -45,13 +43,11 @@ from tg_tinker.errors import (
 )
 from tg_tinker.labels import AUTOMATIC
 from tg_tinker.records.report import dataset_of
-from tg_tinker.storage.envelope import Buffer
 from tg_tinker.types import (
     ForwardBackwardResult,
     LoadStateResult,
     ModelInfo,
     OptimStepResult,
-    SaveStateResult,
 )
 
 Check = Callable[[], None]
@@ -59,30 +55,13 @@ Check = Callable[[], None]
 SNAPSHOTS, WHOLE_SNAPSHOTS = 8, 2
 """Kept for samplers to fetch: of adapters, and of whole models."""
 
-MOST_COPIES = 2
-"""States that are copied and not saved yet: the next save waits, and training with it."""
-
-KEPT_SAVES = 64
-"""Outcomes of saves that can be asked for."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which run this is, where its things lie, and what lets it have data keys."""
-
-    tenant: str
-    run_id: str
-    epoch: int
-    store: str
-    model_cache: Path
-    capability: Capability
-
 
 class Worker:
     """The operations of one training client.
 
     Attributes:
         parked: it has given its run up.
+        saver: what makes artifacts of its states; it may be asked from any thread.
     """
 
     def __init__(
@@ -92,7 +71,7 @@ class Worker:
         self._place = place
         self._registry = registry
         self._store = ArtifactStore(place.store)
-        meet(registry, self._store, place.tenant, self._who)  # else it would find out at a save
+        meet(registry, self._store, place.tenant, place.actor)  # else it would find out at a save
         keep_newest(registry, self._store, place.tenant)  # an older database would not know it
         self._threads = use_threads(config.resources.num_threads)
         self._budget: Budget | None = None
@@ -101,7 +80,7 @@ class Worker:
             progress("planning the privacy budget")
             dtype = compute_dtype(config.dtype)
             self.heads = HeadKeeper(
-                registry, place.store, place.tenant, dataset_of(config), self._who
+                registry, place.store, place.tenant, dataset_of(config), place.actor
             )
             where = registry, place.tenant, place.run_id, place.epoch
             self._budget = Budget.planned(*where, config, dtype)
@@ -112,14 +91,8 @@ class Worker:
         )  # fmt: skip
         self._snapshots: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._changing = threading.Lock()  # held while weights change or are copied
-        self._saver = ThreadPoolExecutor(1, thread_name_prefix="saving")  # in the order of calls
-        self._saves: OrderedDict[str, Future[SaveStateResult]] = OrderedDict()
-        self._copies = threading.Semaphore(MOST_COPIES)
-        self.drafts: dict[str, Draft] = {}
+        self.saver = Saver(place, registry, self._store, self.heads, config.checkpoints, write)
         self.parked = False
-        self._write = write
-        self._schedule = Schedule(config.checkpoints)
-        self._problem = ""  # of the last automatic save
         self._generation = 0  # of the weights: rises whenever they may have changed
         self._failure: TGTinkerError | None = None  # of the last step, not told to a sample yet
         self._calls: list[tuple[str, str]] = []  # hashes of the open window's calls
@@ -185,7 +158,7 @@ class Worker:
                 self._generation += 1
                 result = self.session.optim_step(apply_dp_noise)
                 self._stepped = calls
-            self._save_if_due()
+            self.saver.after_step(self.session)
             return self._told(result)
         except (WindowSpoiledError, NonFiniteError) as failure:
             self._failure = failure
@@ -221,7 +194,7 @@ class Worker:
         version = f"{place.run_id}@{self.session.step}"
         reference = SnapshotRef(
             f"{version}.{place.epoch}.{self._generation}", version,
-            f"{place.run_id}@{place.epoch}", shares_base(lora),
+            place.actor, shares_base(lora),
         )  # fmt: skip
         if reference.name not in self._snapshots:
             kept = SNAPSHOTS if reference.shared else WHOLE_SNAPSHOTS
@@ -240,99 +213,12 @@ class Worker:
     def save_state(
         self, check_cancelled: Check, include_optimizer: bool, metadata: dict[str, Any]
     ) -> Saving:
-        """Copies the state and goes on; `saved` waits until it is durable and entered.
+        """Copies the state and goes on; `Saver.outcome` waits until it is durable and entered.
 
         Waits while as many copies as may be in memory are on their way already.
         """
         check_cancelled()
-        return self._begin_save(include_optimizer, metadata)
-
-    def _begin_save(
-        self, include_optimizer: bool, metadata: dict[str, Any],
-        labels: Mapping[str, str] | None = None,
-    ) -> Saving:  # fmt: skip
-        self._copies.acquire()
-        try:
-            state = self.session.live_state(include_optimizer)
-            checkpoint = Checkpoint(state, metadata, datetime.now(UTC))
-            files, shown = to_files(checkpoint), self._place.capability
-            draft = Draft(self._registry, self._store, shown, files)
-            self.drafts[draft.artifact_id] = draft  # before the saver may look for it
-            saving = self._saver.submit(self._publish, draft, checkpoint, labels)
-        except BaseException:
-            self._copies.release()
-            raise
-        saving.add_done_callback(lambda _: self._copies.release())
-        self._saves[draft.artifact_id] = saving
-        while len(self._saves) > KEPT_SAVES:
-            self._saves.popitem(last=False)
-        return Saving(draft.artifact_id)
-
-    def _save_if_due(self) -> None:
-        """After a step: all but the copy goes on beside training, and no step waits for it or
-        fails with it."""
-        if not self._schedule.due(self.session.step) or not self._copies.acquire(blocking=False):
-            return
-        step = self.session.step
-        self._schedule.begin_at(step)
-        with self._beside_training(step):
-            try:
-                checkpoint = Checkpoint(self.session.live_state(), {}, datetime.now(UTC))
-                files = to_files(checkpoint)
-                saving = self._saver.submit(self._save_by_itself, checkpoint, files)
-            except BaseException:
-                self._copies.release()
-                raise
-            saving.add_done_callback(lambda _: self._copies.release())
-
-    def _save_by_itself(self, checkpoint: Checkpoint, files: dict[str, Buffer]) -> None:
-        with self._beside_training(checkpoint.state.step):
-            draft = Draft(self._registry, self._store, self._place.capability, files)
-            self.drafts[draft.artifact_id] = draft
-            self._publish(draft, checkpoint, AUTOMATIC)
-            self._prune()
-            self._problem = ""
-
-    @contextmanager
-    def _beside_training(self, step: int) -> Iterator[None]:
-        """Around an automatic checkpoint: what fails, be it memory, is a warning of a later step.
-        This one was made and paid for."""
-        try:
-            yield
-        except Exception as error:
-            said = error.message if isinstance(error, TGTinkerError) else type(error).__name__
-            self._problem = (
-                f"the automatic checkpoint of step {step} failed, training goes on: {said}"
-            )
-
-    def saved(self, saving: Saving, wait: bool = True) -> SaveStateResult | None:
-        """What became of a save, from any thread; None while it goes on, unless told to wait."""
-        found = self._saves.get(saving.artifact_id)
-        if found is None:
-            raise NotFoundError(
-                f"it is not known any more whether {saving.artifact_id} was saved: see"
-                " service.list_artifacts()"
-            )
-        return found.result() if wait or found.done() else None
-
-    def _publish(
-        self, draft: Draft, checkpoint: Checkpoint, labels: Mapping[str, str] | None = None
-    ) -> SaveStateResult:
-        """Seals, stores and enters it, beside training."""
-        place, state = self._place, checkpoint.state
-        try:
-            if self.heads is not None:  # first: what an artifact was saved under is on record
-                self.heads.keep()
-            size, encryption = publish(
-                self._registry, self._store, draft, run_id=place.run_id, epoch=place.epoch,
-                step=state.step, include_optimizer=state.optimizer is not None, labels=labels,
-                write=self._write,
-            )  # fmt: skip
-        finally:
-            del self.drafts[draft.artifact_id]  # and the copy with it
-        return SaveStateResult(
-            draft.artifact_id, size, encryption, checkpoint.metadata, checkpoint.timestamp
-        )
+        return self.saver.begin(self.session, include_optimizer, metadata)
 
     def park(self, check_cancelled: Check) -> None:
         """Saves all and gives the run up: what is called from now on is for another actor.
@@ -347,16 +233,12 @@ class Worker:
                 " artifact holds them: finish the step, then park"
             )
         place = self._place
-        self.saved(self._begin_save(True, {}, AUTOMATIC))
+        self.saver.outcome(self.saver.begin(self.session, True, {}, AUTOMATIC))
         self._registry.record(place.run_id, place.epoch, self.session.step, self.status)
         self._registry.park(place.run_id, place.epoch)
         self.parked = True
         with suppress(TGTinkerError):
-            self._prune()
-
-    def _prune(self) -> None:
-        place, keep = self._place, self.session.config.checkpoints.keep
-        prune(self._registry, place.store, place.tenant, place.run_id, keep)
+            self.saver.prune()
 
     def load_state(self, check_cancelled: Check, artifact_id: str) -> LoadStateResult:
         """Reads and verifies everything, then changes the session in one go."""
@@ -364,7 +246,7 @@ class Worker:
         files = fetch(self._registry, self._store, self._place.capability, artifact_id)
         checkpoint = from_files(files)
         self._registry.check_lineage(
-            self._place.tenant, checkpoint.state.lineage.ledgers, artifact_id, self._who
+            self._place.tenant, checkpoint.state.lineage.ledgers, artifact_id, self._place.actor
         )
         warnings = self._take_over(checkpoint.state)
         place = self._place
@@ -379,19 +261,15 @@ class Worker:
         state = imported(config, weights, self.session.live_state(include_optimizer=False))
         self.session.check_fits(state)  # what is refused was not imported
         # Before a weight changes: an import that cannot be noted does not happen.
-        self._registry.record_import(self._place.tenant, self._who, self._place.run_id)
+        self._registry.record_import(self._place.tenant, self._place.actor, self._place.run_id)
         self._take_over(state)
 
     # --- inside ------------------------------------------------------------------------------
 
-    @property
-    def _who(self) -> str:
-        return f"{self._place.run_id}@{self._place.epoch}"
-
     def _told(self, result: OptimStepResult) -> OptimStepResult:
         """A step's result, with what stands in the way of checkpoints and the ledger's head."""
         self._note_charge()
-        problems = (self._problem, self.heads.problem if self.heads is not None else "")
+        problems = (self.saver.problem, self.heads.problem if self.heads is not None else "")
         return replace(result, warnings=(*result.warnings, *filter(None, problems)))
 
     def _note_charge(self) -> None:
@@ -405,7 +283,7 @@ class Worker:
             warnings = self.session.load(state)
         self._calls = []
         self._failure = None
-        self._schedule.begin_at(self.session.step)
+        self.saver.begin_at(self.session.step)
         return warnings
 
     def _private_session(self) -> PrivateSession:

@@ -21,7 +21,8 @@ from actors.artifacts.publish import Draft
 from actors.engine.checkpoint import Checkpoint, from_files, to_files
 from actors.registry.registry import Registry
 from actors.storage.home import DATABASE, KEYRING
-from actors.training.worker import Place, Worker
+from actors.training.place import Place
+from actors.training.worker import Worker
 from support.artifacts import TENANT, Service
 from support.artifacts import service as service  # a fixture
 from support.helpers import assert_equal, examples, weights

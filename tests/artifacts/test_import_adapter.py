@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from actors.artifacts.adapters import imported
-from actors.training.worker import Place, Worker
+from actors.training.place import Place
+from actors.training.worker import Worker
 from support.artifacts import TENANT, Service
 from support.artifacts import service as service  # a fixture
 from support.helpers import session

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from actors.training.call_journal import Calls
+from actors.training.call_journal import CallJournal
 from tg_tinker.client import actor_link as links
 from tg_tinker.client import lost_calls
 from tg_tinker.client.actor_link import TrainingLink
@@ -113,7 +113,7 @@ class Lossy:
 
     def __init__(self, lost: set[int]) -> None:
         self._lost, self._sent = lost, 0
-        self._calls, self.runs, self.durable = Calls(1), threading.Event(), threading.Event()
+        self._calls, self.runs, self.durable = CallJournal(1), threading.Event(), threading.Event()
         self.runs.set()
         self.durable.set()
         self._training, self._beside = ThreadPoolExecutor(1), ThreadPoolExecutor(4)

@@ -28,7 +28,9 @@ from actors.storage.home import DATABASE, KEYRING
 from actors.storage.key_providers import FileKeyring, new_text
 from actors.storage.keyring import next_name
 from actors.storage.store import ArtifactStore
-from actors.training.worker import MOST_COPIES, Place, Worker
+from actors.training.place import Place
+from actors.training.saving import MOST_COPIES
+from actors.training.worker import Worker
 from support.artifacts import TENANT, Service, assert_same, checkpoint
 from support.artifacts import service as service  # a fixture
 from support.helpers import assert_equal, examples, weights
@@ -684,11 +686,11 @@ def test_training_is_held_up_by_the_copy_alone(
     for _ in range(2):
         worker.session.forward_backward(examples())
         worker.session.optim_step()
-    assert worker.saved(saving, wait=False) is None
+    assert worker.saver.outcome(saving, wait=False) is None
     answer.set()
-    assert worker.saved(saving) is not None
+    assert worker.saver.outcome(saving) is not None
     assert_equal(service.fetch(saving.artifact_id).state.weights, expected)
-    assert worker.drafts == {}  # nor is the copy in memory any more
+    assert worker.saver.drafts == {}  # nor is the copy in memory any more
     assert any(
         not torch.equal(expected[name], now) for name, now in weights(worker.session).items()
     )
@@ -713,11 +715,11 @@ def test_copies_in_memory_are_bounded(service: Service, tiny_model: Path, tmp_pa
     saver = threading.Thread(target=save_five, daemon=True)
     saver.start()
     saver.join(1)
-    assert len(worker.drafts) == MOST_COPIES  # the third waits, and training with it
+    assert len(worker.saver.drafts) == MOST_COPIES  # the third waits, and training with it
     answer.set()
     saver.join(30)
     for saving in saves:
         with pytest.raises(StorageError):
-            worker.saved(saving)
+            worker.saver.outcome(saving)
     assert len(saves) == 5
-    assert worker.drafts == {}
+    assert worker.saver.drafts == {}

@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from actors.engine.model import Base
 from actors.privacy import capture, clipping, unit_gradients
-from actors.privacy import session as private
 from actors.privacy.clipping import ClippedSum, UnitGradients, privatise
 from actors.privacy.layers import silence_dropout
 from actors.privacy.noise import standard_normal

@@ -21,7 +21,8 @@ from actors.privacy.budget import Budget
 from actors.registry.head_keeper import EVERY, HeadKeeper, book_missing, meet
 from actors.registry.registry import Registry
 from actors.storage.store import ArtifactStore
-from actors.training.worker import Place, Worker
+from actors.training.place import Place
+from actors.training.worker import Worker
 from support.helpers import assert_equal, weights
 from support.privacy_helpers import ROWS, new_budget, private_config, registry, rows
 from tg_tinker.cluster.messages import Request
@@ -443,7 +444,7 @@ def train(of: Worker) -> Any:
 
 def save(of: Worker) -> str:
     saving = of.save_state(lambda: None, True, {})
-    assert of.saved(saving) is not None
+    assert of.saver.outcome(saving) is not None
     return saving.artifact_id
 
 

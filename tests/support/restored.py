@@ -14,7 +14,8 @@ from actors.artifacts import delete, fetch
 from actors.operations import restore
 from actors.registry.registry import Registry
 from actors.storage.home import DATABASE, KEYRING
-from actors.training.worker import Place, Worker
+from actors.training.place import Place
+from actors.training.worker import Worker
 from support.artifacts import TENANT, Service
 from support.artifacts import service as service
 from support.audit import place as place

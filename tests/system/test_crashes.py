@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from actors.privacy.session import PrivateSession
-from actors.training.call_journal import Calls
+from actors.training.call_journal import CallJournal
 from support.privacy_helpers import private_session, registry, rows
 from tg_tinker import ActorLostError
 from tg_tinker.cluster.messages import Request
@@ -86,7 +86,7 @@ def test_killed_anywhere_in_a_step_charges_cover_draws(
 
 def test_a_repeated_request_is_charged_and_drawn_once(tiny_model: Path) -> None:
     s = private_session(tiny_model, dp={"sampling": "worst_case", "noise_multiplier": 2.0})
-    calls = Calls(epoch=1)
+    calls = CallJournal(epoch=1)
     request = Request("r-0", "optim_step", 1, "h", 0)
     first = calls.run(request, lambda r, check: s.optim_step())
     moved = s.state().weights
@@ -102,7 +102,7 @@ def test_a_request_repeated_to_the_next_actor_fails_typed_and_draws_nothing(
     tiny_model: Path,
 ) -> None:
     s = private_session(tiny_model)
-    reply = Calls(epoch=2).run(
+    reply = CallJournal(epoch=2).run(
         Request("r-0", "optim_step", 1, "h", 0), lambda r, check: s.optim_step()
     )
     with pytest.raises(ActorLostError):

@@ -58,10 +58,10 @@ POINTS = {
     "before the step is noted": Point("step", "worker", "optim_step", True, 1, 1),
     "the step is noted": Point("step", "actor", "_record", True, 1, 1),
     "the reply is stored": Point("step", "calls", "run", True, 1, 1),
-    "a save is copied": Point("save", "worker", "_begin_save", True),
+    "a save is copied": Point("save", "saver", "begin", True),
     "in the middle of a save": Point("save", "draft", "parts"),
     "all files are written": Point("save", "draft", "manifest"),
-    "before a save is entered": Point("save", "worker", "_write", True),
+    "before a save is entered": Point("save", "saver", "_write", True),
     "a save is entered": Point("save", "registry", "publish", True, saved=1),
     "the log's head is kept": Point("save", "artifacts", "keep_newest", True, saved=1),
     "an artifact is read": Point("load", "loading", "fetch", True),
@@ -107,7 +107,8 @@ def doom(log: str, owner: str = "", method: str = "", after: bool = False) -> Ca
 
         session._noise = noted
         owners = {
-            "actor": actor, "calls": actor._calls, "worker": worker, "session": session,
+            "actor": actor, "calls": actor._calls, "worker": worker, "saver": worker.saver,
+            "session": session,
             "optimizer": optimizer, "session_optimizer": session._optimizer,
             "registry": worker._registry, "draft": actors.artifacts.publish.Draft,
             "artifacts": actors.artifacts.publish, "loading": actors.training.worker,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray
 
-from actors.training.call_journal import KEPT_REPLIES, Calls
+from actors.training.call_journal import KEPT_REPLIES, CallJournal
 from tg_tinker import QueueFullError, ServiceClient, TrainingConfig
 from tg_tinker.client.actor_link import TrainingLink
 from tg_tinker.client.recovery import Reached
@@ -36,7 +36,7 @@ def mock(key: bytes) -> Any:
         """An actor whose engine counts its calls."""
 
         def __init__(self, key: bytes) -> None:
-            self._key, self._calls, self._run = key, Calls(1), 0
+            self._key, self._calls, self._run = key, CallJournal(1), 0
 
         def call(self, sealed: bytes) -> bytes:
             request = open_payload(self._key, sealed)

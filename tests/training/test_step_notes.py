@@ -19,7 +19,7 @@ from actors.registry.registry import Registry
 from actors.storage.home import DATABASE
 from actors.training import step_notes
 from actors.training.actor import TrainingActor
-from actors.training.call_journal import Calls
+from actors.training.call_journal import CallJournal
 from actors.training.step_notes import StepNotes
 from support.privacy_helpers import registry as open_registry
 from tg_tinker import (
@@ -270,7 +270,7 @@ def actor(door: Door) -> Any:
     actor_type = vars(TrainingActor)["__ray_metadata__"].modified_class
     actor = actor_type.__new__(actor_type)
     actor._key, actor._epoch, actor._used = new_key(), door.epoch, 0.0
-    actor._notes, actor._calls = StepNotes(door), Calls(door.epoch)
+    actor._notes, actor._calls = StepNotes(door), CallJournal(door.epoch)
     actor._worker = SimpleNamespace(
         run=lambda request, check: Saving("a") if request.operation == "save_state" else "done",
         saved=lambda saving, wait: "durable", taken=lambda name: "weights",

@@ -10,8 +10,9 @@ import pytest
 
 from actors.artifacts.publish import Draft, write
 from actors.storage.store import ArtifactStore
-from actors.training.saving import Schedule
-from actors.training.worker import MOST_COPIES, Place, Worker
+from actors.training.place import Place
+from actors.training.saving import MOST_COPIES, Schedule
+from actors.training.worker import Worker
 from support.artifacts import TENANT, Service
 from support.artifacts import service as service  # a fixture
 from support.helpers import assert_equal, examples, weights
@@ -39,7 +40,7 @@ def step(of: Worker) -> OptimStepResult:
 
 def settled(of: Worker) -> None:
     """Returns once the saver has nothing left to do."""
-    of._saver.submit(lambda: None).result()
+    of.saver._thread.submit(lambda: None).result()
 
 
 def saved(service: Service) -> list[ArtifactInfo]:
@@ -70,7 +71,7 @@ def test_the_newest_stay_and_what_was_saved_or_labelled_by_hand(
     service: Service, tiny_model: Path
 ) -> None:
     run = worker(service, tiny_model, every_steps=1, keep=2)
-    by_hand = run.saved(run.save_state(lambda: None, True, {}))
+    by_hand = run.saver.outcome(run.save_state(lambda: None, True, {}))
     assert by_hand is not None
     for _ in range(5):
         step(run)
@@ -112,7 +113,7 @@ def test_no_step_waits_for_a_store_that_does_not_answer_or_fails_with_it(
     assert step(run).warnings == ()
     settled(run)
     assert [info.step for info in saved(service)][-1] == 7
-    assert run.drafts == {}
+    assert run.saver.drafts == {}
 
 
 def test_no_step_fails_for_want_of_memory_to_copy_it_and_a_later_save_has_its_turn(
@@ -123,14 +124,14 @@ def test_no_step_fails_for_want_of_memory_to_copy_it_and_a_later_save_has_its_tu
 
     run = worker(service, tiny_model, every_steps=1)
     with monkeypatch.context() as patched:
-        patched.setattr("actors.training.worker.to_files", full)  # on the training thread
+        patched.setattr("actors.training.saving.to_files", full)  # on the training thread
         assert [step(run).step for _ in range(MOST_COPIES + 1)] == [1, 2, 3]
     with monkeypatch.context() as patched:
-        patched.setattr("actors.training.worker.Draft", full)  # on the saver's
+        patched.setattr("actors.training.saving.Draft", full)  # on the saver's
         (warning,) = step(run).warnings
         assert warning.endswith("failed, training goes on: OSError")
         settled(run)
-    run.saved(run.save_state(lambda: None, True, {}))  # which waits for one of the copies
+    run.saver.outcome(run.save_state(lambda: None, True, {}))  # which waits for one of the copies
     step(run)
     settled(run)
     assert step(run).warnings == ()

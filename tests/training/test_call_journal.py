@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from actors.process import reply_of
-from actors.training.call_journal import KEPT_HANDLES, KEPT_REPLIES, Calls
+from actors.training.call_journal import KEPT_HANDLES, KEPT_REPLIES, CallJournal
 from tg_tinker.client.future import FutureHandle
 from tg_tinker.cluster.messages import NOT_YET, Reply, Request
 from tg_tinker.errors import (
@@ -54,7 +54,7 @@ def raised(reply: Reply) -> Exception:
 
 
 def test_a_repeat_is_answered_from_memory_and_runs_once() -> None:
-    calls, work = Calls(EPOCH), Work()
+    calls, work = CallJournal(EPOCH), Work()
     first = calls.run(request(0), work)
     assert calls.run(request(0), work) == first == Reply("result 1")
     assert calls.run(request(1), work) == Reply("result 2")
@@ -69,7 +69,7 @@ def test_a_repeat_of_a_failed_call_fails_alike_and_does_not_run_again() -> None:
         attempts.append(request.request_id)
         raise InvalidRequestError("rank 0", details={"rank": 0})
 
-    calls = Calls(EPOCH)
+    calls = CallJournal(EPOCH)
     replies = [calls.run(request(0), fails) for _ in range(3)]
     assert attempts == ["h-0"]
     for reply in replies:
@@ -79,7 +79,7 @@ def test_a_repeat_of_a_failed_call_fails_alike_and_does_not_run_again() -> None:
 
 
 def test_a_failed_call_does_not_stop_the_next_one() -> None:
-    calls, work = Calls(EPOCH), Work()
+    calls, work = CallJournal(EPOCH), Work()
 
     def fails(request: Request, check: Callable[[], None]) -> None:
         raise InvalidRequestError("no")
@@ -89,7 +89,7 @@ def test_a_failed_call_does_not_stop_the_next_one() -> None:
 
 
 def test_a_reply_can_be_read_without_running_anything() -> None:
-    calls, work = Calls(EPOCH), Work()
+    calls, work = CallJournal(EPOCH), Work()
     assert calls.stored("h-0") is None
     reply = calls.run(request(0), work)
     assert calls.stored("h-0") == reply
@@ -98,7 +98,7 @@ def test_a_reply_can_be_read_without_running_anything() -> None:
 
 
 def test_none_is_a_result_and_remembered_like_one() -> None:
-    calls, ran = Calls(EPOCH), []
+    calls, ran = CallJournal(EPOCH), []
     for _ in range(2):
         assert calls.run(request(0), lambda r, check: ran.append(r)) == Reply(None)
     assert len(ran) == 1
@@ -109,7 +109,7 @@ def test_none_is_a_result_and_remembered_like_one() -> None:
 
 @pytest.mark.parametrize("sequence", [1, 2, -1])
 def test_a_gap_in_the_order_is_refused_and_runs_nothing(sequence: int) -> None:
-    calls, work = Calls(EPOCH), Work()
+    calls, work = CallJournal(EPOCH), Work()
     error = raised(calls.run(request(sequence), work))
     assert type(error) is ServiceError
     assert f"call {sequence} of this client arrived where 0 was due" in str(error)
@@ -118,7 +118,7 @@ def test_a_gap_in_the_order_is_refused_and_runs_nothing(sequence: int) -> None:
 
 
 def test_a_new_call_under_an_old_number_is_refused() -> None:
-    calls, work = Calls(EPOCH), Work()
+    calls, work = CallJournal(EPOCH), Work()
     calls.run(request(0), work)
     forged = Request("another id", "optim_step", EPOCH, "h", 0)
     assert type(raised(calls.run(forged, work))) is ServiceError
@@ -126,7 +126,7 @@ def test_a_new_call_under_an_old_number_is_refused() -> None:
 
 
 def test_every_handle_has_an_order_of_its_own() -> None:
-    calls, work = Calls(EPOCH), Work()
+    calls, work = CallJournal(EPOCH), Work()
     for sequence in range(3):
         for handle in ("a", "b"):
             calls.run(request(sequence, handle), work).unwrap()
@@ -136,7 +136,7 @@ def test_every_handle_has_an_order_of_its_own() -> None:
 
 @pytest.mark.parametrize("epoch", [EPOCH - 1, EPOCH + 1, 0])
 def test_a_call_of_another_epoch_is_refused_with_both_numbers(epoch: int) -> None:
-    calls, work = Calls(EPOCH), Work()
+    calls, work = CallJournal(EPOCH), Work()
     error = raised(calls.run(request(0, epoch=epoch), work))
     assert type(error) is ActorLostError
     assert f"epoch {epoch}, the actor to {EPOCH}" in str(error)
@@ -149,7 +149,7 @@ def test_a_call_of_another_epoch_is_refused_with_both_numbers(epoch: int) -> Non
 
 
 def test_a_call_cancelled_before_it_arrives_changes_nothing() -> None:
-    calls, work = Calls(EPOCH), Work()
+    calls, work = CallJournal(EPOCH), Work()
     assert calls.cancel("h-0") is True
     assert type(raised(calls.run(request(0), work))) is FutureCancelledError
     assert work.ran == []
@@ -157,14 +157,14 @@ def test_a_call_cancelled_before_it_arrives_changes_nothing() -> None:
 
 
 def test_a_call_cancelled_while_it_runs_stops_at_its_next_check() -> None:
-    calls = Calls(EPOCH)
+    calls = CallJournal(EPOCH)
     work = Work(before_check=lambda: calls.cancel("h-0"))
     assert type(raised(calls.run(request(0), work))) is FutureCancelledError
     assert work.ran == []
 
 
 def test_a_cancelled_call_answers_alike_when_repeated() -> None:
-    calls, work = Calls(EPOCH), Work()
+    calls, work = CallJournal(EPOCH), Work()
     calls.cancel("h-0")
     replies = [calls.run(request(0), work) for _ in range(2)]
     assert replies[0] == replies[1]
@@ -172,7 +172,7 @@ def test_a_cancelled_call_answers_alike_when_repeated() -> None:
 
 
 def test_a_call_that_has_answered_cannot_be_cancelled_any_more() -> None:
-    calls, work = Calls(EPOCH), Work()
+    calls, work = CallJournal(EPOCH), Work()
     reply = calls.run(request(0), work)
     assert calls.cancel("h-0") is False
     assert calls.run(request(0), work) == reply
@@ -180,7 +180,7 @@ def test_a_call_that_has_answered_cannot_be_cancelled_any_more() -> None:
 
 
 def test_cancelling_one_call_leaves_the_others_alone() -> None:
-    calls, work = Calls(EPOCH), Work()
+    calls, work = CallJournal(EPOCH), Work()
     calls.cancel("h-1")
     assert calls.run(request(0), work).error is None
     assert calls.run(request(1), work).error is not None
@@ -192,7 +192,7 @@ def test_cancelling_one_call_leaves_the_others_alone() -> None:
 
 
 def test_memory_keeps_the_newest_replies_and_no_more() -> None:
-    calls, work = Calls(EPOCH), Work()
+    calls, work = CallJournal(EPOCH), Work()
     many = KEPT_REPLIES + 10
     for sequence in range(many):
         calls.run(request(sequence), work)
@@ -201,7 +201,7 @@ def test_memory_keeps_the_newest_replies_and_no_more() -> None:
 
 
 def test_a_busy_client_pushes_out_no_reply_of_another() -> None:
-    calls, work = Calls(EPOCH), Work()
+    calls, work = CallJournal(EPOCH), Work()
     first = calls.run(request(0, "quiet"), work)
     for sequence in range(KEPT_REPLIES + 10):
         calls.run(request(sequence, "busy"), work)
@@ -209,7 +209,7 @@ def test_a_busy_client_pushes_out_no_reply_of_another() -> None:
 
 
 def test_the_clients_that_called_last_are_remembered_and_no_old_call_runs_again() -> None:
-    calls, work = Calls(EPOCH), Work()
+    calls, work = CallJournal(EPOCH), Work()
     for number in range(KEPT_HANDLES):
         calls.run(request(0, f"h{number}"), work)
     calls.run(request(1, "h0"), work)
@@ -223,7 +223,7 @@ def test_the_clients_that_called_last_are_remembered_and_no_old_call_runs_again(
 
 def test_a_repeat_that_is_forgotten_is_refused_rather_than_run_again() -> None:
     """It changed the weights once; its number is used up."""
-    calls, work = Calls(EPOCH), Work()
+    calls, work = CallJournal(EPOCH), Work()
     for sequence in range(KEPT_REPLIES + 1):
         calls.run(request(sequence), work)
     assert type(raised(calls.run(request(0), work))) is ServiceError
@@ -231,7 +231,7 @@ def test_a_repeat_that_is_forgotten_is_refused_rather_than_run_again() -> None:
 
 
 def test_reading_and_repeating_do_not_push_replies_out() -> None:
-    calls, work = Calls(EPOCH), Work()
+    calls, work = CallJournal(EPOCH), Work()
     for sequence in range(KEPT_REPLIES):
         calls.run(request(sequence), work)
     for _ in range(10):
@@ -241,7 +241,7 @@ def test_reading_and_repeating_do_not_push_replies_out() -> None:
 
 
 def test_a_flood_of_cancellations_is_bounded() -> None:
-    calls = Calls(EPOCH)
+    calls = CallJournal(EPOCH)
     for i in range(KEPT_REPLIES + 1):
         calls.cancel(f"x-{i}")
     calls.check_cancelled("x-0")
@@ -335,7 +335,7 @@ def test_an_internal_error_names_type_place_and_request() -> None:
     error = raised(reply_of(quoting, "h-7"))
     line = quoting.__code__.co_firstlineno + 2
     assert str(error).startswith("ValueError in the service at ")
-    assert f"test_calls.py:{line} < " in str(error)
+    assert f"test_call_journal.py:{line} < " in str(error)
     assert "(request h-7)" in str(error)
     assert "/" not in str(error), "a path of this machine"
     assert error.details["type"] == "ValueError"
@@ -354,7 +354,7 @@ def test_our_own_errors_pass_with_everything_they_say() -> None:
 
 
 def test_a_failing_call_of_an_actor_is_a_reply_too() -> None:
-    calls = Calls(EPOCH)
+    calls = CallJournal(EPOCH)
 
     def fails(request: Request, check: Callable[[], None]) -> Any:
         raise ValueError(SECRET)
@@ -393,7 +393,7 @@ def test_an_actor_process_leaves_no_core_dump() -> None:
 
 def test_whoever_waits_for_a_call_that_never_comes_learns_it_and_asks_again() -> None:
     """Its client was killed, or it was refused: a thread of the actor must not wait for ever."""
-    calls, work = Calls(EPOCH), Work()
+    calls, work = CallJournal(EPOCH), Work()
     assert raised(calls.wait("h-0", 0.01)).code == NOT_YET  # type: ignore[attr-defined]
     calls.run(request(1), work)  # refused: out of turn
     assert raised(calls.wait("h-1", 0.01)).code == NOT_YET  # type: ignore[attr-defined]
