@@ -2,8 +2,9 @@
 
     UnitGradients.clip(C) -> ClippedSum, which adds up -> privatise -> PrivateGradient
 
-The optimizer of a private run takes nothing but a `PrivateGradient`. What comes before it must
-not leave the actor's memory; none of these types has a printable form.
+The optimizer of a private run takes nothing but a `PrivateGradient`, which `privatise` alone makes.
+What comes before it must not leave the actor's memory; none of these types has a printable form.
+Whose gradient is whose is settled in `unit_gradients`, that a draw is charged in `session`.
 
 Legend: U units, each one example or all rows of one id; C the L2 bound of a unit.
 """
@@ -23,7 +24,6 @@ Noise = Callable[[int], torch.Tensor]
 
 _BLOCK = 2**20
 """Values that get their noise at a time: bounds the float64 copies."""
-
 
 _NORMED = 1024
 """Values whose squares are added in float32."""

@@ -1,4 +1,7 @@
-"""Which layers a private run may have: the door to the rules of Opacus."""
+"""Which layers a private run may have, and what it silences: the door to the rules of Opacus.
+
+Whether per-unit gradients of the layers that train are right is probed in `unit_gradients`.
+"""
 
 from __future__ import annotations
 

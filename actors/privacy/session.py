@@ -16,7 +16,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,6 +24,7 @@ from actors.engine.gradients import PrivateGradient, gradient_hash
 from actors.engine.model import Base
 from actors.engine.session import Session
 from actors.engine.timing import Stage, stage
+from actors.privacy.budget import Budget
 from actors.privacy.clipping import ClippedSum, privatise
 from actors.privacy.layers import refuse_mixing_layers, silence_dropout
 from actors.privacy.noise import standard_normal
@@ -37,9 +37,6 @@ from tg_tinker.data.hashing import resolve_batch_hash
 from tg_tinker.errors import DPBudgetExceededError
 from tg_tinker.records.report import Charge
 from tg_tinker.types import DPMetrics, ForwardBackwardResult, OptimStepResult
-
-if TYPE_CHECKING:
-    from actors.privacy.budget import Budget
 
 _MIN_STEPS_TO_JUDGE = 3
 

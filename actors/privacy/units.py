@@ -1,4 +1,7 @@
-"""Units of privacy: who a row belongs to, which rows of a step count, and the Poisson draw."""
+"""Units of privacy: who a row belongs to, and which rows of a step count.
+
+How often a unit may be used is the ledger's, which units a Poisson step has is `poisson`'s.
+"""
 
 from __future__ import annotations
 

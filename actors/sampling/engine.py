@@ -8,6 +8,7 @@
 A step is one forward over a flat stream that holds one token of each sequence that is being
 extended and pieces of the prompts that wait; so nobody waits for a batch to end, and a long
 prompt delays the others by a piece at a time. It knows no text and has no lock: one thread calls.
+Which token is drawn is up to `drawing`, whose weights a row uses to `adapters`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,11 @@ PROMPT_TOKENS_ALONE = 512
 
 
 class SlotEngine:
-    """See the module."""
+    """See the module.
+
+    Attributes:
+        adapters: those that requests may name.
+    """
 
     def __init__(self, base: Base, slots: int = SLOTS) -> None:
         if not base.flat:

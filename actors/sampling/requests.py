@@ -1,4 +1,7 @@
-"""Requests to the sampling engine, their tokens, and whose turn it is."""
+"""What goes in and out of the sampling engine: requests, tokens, its load; and whose turn it is.
+
+Plain values without a model: the engine runs them, `text` makes them of prompts and texts of them.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +105,7 @@ class RunningSequence:
 
 
 class Turns:
-    """Requests that wait: those of an owner in their order, owners one after the other."""
+    """Requests that wait: those of an owner in their order, owners by turns."""
 
     def __init__(self) -> None:
         self._of: OrderedDict[str, deque[TokenRequest]] = OrderedDict()

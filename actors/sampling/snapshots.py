@@ -1,4 +1,7 @@
-"""Weights of a run at one step, as they travel to where they are sampled from."""
+"""Weights of a run at one step, as they travel to where they are sampled from.
+
+How many are kept, and how they are sent, is up to those who take and fetch them.
+"""
 
 from __future__ import annotations
 

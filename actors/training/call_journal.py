@@ -1,4 +1,7 @@
-"""Calls of one actor: their order, their repeats, their cancellation. It knows no operation."""
+"""Calls of one actor: their order, their repeats, their cancellation.
+
+It knows no operation; what becomes of a call is up to the function that it is run with.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from tg_tinker.cluster.ray_calls import ask
 from tg_tinker.errors import ActorLostError, ClusterUnavailableError, StorageError
 
 if TYPE_CHECKING:
-    from actors.artifacts.publish import Draft  # which loads torch: this actor starts without
+    from actors.artifacts.publish import Draft  # which loads SQLAlchemy: this actor starts without
 
 NAME = "tg_tinker.storage"
 _AHEAD = 4
