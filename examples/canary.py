@@ -44,10 +44,8 @@ from tg_tinker import (
     TrainingClient,
     TrainingConfig,
 )
-from tg_tinker.data.batch import IGNORED
-from tg_tinker.data.rows import Encoded, as_batch, make_batches
-from tg_tinker.demo import plots
-from tg_tinker.demo.options import find_demo_model
+from tg_tinker.data import IGNORED, Encoded, as_batch, make_batches
+from tg_tinker.demo import find_demo_model, plots
 
 BASE, OPEN, PRIVATE = RUNS = ("before training", "without privacy", "with privacy")
 HELD_OUT = 40

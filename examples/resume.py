@@ -17,7 +17,7 @@ from itertools import islice
 from train_chat import count, encode, evaluate, load_rows, show_answer, train_and_save
 
 from tg_tinker import ServiceClient, TGTinkerError
-from tg_tinker.data.rows import make_batches
+from tg_tinker.data import make_batches
 
 EPILOG = """\
 examples:

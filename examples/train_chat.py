@@ -29,9 +29,17 @@ from tg_tinker import (
     TrainingClient,
     TrainingConfig,
 )
-from tg_tinker.data.chat import encode_rows, render_row_prompt
-from tg_tinker.data.rows import Encoded, Row, as_batch, make_batches, read_rows, split_rows
-from tg_tinker.demo.options import find_demo_model
+from tg_tinker.data import (
+    Encoded,
+    Row,
+    as_batch,
+    encode_rows,
+    make_batches,
+    read_rows,
+    render_row_prompt,
+    split_rows,
+)
+from tg_tinker.demo import find_demo_model
 
 DESK = [
     ("When does the rental open?", "At seven. In winter at eight."),

@@ -14,11 +14,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 
 import tg_tinker
+import tg_tinker.data
+import tg_tinker.demo
 
 ROOT = Path(__file__).parents[1]
 LINE = ("tg_tinker", "actors", "serve_app")
@@ -538,7 +541,9 @@ def test_an_assert_is_found() -> None:
 # --- what the packages offer -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("package", ["tg_tinker", "tg_tinker.cluster", "tg_tinker.data.text"])
+@pytest.mark.parametrize(
+    "package", ["tg_tinker", "tg_tinker.data", "tg_tinker.demo", "tg_tinker.cluster.cluster"]
+)
 def test_importing_the_sdk_loads_no_heavy_library(package: str) -> None:
     heavy = {"torch", "ray", "transformers", "peft", "pyarrow", "sqlalchemy", "matplotlib"}
     program = f"import sys, {package}; print(sorted({heavy!r} & set(sys.modules)))"
@@ -548,14 +553,26 @@ def test_importing_the_sdk_loads_no_heavy_library(package: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_public_names_are_listed_once_and_exist() -> None:
+HANDING_ON = (tg_tinker, tg_tinker.data, tg_tinker.demo)
+
+
+@pytest.mark.parametrize("package", HANDING_ON, ids=lambda package: package.__name__)
+def test_public_names_are_listed_once_and_exist(package: ModuleType) -> None:
     """`__all__` is exactly what the package imports for its users, sorted."""
-    module = tree(ROOT / "tg_tinker/__init__.py")
+    module = tree(Path(str(package.__file__)))
     imported = [one.name or one.source for one in imports(module)]
-    assert sorted(imported) == sorted(tg_tinker.__all__)
-    assert len(set(tg_tinker.__all__)) == len(tg_tinker.__all__)
-    for name in tg_tinker.__all__:
-        assert hasattr(tg_tinker, name), name
+    assert sorted(imported) == sorted(package.__all__)
+    assert len(set(package.__all__)) == len(package.__all__)
+    for name in package.__all__:
+        assert hasattr(package, name), name
+
+
+def test_only_these_packages_hand_names_on() -> None:
+    """Where a user finds a name is one question with one answer."""
+    found = {path for path in FILES if path.name == "__init__.py" and "__all__" in path.read_text()}
+    assert found == {Path(str(package.__file__)) for package in HANDING_ON}
+    names = [name for package in HANDING_ON for name in package.__all__]
+    assert len(set(names)) == len(names)
 
 
 def offered() -> dict[str, str]:

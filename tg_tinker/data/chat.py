@@ -1,6 +1,6 @@
 """Chats into token ids and labels, by the chat template of the model.
 
-    from tg_tinker.data.chat import render_prompt, to_batch
+    from tg_tinker.data import render_prompt, to_batch
     batch = to_batch(tc.tokenizer, [{"prompt": "Capital of France?", "completion": "Paris."}])
     tc.forward_backward(batch)
     tc.sample(render_prompt(tc.tokenizer, "Capital of Spain?"))
