@@ -1,7 +1,17 @@
-"""What runs on the cluster: the training actor and its engine, the registry, keys and store.
+"""What runs on the cluster: training, sampling, the registry, keys and stores.
 
-Start at `training_actor` (the Ray shell), then `worker` (one run), then `engine` (one step).
-Imports go one way: serve_app -> actors -> tg_tinker.
+- process.py: what each process of ours does: files to itself, failures as values.
+- engine/: one step on one base model.
+- storage/: keys, signatures, and where ciphertext lies.
+- sampling/: many requests on one base model.
+- registry/: runs, artifacts, ledgers and audit logs in one database.
+- privacy/: a private step, and attacks on it.
+- artifacts/: artifacts published, fetched, copied, deleted.
+- training/: the actor of a run. Start here, then the engine.
+- operations/: what an operator runs.
+
+It imports the lower floors of `tg_tinker`, never its client, demo or commands, which reach it by
+`tg_tinker.backend`. Importing the package loads neither torch nor Ray.
 """
 
 import tg_tinker.cluster.ray_calls  # noqa: F401  (sets what Ray reads when it is first imported)

@@ -1,7 +1,12 @@
-"""The Ray Serve application that samples: one per base model, for `TrainingClient.sample`.
+"""The Ray Serve application that samples, one for each base model, beside training.
 
-`application` deploys it and is what the SDK reaches it by, `replica` is what runs in each copy,
-`engines` gives the slot engine a thread and each kind of weights an engine.
+- application.py: the door to Serve: deploys the application and reaches it.
+- deploy.py: the application for Serve's own config files.
+- replica/: what runs in each copy: weights and engines.
+- http/: OpenAI's API, keys, limits, refusals.
+
+It imports `actors` and the lower floors of `tg_tinker`. Nothing imports it: the SDK reaches it by
+`tg_tinker.backend`.
 """
 
 import tg_tinker.cluster.ray_calls  # noqa: F401  (sets what Ray reads when it is first imported)

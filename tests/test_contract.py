@@ -233,19 +233,6 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not fragment or fragment in anchors(linked), target
 
 
-def test_the_tree_of_the_readme_names_files_that_exist() -> None:
-    tree = (ROOT / "README.md").read_text().partition("## Where things are")[2].split("```")[1]
-    folder = ROOT
-    for line in tree.strip().splitlines():
-        names = re.split(r"\s{3,}", line.strip())[0].split()
-        if not line.startswith(" "):
-            folder = ROOT
-        for name in names:
-            assert (folder / name).exists(), name
-        if names[0] in ("tg_tinker/", "actors/", "serve_app/"):
-            folder = ROOT / names[0]
-
-
 def test_no_page_names_a_web_address() -> None:
     for path in [*PAGES, *(ROOT / "examples").glob("*.py")]:
         assert not re.search(r"https?://(?!127\.0\.0\.1)", path.read_text()), path.name

@@ -38,6 +38,7 @@ FLOORS = {
     "tg_tinker/client": ("tg_tinker/data", "tg_tinker/records", "tg_tinker/cluster"),
     "tg_tinker/demo": ("tg_tinker/client",),
     "tg_tinker/cli": ("tg_tinker/demo",),
+    "tg_tinker/cli/main.py": ("tg_tinker/cli",),
     # Servers stand on the SDK's lower floors, never on its client, demo or commands.
     "actors/process.py": ("tg_tinker/cluster",),
     "actors/engine": ("tg_tinker/data",),
@@ -414,6 +415,7 @@ def test_an_import_up_the_line_is_found(source: str) -> None:
         ("tg_tinker/backend.py", "from tg_tinker.records.heads import LedgerHead"),
         ("tg_tinker/client/service.py", "def f():\n    from tg_tinker.cli import main"),
         ("tg_tinker/demo/run.py", "from ..cli.shared import connector"),
+        ("tg_tinker/cli/shared.py", "def f():\n    from tg_tinker.cli.main import main"),
         ("tg_tinker/storage/__init__.py", "from tg_tinker.client.service import ServiceClient"),
         ("actors/process.py", "from actors.registry.registry import Registry"),
         ("actors/engine/model.py", "from tg_tinker.cluster import ray_calls"),

@@ -9,6 +9,22 @@
         tc.forward_backward({"input_ids": [[1, 2, 3]]})
         print(tc.optim_step().result())
 
+The ground, which imports nothing else of ours:
+
+- config.py, types.py, errors.py: configuration, results, the tree of errors.
+- labels.py, sampling.py: what a label may be; parameters of sampling and their ranges.
+- backend.py: what the packages above offer to the SDK, which may not import them.
+
+And on it, each importing those before it that it names:
+
+- storage/: what URIs of stores, databases and keyrings mean; the envelope.
+- data/: batches, rows, chats, tokenizer.
+- records/: the rules of ledger and audit log.
+- cluster/: the door to Ray.
+- client/: `ServiceClient`, `TrainingClient`, handles of calls.
+- demo/: what `make demo` does.
+- cli/: the command `tg-tinker`.
+
 Importing the package loads neither torch, ray nor transformers.
 """
 

@@ -1,4 +1,4 @@
-"""Artifacts after they were saved: copied, sealed anew under a fresh key, shredded.
+"""Artifacts after they were saved: copied, sealed anew under a fresh key.
 
 What is new is complete in the store before one transaction of the registry makes it count, and
 only then does what is old go. So a crash at any place leaves the old or the new, whole, and files

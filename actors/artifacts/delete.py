@@ -20,7 +20,7 @@ def delete(
 
     Raises:
         NotFoundError: unknown, deleted already, or in another store; nothing was deleted.
-        RollbackError: see `audit_heads.meet`.
+        RollbackError: see `rollback.meet`.
         StorageError: the store refused: the artifact is gone, some of its files are not.
     """
     folder = ArtifactStore(store)
@@ -46,7 +46,7 @@ def check_deletable(
 
     Raises:
         NotFoundError: unknown, deleted, or in another store.
-        RollbackError, StorageError: see `audit_heads.meet`.
+        RollbackError, StorageError: see `rollback.meet`.
     """
     meet(registry, store, tenant)
     stored_as = registry.stored_as(tenant, artifact_id)

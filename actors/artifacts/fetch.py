@@ -24,7 +24,7 @@ def fetch(
         NotFoundError: unknown, deleted, expired, of another tenant, or its files are gone.
         ActorLostError: the capability is of an actor that was replaced.
         IntegrityError: not what was published, or not for this key.
-        RollbackError, StorageError: see `audit_heads.meet`.
+        RollbackError, StorageError: see `rollback.meet`.
     """
     tenant = capability.tenant
     no_core_files()  # a copy, an export or a check decrypts in the program that uses the SDK

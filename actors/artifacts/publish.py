@@ -1,4 +1,4 @@
-"""Artifacts: files sealed, published, fetched and exported.
+"""Artifacts: files sealed and published.
 
 An artifact is a manifest in clear and sealed files, each bound to its tenant, artifact and name.
 It counts once its manifest lies in the store and the registry knows the manifest's digest.
@@ -46,7 +46,7 @@ class Draft:
         stored_as: its name in the store; the id when None.
 
     Raises:
-        RollbackError, StorageError: see `audit_heads.meet`.
+        RollbackError, StorageError: see `rollback.meet`.
     """
 
     def __init__(

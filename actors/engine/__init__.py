@@ -1,20 +1,16 @@
-"""One training step on one base model, from tokens to moved weights: plain classes of torch.
+"""One training step on one base model: batch, loss, gradient, optimizer, state.
 
-It stands on `tg_tinker` alone: no Ray, no database, no store, and nothing of privacy.
+- session.py: the main path of a run. Start here.
+- model.py: base models and adapters by transformers and PEFT, one forward over a flat stream.
+- loading.py: base models found, converted once, and read.
+- lora.py: what is trained of a model: an adapter, or all weights.
+- batching.py, attention.py, slots.py: examples as flat streams without padding; attention over
+  them; keys and values of running sequences.
+- losses.py, matmul.py: losses of single tokens; matrix products by oneDNN.
+- gradients.py, optim.py: sums, means and their hashes; optimizers and schedules.
+- checkpoint.py, lineage.py: the state between two steps as plain files; where weights come from.
+- memory.py, timing.py: what a run needs at least; the time of each part of a step.
 
-    session      the main path: forward_backward, optim_step, load and state
-    model        base models in memory, probes, the forward over a flat stream
-    loading      base models found, converted, read
-    lora         what trains: an adapter or all weights
-    batching     examples to flat streams
-    attention    each example of a stream sees itself alone
-    slots        keys and values of sequences that are being sampled
-    losses       of tokens and examples
-    matmul       products by oneDNN
-    gradients    sums, means, private gradients, fingerprints
-    optim        optimizers and schedules
-    checkpoint   the state between two steps, as files
-    lineage      what weights were trained on
-    memory       what a run needs and what there is
-    timing       the parts of a step, measured
+It imports values, `tg_tinker.storage` and `tg_tinker.data`. It knows no Ray, no database, no store
+and no budget.
 """

@@ -15,7 +15,7 @@ def delete_expired(registry: Registry, root: str, tenant: str) -> Iterator[tuple
     """Deletes every artifact whose time is over; (id, what went wrong), empty where nothing.
 
     Raises:
-        RollbackError, StorageError: see `audit_heads.meet`: expiry may have been changed since.
+        RollbackError, StorageError: see `rollback.meet`: expiry may have been changed since.
     """
     meet(registry, ArtifactStore(root), tenant)
     for artifact_id in registry.expired(tenant):

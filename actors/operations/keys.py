@@ -20,7 +20,7 @@ def rotate(registry: Registry, root: str, tenant: str) -> str:
     be older copies, and a second key of one name would hide the first.
 
     Raises:
-        RollbackError, StorageError: see `audit_heads.meet`; nothing was changed.
+        RollbackError, StorageError: see `rollback.meet`; nothing was changed.
     """
     store = ArtifactStore(root)
     meet_all(registry, store)
@@ -48,7 +48,7 @@ def rewrap(registry: Registry, root: str) -> Iterator[tuple[str, str]]:
     before, and the next call finds what is left.
 
     Raises:
-        RollbackError, StorageError: see `audit_heads.meet`: an older database could put old key
+        RollbackError, StorageError: see `rollback.meet`: an older database could put old key
             files in the place of new ones. Nothing was changed.
     """
     store = ArtifactStore(root)
@@ -109,7 +109,7 @@ def retire(registry: Registry, root: str, tenant: str, key_id: str) -> None:
         InvalidRequestError: it is the primary one, or opens an artifact still; or one was saved
             meanwhile.
         IntegrityError: of an artifact nobody can tell which key opens it.
-        RollbackError, StorageError: see `audit_heads.meet`: what an older database has lost may
+        RollbackError, StorageError: see `rollback.meet`: what an older database has lost may
             need it.
     """
     store = ArtifactStore(root)

@@ -4,7 +4,8 @@ the store refused half-way, a re-encryption that was broken off.
 A sweep notes each orphan as it is. One that begins at least `min_age_s` later removes it if it is
 an orphan still and nothing of it has changed. Both times are the store's own: the modification time
 of an object that the sweep writes. A save that is slower than that is decided in the registry
-(`orphans`), where the notes are too: a sweep that was killed is finished by the next one.
+(`actors.registry.orphans`), where the notes are too: a sweep that was killed is finished by the
+next one.
 """
 
 from __future__ import annotations

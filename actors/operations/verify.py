@@ -1,5 +1,4 @@
-"""What an operator does to all artifacts: check them, remove those whose time is over, and give
-their keys another wrapping."""
+"""Artifacts checked: each is opened and read as a run would, and the index held to the log."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ def verify(
 
     Raises:
         NotFoundError: there is no such artifact.
-        RollbackError, StorageError: see `audit_heads.meet`; nothing was read.
+        RollbackError, StorageError: see `rollback.meet`; nothing was read.
     """
     store, reader = ArtifactStore(root), registry.reader(tenant)
     meet(registry, store, tenant)

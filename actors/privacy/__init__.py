@@ -1,18 +1,13 @@
-"""The private step: plan, unit gradients, clip, charge, noise; and attacks on all that.
+"""A private step, from batch to weight, and attacks on it.
 
-It stands on `engine` and `registry`. To review it, read `session` from top to bottom.
+- session.py: the whole way, for a reviewer to read in order.
+- plan.py, budget.py: what is missing in a `DPConfig`; what is left, and charges.
+- units.py, poisson.py: whom a row belongs to and who counts; registered units and their draw.
+- layers.py: which layers a private run may have.
+- capture.py, clipping.py, noise.py: gradients of units; the bound; the noise.
+- accountants.py: the door to the numerical accountants.
+- attacks.py, self_audit.py: what one unit moves, whether noise is noise; all that on the real step.
 
-    session         the main path from a batch to a weight
-    units           whose a row is, and which rows count
-    unit_gradients  backward passes, unit by unit, and their clipped sum
-    capture         the fast way to gradients of single units
-    clipping        the bound; `privatise` alone makes a private gradient
-    noise           from the operating system, without a seed
-    budget          a run's way to its data set's ledger: each charge before its noise
-    poisson         samples that the server draws
-    plan            what a run asks of a budget
-    accountants     the numbers of sampled mechanisms
-    layers          which layers have a private form
-    attacks         what one unit moves, whether the noise is noise, who was in a step
-    self_audit      runs these attacks and reports
+It imports `actors.engine` and `actors.registry`. Only here is a private gradient made; the engine
+takes it.
 """

@@ -1,9 +1,12 @@
-"""Many requests at once on one base model; it stands on `engine`.
+"""Many requests at once on one base model, each with weights of its own.
 
-requests    requests, tokens, turns
-engine      one forward for all of them, a token each
-drawing     one token from one row of logits
-adapters    many LoRA adapters on one base model
-text        prompts in, texts out
-snapshots   weights of a run on their way here
+- engine.py: continuous batching, token in and token out.
+- requests.py: requests, their tokens, and whose turn it is.
+- drawing.py: one token from one row of logits.
+- adapters.py: LoRA adapters side by side.
+- text.py: prompts, chunks and samples over tokens.
+- snapshots.py: weights of a run at one step, on their way to where they are sampled from.
+
+It imports `actors.engine` and the messages of `tg_tinker.cluster`. It opens no artifact and knows
+no client: `serve_app` says which weights are meant, and who may ask.
 """

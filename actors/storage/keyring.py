@@ -1,4 +1,5 @@
-"""The text of a keyring, and what its keys do. Where the text lies is the affair of `keys`.
+"""The text of a keyring, and what its keys do. Where the text lies is the affair of
+`key_providers`.
 
 {"format": 1, "primary": "k2", "keys": {"k1": "<base64>", "k2": "<base64>"}}
 """

@@ -7,7 +7,7 @@
     <root>/t/<tenant>/clock                       empty; its time is the store's, for a sweep
 
 An artifact exists when its manifest does. One that was resealed lies under another name than its
-id (`artifact_index`), and that name is what is meant here.
+id (`actors.registry.artifacts`), and that name is what is meant here.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def open_objects(root: str, policy: RetryPolicy) -> Objects:
     """The objects of a store. Nothing is connected or created before they are used.
 
     Raises:
-        InvalidRequestError: neither a folder nor a URI that `location.parse` knows.
+        InvalidRequestError: neither a folder nor a URI that `stores.parse` knows.
     """
     location = parse(root)
     return LocalFolder(location) if isinstance(location, Path) else Bucket(location, policy)

@@ -1,11 +1,12 @@
-"""The actor of a run; it stands on all other packages of `actors` but `operations`.
+"""The actor of a run: its order, its operations, what it saves.
 
-actor           the Ray shell: groups of calls, idling, parking
-worker          the operations
-saving          states on their way to artifacts
-place           which run an actor has, and where its things lie
-call_journal    order, repeats and cancellation of calls
-step_notes      what the registry is told of steps
-storage_actor   carries sealed files into the store
-warm_process    a process with its libraries imported, for the next actor
+- actor.py: the Ray shell, which owns the run's CPUs and GPUs. Start here.
+- call_journal.py: calls in order, repeats, cancellation; it knows no operation.
+- worker.py: the operations of one run, a plain class.
+- saving.py: artifacts that a run saves by itself.
+- step_notes.py: what the registry is told of each step.
+- storage_actor.py: the actor that carries artifacts into the store.
+- warm_process.py: a process kept warm for the next run.
+
+It imports all of `actors` but the operations, which do not import it either.
 """

@@ -94,7 +94,7 @@ class Access:
 
         Raises:
             AccessDeniedError: no key, or one that opens nothing.
-            RollbackError, StorageError: see `audit_heads.meet`.
+            RollbackError, StorageError: see `rollback.meet`.
         """
         if self._options.open and not await self._has_keys():
             _refuse_rebinding(request.headers.get("host", ""))

@@ -118,7 +118,7 @@ _T = TypeVar("_T", bound=BaseModel)
 
 
 def parsed(kind: type[_T], content: bytes) -> _T:
-    """A body as one of `protocol`'s.
+    """A body as one of `openai`'s.
 
     Raises:
         InvalidRequestError: names the fields that are wrong; what they held is not repeated.

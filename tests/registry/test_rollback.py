@@ -707,7 +707,7 @@ def test_clients_that_keep_heads_at_once_end_with_the_newest(
         keep_line(path, line)
 
     monkeypatch.setattr(KeptHead, "_read", slow)
-    monkeypatch.setattr("tg_tinker.records.ledger_files.keep_line", late)
+    monkeypatch.setattr("tg_tinker.records.files.keep_line", late)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda client, line: client.saw(line), clients, lines))
     monkeypatch.undo()

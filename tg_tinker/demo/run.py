@@ -3,8 +3,8 @@
 `Demo.run` is the whole story and a template for a training loop of your own. Every run is
 private and has a data set, so a privacy budget, of its own; `no_privacy` trains on the same rows
 without. Ctrl-C at any moment takes back the calls that are queued, saves a checkpoint and says
-how to go on; a second Ctrl-C leaves without one. The text comes from `docstrings` or `data`,
-tokens from `chat`, the picture from `plots`; all training is done by the service.
+how to go on; a second Ctrl-C leaves without one. The text comes from `docstrings` or a file, tokens
+from `tg_tinker.data`, the picture from `plots`; all training is done by the service.
 """
 
 from __future__ import annotations
