@@ -126,7 +126,7 @@ def added(clients: list[TrainingClient]) -> Sheet:
 
 def private(tc: TrainingClient) -> float:
     """Megabytes."""
-    pid = ray.get(tc._link.actor.__ray_call__.remote(lambda self: os.getpid()))
+    pid = ray.get(tc._calls.link.actor.__ray_call__.remote(lambda self: os.getpid()))
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) * 1024 / 1e6
 

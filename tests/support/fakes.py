@@ -23,6 +23,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -139,6 +140,23 @@ class FakeHandle(FutureHandle[Result]):
         return self.cancelled
 
 
+class FakeCalls:
+    """The two calls behind the real `poisson_batches`; nothing of them is ever lost."""
+
+    def __init__(self, client: FakeTrainingClient) -> None:
+        self.reached = object()
+        self._client = client
+
+    def revive(self) -> None:
+        """There is nothing to bring back."""
+
+    def submit(self, operation: str, **arguments: Any) -> FakeHandle[Any]:
+        if operation == "register_units":
+            self._units = len({tuple(e.input_ids.tolist()) for e in arguments["examples"]})
+            return self._client.call(operation, partial(self._client.register_units, self._units))
+        return self._client.call(operation, partial(self._client.draw_units, self._units))
+
+
 class FakeTrainingClient(TrainingClient):
     """A run whose only weights are its step.
 
@@ -154,7 +172,7 @@ class FakeTrainingClient(TrainingClient):
         self._id = run_id
         self._config = config
         self._describe_privacy = self._account
-        self._reached: Any = object()
+        self._calls: Any = FakeCalls(self)
         self._training = True
         self._closed = False
         self.parked = False
@@ -194,7 +212,7 @@ class FakeTrainingClient(TrainingClient):
             loss = self._service.loss_at(self._step) + self._loss_off if rows else math.nan
             return ForwardBackwardResult(loss, "sha256:", "sha256:", sum(map(len, rows)), 1.0)
 
-        return self._call("forward_backward" if training else "evaluate", work)
+        return self.call("forward_backward" if training else "evaluate", work)
 
     def optim_step(self, apply_dp_noise: bool = True) -> FutureHandle[OptimStepResult]:
         def work() -> OptimStepResult:
@@ -202,7 +220,7 @@ class FakeTrainingClient(TrainingClient):
             self._step += 1
             return OptimStepResult(1.0, 1e-3, self._step, metrics, 1.0)
 
-        return self._call("optim_step", work)
+        return self.call("optim_step", work)
 
     def _charge(self) -> DPMetrics:
         ledger, _ = self._service.ledgers[dataset_of(self._config)]
@@ -220,25 +238,15 @@ class FakeTrainingClient(TrainingClient):
         spent = ledger.epsilon - before
         return DPMetrics(True, spent, ledger.epsilon, ledger.delta, 1.0, 0.5, 1)
 
-    def _revive(self) -> None:
-        """Nothing of it is ever lost."""
+    def register_units(self, units: int) -> list[list[int]]:
+        if units != (self._config.dp_config and self._config.dp_config.dataset_size):
+            raise InvalidRequestError(f"the data set has {units} distinct units")
+        return [[index] for index in range(units)]
 
-    def _submit(self, operation: str, **arguments: Any) -> FakeHandle[Any]:
-        """The two calls behind the real `poisson_batches`."""
-        if operation == "register_units":
-            self._units = len({tuple(e.input_ids.tolist()) for e in arguments["examples"]})
-            return self._call(operation, self._register_units)
-        return self._call(operation, self._draw_units)
-
-    def _register_units(self) -> list[list[int]]:
-        if self._units != (self._config.dp_config and self._config.dp_config.dataset_size):
-            raise InvalidRequestError(f"the data set has {self._units} distinct units")
-        return [[index] for index in range(self._units)]
-
-    def _draw_units(self) -> list[int]:
+    def draw_units(self, units: int) -> list[int]:
         if self._account().left == 0:
             raise DPBudgetExceededError("no step is left")
-        return self._service.draw(self._step, self._units)
+        return self._service.draw(self._step, units)
 
     def sample(
         self,
@@ -258,7 +266,7 @@ class FakeTrainingClient(TrainingClient):
             listed = [prompts] if isinstance(prompts, str) else prompts
             return SampleResult([Sample(p, answer, 5, "eos", 1.0) for p in listed], 5, 1.0)
 
-        return self._call("sample", work).result()
+        return self.call("sample", work).result()
 
     def save_state_async(
         self, include_optimizer: bool = True, metadata: dict[str, Any] | None = None
@@ -272,7 +280,7 @@ class FakeTrainingClient(TrainingClient):
             sealed = EncryptionInfo("AES-256-GCM", "key-1", "file", 1)
             return SaveStateResult(artifact_id, 2_500_000, sealed, metadata or {}, WHEN)
 
-        return self._call("save_state", work)
+        return self.call("save_state", work)
 
     def load_state(self, artifact_id: str) -> LoadStateResult:
         def work() -> LoadStateResult:
@@ -282,7 +290,7 @@ class FakeTrainingClient(TrainingClient):
             metadata = self._service.metadata.get(artifact_id, {})
             return LoadStateResult(artifact_id, self._step, metadata, WHEN)
 
-        return self._call("load_state", work).result()
+        return self.call("load_state", work).result()
 
     def close(self) -> None:
         self._closed = True
@@ -297,7 +305,7 @@ class FakeTrainingClient(TrainingClient):
     def closed(self) -> bool:
         return self._closed
 
-    def _call(self, operation: str, work: Callable[[], Result]) -> FakeHandle[Result]:
+    def call(self, operation: str, work: Callable[[], Result]) -> FakeHandle[Result]:
         self._service.on_submit(operation, self._step)
         handle = FakeHandle(self, operation, work)
         self._queue.append(handle)

@@ -48,7 +48,7 @@ def assert_all_end(session: int, within_s: float) -> None:
 def pid_of(tc: TrainingClient) -> int:
     import ray
 
-    return ray.get(tc._link.actor.__ray_call__.remote(lambda self: os.getpid()))
+    return ray.get(tc._calls.link.actor.__ray_call__.remote(lambda self: os.getpid()))
 
 
 def pid() -> int:

@@ -282,7 +282,8 @@ def test_everything_that_a_service_does_leaves_its_row_and_no_content(
             tc.forward_backward(batch)
             step = tc.optim_step()
             again = Request(step.future_id, "optim_step", 1, "any", 0)  # a repeat is no other step
-            assert tc._link.open(tc._link.send(again), again.request_id).value == step.result()
+            link = tc._calls.link
+            assert link.open(link.send(again), again.request_id).value == step.result()
             # The row of the step is there although the client closes at once.
         with service.get_training_client(tc.id):
             pass

@@ -181,7 +181,7 @@ def test_whatever_is_killed_the_ledger_and_the_artifacts_tell_the_truth(
 def install(tc: TrainingClient, doomed: Callable[[Any], None]) -> None:
     import ray
 
-    ray.get(tc._link.actor.__ray_call__.remote(doomed))
+    ray.get(tc._calls.link.actor.__ray_call__.remote(doomed))
 
 
 def call(tc: TrainingClient, name: str, artifact_id: str) -> None:

@@ -132,7 +132,7 @@ def clean(service: ServiceClient, tiny_model: Path) -> list[Any]:
 
 
 def node_of(tc: TrainingClient) -> str:
-    ask = tc._link.actor.__ray_call__.remote
+    ask = tc._calls.link.actor.__ray_call__.remote
     return str(ray.get(ask(lambda self: ray.get_runtime_context().get_node_id())))
 
 

@@ -151,7 +151,7 @@ def test_a_plan_outlives_the_block_that_parked_its_run_and_other_embedded_cluste
 def kill_actor(tc: TrainingClient) -> None:
     import ray
 
-    pid = ray.get(tc._link.actor.__ray_call__.remote(lambda self: os.getpid()))
+    pid = ray.get(tc._calls.link.actor.__ray_call__.remote(lambda self: os.getpid()))
     os.kill(pid, signal.SIGKILL)
 
 

@@ -14,8 +14,9 @@ import ray
 from actors.training.call_journal import KEPT_REPLIES, CallJournal
 from tg_tinker import QueueFullError, ServiceClient, TrainingConfig
 from tg_tinker.client.actor_link import TrainingLink
+from tg_tinker.client.calls import MAX_QUEUED, OrderedCalls
 from tg_tinker.client.recovery import Reached
-from tg_tinker.client.training import MAX_QUEUED, TrainingClient
+from tg_tinker.client.training import TrainingClient
 from tg_tinker.cluster.messages import Request
 from tg_tinker.errors import ActorLostError
 from tg_tinker.storage.envelope import new_key, open_payload, seal_payload
@@ -66,10 +67,10 @@ def queued(home: Path) -> Iterator[tuple[TrainingClient, TrainingLink]]:
         )  # fmt: skip
         nobody: Any = ActorLostError
         config = TrainingConfig(model_ref="mock")
-        yield (
-            TrainingClient("tc-mock", config, Reached(1, link, model), "manual", *[nobody] * 5),
-            link,
+        calls = OrderedCalls(
+            "tc-mock", Reached(1, link, model), "manual", *[nobody] * 3, park_after_minutes=None
         )
+        yield TrainingClient("tc-mock", config, calls, *[nobody] * 3), link
 
 
 def test_ten_thousand_queued_calls_keep_their_order_and_no_memory(

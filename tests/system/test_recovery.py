@@ -136,7 +136,7 @@ def test_steps_that_are_lost_are_told_although_the_new_actor_does_not_start(
 
     tc = service.create_training_client(config(tiny_model), recover="manual")
     train(tc, 1, 2)
-    tc._link.settle()
+    tc._calls.link.settle()
     kill(tc)
     lost(tc)
     with monkeypatch.context() as patched:
@@ -178,7 +178,7 @@ def test_manual_recovery_waits_and_two_that_bring_a_run_back_at_once_share_one_n
             thread.start()
         for thread in threads:
             thread.join()
-        assert tc._epoch == other._epoch == tc.info().epoch >= 2
+        assert tc._calls.epoch == other._calls.epoch == tc.info().epoch >= 2
         tc.recover()  # of a living actor: nothing happens
         tc.forward_backward({"input_ids": ROWS[:2]}).result()
         assert other.optim_step().result().step == 2
@@ -205,7 +205,7 @@ def test_a_step_that_fails_while_weights_move_ends_the_actor_and_never_the_run(
     with service.create_training_client(config(tiny_model)) as tc:
         train(tc, 1)
         tc.save_state()
-        ray.get(tc._link.actor.__ray_call__.remote(cramped))
+        ray.get(tc._calls.link.actor.__ray_call__.remote(cramped))
         with pytest.raises(ActorLostError) as told:
             train(tc, 2)
         assert told.value.details["resume_step"] == 1
@@ -239,7 +239,7 @@ def test_a_save_whose_storage_actor_is_killed_fails_and_the_next_one_is_whole(
         train(tc, 1)
         storage = ray.get_actor("tg_tinker.storage", namespace=service._cluster.namespace)
         pid = ray.get(storage.__ray_call__.remote(lambda self: os.getpid()))
-        ray.get(tc._link.actor.__ray_call__.remote(doomed(pid)))
+        ray.get(tc._calls.link.actor.__ray_call__.remote(doomed(pid)))
         with pytest.raises(StorageError, match="save again"):
             tc.save_state()
         assert service.list_artifacts(run=tc.id) == []
@@ -273,7 +273,7 @@ def test_an_actor_that_wakes_up_after_it_was_replaced_can_do_nothing_and_repeats
         train(tc, 1)
         saved = tc.save_state().artifact_id
         train(tc, 2)
-        frozen, old = pid_of(tc), tc._link
+        frozen, old = pid_of(tc), tc._calls.link
         _fetch(old.actor.__ray_call__.remote(impatient))
         os.kill(frozen, signal.SIGSTOP)
         try:
@@ -312,12 +312,12 @@ def test_an_actor_that_is_frozen_in_a_call_and_replaced_does_not_answer_it(
 
     with service.create_training_client(config(tiny_model)) as tc:
         train(tc, 1)
-        _fetch(tc._link.actor.__ray_call__.remote(frozen_while_it_adds))
+        _fetch(tc._calls.link.actor.__ray_call__.remote(frozen_while_it_adds))
         late = tc.forward_backward({"input_ids": ROWS[:2]})
-        reply = open_reply(tc._link._key, _fetch(late.object_ref))
+        reply = open_reply(tc._calls.link._key, _fetch(late.object_ref))
         assert reply.error is not None
         assert reply.error[0] == "ActorLostError"
-        cluster.kill(tc._link.actor)
+        cluster.kill(tc._calls.link.actor)
 
 
 def _fetch(ref: Any) -> bytes:
@@ -334,7 +334,7 @@ def test_an_actor_that_many_wait_for_weights_of_is_not_silent(
 
     monkeypatch.setattr(service._cluster, "silent_s", 10.0)
     with service.create_training_client(config(tiny_model)) as tc:
-        actor = tc._link.actor
+        actor = tc._calls.link.actor
         ray.get(actor.__ray_call__.remote(lambda self: self._worker._changing.acquire()))
         samples = [actor.latest.remote() for _ in range(8)]  # a slow step has just begun
         settling = actor.settle.remote()

@@ -136,7 +136,7 @@ def test_a_client_sends_what_it_saw_and_leaves_the_last_head_in_the_store(
     with ServiceClient(address="local") as service:
         with service.create_training_client(config(tiny_model)) as tc:
             step(tc)
-            kept = tc._link._kept
+            kept = tc._calls.link._kept
             assert kept is not None
             assert kept.newest is not None
             seen = kept.newest

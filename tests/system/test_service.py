@@ -38,7 +38,7 @@ from tg_tinker import (
     WindowSpoiledError,
     errors,
 )
-from tg_tinker.client import training
+from tg_tinker.client import calls
 from tg_tinker.cluster.messages import Request
 
 pytestmark = pytest.mark.slow
@@ -239,7 +239,7 @@ def test_too_many_waiting_calls_push_back(
     tc: TrainingClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clean_window(tc)
-    monkeypatch.setattr(training, "MAX_QUEUED", 3)
+    monkeypatch.setattr(calls, "MAX_QUEUED", 3)
     handles = [tc.forward_backward(LONG)]
     with pytest.raises(QueueFullError, match="3 calls"):
         handles += [tc.forward_backward(BATCH) for _ in range(4)]
@@ -251,10 +251,10 @@ def test_too_many_waiting_calls_push_back(
 def test_a_repeated_call_is_answered_from_memory_and_not_run_again(tc: TrainingClient) -> None:
     clean_window(tc)
     tc.forward_backward(BATCH).result()
-    with tc._lock:
-        request = tc._next_request("optim_step", apply_dp_noise=True)
-    first = tc._link.open(tc._link.send(request), "").unwrap()
-    again = tc._link.open(tc._link.send(request), "").unwrap()
+    with tc._calls.lock:
+        request = tc._calls.next_request("optim_step", apply_dp_noise=True)
+    first = tc._calls.link.open(tc._calls.link.send(request), "").unwrap()
+    again = tc._calls.link.open(tc._calls.link.send(request), "").unwrap()
     assert first == again
     assert tc.step == first.step
 
@@ -262,7 +262,7 @@ def test_a_repeated_call_is_answered_from_memory_and_not_run_again(tc: TrainingC
 def test_a_call_of_another_epoch_is_refused(tc: TrainingClient) -> None:
     request = Request("x-0", "optim_step", epoch=99, handle="x", sequence=0)
     with pytest.raises(ActorLostError, match="epoch 99"):
-        tc._link._lost_calls._call(request).unwrap()
+        tc._calls.link._lost_calls._call(request).unwrap()
 
 
 # --- bad input --------------------------------------------------------------------------------
@@ -405,8 +405,8 @@ def test_a_call_that_could_not_be_sent_does_not_block_later_ones(tc: TrainingCli
     def interrupted(request: Request) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), tc._lock:
-        tc._send(interrupted, "save_state", {})
+    with pytest.raises(KeyboardInterrupt), tc._calls.lock:
+        tc._calls.send(interrupted, "save_state", {})
     tc.forward_backward(BATCH)
     assert tc.optim_step().exception(timeout=60) is None
 
@@ -646,7 +646,7 @@ def test_a_killed_actor_fails_typed_and_the_run_comes_back(
     tc.forward_backward(BATCH)
     tc.optim_step()
     tc.save_state()
-    pid = ray.get(tc._link.actor.__ray_call__.remote(lambda self: os.getpid()))
+    pid = ray.get(tc._calls.link.actor.__ray_call__.remote(lambda self: os.getpid()))
     pending = tc.forward_backward(LONG)
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(ActorLostError, match="get_training_client"):

@@ -274,7 +274,7 @@ class PrivateDriver(Driver):
         self._watch()
 
     def _watch(self) -> None:
-        ray.get(self.tc._link.actor.__ray_call__.remote(noting(str(self.log))))
+        ray.get(self.tc._calls.link.actor.__ray_call__.remote(noting(str(self.log))))
 
 
 def noting(log: str) -> Callable[[Any], None]:

@@ -50,7 +50,7 @@ with ServiceClient(address=sys.argv[1]) as service:
     pin = {"node_labels": {"zone": "north"}}
     config = TrainingConfig(model_ref=sys.argv[2], lora_config=LoRAConfig(rank=2), resources=pin)
     with service.create_training_client(config) as tc:
-        print(ray.get(tc._link.actor.__ray_call__.remote(lambda self: os.getpid())))
+        print(ray.get(tc._calls.link.actor.__ray_call__.remote(lambda self: os.getpid())))
 """
 
 
@@ -224,7 +224,7 @@ def create(service: ServiceClient, model: Path, **resources: Any) -> TrainingCli
 def asked(tc: TrainingClient, work: Any) -> Any:
     import ray
 
-    return ray.get(tc._link.actor.__ray_call__.remote(work))
+    return ray.get(tc._calls.link.actor.__ray_call__.remote(work))
 
 
 def node_of(tc: TrainingClient) -> dict[str, Any]:

@@ -401,7 +401,7 @@ def test_a_run_goes_on_while_the_database_takes_no_change_and_its_log_has_every_
         tc.optim_step().result()
 
     step()
-    tc._link.settle()
+    tc._calls.link.settle()
     with closing(sqlite3.connect(home / DATABASE, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")  # for longer than the registry waits for it
         step()

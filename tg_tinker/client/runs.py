@@ -16,8 +16,9 @@ from typing import Any
 
 from tg_tinker.backend import provided
 from tg_tinker.client.actor_link import TrainingLink
+from tg_tinker.client.calls import OrderedCalls
 from tg_tinker.client.recovery import Reached, Recover, check_recover, lost_actor
-from tg_tinker.client.training import TrainingClient
+from tg_tinker.client.training import TrainingClient, take_over
 from tg_tinker.cluster.cluster import Cluster, SamplerLink
 from tg_tinker.cluster.messages import Request
 from tg_tinker.cluster.named_actors import living_actors
@@ -207,7 +208,7 @@ class ClientCalls:
         files = PeftFiles.read(Path(path))
         config = TrainingConfig(model_ref=model_ref, dtype=dtype, lora_config=files.lora)
         with self.create_training_client(config, progress, recover="manual") as client:
-            artifact_id = client._import(files)
+            artifact_id = take_over(client, files)
         imported: ArtifactInfo = self._registry.artifact(self._tenant, artifact_id)
         return imported
 
@@ -345,18 +346,28 @@ class ClientCalls:
     def _client(
         self, run_id: str, config: TrainingConfig, reached: Reached, recover: Recover
     ) -> TrainingClient:
+        def describe() -> TrainingClientInfo:
+            info: TrainingClientInfo = self._registry.run(self._tenant, run_id)[0]
+            return info
+
+        calls = OrderedCalls(
+            run_id,
+            reached,
+            recover,
+            describe=describe,
+            reach=partial(self._reach, run_id, config),
+            finish=partial(self._finish, run_id),
+            park_after_minutes=config.resources.park_after_minutes,
+        )
         return TrainingClient(
-            run_id=run_id,
-            config=config,
-            reached=reached,
-            recover=recover,
-            describe=lambda: self._registry.run(self._tenant, run_id)[0],
+            run_id,
+            config,
+            calls,
+            describe=describe,
             describe_privacy=lambda: self._registry.privacy_info(
                 self._tenant, dataset_of(config), run_id
             ),
             find_sampler=partial(self._sampler, config),
-            reach=partial(self._reach, run_id, config),
-            finish=partial(self._finish, run_id),
         )
 
     def _finish(self, run_id: str, epoch: int, link: TrainingLink | None) -> None:

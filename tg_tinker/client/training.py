@@ -1,21 +1,21 @@
-"""`TrainingClient`: the training loop's side of one run. Created by `ServiceClient`."""
+"""`TrainingClient`: all that a training loop may ask of one run, and what it checks before sending.
+
+`calls` sends each call in its turn and brings a lost run back; `ServiceClient` makes the clients.
+"""
 
 from __future__ import annotations
 
 import html
 import json
-import secrets
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
-from tg_tinker.client.actor_link import TrainingLink
+from tg_tinker.client.calls import OrderedCalls
 from tg_tinker.client.future import FutureHandle
-from tg_tinker.client.recovery import Reach, Reached, Recover
+from tg_tinker.client.recovery import Reached
 from tg_tinker.cluster.cluster import SamplerLink
-from tg_tinker.cluster.messages import Request, SampleRequest, SnapshotRef
+from tg_tinker.cluster.messages import SampleRequest, SnapshotRef
 from tg_tinker.config import TrainingConfig
 from tg_tinker.data.batch import BatchData, check_bounds, from_examples, normalise, require_ids
 from tg_tinker.data.hashing import resolve_batch_hash
@@ -26,26 +26,18 @@ from tg_tinker.errors import (
     ClusterUnavailableError,
     DPBudgetExceededError,
     InvalidRequestError,
-    QueueFullError,
 )
 from tg_tinker.records.report import PrivacyInfo
 from tg_tinker.sampling import NOT_SAMPLED, SamplingParams, as_stops, check_prompts
 from tg_tinker.types import (
-    PARKED,
     ForwardBackwardResult,
     LoadStateResult,
-    ModelInfo,
     OptimStepResult,
     SampleResult,
     SaveStateResult,
     StreamChunk,
     TrainingClientInfo,
 )
-
-_Sent = TypeVar("_Sent")
-
-MAX_QUEUED = 1000
-"""Calls of one client that may wait on its actor."""
 
 
 class TrainingClient:
@@ -59,30 +51,18 @@ class TrainingClient:
         self,
         run_id: str,
         config: TrainingConfig,
-        reached: Reached,
-        recover: Recover,
+        calls: OrderedCalls,
         describe: Callable[[], TrainingClientInfo],
         describe_privacy: Callable[[], PrivacyInfo],
         find_sampler: Callable[[], SamplerLink],
-        reach: Reach,
-        finish: Callable[[int, TrainingLink], None],
     ) -> None:
         self._id = run_id
         self._config = config
-        self._recover = recover
+        self._calls = calls
         self._describe = describe
         self._describe_privacy = describe_privacy
         self._find_sampler = find_sampler
-        self._reach = reach
-        self._finish = finish
         self._training = True
-        self._closed = False
-        self._saves: list[FutureHandle[SaveStateResult]] = []
-        self._lock = threading.Lock()
-        self._recovering = threading.RLock()
-        self._reached = reached
-        self._used = time.monotonic()
-        self._renumber()
 
     # --- properties --------------------------------------------------------------------------
 
@@ -94,7 +74,8 @@ class TrainingClient:
     @property
     def step(self) -> int:
         """Optimizer steps completed; does not wait behind queued calls."""
-        return self.info().step if self._closed else self._asked(lambda link: link.info().step)
+        closed = self._calls.closed
+        return self.info().step if closed else self._calls.ask(lambda link: link.info().step)
 
     @property
     def config(self) -> TrainingConfig:
@@ -109,7 +90,7 @@ class TrainingClient:
     @cached_property
     def tokenizer(self) -> Any:
         """The model's transformers tokenizer, with its chat template."""
-        return load_tokenizer(self._asked(lambda link: link.tokenizer_files()))
+        return load_tokenizer(self._calls.ask(lambda link: link.tokenizer_files()))
 
     def info(self) -> TrainingClientInfo:
         """What registry and actor know of this run. Where its actor is gone, `reason` says how.
@@ -117,17 +98,18 @@ class TrainingClient:
         To ask brings no run back.
         """
         known = self._describe()
-        values = {**vars(known), "num_trainable": self._model.num_trainable}
-        if not self._closed:
+        values = {**vars(known), "num_trainable": self._calls.model.num_trainable}
+        if not self._calls.closed:
+            link = self._calls.link
             try:
-                actor = self._link.info()
-                queued = self._link.waiting()
+                actor = link.info()
+                queued = link.waiting()
                 values |= {"step": actor.step, "status": actor.status, "queued": queued}
             except (ActorLostError, ClusterUnavailableError) as error:
                 # Another client of this run may have closed it: then it ended well.
                 gone = known.status == "active" and not known.reason
                 values |= {"status": "failed"} if gone else {}
-                reason = (self._link.lost or error).details.get("reason", error.code)
+                reason = (link.lost or error).details.get("reason", error.code)
                 values |= {} if known.reason else {"reason": reason}
         return TrainingClientInfo(**values)
 
@@ -158,10 +140,11 @@ class TrainingClient:
         if counted and self._config.dp_config and self._config.dp_config.unit == "id":
             require_ids(examples)
         if not counted:  # a defect of a private row makes it add zero: an error would tell of it
-            check_bounds(examples, self._model.vocab_size, self._model.context_length)
+            model = self._calls.model
+            check_bounds(examples, model.vocab_size, model.context_length)
         if batch_hash is not None:
             resolve_batch_hash(examples, batch_hash)
-        return self._submit(
+        return self._calls.submit(
             "forward_backward", examples=examples, batch_hash=batch_hash, train=self._training
         )
 
@@ -176,7 +159,7 @@ class TrainingClient:
 
         The result raises `DPBudgetExceededError` when the budget cannot pay; nothing has changed.
         """
-        return self._submit("optim_step", apply_dp_noise=apply_dp_noise)
+        return self._calls.submit("optim_step", apply_dp_noise=apply_dp_noise)
 
     def train(self) -> None:
         """Later `forward_backward` calls of this handle compute gradients, with dropout."""
@@ -270,11 +253,7 @@ class TrainingClient:
                 f"metadata must be what JSON can hold ({type(error).__name__}): strings, numbers,"
                 " lists, dicts with string keys"
             ) from None
-        save: FutureHandle[SaveStateResult] = self._submit(
-            "save_state", include_optimizer=include_optimizer, metadata=copy
-        )
-        self._saves = [*(other for other in self._saves if not other.done()), save]
-        return save
+        return self._calls.submit_save(include_optimizer=include_optimizer, metadata=copy)
 
     def load_state(self, artifact_id: str) -> LoadStateResult:
         """Restores an artifact; pending gradients are dropped.
@@ -284,13 +263,8 @@ class TrainingClient:
             ArtifactMismatchError: of another model, rank or layer set; nothing was changed.
             IntegrityError: stored bytes are not what was saved; nothing was changed.
         """
-        result: LoadStateResult = self._submit("load_state", artifact_id=artifact_id).result()
+        result: LoadStateResult = self._calls.submit("load_state", artifact_id=artifact_id).result()
         return result
-
-    def _import(self, files: PeftFiles) -> str:
-        """Takes over an adapter from elsewhere and saves it; the artifact's id."""
-        self._submit("load_adapter", config=files.config, weights=files.weights).result()
-        return self.save_state(include_optimizer=False).artifact_id
 
     # --- privacy -----------------------------------------------------------------------------
 
@@ -315,15 +289,15 @@ class TrainingClient:
         Raises:
             InvalidRequestError: the run's contract is another, or the size differs.
         """
-        examples = normalise(dataset)
+        examples, calls = normalise(dataset), self._calls
         reached: Reached | None = None
         while True:
-            self._revive()
-            if reached is not self._reached:  # an actor that brings a run back knows no units
-                reached = self._reached
-                units: list[list[int]] = self._submit("register_units", examples=examples).result()
+            calls.revive()
+            if reached is not calls.reached:  # an actor that brings a run back knows no units
+                reached = calls.reached
+                units: list[list[int]] = calls.submit("register_units", examples=examples).result()
             try:
-                drawn: list[int] = self._submit("draw_units").result()
+                drawn: list[int] = calls.submit("draw_units").result()
             except DPBudgetExceededError:
                 return
             yield from_examples([examples[row] for unit in drawn for row in units[unit]])
@@ -341,12 +315,7 @@ class TrainingClient:
             ActorLostError: it cannot come back.
             PlacementError: no room on the cluster.
         """
-        self._refuse_closed()
-        with self._recovering:
-            lost = self._link.expect_loss()
-            reached = self._reach()
-            if reached.epoch != self._epoch or self._link.told:
-                self._attach(reached, lost)
+        self._calls.recover()
 
     def park(self) -> None:
         """Saves the run after the calls queued before, and frees its actor's memory, CPUs and GPUs.
@@ -358,10 +327,7 @@ class TrainingClient:
             InvalidRequestError: gradients wait for their `optim_step`; nothing was changed.
             StorageError: it could not be saved; nothing was changed.
         """
-        with self._recovering:
-            if not self._link.parked:
-                self._submit("park").result()
-                self._link.park()
+        self._calls.park()
 
     def close(self) -> None:
         """Ends the run and frees its resources; saved artifacts stay. Safe to repeat.
@@ -369,11 +335,7 @@ class TrainingClient:
         Raises:
             StorageError: the registry takes no notes of the last steps; the run stays open.
         """
-        if not self._closed:
-            for save in self._saves:
-                save.exception()  # waits; what it is, its handle tells
-            self._finish(self._epoch, self._link)
-            self._closed = True
+        self._calls.close()
 
     def __enter__(self) -> Self:
         return self
@@ -400,61 +362,11 @@ class TrainingClient:
 
     # --- inside ------------------------------------------------------------------------------
 
-    def _attach(self, reached: Reached, lost: ActorLostError) -> None:
-        """From now on calls go to this actor; the last one has nothing to say any more."""
-        with self._lock:
-            self._link.abandon(lost)
-            self._reached = reached
-            self._renumber()
-
-    def _renumber(self) -> None:
-        self._handle, self._sequence = secrets.token_hex(8), 0
-
-    @property
-    def _link(self) -> TrainingLink:
-        return self._reached.link
-
-    @property
-    def _epoch(self) -> int:
-        return self._reached.epoch
-
-    @property
-    def _model(self) -> ModelInfo:
-        return self._reached.model
-
-    def _revive(self) -> None:
-        """Before a call: once its caller knows what was lost, the run comes back."""
-        with self._recovering:
-            self._notice_parking()
-            lost = self._link.lost if self._link.told else None
-            if lost is None or self._closed:
-                return
-            if self._recover == "manual" and not self._link.parked:
-                raise lost
-            self.recover()
-
-    def _notice_parking(self) -> None:
-        """An actor that parks itself tells nobody: after half of its patience it is asked for."""
-        patience, now = self._config.resources.park_after_minutes, time.monotonic()
-        paused = patience is not None and now - self._used > 30 * patience
-        self._used = now
-        if paused and not self._closed and self._describe().reason == PARKED:
-            self._link.park()
-
-    def _asked(self, question: Callable[[TrainingLink], _Sent]) -> _Sent:
-        """Asks the actor something that changes nothing."""
-        self._revive()
-        link = self._link
-        try:
-            return question(link)
-        except ActorLostError as error:
-            raise link.loss(error) from None
-
     def _snapshot(self) -> FutureHandle[SnapshotRef]:
         """Asks for the weights after every call queued before this one."""
-        if not self._model.flat_stream:
+        if not self._calls.model.flat_stream:
             raise InvalidRequestError(NOT_SAMPLED)
-        return self._submit("snapshot")
+        return self._calls.submit("snapshot")
 
     def _chunks(
         self, taken: FutureHandle[SnapshotRef], prompt: str, params: SamplingParams
@@ -466,47 +378,9 @@ class TrainingClient:
     def _sampler(self) -> SamplerLink:
         return self._find_sampler()
 
-    def _submit(self, operation: str, **arguments: Any) -> FutureHandle[Any]:
-        """Sends one call; the lock makes the order of calls the order of their numbers."""
-        self._revive()
-        with self._lock:
-            link = self._link
-            if link.unanswered >= MAX_QUEUED and link.waiting() >= MAX_QUEUED:
-                raise QueueFullError(
-                    f"{MAX_QUEUED} calls are waiting on this client: take the results of earlier"
-                    " ones first"
-                )
-            ref, request = self._send(link.send, operation, arguments)
-        return FutureHandle(link, ref, request.request_id, self._id, operation)
 
-    def _send(
-        self, send: Callable[[Request], _Sent], operation: str, arguments: dict[str, Any]
-    ) -> tuple[_Sent, Request]:
-        """Numbers and sends one call. Call it with the lock held."""
-        request = self._next_request(operation, **arguments)
-        try:
-            return send(request), request
-        except BaseException:
-            # Whether it went out is unknown: later calls start a numbering of their own, since
-            # the actor would wait for ever for a number that never arrives.
-            self._renumber()
-            raise
-
-    def _next_request(self, operation: str, **arguments: Any) -> Request:
-        self._refuse_closed()
-        number, self._sequence = self._sequence, self._sequence + 1
-        return Request(
-            request_id=f"{self._handle}-{number}",
-            operation=operation,
-            epoch=self._epoch,
-            handle=self._handle,
-            sequence=number,
-            arguments=arguments,
-            ledger=self._link.ledger_place,
-        )
-
-    def _refuse_closed(self) -> None:
-        if self._closed:
-            raise InvalidRequestError(
-                f"client {self._id} is closed: service.get_training_client(id) opens the run again"
-            )
+def take_over(client: TrainingClient, files: PeftFiles) -> str:
+    """Loads an adapter from elsewhere into a new run and saves it; the artifact's id."""
+    loading = client._calls.submit("load_adapter", config=files.config, weights=files.weights)
+    loading.result()
+    return client.save_state(include_optimizer=False).artifact_id
