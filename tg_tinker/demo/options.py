@@ -122,6 +122,12 @@ def find_demo_model(package: str = MODEL_PACKAGE) -> Path:
     )
 
 
+def short_name(model_ref: str) -> str:
+    """The last part of a hub id or path; a GGUF file is trained dequantised."""
+    name = Path(model_ref).name
+    return f"{name.removesuffix('.gguf')} (dequantised)" if name.endswith(".gguf") else name
+
+
 def unwritable(output: Path, error: OSError) -> StorageError:
     reason = error.strerror or type(error).__name__
     return StorageError(f"cannot write to {output} ({reason}): choose another --output")

@@ -1,25 +1,22 @@
-"""The job behind `tg-tinker demo`: a real, private fine-tune, start to finish, by the public API.
+"""Runs `tg-tinker demo`: a real, private fine-tune, start to finish, by the public API.
 
 `Demo.run` is the whole story and a template for a training loop of your own. Every run is
 private and has a data set, so a privacy budget, of its own; `no_privacy` trains on the same rows
 without. Ctrl-C at any moment takes back the calls that are queued, saves a checkpoint and says
-how to go on; a second Ctrl-C leaves without one. The text comes from `docstrings` or a file, tokens
-from `tg_tinker.data`, the picture from `plots`; all training is done by the service.
+how to go on; a second Ctrl-C leaves without one. What it trains by is in `options`, its text in
+`docstrings`, what came of it is shown and written by `outcome`; the service does all training.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.table import Column, Table
 from rich.text import Text
 
 from tg_tinker.client.future import FutureHandle
@@ -30,15 +27,15 @@ from tg_tinker.config import TrainingConfig
 from tg_tinker.data.batch import IGNORED, BatchData
 from tg_tinker.data.chat import encode_row, render_row_prompt
 from tg_tinker.data.rows import Encoded, Row, as_batch, make_batches, split_rows
-from tg_tinker.demo import plots
 from tg_tinker.demo.meter import Meter, StepRecord
 from tg_tinker.demo.options import (
     DemoOptions,
     prepare,
     private_config,
     resume_command,
-    unwritable,
+    short_name,
 )
+from tg_tinker.demo.outcome import Answers, Outcome, show_command, show_privacy
 from tg_tinker.errors import (
     InternalError,
     InvalidRequestError,
@@ -63,7 +60,6 @@ INTERRUPTED = 130
 
 _FEW = 10  # rows per expected row of a step, below which noise drowns what is learned
 _ANSWER_TOKENS = 40
-_SHOWN_CHARS = 240
 _T = TypeVar("_T")
 
 
@@ -125,7 +121,7 @@ class Demo:
         self._client: TrainingClient | None = None
         self._artifact_id = options.resume
         self._budget: float | None = None  # of epsilon, in a private run
-        self._answers: dict[str, list[str]] = {}
+        self._answers = Answers()
         self._in_flight: list[FutureHandle[Any]] = []
 
     def run(self, rows: Sequence[Row]) -> None:
@@ -137,9 +133,10 @@ class Demo:
         self._complete(client, data.shown, "after training")
         saved = self._save(client, after)
         self._check_resume(self._end(client), saved, after, data)
-        self._write(history, before, after, saved)
+        outcome = Outcome(self._options, client.config, history, before, after, saved)
+        outcome.write(short_name(self._config.model_ref), self._budget)
         self._report_privacy(client)
-        self._say_what_next(client.config, saved)
+        outcome.show_next(self._console, self._program)
 
     def leave(self) -> None:
         """Takes back what is queued, saves, and says how to go on."""
@@ -156,7 +153,8 @@ class Demo:
             self._console.print("Nothing was trained yet.")
         else:
             self._console.print(f"Checkpoint: [bold]{self._artifact_id}[/]. Go on with")
-            self._print_command(resume_command(self._options, self._artifact_id, self._program))
+            command = resume_command(self._options, self._artifact_id, self._program)
+            show_command(self._console, command)
 
     # --- the parts of `run`, in order --------------------------------------------------------
 
@@ -247,7 +245,7 @@ class Demo:
         held_out = min(HELD_OUT, max(1, len(pairs) // 5))
         training, kept = split_rows(pairs, held_out, self._options.seed)
         self._console.print(
-            f"Fine-tuning [bold]{_short_name(self._config.model_ref)}[/] on {len(training):,} rows"
+            f"Fine-tuning [bold]{short_name(self._config.model_ref)}[/] on {len(training):,} rows"
             f" with a LoRA adapter of {client.info().num_trainable:,} parameters; {len(kept)} rows"
             " are held out.\n"
         )
@@ -299,18 +297,8 @@ class Demo:
         prompts = [render_row_prompt(client.tokenizer, row) for row in rows]
         with self._console.status(f"sampling {when}"):
             result = client.sample(prompts, max_tokens=_ANSWER_TOKENS, temperature=0.0)
-        self._answers[when] = [sample.completion for sample in result.samples]
-        table = Table.grid(
-            Column(style="dim", no_wrap=True), Column(overflow="fold"), padding=(0, 2)
-        )
-        for i, row in enumerate(rows):
-            question, held_out = _question_and_answer(row)
-            table.add_row("asked", Text(_clipped(question), style="bold"))
-            for moment, answers in self._answers.items():
-                table.add_row(moment, Text(_clipped(answers[i])))
-            table.add_row("held-out row", Text(_clipped(held_out)))
-            table.add_row()
-        self._console.print("", table)
+        self._answers.add(when, [sample.completion for sample in result.samples])
+        self._answers.show(self._console, rows)
 
     def _train(self, client: TrainingClient, rows: Sequence[Encoded]) -> list[StepRecord]:
         """Trains up to the wanted step, showing loss, epsilon, speed and time left."""
@@ -398,64 +386,13 @@ class Demo:
             f" as saved. {_one_more(record)}\n"
         )
 
-    def _write(
-        self, history: Sequence[StepRecord], before: float, after: float, saved: SaveStateResult
-    ) -> None:
-        model = _short_name(self._config.model_ref)
-        record = {
-            "model": model,
-            "artifact_id": saved.artifact_id,
-            "dataset_id": saved.metadata.get("dataset_id"),
-            "held_out_loss_before": before,
-            "held_out_loss_after": after,
-            "steps": [_as_json(step) for step in history],
-        }
-        try:
-            (self._options.output / "history.json").write_text(json.dumps(record, indent=2) + "\n")
-            self._plot(history, before, after, f"{model}, LoRA rank {self._options.rank}")
-        except OSError as error:
-            raise unwritable(self._options.output, error) from None
-
-    def _plot(self, history: Sequence[StepRecord], before: float, after: float, title: str) -> None:
-        losses = [(record.step, record.loss) for record in history]
-        spent = [record.epsilon for record in history if record.epsilon is not None]
-        plots.plot_training(
-            losses, before, after, self._options.output / "loss.png", title, spent, self._budget
-        )
-
     def _report_privacy(self, client: TrainingClient) -> None:
         """What the finished run cost, from the ledger, which is verified here."""
         if not client.config.private:
             self._console.print("Trained without privacy: nothing bounds what it remembers.\n")
             return
         report = self._service.privacy_report(dataset_of(client.config))
-        ledger, account = report.ledger, report.ledger.accounts[client.id]
-        self._console.print(
-            f"[bold]Privacy[/]: epsilon {report.total_epsilon:.3g} of {report.target_epsilon:g}"
-            f" spent at delta {ledger.delta:g}, for each distinct row of data set"
-            f" {ledger.registered['dataset']}.\n"
-            f"Paid for {account.steps} steps with noise {account.sigma:.3g} on samples of"
-            f" {account.rate:.2%} of the rows; the ledger's {ledger.length} entries are verified.\n"
-        )
-
-    def _say_what_next(self, config: TrainingConfig, saved: SaveStateResult) -> None:
-        self._console.print(
-            f"Plot: [bold]{self._options.output / 'loss.png'}[/], figures: history.json beside it."
-            "\nWhat to do next:"
-        )
-        for command in self._next_commands(config, saved.artifact_id):
-            self._print_command(command)
-
-    def _next_commands(self, config: TrainingConfig, artifact_id: str) -> Iterator[str]:
-        if config.private:
-            yield f"{self._program} privacy report {dataset_of(config)}"
-            yield f"{self._program} privacy certificate {dataset_of(config)}"
-            yield f"{self._program} demo --no-privacy"
-        else:
-            more = replace(self._options, steps=2 * self._options.steps)
-            yield resume_command(more, artifact_id, self._program)
-        yield f"{self._program} artifacts export {artifact_id} my-adapter"
-        yield f"{self._program} demo --data my-chats.jsonl"
+        show_privacy(self._console, report, client.id)
 
     # --- inside ------------------------------------------------------------------------------
 
@@ -478,9 +415,6 @@ class Demo:
         self._in_flight.remove(handle)
         return result
 
-    def _print_command(self, command: str) -> None:
-        self._console.print(Text(f"  {command}", style="cyan"), soft_wrap=True)
-
 
 def _one_more(record: StepRecord | None) -> str:
     if record is None:
@@ -489,32 +423,6 @@ def _one_more(record: StepRecord | None) -> str:
     return f"Step {record.step} from there: loss {record.loss:.4f}{spent}."
 
 
-def _as_json(record: StepRecord) -> dict[str, Any]:
-    """JSON has no NaN: the loss of a step without rows is null."""
-    return asdict(record) | {"loss": None if math.isnan(record.loss) else record.loss}
-
-
-def _short_name(model_ref: str) -> str:
-    """The last part of a hub id or path; a GGUF file is trained dequantised."""
-    name = Path(model_ref).name
-    return f"{name.removesuffix('.gguf')} (dequantised)" if name.endswith(".gguf") else name
-
-
 def _num_labelled(row: Encoded) -> int:
     """Labels that count in the loss: the first token of a row is predicted from nothing."""
     return sum(label != IGNORED for label in row[1][1:])
-
-
-def _question_and_answer(row: Row) -> tuple[str, str]:
-    """The row's first answer and what was said just before it."""
-    if "prompt" in row:
-        return row["prompt"], row["completion"]
-    roles = [message["role"] for message in row["messages"]]
-    at = roles.index("assistant")
-    question = row["messages"][at - 1]["content"] if at else ""
-    return question, row["messages"][at]["content"]
-
-
-def _clipped(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= _SHOWN_CHARS else text[: _SHOWN_CHARS - 1] + "…"

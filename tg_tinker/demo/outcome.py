@@ -1,0 +1,158 @@
+"""Shows and writes what came of the demo: answers, figures, the picture, what privacy has cost.
+
+`Outcome.write` leaves `history.json` and `loss.png` in the output folder; everything else goes to
+the console. The picture is drawn by `plots`; how the run came about is in `run`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from tg_tinker.config import TrainingConfig
+from tg_tinker.data.rows import Row
+from tg_tinker.demo import plots
+from tg_tinker.demo.meter import StepRecord
+from tg_tinker.demo.options import DemoOptions, resume_command, unwritable
+from tg_tinker.records.report import PrivacyReport, dataset_of
+from tg_tinker.types import SaveStateResult
+
+_SHOWN_CHARS = 240
+
+
+class Answers:
+    """What the model said to the same questions at each moment so far."""
+
+    def __init__(self) -> None:
+        self._at: dict[str, list[str]] = {}
+
+    def add(self, when: str, answers: list[str]) -> None:
+        self._at[when] = answers
+
+    def show(self, console: Console, rows: Sequence[Row]) -> None:
+        """A table of all of them beside the held-out rows that they answer."""
+        table = Table.grid(
+            Column(style="dim", no_wrap=True), Column(overflow="fold"), padding=(0, 2)
+        )
+        for i, row in enumerate(rows):
+            question, held_out = _question_and_answer(row)
+            table.add_row("asked", Text(_clipped(question), style="bold"))
+            for moment, answers in self._at.items():
+                table.add_row(moment, Text(_clipped(answers[i])))
+            table.add_row("held-out row", Text(_clipped(held_out)))
+            table.add_row()
+        console.print("", table)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run of the demo.
+
+    Attributes:
+        config: of the run.
+        before, after: held-out loss.
+        saved: its last artifact.
+    """
+
+    options: DemoOptions
+    config: TrainingConfig
+    history: Sequence[StepRecord]
+    before: float
+    after: float
+    saved: SaveStateResult
+
+    def write(self, model: str, budget: float | None) -> None:
+        """Figures and picture.
+
+        Args:
+            model: its short name.
+            budget: of epsilon; None without privacy.
+
+        Raises:
+            StorageError: the output folder cannot be written to.
+        """
+        record = {
+            "model": model,
+            "artifact_id": self.saved.artifact_id,
+            "dataset_id": self.saved.metadata.get("dataset_id"),
+            "held_out_loss_before": self.before,
+            "held_out_loss_after": self.after,
+            "steps": [_as_json(step) for step in self.history],
+        }
+        output = self.options.output
+        try:
+            (output / "history.json").write_text(json.dumps(record, indent=2) + "\n")
+            self._plot(f"{model}, LoRA rank {self.options.rank}", budget)
+        except OSError as error:
+            raise unwritable(output, error) from None
+
+    def show_next(self, console: Console, program: str) -> None:
+        """Where the picture is, and commands to go on with."""
+        console.print(
+            f"Plot: [bold]{self.options.output / 'loss.png'}[/], figures: history.json beside it."
+            "\nWhat to do next:"
+        )
+        for command in self._next_commands(program):
+            show_command(console, command)
+
+    def _plot(self, title: str, budget: float | None) -> None:
+        losses = [(record.step, record.loss) for record in self.history]
+        spent = [record.epsilon for record in self.history if record.epsilon is not None]
+        plots.plot_training(
+            losses, self.before, self.after, self.options.output / "loss.png", title, spent, budget
+        )
+
+    def _next_commands(self, program: str) -> Iterator[str]:
+        artifact_id = self.saved.artifact_id
+        if self.config.private:
+            yield f"{program} privacy report {dataset_of(self.config)}"
+            yield f"{program} privacy certificate {dataset_of(self.config)}"
+            yield f"{program} demo --no-privacy"
+        else:
+            more = replace(self.options, steps=2 * self.options.steps)
+            yield resume_command(more, artifact_id, program)
+        yield f"{program} artifacts export {artifact_id} my-adapter"
+        yield f"{program} demo --data my-chats.jsonl"
+
+
+def show_privacy(console: Console, report: PrivacyReport, run_id: str) -> None:
+    """What a finished run cost, from its verified ledger."""
+    ledger, account = report.ledger, report.ledger.accounts[run_id]
+    console.print(
+        f"[bold]Privacy[/]: epsilon {report.total_epsilon:.3g} of {report.target_epsilon:g}"
+        f" spent at delta {ledger.delta:g}, for each distinct row of data set"
+        f" {ledger.registered['dataset']}.\n"
+        f"Paid for {account.steps} steps with noise {account.sigma:.3g} on samples of"
+        f" {account.rate:.2%} of the rows; the ledger's {ledger.length} entries are verified.\n"
+    )
+
+
+def show_command(console: Console, command: str) -> None:
+    console.print(Text(f"  {command}", style="cyan"), soft_wrap=True)
+
+
+def _as_json(record: StepRecord) -> dict[str, Any]:
+    """JSON has no NaN: the loss of a step without rows is null."""
+    return asdict(record) | {"loss": None if math.isnan(record.loss) else record.loss}
+
+
+def _question_and_answer(row: Row) -> tuple[str, str]:
+    """The row's first answer and what was said just before it."""
+    if "prompt" in row:
+        return row["prompt"], row["completion"]
+    roles = [message["role"] for message in row["messages"]]
+    at = roles.index("assistant")
+    question = row["messages"][at - 1]["content"] if at else ""
+    return question, row["messages"][at]["content"]
+
+
+def _clipped(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN_CHARS else text[: _SHOWN_CHARS - 1] + "…"
