@@ -18,7 +18,7 @@ from actors.storage.home import STORE
 from serve_app.application import Place, bound
 from serve_app.http.access import HttpOptions
 from tg_tinker.backend import provided
-from tg_tinker.client.service import home_directory
+from tg_tinker.client.home import home_directory
 from tg_tinker.cluster.connection import check_encrypted
 from tg_tinker.storage.databases import default_database
 from tg_tinker.storage.keyrings import audit_folder, default_place, place_of

@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Self
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from actors.operations import keys
 from actors.registry.database import METADATA
 from support.artifacts import TENANT, Service, assert_same, checkpoint
 from support.artifacts import service as service  # a fixture
 from tg_tinker import InvalidRequestError, NotFoundError
 from tg_tinker.cli.main import main
-from tg_tinker.client.artifacts import MOST_LISTED, ArtifactCalls
+from tg_tinker.client.artifacts import MOST_LISTED
+from tg_tinker.client.service import ServiceClient
 from tg_tinker.records.audit_log import AuditRow, chained
 
 
-@dataclass
-class Calls(ArtifactCalls):
-    """`ServiceClient`, as far as it is about artifacts."""
+class Calls(ServiceClient):
+    """The real client, as far as it is about artifacts."""
 
-    _registry: Any
-    _store: str
-    _tenant: str = TENANT
+    def __init__(self, service: Service) -> None:
+        self._tenant, self._store = TENANT, str(service.root)
+        self._home = self._audit_keys = service.home
+        self._cluster: Any = None
+        self._attach(service.registry)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
         pass
 
 
 @pytest.fixture
 def calls(service: Service) -> Calls:
-    return Calls(service.registry, str(service.root))
+    return Calls(service)
 
 
 def run(calls: Calls, *words: str, code: int = 0, answer: str | None = None) -> str:
@@ -199,15 +196,8 @@ ESCAPE = "\x1b]0;title\x07\x1b[2J\u202e"
 """It would rename the window, clear it, and turn the text around."""
 
 
-@dataclass
 class Everything(Calls):
     """`ServiceClient`, as far as it lists what is in the database."""
-
-    def list_keys(self) -> Any:
-        return keys.uses(self._registry, self._store)
-
-    def list_api_keys(self) -> Any:
-        return self._registry.api_keys(self._tenant)
 
     def audit_log(self, since: int, limit: int) -> Any:
         return [*map(AuditRow.parse, self._registry.audit_rows(self._tenant, since, limit))]
@@ -246,7 +236,7 @@ def test_texts_of_the_database_command_no_terminal(service: Service, words: str)
         ):
             tx.execute(METADATA.tables[table].insert().values(values))
     asked = words.replace("ART", artifact).replace("RUN", service.run).split()
-    calls = Everything(registry, str(service.root))
+    calls = Everything(service)
     said = CliRunner().invoke(main, asked, obj=lambda: calls)
     assert r"\x1b]0;title\x07\x1b[2J\u202e" in said.output
     assert not any(character in said.output for character in ESCAPE if not character.isprintable())

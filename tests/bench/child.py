@@ -71,7 +71,7 @@ def main() -> None:
         answers.flush()
 
     from actors.engine.model import use_threads
-    from tg_tinker.client.service import init_home
+    from tg_tinker.client.home import init_home
 
     spec = LoopSpec(**json.loads(sys.argv[1]))
     use_threads(spec.threads)

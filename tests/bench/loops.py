@@ -27,7 +27,7 @@ from tg_tinker import (
     ServiceClient,
     TrainingConfig,
 )
-from tg_tinker.client.service import init_home
+from tg_tinker.client.home import init_home
 from tg_tinker.data.batch import normalise
 
 Rows = list[tuple[list[int], list[int]]]

@@ -25,7 +25,7 @@ from bench.measure import SCREEN, Bench, Goal, Row, Run, Sheet, Spread, ratios, 
 from bench.sides import Side, SideError, command, opened
 from bench.workloads import OUTPUT, SAME_LOSS
 from support.processes import free_port
-from tg_tinker.client.service import init_home
+from tg_tinker.client.home import init_home
 
 ENVIRONMENTS = Path(".venv-peers")
 RANK = 16

@@ -20,7 +20,7 @@ from actors.sampling.adapters import Adapter
 from actors.sampling.engine import SlotEngine
 from actors.sampling.requests import TokenRequest
 from bench.measure import Bench, Run, Sheet, beside_the_first, in_turns
-from tg_tinker.client.service import init_home
+from tg_tinker.client.home import init_home
 from tg_tinker.sampling import SamplingParams
 
 Side = Callable[[], object]

@@ -27,7 +27,7 @@ from actors.storage.home import MODELS
 from bench.measure import Bench, Run, Sheet, shown_progress
 from serve_app.replica.engines import EngineThread, loader
 from tg_tinker import LoRAConfig, ServiceClient, TrainingClient, TrainingConfig
-from tg_tinker.client.service import home_directory
+from tg_tinker.client.home import home_directory
 from tg_tinker.sampling import SamplingParams
 
 ROW = {"input_ids": [[*range(1000, 1016)]]}

@@ -33,7 +33,8 @@ class LocalService(ServiceClient):
     def __init__(self, home: Path, tenant: str = US) -> None:
         self._home, self._tenant = home, tenant
         self._store, self._audit_keys = str(home / STORE), home
-        self._registry: Any = open_registry(home)
+        self._cluster: Any = None
+        self._attach(open_registry(home))
 
     def close(self) -> None:
         pass
@@ -49,7 +50,7 @@ def restored(service: LocalService, change: Callable[[], object]) -> None:
     for suffix in ("-wal", "-shm"):
         database.with_name(database.name + suffix).unlink(missing_ok=True)
     shutil.copy(old, database)
-    service._registry = open_registry(service._home)
+    service._attach(open_registry(service._home))
 
 
 CONFIG = TrainingConfig(model_ref="some/model").model_dump_json()

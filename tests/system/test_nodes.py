@@ -26,7 +26,7 @@ from actors.operations.findings import OK, PROBLEM, WARNING
 from support.machines import here
 from support.runs import config, fingerprints, lost, train
 from tg_tinker import PlacementError, ResourceConfig, ServiceClient, TrainingClient
-from tg_tinker.client.service import init_home
+from tg_tinker.client.home import init_home
 
 pytestmark = pytest.mark.slow
 

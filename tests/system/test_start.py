@@ -40,7 +40,7 @@ from tg_tinker import (
     TrainingClient,
     TrainingConfig,
 )
-from tg_tinker.client.service import init_home
+from tg_tinker.client.home import init_home
 
 SECOND_PROGRAM = """
 import os, sys, ray

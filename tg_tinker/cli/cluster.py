@@ -46,7 +46,7 @@ def up(
     from rich.console import Console
 
     from tg_tinker.backend import provided
-    from tg_tinker.client.service import home_directory, init_home
+    from tg_tinker.client.home import home_directory, init_home
     from tg_tinker.cluster import node
     from tg_tinker.cluster.connection import WITHOUT_TLS
 
@@ -119,7 +119,7 @@ def down(
       [cyan]tg-tinker down[/]
       [cyan]tg-tinker down --yes[/]
     """
-    from tg_tinker.client.service import home_directory
+    from tg_tinker.client.home import home_directory
     from tg_tinker.cluster import node
     from tg_tinker.errors import ClusterUnavailableError
 
@@ -152,7 +152,7 @@ def _host_of(join: str) -> str:
 def _need_a_cluster() -> None:
     import os
 
-    from tg_tinker.client.service import home_directory
+    from tg_tinker.client.home import home_directory
     from tg_tinker.cluster import node
     from tg_tinker.cluster.connection import running_cluster
     from tg_tinker.errors import ClusterUnavailableError

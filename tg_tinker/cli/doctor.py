@@ -31,7 +31,7 @@ def doctor(
       [cyan]tg-tinker doctor --json[/]
     """
     from tg_tinker.backend import provided
-    from tg_tinker.client.service import home_directory
+    from tg_tinker.client.home import home_directory
     from tg_tinker.storage.keyrings import default_place
 
     home = home_directory()

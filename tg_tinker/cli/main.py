@@ -154,7 +154,7 @@ def init(
       [cyan]tg-tinker init[/]
       [cyan]TG_TINKER_KEYRING=env:TENANT_KEYS tg-tinker init[/]
     """
-    from tg_tinker.client.service import init_home
+    from tg_tinker.client.home import init_home
 
     typer.echo(f"Home: {init_home(home)}")
 

@@ -39,7 +39,7 @@ def profile(
       [cyan]tg-tinker profile --model path/or/hub-id --rank 0 --no-privacy[/]
     """
     from tg_tinker.backend import provided
-    from tg_tinker.client.service import init_home
+    from tg_tinker.client.home import init_home
     from tg_tinker.config import DPConfig, LoRAConfig, ResourceConfig, TrainingConfig
     from tg_tinker.demo.options import find_demo_model
 

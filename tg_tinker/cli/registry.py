@@ -177,7 +177,7 @@ def restore(
 
 
 def _url(database: str | None) -> str:
-    from tg_tinker.client.service import home_directory
+    from tg_tinker.client.home import home_directory
     from tg_tinker.storage.databases import check_database, default_database
 
     return check_database(database or default_database(home_directory()))

@@ -64,7 +64,7 @@ def serve(
       [cyan]tg-tinker serve --model path/or/hub-id --host 0.0.0.0[/]
       [cyan]tg-tinker serve --write-config serve.yaml[/]
     """
-    from tg_tinker.client.service import check_serving
+    from tg_tinker.client.serving import check_serving
     from tg_tinker.demo.options import find_demo_model
 
     model = model or str(find_demo_model())

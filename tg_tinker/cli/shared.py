@@ -44,7 +44,8 @@ def connector(ctx: typer.Context, *, begins: bool = False) -> Callable[..., Serv
     Args:
         begins: it begins something, so it may make a home where there is none.
     """
-    from tg_tinker.client.service import ServiceClient, check_home
+    from tg_tinker.client.home import check_home
+    from tg_tinker.client.service import ServiceClient
 
     if ctx.obj:
         return cast("Callable[..., ServiceClient]", ctx.obj)

@@ -1,44 +1,112 @@
-"""The part of `ServiceClient` that is about a registry whose database was put back."""
+"""Answers what the records of one tenant say: privacy ledgers, the audit log, an older database.
+
+Holds each against the heads that the store and this home know of it. The rules of ledgers and log
+are those of `tg_tinker.records`; here they are read, verified, and gone on from.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tg_tinker.backend import provided
+from tg_tinker.config import DPConfig, TrainingConfig
+from tg_tinker.errors import InvalidRequestError, NotFoundError
+from tg_tinker.records.audit_log import AuditHead, AuditRow, empty, parse_rows, verify
+from tg_tinker.records.files import KeptHead, keep_head, paged, read_head, read_public_key
+from tg_tinker.records.report import PrivacyReport
 from tg_tinker.types import RegistryAcceptance, RegistryCheck
 
+MOST_AUDIT_ROWS = 10_000
+"""Of one page of the audit log."""
 
-class RegistryCalls:
-    """Tells whether the database is an older copy, and goes on from one."""
 
-    _home: Path
-    _registry: Any
-    _store: str
-    _tenant: str
+class Records:
+    """See `ServiceClient` for what each method promises.
+
+    Args:
+        audit_keys: folder with the public key that signs the log.
+    """
+
+    def __init__(
+        self, registry: Any, store: str, tenant: str, home: Path, audit_keys: Path
+    ) -> None:
+        self._registry, self._store, self._tenant = registry, store, tenant
+        self._home, self._audit_keys = home, audit_keys
+
+    # --- ledgers -----------------------------------------------------------------------------
+
+    def meet_ledger(self, dataset: str) -> KeptHead:
+        """What this home knows of a ledger, after it was held against all heads."""
+        kept = KeptHead(self._home, self._tenant, dataset)
+        provided("meet_ledger")(self._registry, self._store, self._tenant, dataset, kept.lines)
+        return kept
+
+    def register_dataset(
+        self, dataset_id: str, epsilon: float | None, delta: float, unit: str
+    ) -> None:
+        if not isinstance(dataset_id, str):
+            raise InvalidRequestError("dataset_id must be a string: the name of the data set")
+        dp = DPConfig(target_epsilon=epsilon, target_delta=delta, unit=unit)
+        checked = TrainingConfig(model_ref="any", dataset_id=dataset_id)
+        self.meet_ledger(dataset_id)
+        self._registry.register_dataset(
+            self._tenant, checked.dataset_id, dp.target_epsilon, dp.target_delta, dp.unit
+        )
+
+    def privacy_report(self, dataset_id: str) -> PrivacyReport:
+        entries = self._registry.ledger_entries(self._tenant, dataset_id)
+        if not entries:
+            known = ", ".join(self._registry.dataset_ids(self._tenant)) or "none yet"
+            raise NotFoundError(f"data set {dataset_id!r} has no ledger; there are: {known}")
+        self.meet_ledger(dataset_id)
+        return PrivacyReport(entries)
+
+    def book_missing_charges(self, dataset_id: str) -> int:
+        kept = KeptHead(self._home, self._tenant, dataset_id)
+        booked: int = provided("book_missing")(
+            self._registry, self._store, self._tenant, dataset_id, kept.lines
+        )
+        if not booked:
+            self.privacy_report(dataset_id)  # whose ledger is there, and whole
+        return booked
+
+    # --- audit log ---------------------------------------------------------------------------
+
+    def audit_log(self, since: int = 0, limit: int = 1000) -> list[AuditRow]:
+        if since < 0 or not 1 <= limit <= MOST_AUDIT_ROWS:
+            raise InvalidRequestError(
+                f"since={since}, limit={limit}: since must be 0 or more, limit in"
+                f" [1, {MOST_AUDIT_ROWS}]"
+            )
+        return list(parse_rows(self._registry.audit_rows(self._tenant, since, limit), since))
+
+    def verify_audit_log(self, head: AuditHead | None) -> AuditHead:
+        kept = self._home / f"audit-head-{self._tenant}"
+        public_key = read_public_key(self._audit_keys / "audit.pub")
+        own: list[AuditHead] = [read_head(kept)] if kept.exists() else []
+        now: AuditHead = self._registry.audit_head(self._tenant)
+        for one in (*own, now):
+            one.check(public_key)
+        own += provided("audit_heads")(self._store, self._tenant, public_key)
+        known = [now] if head is None else [head, now]
+        rows = paged(self.audit_log)
+        found = verify(rows, since=empty(self._tenant), known=known, own=own, public_key=public_key)
+        provided("keep_audit_head")(self._store, now)
+        keep_head(kept, now)
+        since = None if found.since is now else found.since
+        return replace(now, since=since, accepted=found.accepted)
+
+    # --- an older copy of the database -------------------------------------------------------
 
     def check_registry(self) -> RegistryCheck:
-        """Holds the database against all that the store and this home know of this tenant.
-
-        Raises:
-            StorageError: the store does not answer, so nobody knows.
-        """
         found: RegistryCheck = provided("check_registry")(
             self._registry, self._store, self._tenant, self._home
         )
         return found
 
     def accept_registry(self) -> RegistryAcceptance:
-        """Goes on from an older copy of the database, for when no newer one is left.
-
-        The loss becomes a row of the audit log, which names the heads of what is lost; from then
-        on they count as known. What was deleted after the copy was made is no longer deleted, what
-        was saved since is left over. Ledgers are not accepted: see `book_missing_charges`.
-
-        Raises:
-            StorageError: the store does not answer. Either nothing was accepted, or, as the message
-                then says, another call goes on.
-        """
         accepted: RegistryAcceptance = provided("accept_registry")(
             self._registry, self._store, self._tenant, self._home
         )

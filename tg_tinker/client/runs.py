@@ -1,10 +1,13 @@
-"""The part of `ServiceClient` that starts runs, finds them, brings them back, and ends them."""
+"""Starts the runs of one tenant, finds them, brings them back, and ends them.
+
+Makes the `TrainingClient` of each, and what its calls need to reach an actor again. What an actor
+occupies is for `placement`, starting it for `cluster`; what is known of a run is in the registry.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import secrets
 import time
 import warnings
@@ -14,16 +17,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tg_tinker.backend import provided
 from tg_tinker.client.actor_link import TrainingLink
 from tg_tinker.client.calls import OrderedCalls
+from tg_tinker.client.placement import Placement, with_absolute_path
+from tg_tinker.client.records import Records
 from tg_tinker.client.recovery import Reached, Recover, check_recover, lost_actor
 from tg_tinker.client.training import TrainingClient, take_over
 from tg_tinker.cluster.cluster import Cluster, SamplerLink
 from tg_tinker.cluster.messages import Request
 from tg_tinker.cluster.named_actors import living_actors
 from tg_tinker.cluster.ray_calls import kill
-from tg_tinker.config import ResourceConfig, TrainingConfig
+from tg_tinker.config import TrainingConfig
 from tg_tinker.data.peft_files import PeftFiles
 from tg_tinker.errors import (
     ActorLostError,
@@ -42,46 +46,32 @@ Progress = Callable[[str], None]
 NO_ACTOR = "no actor on this cluster: get_training_client brings it back"
 """Why a run that nobody ended is listed as failed."""
 
-PIN = 0.001
-"""Of each custom resource of a client, for its sampler: it places it there, and leaves the rest."""
-
 _WAIT_FOR_ANOTHER_S = 180.0
 """How long a client waits for another one that brings the same run back."""
 
 _log = logging.getLogger("tg_tinker")
 
 
-class ClientCalls:
-    """Training clients of one tenant."""
+class Runs:
+    """See `ServiceClient` for what each method promises."""
 
-    _cluster: Cluster
-    _home: Path
-    _registry: Any
-    _store: str
-    _tenant: str
-
-    def create_training_client(
+    def __init__(
         self,
-        config: TrainingConfig,
-        progress: Progress | None = None,
-        recover: Recover = "auto",
+        registry: Any,
+        store: str,
+        tenant: str,
+        home: Path,
+        cluster: Cluster,
+        records: Records,
+        placement: Placement,
+    ) -> None:
+        self._registry, self._store, self._tenant = registry, store, tenant
+        self._home, self._cluster = home, cluster
+        self._records, self._placement = records, placement
+
+    def create(
+        self, config: TrainingConfig, progress: Progress | None, recover: Recover
     ) -> TrainingClient:
-        """A new run on an actor of its own; returns when its model is loaded.
-
-        Args:
-            config: what to train and how.
-            progress: told what is going on while the model is found, converted and loaded; None
-                logs it to `tg_tinker` as INFO.
-            recover: once a call has raised `ActorLostError`, ``auto`` lets the next one bring the
-                run back from its last artifact, ``manual`` waits for `TrainingClient.recover`.
-
-        Raises:
-            InvalidRequestError: the configuration does not fit the model.
-            NotFoundError: no such model.
-            PlacementError: no room on the cluster.
-            DPBudgetExceededError: the privacy budget cannot pay for what is planned.
-            LedgerMismatchError: the ledger is older than what is known of it, or another one.
-        """
         check_recover(recover)
         kept = self._met(config)
         if config.private:
@@ -104,27 +94,9 @@ class ClientCalls:
             _log.warning("%s", client.privacy.message)
         return client
 
-    def get_training_client(
-        self,
-        training_client_id: str,
-        progress: Progress | None = None,
-        recover: Recover = "auto",
+    def get(
+        self, training_client_id: str, progress: Progress | None, recover: Recover
     ) -> TrainingClient:
-        """A client of an existing run, from any process.
-
-        A run whose actor is gone comes back from what it saved or loaded last under a new epoch,
-        with a warning that says how many steps were lost; without an artifact from its beginning.
-        Where that fails, the warning comes with the error, and not again when it is repeated.
-
-        Args:
-            recover: see `create_training_client`.
-
-        Raises:
-            NotFoundError: no such run.
-            ActorLostError: it cannot come back: its artifacts are gone, or it was closed without
-                one.
-            LedgerMismatchError: see `create_training_client`.
-        """
         check_recover(recover)
         info, stored = self._registry.run(self._tenant, training_client_id)
         config = TrainingConfig.model_validate_json(stored)
@@ -137,29 +109,16 @@ class ClientCalls:
         self._warn_of_loss(info)
         return self._client(training_client_id, config, reached, recover)
 
-    def list_training_clients(self) -> list[TrainingClientInfo]:
-        """All runs of this tenant, oldest first."""
+    def all(self) -> list[TrainingClientInfo]:
         living = living_actors(self._cluster.namespace)
         runs: list[TrainingClientInfo] = self._registry.runs(self._tenant)
         return [_as_it_is(run, living) for run in runs]
 
-    def describe_training_client(self, training_client_id: str) -> TrainingClientInfo:
-        """One of them, whether it has an actor or not.
-
-        Raises:
-            NotFoundError: no such run.
-        """
+    def describe(self, training_client_id: str) -> TrainingClientInfo:
         info, _ = self._registry.run(self._tenant, training_client_id)
         return _as_it_is(info, living_actors(self._cluster.namespace))
 
-    def park_training_client(self, training_client_id: str) -> None:
-        """Saves a run and frees its actor; see `TrainingClient.park`.
-
-        Raises:
-            NotFoundError: no such run.
-            InvalidRequestError: gradients wait for their step; nothing was changed.
-            ActorLostError: it has no actor.
-        """
+    def park(self, training_client_id: str) -> None:
         info, _, link = self._found(training_client_id)
         if info.reason == PARKED:
             return
@@ -171,43 +130,18 @@ class ClientCalls:
         link.open(link.send(request), request.request_id).unwrap()
         link.park()
 
-    def close_training_client(self, training_client_id: str) -> None:
-        """Ends a run, as `TrainingClient.close` does, without bringing it back.
-
-        Raises:
-            NotFoundError: no such run.
-            StorageError: see `TrainingClient.close`.
-        """
+    def close(self, training_client_id: str) -> None:
         info, _, link = self._found(training_client_id)
         if info.reason and info.reason != PARKED:
             return  # it was ended before
         self._finish(training_client_id, info.epoch, link)
 
     def import_adapter(
-        self,
-        path: str | os.PathLike[str],
-        model_ref: str,
-        *,
-        dtype: str = "auto",
-        progress: Progress | None = None,
+        self, path: Path, model_ref: str, dtype: str, progress: Progress | None
     ) -> ArtifactInfo:
-        """Takes over a LoRA adapter from a PEFT directory as the artifact of a closed run.
-
-        Nobody knows what it was trained on: its lineage is without a guarantee.
-
-        Args:
-            path: holds `adapter_config.json` and `adapter_model.safetensors`.
-            model_ref, dtype: the base model, as in `TrainingConfig`.
-            progress: as in `create_training_client`.
-
-        Raises:
-            InvalidRequestError: a pickle, damaged, not finite, or no plain LoRA.
-            ArtifactMismatchError: a setting, name or shape that a run on this model would not have.
-            NotFoundError: no such directory, file or model.
-        """
-        files = PeftFiles.read(Path(path))
+        files = PeftFiles.read(path)
         config = TrainingConfig(model_ref=model_ref, dtype=dtype, lora_config=files.lora)
-        with self.create_training_client(config, progress, recover="manual") as client:
+        with self.create(config, progress, recover="manual") as client:
             artifact_id = take_over(client, files)
         imported: ArtifactInfo = self._registry.artifact(self._tenant, artifact_id)
         return imported
@@ -216,12 +150,7 @@ class ClientCalls:
 
     def _met(self, config: TrainingConfig) -> KeptHead | None:
         """What this home knows of a private run's ledger, after it was held against all heads."""
-        return self._meet(dataset_of(config)) if config.private else None
-
-    def _meet(self, dataset: str) -> KeptHead:
-        kept = KeptHead(self._home, self._tenant, dataset)
-        provided("meet_ledger")(self._registry, self._store, self._tenant, dataset, kept.lines)
-        return kept
+        return self._records.meet_ledger(dataset_of(config)) if config.private else None
 
     def _warn_of_loss(self, before: TrainingClientInfo) -> None:
         """Says what was lost since a run was described. Also where its model then did not load: the
@@ -231,7 +160,7 @@ class ClientCalls:
             warnings.warn(
                 f"steps lost after the last artifact: {before.step - now.step}; the run goes on"
                 f" from step {now.step}",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _found(
@@ -302,7 +231,7 @@ class ClientCalls:
         tell("waiting for a place on the cluster")
         if epoch > 1:
             self._cluster.await_possible(config.resources)
-        resources = self._resources(config.resources)
+        resources = self._placement.resources(config.resources)
         actor = self._cluster.start_training(
             resources=resources,
             others=partial(self._others, run_id),
@@ -399,33 +328,7 @@ class ClientCalls:
                 self._registry.release_reservation(self._tenant, dataset, run_id)
 
     def _sampler(self, config: TrainingConfig) -> SamplerLink:
-        return self._cluster.sampler(self._registry.key, **self._sampler_place(config))
-
-    def _sampler_place(self, config: TrainingConfig) -> dict[str, Any]:
-        """Where the sampler of a base model finds things, and what it occupies."""
-        resources = self._resources(config.resources)
-        return {
-            "model_ref": config.model_ref,
-            "dtype": config.dtype,
-            "home": str(self._home),
-            "store": self._store,
-            "num_cpus": 0 if self._cluster.embedded else 1,
-            "num_gpus": resources.num_gpus or 0,
-            "resources": dict.fromkeys(resources.custom_resources, PIN),
-            "labels": resources.node_labels,
-            "threads": resources.num_threads,
-        }
-
-    def _resources(self, wanted: ResourceConfig) -> ResourceConfig:
-        """The defaults of `ResourceConfig` made explicit for this cluster."""
-        embedded = self._cluster.embedded
-        gpus = wanted.num_gpus
-        if gpus is None:
-            gpus = min(1.0, self._cluster.most_gpus(wanted))
-        cpus = (0 if embedded else 1) if wanted.num_cpus is None else wanted.num_cpus
-        threads = wanted.num_threads or (None if embedded else max(1, int(cpus)))
-        made_explicit = {"num_cpus": cpus, "num_gpus": gpus, "num_threads": threads}
-        return wanted.model_copy(update=made_explicit)
+        return self._cluster.sampler(self._registry.key, **self._placement.of_sampler(config))
 
 
 def _as_it_is(run: TrainingClientInfo, living: set[str]) -> TrainingClientInfo:
@@ -433,10 +336,3 @@ def _as_it_is(run: TrainingClientInfo, living: set[str]) -> TrainingClientInfo:
     if run.reason or f"{run.training_client_id}@{run.epoch}" in living:
         return run
     return replace(run, status="failed" if run.status == "active" else run.status, reason=NO_ACTOR)
-
-
-def with_absolute_path(config: TrainingConfig) -> TrainingConfig:
-    """Actors work in directories of their own."""
-    if not Path(config.model_ref).exists():
-        return config
-    return config.model_copy(update={"model_ref": str(Path(config.model_ref).absolute())})

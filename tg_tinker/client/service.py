@@ -1,98 +1,53 @@
-"""`ServiceClient`: the entry point. Finds or starts a cluster, opens and lists runs.
+"""`ServiceClient`: the entry point. Finds or starts a cluster, and names all that can be asked.
 
-with ServiceClient() as service:
-    tc = service.create_training_client(TrainingConfig(model_ref="..."))
+    with ServiceClient() as service:
+        tc = service.create_training_client(TrainingConfig(model_ref="..."))
+
+Each method says here what it promises; a part of the service does it: `runs`, `artifacts`, `keys`,
+`records` (ledgers, audit log, an older database). `home` finds and makes the home directory.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from tg_tinker.backend import provided
-from tg_tinker.client.artifacts import ArtifactCalls
-from tg_tinker.client.records import RegistryCalls
-from tg_tinker.client.runs import ClientCalls, with_absolute_path
+from tg_tinker.client.artifacts import Artifacts
+from tg_tinker.client.home import home_directory, init_home
+from tg_tinker.client.keys import Keys
+from tg_tinker.client.placement import Placement, with_absolute_path
+from tg_tinker.client.records import Records
+from tg_tinker.client.recovery import Recover
+from tg_tinker.client.runs import Progress, Runs
+from tg_tinker.client.serving import check_model
+from tg_tinker.client.training import TrainingClient
 from tg_tinker.cluster import node
 from tg_tinker.cluster.cluster import Cluster
-from tg_tinker.cluster.connection import running_cluster
-from tg_tinker.cluster.ports import addresses, check_port
-from tg_tinker.config import DPConfig, TrainingConfig
-from tg_tinker.errors import (
-    InvalidRequestError,
-    NotFoundError,
-    StorageError,
-)
-from tg_tinker.records.audit_log import AuditHead, AuditRow, empty, parse_rows, verify
-from tg_tinker.records.files import KeptHead, keep_head, paged, read_head, read_public_key
+from tg_tinker.cluster.ports import addresses
+from tg_tinker.config import TrainingConfig
+from tg_tinker.errors import InvalidRequestError, StorageError
+from tg_tinker.records.audit_log import AuditHead, AuditRow
 from tg_tinker.records.report import DEFAULT_DATASET, PrivacyReport
-from tg_tinker.storage.databases import check_database, database_file, default_database
+from tg_tinker.storage.databases import check_database, default_database
 from tg_tinker.storage.keyrings import audit_folder, default_place, place_of
 from tg_tinker.storage.stores import as_text
-from tg_tinker.types import ApiKeyInfo, ClusterStatus, KeyUses
-
-MOST_AUDIT_ROWS = 10_000
-"""Of one page of the audit log."""
-
-_log = logging.getLogger("tg_tinker")
-
-
-def home_directory() -> Path:
-    """`TG_TINKER_HOME`, or `~/.tg-tinker`: registry, store, keyring and converted models."""
-    return Path(os.environ.get("TG_TINKER_HOME") or "~/.tg-tinker").expanduser().absolute()
-
-
-def check_home() -> None:
-    """For who only looks: a home that is made for it would say that there is nothing.
-
-    Raises:
-        StorageError: there is none.
-    """
-    home = home_directory()
-    if not database_file(home).exists():
-        raise StorageError(
-            f"there is no home of TG-Tinker at {home}: correct TG_TINKER_HOME, put a lost"
-            f" {database_file(home).name} back, or run `tg-tinker init` to make a home"
-        )
+from tg_tinker.types import (
+    ApiKeyInfo,
+    ArtifactInfo,
+    ClusterStatus,
+    KeyUses,
+    Orphan,
+    RegistryAcceptance,
+    RegistryCheck,
+    TrainingClientInfo,
+)
 
 
-def init_home(home: Path | None = None, keyring: str | None = None) -> Path:
-    """Makes the home directory where there is none: a keyring and an empty registry.
-
-    Args:
-        keyring: where the keyring is, as `ServiceClient` takes it.
-    """
-    home = home or home_directory()
-    place = default_place(home) if keyring is None else place_of(keyring)
-    if provided("home")(home, str(place)):
-        _log.warning(
-            "made a new home in %s: back up its keyring, it opens every artifact, and audit.key",
-            home,
-        )
-    return home
-
-
-def check_serving(model_ref: str, host: str, port: int) -> None:
-    """What would stop `ServiceClient.serve_http`, told before a cluster is started for it.
-
-    Raises:
-        NotFoundError: no such path; whether the hub has a model is not asked.
-        InvalidRequestError: a host without an address.
-        ClusterUnavailableError: the port is taken.
-    """
-    _check_path(model_ref)
-    addresses(host, port)
-    if (os.environ.get("RAY_ADDRESS") or running_cluster() or "local") == "local":
-        check_port(host, port)  # on a cluster that runs, its own Serve may have it
-
-
-class ServiceClient(ClientCalls, ArtifactCalls, RegistryCalls):
+class ServiceClient:
     """A connection to TG-Tinker on a Ray cluster, or on one started inside this process.
 
     Args:
@@ -142,15 +97,273 @@ class ServiceClient(ClientCalls, ArtifactCalls, RegistryCalls):
                 raise StorageError(
                     f"there is no home at {self._home}: run `tg-tinker init` on the head node once"
                 )
-            self._registry = self._cluster.registry(database, str(place), str(self._audit_keys))
-            self._registry.key_info()  # a registry that cannot open its files says so now
+            registry = self._cluster.registry(database, str(place), str(self._audit_keys))
+            registry.key_info()  # a registry that cannot open its files says so now
         except BaseException:
             self._cluster.close()
             raise
+        self._attach(registry)
+
+    def _attach(self, registry: Any) -> None:
+        """From now on all that is asked is asked of this registry."""
+        self._registry = registry
+        at = registry, self._store, self._tenant
+        self._artifacts = Artifacts(*at)
+        self._keys = Keys(*at)
+        self._records = Records(*at, self._home, self._audit_keys)
+        self._placement = Placement(self._cluster, self._home, self._store)
+        self._runs = Runs(*at, self._home, self._cluster, self._records, self._placement)
 
     def cluster_status(self) -> ClusterStatus:
         """Machines of the cluster, what of them is free, and who trains there."""
         return self._cluster.status()
+
+    # --- runs --------------------------------------------------------------------------------
+
+    def create_training_client(
+        self,
+        config: TrainingConfig,
+        progress: Progress | None = None,
+        recover: Recover = "auto",
+    ) -> TrainingClient:
+        """A new run on an actor of its own; returns when its model is loaded.
+
+        Args:
+            config: what to train and how.
+            progress: told what is going on while the model is found, converted and loaded; None
+                logs it to `tg_tinker` as INFO.
+            recover: once a call has raised `ActorLostError`, ``auto`` lets the next one bring the
+                run back from its last artifact, ``manual`` waits for `TrainingClient.recover`.
+
+        Raises:
+            InvalidRequestError: the configuration does not fit the model.
+            NotFoundError: no such model.
+            PlacementError: no room on the cluster.
+            DPBudgetExceededError: the privacy budget cannot pay for what is planned.
+            LedgerMismatchError: the ledger is older than what is known of it, or another one.
+        """
+        return self._runs.create(config, progress, recover)
+
+    def get_training_client(
+        self,
+        training_client_id: str,
+        progress: Progress | None = None,
+        recover: Recover = "auto",
+    ) -> TrainingClient:
+        """A client of an existing run, from any process.
+
+        A run whose actor is gone comes back from what it saved or loaded last under a new epoch,
+        with a warning that says how many steps were lost; without an artifact from its beginning.
+        Where that fails, the warning comes with the error, and not again when it is repeated.
+
+        Args:
+            recover: see `create_training_client`.
+
+        Raises:
+            NotFoundError: no such run.
+            ActorLostError: it cannot come back: its artifacts are gone, or it was closed without
+                one.
+            LedgerMismatchError: see `create_training_client`.
+        """
+        return self._runs.get(training_client_id, progress, recover)
+
+    def list_training_clients(self) -> list[TrainingClientInfo]:
+        """All runs of this tenant, oldest first."""
+        return self._runs.all()
+
+    def describe_training_client(self, training_client_id: str) -> TrainingClientInfo:
+        """One of them, whether it has an actor or not.
+
+        Raises:
+            NotFoundError: no such run.
+        """
+        return self._runs.describe(training_client_id)
+
+    def park_training_client(self, training_client_id: str) -> None:
+        """Saves a run and frees its actor; see `TrainingClient.park`.
+
+        Raises:
+            NotFoundError: no such run.
+            InvalidRequestError: gradients wait for their step; nothing was changed.
+            ActorLostError: it has no actor.
+        """
+        self._runs.park(training_client_id)
+
+    def close_training_client(self, training_client_id: str) -> None:
+        """Ends a run, as `TrainingClient.close` does, without bringing it back.
+
+        Raises:
+            NotFoundError: no such run.
+            StorageError: see `TrainingClient.close`.
+        """
+        self._runs.close(training_client_id)
+
+    def import_adapter(
+        self,
+        path: str | os.PathLike[str],
+        model_ref: str,
+        *,
+        dtype: str = "auto",
+        progress: Progress | None = None,
+    ) -> ArtifactInfo:
+        """Takes over a LoRA adapter from a PEFT directory as the artifact of a closed run.
+
+        Nobody knows what it was trained on: its lineage is without a guarantee.
+
+        Args:
+            path: holds `adapter_config.json` and `adapter_model.safetensors`.
+            model_ref, dtype: the base model, as in `TrainingConfig`.
+            progress: as in `create_training_client`.
+
+        Raises:
+            InvalidRequestError: a pickle, damaged, not finite, or no plain LoRA.
+            ArtifactMismatchError: a setting, name or shape that a run on this model would not have.
+            NotFoundError: no such directory, file or model.
+        """
+        return self._runs.import_adapter(Path(path), model_ref, dtype, progress)
+
+    # --- artifacts ---------------------------------------------------------------------------
+
+    def list_artifacts(
+        self,
+        *,
+        run: str | None = None,
+        label: str | None = None,
+        newer_than: datetime | None = None,
+        older_than: datetime | None = None,
+        after: str | None = None,
+        limit: int | None = None,
+    ) -> list[ArtifactInfo]:
+        """Saved artifacts of this tenant that fit all that is asked, oldest first.
+
+        Args:
+            run: the id of the training client that saved them.
+            label: ``name=value``.
+            newer_than, older_than: by `created_at`, with a time zone.
+            after: the last id of the page before; it may have been deleted since.
+            limit: at most so many, 1 to 10,000; all when None.
+
+        Raises:
+            InvalidRequestError: a value out of range or of another form.
+            NotFoundError: there never was an artifact `after`.
+        """
+        return self._artifacts.find(run, label, newer_than, older_than, after, limit)
+
+    def get_artifact(self, artifact_id: str) -> ArtifactInfo:
+        """One artifact; `NotFoundError` if there is none of this id."""
+        return self._artifacts.get(artifact_id)
+
+    def set_labels(self, artifact_id: str, labels: Mapping[str, str]) -> ArtifactInfo:
+        """Gives an artifact these labels in place of those that it has.
+
+        They are for finding it again (`list_artifacts(label="stage=prod")`) and lie in the registry
+        in clear: what is secret belongs into `save_state(metadata=...)`.
+
+        Raises:
+            InvalidRequestError: more than 16, or a name or value of another form.
+        """
+        return self._artifacts.set_labels(artifact_id, labels)
+
+    def set_expiry(self, artifact_id: str, when: datetime | None) -> ArtifactInfo:
+        """Until when an artifact may be opened, by the registry's clock; None is for ever.
+
+        From then on loading, sampling, copying and exporting it raise `NotFoundError` with the
+        code `artifact_expired`, and a run does not come back from it. It is listed, and its files
+        stay, until `delete_expired`; until then another expiry makes it open again.
+
+        Raises:
+            InvalidRequestError: a time that is past, or without a time zone.
+        """
+        return self._artifacts.set_expiry(artifact_id, when)
+
+    def delete_expired(self) -> Iterator[tuple[str, str]]:
+        """Deletes all artifacts of this tenant whose time is over.
+
+        Yields:
+            An artifact's id, and what went wrong: empty where nothing did.
+        """
+        return self._artifacts.delete_expired()
+
+    def copy_artifact(self, artifact_id: str) -> ArtifactInfo:
+        """Another artifact of the same content, run and step, under a key of its own.
+
+        It has neither labels nor an expiry. A run still comes back from what it saved last.
+
+        Raises:
+            NotFoundError: there is none of this id, or it has expired.
+            IntegrityError: it is not what was saved; there is no copy.
+        """
+        return self._artifacts.copy(artifact_id)
+
+    def reseal_artifact(self, artifact_id: str) -> ArtifactInfo:
+        """Encrypts an artifact anew under a fresh key; its id stays, the old files and key go.
+
+        For when a data key may have become known. Broken off anywhere, the artifact is whole. Who
+        kept a copy of the old files and the keyring can still read the copy.
+
+        Raises:
+            NotFoundError: there is none of this id, or it has expired.
+            IntegrityError: it is not what was saved; nothing was changed.
+            InvalidRequestError: somebody else resealed it or rotated the tenant key meanwhile.
+        """
+        return self._artifacts.reseal(artifact_id)
+
+    def delete_artifact(self, artifact_id: str, *, lost: bool = False) -> None:
+        """Deletes an artifact for good: its entry, its key, its files.
+
+        Args:
+            lost: also if this store has no file of it any more. Else that is refused, as the files
+                of an artifact in another store would stay.
+
+        Raises:
+            NotFoundError: there is none of this id, or no file of it in this store.
+        """
+        self._artifacts.delete(artifact_id, lost)
+
+    def shred_artifact(self, artifact_id: str) -> list[str]:
+        """Deletes an artifact, its key first; returns what that does not reach, as sentences.
+
+        The same is gone as after `delete_artifact`. The difference is in the order, broken off
+        anywhere nothing opens it any more, in the audit log's `artifact.shred`, and in the answer.
+        """
+        return self._artifacts.shred(artifact_id)
+
+    def export_adapter(self, artifact_id: str, path: str | os.PathLike[str]) -> Path:
+        """Writes a LoRA artifact, decrypted, as a PEFT directory that must not exist yet."""
+        return self._artifacts.export_adapter(artifact_id, Path(path))
+
+    def verify_artifacts(self, artifact_id: str | None = None) -> Iterator[tuple[str, str]]:
+        """Reads artifacts of this tenant again and checks them as `load_state` would.
+
+        Args:
+            artifact_id: one alone. None is all but those that have expired.
+
+        Yields:
+            Its id, and what is wrong with it: empty where nothing is.
+
+        Raises:
+            NotFoundError: there is no artifact of this id.
+        """
+        return self._artifacts.verify(artifact_id)
+
+    def sweep_store(self, min_age_s: float = 3600.0, dry_run: bool = False) -> Iterator[Orphan]:
+        """Removes files of this tenant that belong to no artifact, as they are gone through.
+
+        What a sweep finds is noted, and removed by a later one that finds it unchanged. An artifact
+        is never touched; a save that is still under way then fails typed, and leaves nothing.
+
+        Args:
+            min_age_s: seconds between the two sweeps, by the store's clock; longer than any file
+                of a save takes to upload.
+            dry_run: only tell what would be done.
+
+        Yields:
+            What was found, once it is dealt with.
+
+        Raises:
+            IntegrityError: the registry is an older copy, or another one uses the store.
+        """
+        return self._artifacts.sweep(min_age_s, dry_run)
 
     # --- privacy -----------------------------------------------------------------------------
 
@@ -170,14 +383,7 @@ class ServiceClient(ClientCalls, ArtifactCalls, RegistryCalls):
             InvalidRequestError: a value out of range, or it is registered with another budget.
             LedgerMismatchError: the registry has lost what is known of its ledger.
         """
-        if not isinstance(dataset_id, str):
-            raise InvalidRequestError("dataset_id must be a string: the name of the data set")
-        dp = DPConfig(target_epsilon=epsilon, target_delta=delta, unit=unit)
-        checked = TrainingConfig(model_ref="any", dataset_id=dataset_id)
-        self._meet(dataset_id)
-        self._registry.register_dataset(
-            self._tenant, checked.dataset_id, dp.target_epsilon, dp.target_delta, dp.unit
-        )
+        self._records.register_dataset(dataset_id, epsilon, delta, unit)
 
     def privacy_report(self, dataset_id: str = DEFAULT_DATASET) -> PrivacyReport:
         """What was spent of a data set's budget, by whom, from its verified ledger.
@@ -189,12 +395,7 @@ class ServiceClient(ClientCalls, ArtifactCalls, RegistryCalls):
                 spent since would be left out.
             StorageError: the store does not answer, so nobody knows.
         """
-        entries = self._registry.ledger_entries(self._tenant, dataset_id)
-        if not entries:
-            known = ", ".join(self._registry.dataset_ids(self._tenant)) or "none yet"
-            raise NotFoundError(f"data set {dataset_id!r} has no ledger; there are: {known}")
-        self._meet(dataset_id)
-        return PrivacyReport(entries)
+        return self._records.privacy_report(dataset_id)
 
     def book_missing_charges(self, dataset_id: str = DEFAULT_DATASET) -> int:
         """Puts back what an older copy of the registry's database has lost of a ledger.
@@ -209,13 +410,7 @@ class ServiceClient(ClientCalls, ArtifactCalls, RegistryCalls):
             LedgerMismatchError: an entry is in none of the heads, or the ledger went on from an
                 earlier one; nothing was changed.
         """
-        kept = KeptHead(self._home, self._tenant, dataset_id)
-        booked: int = provided("book_missing")(
-            self._registry, self._store, self._tenant, dataset_id, kept.lines
-        )
-        if not booked:
-            self.privacy_report(dataset_id)  # whose ledger is there, and whole
-        return booked
+        return self._records.book_missing_charges(dataset_id)
 
     # --- HTTP --------------------------------------------------------------------------------
 
@@ -255,11 +450,11 @@ class ServiceClient(ClientCalls, ArtifactCalls, RegistryCalls):
             PlacementError: the cluster has no room for it.
         """
         config = with_absolute_path(TrainingConfig(model_ref=model_ref, dtype=dtype))
-        _check_path(config.model_ref)
+        check_model(config.model_ref)
         addresses(host, port)
         self._cluster.serve_http(
-            host, port, max_replicas, self._sampler_place(config),
-            tenant=self._tenant, open=not self._registry.wants_api_keys(self._tenant),
+            host, port, max_replicas, self._placement.of_sampler(config),
+            tenant=self._tenant, open=not self._keys.wants_api_keys(),
             most_tokens=max_tokens, most_at_once=max_concurrent, deadline_s=deadline_s,
         )  # fmt: skip
         return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
@@ -281,30 +476,21 @@ class ServiceClient(ClientCalls, ArtifactCalls, RegistryCalls):
             models: runs and artifacts it may sample from, beside the base model; all when empty.
             days: until it expires; None is never.
         """
-        if days is not None and not 0 < days < 36_500:
-            raise InvalidRequestError(f"days={days} is out of range: it must be in (0, 36500)")
-        with provided("covered_change")(self._registry, self._store, self._tenant):
-            made: tuple[str, ApiKeyInfo] = self._registry.create_api_key(
-                self._tenant, label, list(models), days
-            )
-        return made
+        return self._keys.create_api_key(label, models, days)
 
     def list_api_keys(self) -> list[ApiKeyInfo]:
         """All keys of this tenant that are not revoked, oldest first."""
-        keys: list[ApiKeyInfo] = self._registry.api_keys(self._tenant)
-        return keys
+        return self._keys.api_keys()
 
     def revoke_api_key(self, key_id: str) -> None:
         """Ends a key; servers notice within seconds. `NotFoundError` if there is none."""
-        with provided("covered_change")(self._registry, self._store, self._tenant):
-            self._registry.revoke_api_key(self._tenant, key_id)
+        self._keys.revoke_api_key(key_id)
 
     # --- keys --------------------------------------------------------------------------------
 
     def list_keys(self) -> KeyUses:
         """How many artifacts each key of the keyring opens, and which is the primary one."""
-        found: KeyUses = provided("key_uses")(self._registry, self._store)
-        return found
+        return self._keys.uses()
 
     def rotate_key(self) -> str:
         """Makes a fresh primary key and returns its id; then call `rewrap_keys`.
@@ -314,8 +500,7 @@ class ServiceClient(ClientCalls, ArtifactCalls, RegistryCalls):
                 from.
             RollbackError: the registry is an older copy; nothing was changed.
         """
-        key_id: str = provided("rotate_key")(self._registry, self._store, self._tenant)
-        return key_id
+        return self._keys.rotate()
 
     def rewrap_keys(self) -> Iterator[tuple[str, str]]:
         """Wraps the data key of every artifact of all tenants under the primary key.
@@ -329,7 +514,7 @@ class ServiceClient(ClientCalls, ArtifactCalls, RegistryCalls):
         Raises:
             RollbackError: the registry is an older copy; nothing was changed.
         """
-        yield from provided("rewrap_keys")(self._registry, self._store)
+        return self._keys.rewrap()
 
     def retire_key(self, key_id: str) -> None:
         """Destroys an older key.
@@ -338,7 +523,7 @@ class ServiceClient(ClientCalls, ArtifactCalls, RegistryCalls):
             InvalidRequestError: it is the primary one, or still opens an artifact.
             IntegrityError: of an artifact nobody can tell which key opens it.
         """
-        provided("retire_key")(self._registry, self._store, self._tenant, key_id)
+        self._keys.retire(key_id)
 
     # --- audit log ---------------------------------------------------------------------------
 
@@ -352,12 +537,7 @@ class ServiceClient(ClientCalls, ArtifactCalls, RegistryCalls):
             IntegrityError: a stored row is not one. That the rows continue each other is for
                 `verify_audit_log`.
         """
-        if since < 0 or not 1 <= limit <= MOST_AUDIT_ROWS:
-            raise InvalidRequestError(
-                f"since={since}, limit={limit}: since must be 0 or more, limit in"
-                f" [1, {MOST_AUDIT_ROWS}]"
-            )
-        return list(parse_rows(self._registry.audit_rows(self._tenant, since, limit), since))
+        return self._records.audit_log(since, limit)
 
     def verify_audit_log(self, head: AuditHead | None = None) -> AuditHead:
         """Reads the whole log and checks that it goes through every head that is known.
@@ -374,20 +554,30 @@ class ServiceClient(ClientCalls, ArtifactCalls, RegistryCalls):
             IntegrityError: names the first row, or the head, that does not fit; or a head was not
                 signed by the key that was pinned at init: then the object, if it is in the store.
         """
-        kept = self._home / f"audit-head-{self._tenant}"
-        public_key = read_public_key(self._audit_keys / "audit.pub")
-        own: list[AuditHead] = [read_head(kept)] if kept.exists() else []
-        now: AuditHead = self._registry.audit_head(self._tenant)
-        for one in (*own, now):
-            one.check(public_key)
-        own += provided("audit_heads")(self._store, self._tenant, public_key)
-        known = [now] if head is None else [head, now]
-        rows = paged(self.audit_log)
-        found = verify(rows, since=empty(self._tenant), known=known, own=own, public_key=public_key)
-        provided("keep_audit_head")(self._store, now)
-        keep_head(kept, now)
-        since = None if found.since is now else found.since
-        return replace(now, since=since, accepted=found.accepted)
+        return self._records.verify_audit_log(head)
+
+    # --- an older copy of the database -------------------------------------------------------
+
+    def check_registry(self) -> RegistryCheck:
+        """Holds the database against all that the store and this home know of this tenant.
+
+        Raises:
+            StorageError: the store does not answer, so nobody knows.
+        """
+        return self._records.check_registry()
+
+    def accept_registry(self) -> RegistryAcceptance:
+        """Goes on from an older copy of the database, for when no newer one is left.
+
+        The loss becomes a row of the audit log, which names the heads of what is lost; from then
+        on they count as known. What was deleted after the copy was made is no longer deleted, what
+        was saved since is left over. Ledgers are not accepted: see `book_missing_charges`.
+
+        Raises:
+            StorageError: the store does not answer. Either nothing was accepted, or, as the message
+                then says, another call goes on.
+        """
+        return self._records.accept_registry()
 
     # --- life --------------------------------------------------------------------------------
 
@@ -410,18 +600,6 @@ def _found(address: str | None, home: Path) -> str | None:
         return address
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # as it was started, before Ray reads it
     return running.address
-
-
-def _check_path(model_ref: str) -> None:
-    """A model that is a path, or no hub id, must be here: replicas find out late."""
-    path = Path(model_ref)
-    with contextlib.suppress(RuntimeError):  # ~ of a user that there is not
-        path = path.expanduser()
-    if not path.exists() and (model_ref.startswith(("/", ".", "~")) or model_ref.count("/") != 1):
-        raise NotFoundError(
-            f"model_ref {model_ref!r}: there is no such path here, and it is no hub id such as"
-            " 'org/name'"
-        )
 
 
 def _check_tenant(tenant: str) -> None:
