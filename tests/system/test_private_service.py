@@ -135,7 +135,7 @@ def test_a_plan_outlives_the_block_that_parked_its_run_and_other_embedded_cluste
     beside = (
         "from tg_tinker import ServiceClient\n"
         "with ServiceClient('local') as service:\n"
-        "    service._release_reservations_of_the_dead('needed')\n"
+        "    service._runs.release_reservations_of_the_dead('needed')\n"
     )
     with service.create_training_client(plan) as tc:
         command = [sys.executable, "-W", "ignore", "-c", beside]

@@ -146,7 +146,7 @@ def test_steps_that_are_lost_are_told_although_the_new_actor_does_not_start(
             pytest.raises(PlacementError),
         ):
             service.get_training_client(tc.id)
-        patched.setattr(service, "_warn_of_loss", no_registry)
+        patched.setattr(service._runs, "_warn_of_loss", no_registry)
         with pytest.raises(PlacementError):  # still: not what could not be told beside it
             service.get_training_client(tc.id)
     with warnings.catch_warnings():
@@ -398,7 +398,7 @@ def test_an_idle_run_parks_itself_and_keeps_its_budget(
     train(tc, 1)
     while service.describe_training_client(tc.id).reason != "parked":
         time.sleep(0.2)
-    service._release_reservations_of_the_dead("idle")
+    service._runs.release_reservations_of_the_dead("idle")
     assert Ledger.replay(service.privacy_report("idle").entries).accounts[tc.id].reserved == 3
     assert [result.step for result in train(tc, 2)[1::2]] == [2]  # brought back, nothing told
     tc.close()

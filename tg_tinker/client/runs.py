@@ -75,7 +75,7 @@ class Runs:
         check_recover(recover)
         kept = self._met(config)
         if config.private:
-            self._release_reservations_of_the_dead(dataset_of(config))
+            self.release_reservations_of_the_dead(dataset_of(config))
         elif config.dataset_id and self._registry.ledger_entries(self._tenant, config.dataset_id):
             raise InvalidRequestError(
                 f"data set {config.dataset_id!r} has a privacy ledger: a run without dp_config may"
@@ -315,7 +315,7 @@ class Runs:
         self._registry.finish(run_id, epoch, "completed")
         self._cluster.kill_training(run_id, epoch)  # by name: it may only be silent
 
-    def _release_reservations_of_the_dead(self, dataset: str) -> None:
+    def release_reservations_of_the_dead(self, dataset: str) -> None:
         """A script that was killed could not give back what it had planned. Whether a run of
         another embedded cluster lives cannot be seen from here, so that one stays."""
         entries = self._registry.ledger_entries(self._tenant, dataset)
