@@ -9,6 +9,7 @@
 - artifacts/: artifacts published, fetched, copied, deleted.
 - training/: the actor of a run. Start here, then the engine.
 - operations/: what an operator runs.
+- backend.py: all of that as the SDK calls it.
 
 It imports the lower floors of `tg_tinker`, never its client, demo or commands, which reach it by
 `tg_tinker.backend`. Importing the package loads neither torch nor Ray.

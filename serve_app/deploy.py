@@ -17,10 +17,10 @@ from ray import serve
 from actors.storage.home import STORE
 from serve_app.application import Place, bound
 from serve_app.http.access import HttpOptions
-from tg_tinker.backend import provided
-from tg_tinker.client.home import home_directory
+from tg_tinker.backend import actors_backend
 from tg_tinker.cluster.connection import check_encrypted
 from tg_tinker.storage.databases import default_database
+from tg_tinker.storage.home import home_directory
 from tg_tinker.storage.keyrings import audit_folder, default_place, place_of
 from tg_tinker.storage.stores import as_text
 
@@ -67,7 +67,7 @@ def app(settings: Settings) -> serve.Application:
     store = as_text(settings.store or str(home / STORE))
     keyring = place_of(settings.keyring) if settings.keyring else default_place(home)
     check_encrypted()
-    provided("registry")(
+    actors_backend().start_registry(
         settings.namespace,
         settings.database or default_database(home),
         str(keyring),

@@ -66,7 +66,8 @@ from tg_tinker.errors import (
     VersionGoneError,
     WindowSpoiledError,
 )
-from tg_tinker.records.audit_log import AuditHead, AuditRow
+from tg_tinker.records.audit_log import AuditRow
+from tg_tinker.records.heads import AuditHead
 from tg_tinker.records.report import PrivacyInfo, PrivacyReport
 from tg_tinker.types import (
     ApiKeyInfo,

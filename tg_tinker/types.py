@@ -355,3 +355,21 @@ class RegistryAcceptance:
     row: int
     openable: tuple[str, ...]
     lost: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class ArtifactQuery:
+    """What `list_artifacts` asks the registry for; None is no condition.
+
+    Attributes:
+        label: name and value.
+        newer_than, older_than: by `created_at`, neither included.
+        after: the last artifact of the page before; it may have been deleted since.
+    """
+
+    run: str | None = None
+    label: tuple[str, str] | None = None
+    newer_than: datetime | None = None
+    older_than: datetime | None = None
+    after: str | None = None
+    limit: int | None = None

@@ -120,7 +120,7 @@ def export_adapter(
         InvalidRequestError: the artifact holds all weights, not an adapter.
         StorageError: the target's disk is full or refuses; no half-written adapter is left.
     """
-    files = fetch(registry, ArtifactStore(store), registry.reader(tenant), artifact_id)
+    files = fetch(registry, ArtifactStore(store), registry.data_keys.reader(tenant), artifact_id)
     adapter_config = from_files(files).state.adapter_config
     if adapter_config is None:
         raise InvalidRequestError(
@@ -131,7 +131,9 @@ def export_adapter(
         WEIGHTS: files[WEIGHTS],
         "adapter_config.json": json.dumps(adapter_config, indent=2).encode(),
     }
-    registry.record_export(tenant, artifact_id)  # what is not in the audit log is not exported
+    registry.audit_log.record_export(
+        tenant, artifact_id
+    )  # what is not in the audit log is not exported
     try:
         target.mkdir(parents=True, exist_ok=True, mode=0o700)
         for name, content in outputs.items():

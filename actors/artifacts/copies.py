@@ -28,14 +28,14 @@ def copy(registry: Registry, root: str, tenant: str, artifact_id: str) -> Artifa
         NotFoundError: unknown, deleted or expired, also meanwhile; no copy is left.
         IntegrityError: the source is not what was published; there is no copy.
     """
-    store, keeper = ArtifactStore(root), registry.keeper(tenant)
+    store, keeper = ArtifactStore(root), registry.data_keys.keeper(tenant)
     draft = Draft(registry, store, keeper, fetch(registry, store, keeper, artifact_id))
     manifest, size = written(store, draft)
     info = enter(
         registry, store, draft,
-        lambda: registry.publish_copy(
+        lambda: registry.artifacts.publish_copy(
             tenant, artifact_id, draft.artifact_id, size, manifest,
-            registry.key_of(draft.wrapped_key),
+            registry.data_keys.key_of(draft.wrapped_key),
         ),
     )  # fmt: skip
     keep_newest(registry, store, tenant)
@@ -53,18 +53,18 @@ def reseal(registry: Registry, root: str, tenant: str, artifact_id: str) -> Arti
         StorageError: the store refused: either it is as it was, or, as the message then says, it
             is resealed and old files are left.
     """
-    store, keeper = ArtifactStore(root), registry.keeper(tenant)
-    before = registry.stored_as(tenant, artifact_id)
+    store, keeper = ArtifactStore(root), registry.data_keys.keeper(tenant)
+    before = registry.catalogue.stored_as(tenant, artifact_id)
     files = fetch(registry, store, keeper, artifact_id)
-    stored_as = registry.begin_reseal(tenant, artifact_id)
+    stored_as = registry.artifacts.begin_reseal(tenant, artifact_id)
     draft = Draft(registry, store, keeper, files, artifact_id, stored_as)
     manifest, size = written(store, draft)
 
     def switch() -> ArtifactInfo:
         check_written(store, draft)  # it will be the only copy
-        return registry.finish_reseal(
+        return registry.artifacts.finish_reseal(
             tenant, artifact_id, before, stored_as, size, manifest,
-            registry.key_of(draft.wrapped_key),
+            registry.data_keys.key_of(draft.wrapped_key),
         )  # fmt: skip
 
     info = enter(registry, store, draft, switch)
@@ -94,7 +94,7 @@ def readopt(
             for name in manifest.files:
                 sealed_file(store, stored_as, manifest, name)
             wrapped = store.read_key(tenant, stored_as)
-            return registry.adopt(tenant, artifact_id, stored_as, content, wrapped)
+            return registry.data_keys.adopt(tenant, artifact_id, stored_as, content, wrapped)
         except (IntegrityError, NotFoundError) as error:
             problems.append(error)
     raise next(iter(problems), NotFoundError("its files are gone"))

@@ -33,7 +33,7 @@ def remove(
 ) -> None:
     """`delete` of one that is known to be in this store."""
     # By the name that the entry has now: somebody may have resealed it since.
-    stored_as = registry.delete_artifact(tenant, artifact_id, event)
+    stored_as = registry.artifacts.delete(tenant, artifact_id, event)
     keep_newest(registry, store, tenant)
     store.delete(tenant, stored_as)
 
@@ -49,9 +49,11 @@ def check_deletable(
         RollbackError, StorageError: see `rollback.meet`.
     """
     meet(registry, store, tenant)
-    stored_as = registry.stored_as(tenant, artifact_id)
+    stored_as = registry.catalogue.stored_as(tenant, artifact_id)
     here = lost or store.holds(tenant, stored_as)
-    if not here and registry.stored_as(tenant, artifact_id) == stored_as:  # not just resealed
+    if (
+        not here and registry.catalogue.stored_as(tenant, artifact_id) == stored_as
+    ):  # not just resealed
         raise NotFoundError(
             f"artifact {artifact_id} has no file in this store: open the one that it was saved to."
             f" If its files are lost, `tg-tinker artifacts delete --lost {artifact_id}`"
@@ -84,7 +86,7 @@ def shred(registry: Registry, root: str, tenant: str, artifact_id: str) -> list[
     """
     store = ArtifactStore(root)
     check_deletable(registry, store, tenant, artifact_id)
-    store.delete_key(tenant, registry.stored_as(tenant, artifact_id))
+    store.delete_key(tenant, registry.catalogue.stored_as(tenant, artifact_id))
     remove(registry, store, tenant, artifact_id, "artifact.shred")
     return [*NOT_REACHED]
 

@@ -29,7 +29,7 @@ def fetch(
     tenant = capability.tenant
     no_core_files()  # a copy, an export or a check decrypts in the program that uses the SDK
     meet(registry, store, tenant, capability.who)
-    stored_as = registry.stored_as(tenant, artifact_id)
+    stored_as = registry.catalogue.stored_as(tenant, artifact_id)
     try:
         manifest, key = _opened(registry, store, capability, artifact_id, stored_as)
         return {
@@ -37,7 +37,7 @@ def fetch(
             for name in manifest.files
         }
     except (NotFoundError, IntegrityError):
-        if registry.stored_as(tenant, artifact_id) == stored_as:
+        if registry.catalogue.stored_as(tenant, artifact_id) == stored_as:
             raise
     return fetch(registry, store, capability, artifact_id)  # it was resealed while it was read
 
@@ -62,10 +62,10 @@ def _opened(
     """The verified manifest of an artifact, and its data key."""
     tenant = capability.tenant
     content = store.read(tenant, stored_as, MANIFEST)
-    registry.check_manifest(tenant, artifact_id, content)
+    registry.catalogue.check_manifest(tenant, artifact_id, content)
     manifest = Manifest.parse(content, tenant, artifact_id)
     wrapped = store.read_key(tenant, stored_as)
-    key = registry.open_data_key(capability, artifact_id, wrapped, store.root)
+    key = registry.data_keys.open(capability, artifact_id, wrapped, store.root)
     manifest.verify(key)
     return manifest, key
 

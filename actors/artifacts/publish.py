@@ -58,7 +58,7 @@ class Draft:
         self.artifact_id = artifact_id or new_id
         self.stored_as = stored_as or self.artifact_id
         meet(registry, store, self.tenant, capability.who)
-        self._key, self.wrapped_key = registry.new_data_key(
+        self._key, self.wrapped_key = registry.data_keys.new(
             capability, self.artifact_id, store.root
         )
         self._files = files
@@ -124,11 +124,14 @@ def publish(
         ActorLostError: a newer actor owns the run; nothing is left of the artifact.
         ClusterUnavailableError: the registry does not answer; it may be an artifact or not.
     """
-    key_id, provider = registry.key_of(draft.wrapped_key), registry.key_info()[1]
+    key_id, provider = (
+        registry.data_keys.key_of(draft.wrapped_key),
+        registry.data_keys.key_info()[1],
+    )
     manifest, size = written(store, draft, write)
     enter(
         registry, store, draft,
-        lambda: registry.publish(
+        lambda: registry.artifacts.publish(
             draft.tenant, run_id, epoch, draft.artifact_id, step, size, include_optimizer, manifest,
             key_id, labels,
         ),
@@ -161,6 +164,6 @@ def _needed(registry: Registry, draft: Draft) -> bool:
     finds them.
     """
     try:
-        return registry.reaches(draft.tenant, draft.stored_as)
+        return registry.catalogue.reaches(draft.tenant, draft.stored_as)
     except TGTinkerError:
         return True

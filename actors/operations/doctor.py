@@ -1,5 +1,5 @@
 """What to look at before data is trusted to this machine. It starts nothing and changes nothing but
-a probe in the store, which it removes: the database is opened by an `Onlooker`. SQLite itself may
+a probe in the store, which it removes: the database is opened with `looks_only`. SQLite itself may
 take what a crash left in a -wal into the file. Where a cluster runs it joins it and asks each
 machine.
 
@@ -23,7 +23,7 @@ from actors.operations import doctor_cluster
 from actors.operations.doctor_cluster import has_rows, looked_at
 from actors.operations.findings import OF_NODES, OK, PROBLEM, WARNING, Finding
 from actors.registry.database import DAMAGED
-from actors.registry.registry import Onlooker
+from actors.registry.registry import Registry
 from actors.registry.rollback import tenants, unknown_in
 from actors.storage import signing
 from actors.storage.filesystems import RetryPolicy
@@ -158,7 +158,7 @@ def _known_keys(home: Path, place: Path | Variable) -> Finding:
         if not has_rows(home):
             return Finding(name, OK, _NO_ROWS)
         with closing(looked_at(home, place)) as registry:
-            missing = registry.missing_keys()
+            missing = registry.data_keys.missing_keys()
     except IntegrityError as error:
         return Finding(name, PROBLEM, error.message)
     except TGTinkerError as error:
@@ -198,12 +198,12 @@ def _registry(home: Path, place: Path | Variable, store: str) -> Finding:
 _NO_ROWS = "no database yet, or one that TG_TINKER_DATABASE does not name: not compared"
 
 
-def _behind(registry: Onlooker, store: ArtifactStore) -> list[str]:
+def _behind(registry: Registry, store: ArtifactStore) -> list[str]:
     """Tenants of whose audit log the store has heads that the registry does not know."""
     return [
         tenant
         for tenant in tenants(registry, store)
-        if registry.judge_heads(tenant, unknown_in(registry, store, tenant))[0]
+        if registry.heads.judge(tenant, None, unknown_in(registry, store, tenant))[0]
     ]
 
 

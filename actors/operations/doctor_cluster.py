@@ -16,7 +16,7 @@ from pathlib import Path
 from cryptography import x509
 
 from actors.operations.findings import OK, PROBLEM, WARNING, Finding
-from actors.registry.registry import Onlooker
+from actors.registry.registry import Registry
 from tg_tinker.cluster.node import tls_files, tls_is_on
 from tg_tinker.errors import TGTinkerError
 from tg_tinker.storage.databases import SQLITE, default_database
@@ -52,7 +52,7 @@ def _tenants(home: Path, place: Path | Variable) -> Finding:
     with suppress(TGTinkerError):  # the check of the registry says why
         if has_rows(home):
             with closing(looked_at(home, place)) as registry:
-                known = registry.logged_tenants()
+                known = registry.audit_log.tenants()
     if len(known) > 1:
         return Finding("tenants", WARNING, f"{len(known)} in this registry, and {_ONE_DOMAIN}")
     return Finding("tenants", OK, f"one at most, or none that can be read; {_ONE_DOMAIN}")
@@ -65,9 +65,9 @@ def has_rows(home: Path) -> bool:
     return not url.startswith(SQLITE) or (file.is_file() and file.stat().st_size > 0)
 
 
-def looked_at(home: Path, place: Path | Variable) -> Onlooker:
+def looked_at(home: Path, place: Path | Variable) -> Registry:
     """The registry of a home; raises TGTinkerError where it cannot be opened."""
-    return Onlooker(default_database(home), str(place), audit_folder(place, home))
+    return Registry(default_database(home), str(place), audit_folder(place, home), looks_only=True)
 
 
 def _token() -> Finding:

@@ -18,7 +18,7 @@ def delete_expired(registry: Registry, root: str, tenant: str) -> Iterator[tuple
         RollbackError, StorageError: see `rollback.meet`: expiry may have been changed since.
     """
     meet(registry, ArtifactStore(root), tenant)
-    for artifact_id in registry.expired(tenant):
+    for artifact_id in registry.catalogue.expired(tenant):
         try:
             delete(registry, root, tenant, artifact_id, "artifact.expire")
         except TGTinkerError as error:

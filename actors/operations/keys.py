@@ -16,7 +16,7 @@ from tg_tinker.types import KeyUses
 
 
 def rotate(registry: Registry, root: str, tenant: str) -> str:
-    """See `Registry.rotate_key`. What is in the store counts as well: database and keyring may both
+    """See `DataKeys.rotate`. What is in the store counts as well: database and keyring may both
     be older copies, and a second key of one name would hide the first.
 
     Raises:
@@ -24,7 +24,7 @@ def rotate(registry: Registry, root: str, tenant: str) -> str:
     """
     store = ArtifactStore(root)
     meet_all(registry, store)
-    key_id = registry.rotate_key(tenant, _named_in(store))
+    key_id = registry.data_keys.rotate(tenant, _named_in(store))
     keep_newest(registry, store, tenant)
     return key_id
 
@@ -53,8 +53,8 @@ def rewrap(registry: Registry, root: str) -> Iterator[tuple[str, str]]:
     """
     store = ArtifactStore(root)
     meet_all(registry, store)
-    yield from registry.rewrap_unit_keys().items()
-    for tenant, artifact_id, stored_as in registry.all_artifacts():
+    yield from registry.data_keys.rewrap_unit_keys().items()
+    for tenant, artifact_id, stored_as in registry.catalogue.all():
         try:
             _rewrap_one(registry, store, tenant, artifact_id, stored_as)
         except TGTinkerError as error:
@@ -67,24 +67,26 @@ def _rewrap_one(
     registry: Registry, store: ArtifactStore, tenant: str, artifact_id: str, stored_as: str
 ) -> None:
     wrapped = store.read_key(tenant, stored_as)
-    held = registry.held_key(tenant, artifact_id, wrapped)
-    again = registry.rewrapped(tenant, artifact_id, wrapped)
+    held = registry.data_keys.held(tenant, artifact_id, wrapped)
+    again = registry.data_keys.rewrapped(tenant, artifact_id, wrapped)
     while again is not None:
         store.write_key(tenant, stored_as, again)
-        if not registry.reaches(tenant, stored_as):
+        if not registry.catalogue.reaches(tenant, stored_as):
             store.delete_key(tenant, stored_as)  # deleted meanwhile: it must not come back
             return
         # Written late, it may have replaced a newer file, and its key and that of `wrapped` be
         # destroyed. Only a key that is no more the primary one can be, or is about to be.
-        again = registry.rewrapped_held(tenant, artifact_id, held, registry.key_of(again))
+        again = registry.data_keys.rewrapped_held(
+            tenant, artifact_id, held, registry.data_keys.key_of(again)
+        )
 
 
 def uses(registry: Registry, root: str) -> KeyUses:
     """How many artifacts each key opens, those of which nobody can tell, and keys that are lost."""
     wrapped, unreadable = _wrapped_under(registry, root)
-    counts = dict.fromkeys(registry.key_ids(), 0) | Counter(wrapped.values())
-    missing = tuple(registry.missing_keys())
-    return KeyUses(registry.key_info()[0], counts, unreadable, missing)
+    counts = dict.fromkeys(registry.data_keys.key_ids(), 0) | Counter(wrapped.values())
+    missing = tuple(registry.data_keys.missing_keys())
+    return KeyUses(registry.data_keys.key_info()[0], counts, unreadable, missing)
 
 
 def _wrapped_under(registry: Registry, root: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -92,11 +94,13 @@ def _wrapped_under(registry: Registry, root: str) -> tuple[dict[str, str], dict[
     key files that do not say, by artifact."""
     store = ArtifactStore(root)
     wrapped, unreadable = {}, {}
-    for tenant, artifact_id, stored_as in registry.all_artifacts():
+    for tenant, artifact_id, stored_as in registry.catalogue.all():
         try:
             stored = store.read_key(tenant, stored_as)
-            registry.rewrapped(tenant, artifact_id, stored)  # opens it: a name proves nothing
-            wrapped[stored_as] = registry.key_of(stored)
+            registry.data_keys.rewrapped(
+                tenant, artifact_id, stored
+            )  # opens it: a name proves nothing
+            wrapped[stored_as] = registry.data_keys.key_of(stored)
         except (NotFoundError, IntegrityError) as error:
             unreadable[artifact_id] = error.message
     return wrapped, unreadable
@@ -114,7 +118,9 @@ def retire(registry: Registry, root: str, tenant: str, key_id: str) -> None:
     """
     store = ArtifactStore(root)
     meet_all(registry, store)
-    if key_id == registry.key_info()[0]:  # before files are read: `_rewrap_one` relies on it
+    if (
+        key_id == registry.data_keys.key_info()[0]
+    ):  # before files are read: `_rewrap_one` relies on it
         raise InvalidRequestError(
             f"key {key_id!r} is the primary one, which cannot be retired: rotate first"
         )
@@ -125,5 +131,5 @@ def retire(registry: Registry, root: str, tenant: str, key_id: str) -> None:
             f" ({len(unreadable)} in all): put their key files back from a backup of the store, or"
             " delete these artifacts; nothing was changed"
         )
-    registry.retire_key(tenant, key_id, wrapped)
+    registry.data_keys.retire(tenant, key_id, wrapped)
     keep_newest(registry, store, tenant)

@@ -68,8 +68,8 @@ def _session(base: Base, config: TrainingConfig, place: Path) -> Session:
     if not config.private:
         return Session(base, config)
     registry = scratch_registry(place)
-    run_id = registry.create_run("default", config.model_dump_json())
-    epoch = registry.claim(run_id)
+    run_id = registry.runs.create("default", config.model_dump_json())
+    epoch = registry.runs.claim(run_id)
     budget = Budget.planned(registry, "default", run_id, epoch, config, str(base.dtype))
     return PrivateSession(base, config, budget)
 

@@ -6,9 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from actors.artifacts.copies import readopt
-from actors.registry.head_keeper import meet as meet_ledger
 from actors.registry.registry import Registry
-from actors.registry.rollback import keep_in, keep_newest, meet, tenants, unknown_in
+from actors.registry.rollback import (
+    keep_in,
+    keep_newest,
+    meet,
+    meet_ledger,
+    tenants,
+    unknown_in,
+)
 from actors.storage.store import MOST_OF_A_HEAD, ArtifactStore, ledger_in, place_in
 from tg_tinker.errors import IntegrityError, NotFoundError, StorageError
 from tg_tinker.records.entries import parse_place
@@ -34,17 +40,17 @@ def check(registry: Registry, root: str, tenant: str, home: Path) -> RegistryChe
         )
     unknown = unknown_in(registry, store, tenant)
     kept, damaged = _kept(home, tenant)
-    missing, others = registry.judge_heads(tenant, unknown | kept)
+    missing, others = registry.heads.judge(tenant, None, unknown | kept)
     known = [name for name in store.audit_heads(tenant) if name not in unknown]
     return RegistryCheck(
-        rows=registry.audit_head(tenant).seq,
+        rows=registry.audit_log.head(tenant).seq,
         stored=_stored(registry, store, tenant, known),
         heads=len(known) + len(kept.keys() - missing.keys() - others.keys()),
         missing={name: head.seq for name, head in missing.items()},
         foreign={name: why for name, why in others.items() if name not in kept},
         damaged=damaged | {name: why for name, why in others.items() if name in kept},
         ledgers=_ledgers(registry, store, tenant, home),
-        accepted=tuple(registry.accepting_rows(tenant)),
+        accepted=tuple(registry.audit_log.accepting(tenant)),
     )
 
 
@@ -59,16 +65,16 @@ def accept(registry: Registry, root: str, tenant: str, home: Path) -> RegistryAc
     """
     store = ArtifactStore(root)
     lines = unknown_in(registry, store, tenant) | _kept(home, tenant)[0]
-    missing, _ = registry.judge_heads(tenant, lines)
-    row = registry.accept_heads(tenant, [head.line() for head in missing.values()])
-    if registry.accepting_rows(tenant):
+    missing, _ = registry.heads.judge(tenant, None, lines)
+    row = registry.heads.accept(tenant, [head.line() for head in missing.values()])
+    if registry.audit_log.accepting(tenant):
         _keep_acceptance(registry, store, tenant)
     meet(registry, store, tenant)
-    buried = {name for name, seen in registry.orphans(tenant).items() if seen.buried}
+    buried = {name for name, seen in registry.orphans.of(tenant).items() if seen.buried}
     whole = store.whole(tenant) - buried
     problems = {
         artifact_id: _problem(registry, store, tenant, artifact_id, stored_as, whole)
-        for owner, artifact_id, stored_as in registry.all_artifacts()
+        for owner, artifact_id, stored_as in registry.catalogue.all()
         if owner == tenant
     }
     keep_newest(registry, store, tenant)  # of what was found under another name
@@ -83,7 +89,9 @@ def _problem(
     """Why an artifact does not open, empty where it does; one that was resealed since is found."""
     try:
         if stored_as in whole:
-            registry.rewrapped(tenant, artifact_id, store.read_key(tenant, stored_as))  # opens it
+            registry.data_keys.rewrapped(
+                tenant, artifact_id, store.read_key(tenant, stored_as)
+            )  # opens it
         else:
             readopt(registry, store, tenant, artifact_id, whole)
     except (IntegrityError, NotFoundError) as error:
@@ -94,7 +102,7 @@ def _problem(
 def _keep_acceptance(registry: Registry, store: ArtifactStore, tenant: str) -> None:
     """The newest copy, if it is found after all, would else go on unnoticed."""
     try:
-        keep_in(store, registry.audit_head(tenant))
+        keep_in(store, registry.audit_log.head(tenant))
     except StorageError as error:
         raise StorageError(
             "the acceptance is in the audit log, and the store did not take its head: repeat the"
@@ -106,10 +114,12 @@ def _keep_acceptance(registry: Registry, store: ArtifactStore, tenant: str) -> N
 def _stored(registry: Registry, store: ArtifactStore, tenant: str, names: Sequence[str]) -> int:
     """Number of the newest row that a head in the store is of, 0 where there is none."""
     places = {place_in(name): name for name in names}
-    passed = places.keys() - set(registry.missed_rows(tenant, [*places]))
+    passed = places.keys() - set(registry.audit_log.missed(tenant, [*places]))
     for seq, place in sorted(((parse_place(one)[0], one) for one in passed), reverse=True):
         line = store.read_head(places[place], MOST_OF_A_HEAD)
-        if not any(registry.judge_heads(tenant, {place: line})):  # a name alone proves nothing
+        if not any(
+            registry.heads.judge(tenant, None, {place: line})
+        ):  # a name alone proves nothing
             return seq
     return 0
 
@@ -127,16 +137,14 @@ def _kept(home: Path, tenant: str) -> tuple[dict[str, str], dict[str, str]]:
 
 def _ledgers(registry: Registry, store: ArtifactStore, tenant: str, home: Path) -> dict[str, str]:
     problems, known = {}, set()
-    for dataset in registry.dataset_ids(tenant):
-        known.add(registry.ledger_name(tenant, dataset))
+    for dataset in registry.ledgers.datasets(tenant):
+        known.add(registry.heads.ledger_name(tenant, dataset))
         try:
-            meet_ledger(
-                registry, store.root, tenant, dataset, KeptHead(home, tenant, dataset).lines
-            )
+            meet_ledger(registry, store, tenant, dataset, KeptHead(home, tenant, dataset).lines)
         except IntegrityError as error:
             problems[dataset] = error.message
     others = [name for name in store.all_ledger_heads(tenant) if ledger_in(name) not in known]
-    for lost in registry.lost_ledgers(tenant, [store.read_head(name) for name in others]):
+    for lost in registry.heads.lost_ledgers(tenant, [store.read_head(name) for name in others]):
         problems[lost] = (
             "it is of a data set that this registry has lost: `tg-tinker privacy book-missing` and"
             " the data set's name puts its charges back"

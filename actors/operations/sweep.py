@@ -87,15 +87,15 @@ def sweep(
     """
     _check_heads(registry, store, tenant)
     now, files = _looked(store.objects, tenant)
-    reachable = registry.reachable(tenant)  # asked after the listing
+    reachable = registry.catalogue.reachable(tenant)  # asked after the listing
     found, unknown = _judged(files, reachable)
     lost = _lost(files, reachable)
     orphans = [orphan for orphan in found if _id_of(orphan.name) not in lost]
-    known = registry.orphans(tenant)
+    known = registry.orphans.of(tenant)
     new = {orphan.name: orphan.fingerprint for orphan in orphans
            if _is_new(orphan, known.get(orphan.name), now)}  # fmt: skip
     if not dry_run:
-        registry.note_orphans(tenant, new, now)
+        registry.orphans.note(tenant, new, now)
     yield from (Orphan(info.name, 1, info.size, "unknown") for info in unknown)
     yield from (_told(one, "kept", _KEPT) for one in found if _id_of(one.name) in lost)
     for orphan in orphans:
@@ -103,10 +103,10 @@ def sweep(
             yield _told(orphan, "waiting")
         elif dry_run:
             yield _told(orphan, "due")
-        elif registry.bury(tenant, orphan.name, len(orphan.files), orphan.size):
+        elif registry.orphans.bury(tenant, orphan.name, len(orphan.files), orphan.size):
             yield _removed(store.objects, tenant, orphan)  # else it is an artifact by now
     if not dry_run:
-        keep_in(store, registry.audit_head(tenant))
+        keep_in(store, registry.audit_log.head(tenant))
 
 
 def _check_heads(registry: Registry, store: ArtifactStore, tenant: str) -> None:

@@ -28,7 +28,7 @@ def verify(
         NotFoundError: there is no such artifact.
         RollbackError, StorageError: see `rollback.meet`; nothing was read.
     """
-    store, reader = ArtifactStore(root), registry.reader(tenant)
+    store, reader = ArtifactStore(root), registry.data_keys.reader(tenant)
     meet(registry, store, tenant)
     changed = differences(registry, tenant)
     for one in _to_verify(registry, tenant, artifact_id):
@@ -37,7 +37,7 @@ def verify(
             continue
         try:
             state = from_files(fetch(registry, store, reader, one)).state
-            registry.check_lineage(tenant, state.lineage.ledgers, one)
+            registry.heads.check_lineage(tenant, state.lineage.ledgers, one)
         except TGTinkerError as error:
             yield one, error.message
         else:
@@ -46,7 +46,7 @@ def verify(
 
 def _to_verify(registry: Registry, tenant: str, artifact_id: str | None) -> list[str]:
     if artifact_id is not None:
-        return [registry.artifact(tenant, artifact_id).artifact_id]
-    expired = registry.expired(tenant)
-    known = [info.artifact_id for info in registry.artifacts(tenant)]
+        return [registry.catalogue.get(tenant, artifact_id).artifact_id]
+    expired = registry.catalogue.expired(tenant)
+    known = [info.artifact_id for info in registry.catalogue.find(tenant)]
     return [one for one in known if one not in expired]

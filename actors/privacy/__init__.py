@@ -4,7 +4,8 @@
 - plan.py, budget.py: what is missing in a `DPConfig`; what is left, and charges.
 - units.py, poisson.py: whom a row belongs to and who counts; registered units and their draw.
 - layers.py: which layers a private run may have.
-- capture.py, clipping.py, noise.py: gradients of units; the bound; the noise.
+- unit_gradients.py, capture.py: gradients of units, by the fast way or one by one.
+- clipping.py, noise.py: the bound; the noise.
 - accountants.py: the door to the numerical accountants.
 - attacks.py, self_audit.py: what one unit moves, whether noise is noise; all that on the real step.
 

@@ -83,8 +83,8 @@ class Bench:
             dataset_id=f"audit-{self._made}",
             dtype="float32",
         )  # fmt: skip
-        run_id = self._registry.create_run("audit", config.model_dump_json())
-        epoch = self._registry.claim(run_id)
+        run_id = self._registry.runs.create("audit", config.model_dump_json())
+        epoch = self._registry.runs.claim(run_id)
         budget = Budget.planned(self._registry, "audit", run_id, epoch, config, "float32")
         base = Base.load(str(self._model), cache=self._model, dtype="float32")
         return self._session_type(base, config, budget)

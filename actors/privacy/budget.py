@@ -50,7 +50,7 @@ class Budget:
         """
         dataset = dataset_of(config)
         budget = cls(registry, tenant, dataset, run_id, epoch)
-        ledger = Ledger.replay(entries := registry.ledger_entries(tenant, dataset))
+        ledger = Ledger.replay(entries := registry.ledgers.entries(tenant, dataset))
         if run_id in ledger.accounts:
             return budget
         dp = config.dp_config or DPConfig()
@@ -75,7 +75,7 @@ class Budget:
         if self.plan is not None:
             (entry, new), self.plan = self.plan, None
             if new is not None:
-                self.registry.register_dataset(
+                self.registry.ledgers.register(
                     self.tenant,
                     self.dataset,
                     new["epsilon"],
@@ -83,13 +83,13 @@ class Budget:
                     new["unit"],
                     f"{self.run_id}@{self.epoch}",
                 )
-            self.registry.open_account(self.tenant, self.dataset, entry)
-        self.key = self.registry.unit_key(self.tenant, self.dataset)
+            self.registry.ledgers.open_account(self.tenant, self.dataset, entry)
+        self.key = self.registry.ledgers.unit_key(self.tenant, self.dataset)
         return self
 
     def admit(self, units: Sequence[bytes]) -> set[bytes]:
         """See `Budgets.admit`."""
-        return self.registry.admit(self.tenant, self.dataset, self.run_id, units)
+        return self.registry.ledgers.admit(self.tenant, self.dataset, self.run_id, units)
 
     def charge(
         self, units: Iterable[bytes], calls: Sequence[tuple[str, str]] = (), *, noised: bool
@@ -102,7 +102,7 @@ class Budget:
         """
         if self.heads is not None:
             self.heads.check()
-        charge = self.registry.charge(
+        charge = self.registry.ledgers.charge(
             self.tenant, self.dataset, self.run_id, self.epoch, secrets.token_hex(16),
             sorted(units), noised, calls, [place for place in (self.known, self.last) if place],
         )  # fmt: skip
@@ -112,4 +112,4 @@ class Budget:
     def link(self, datasets: Iterable[str]) -> None:
         """Notes in the ledger what else the weights were trained on, before they are used."""
         if others := sorted(set(datasets) - {self.dataset}):
-            self.registry.link(self.tenant, self.dataset, self.run_id, others)
+            self.registry.ledgers.link(self.tenant, self.dataset, self.run_id, others)

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from actors.process import harden, reply_of, settle_heap
-from actors.registry.group_commit import Turns
+from actors.registry.group_commit import GroupCommit
 from actors.registry.registry import Registry
 from actors.storage import signing
 from tg_tinker.cluster.messages import Reply
@@ -38,14 +38,14 @@ HEAD_NODE = {"node:__internal_head__": 0.001}
     num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=MOST_WAITING
 )
 class RegistryActor:
-    """Answers sealed calls, see `Turns`."""
+    """Answers sealed calls, see `GroupCommit`."""
 
     def __init__(self, database: str, keyring: str, audit_keys: str, life: str, sole: bool) -> None:
         harden()
         self._places = (database, keyring, Path(audit_keys))
         self._life = life
         self._known_key = b""
-        self._turns = Turns(lambda: Registry(*self._places, sole=sole))
+        self._calls = GroupCommit(lambda: Registry(*self._places, sole=sole))
         settle_heap()
 
     def serves(self, database: str, keyring: str) -> bool:
@@ -55,8 +55,8 @@ class RegistryActor:
         return reply_of(self._key)
 
     def call(self, sealed: bytes) -> bytes:
-        """Calls a public method of `Registry`: (name, arguments) in, a `Reply` out."""
-        reply = self._turns.take(open_payload(self._key(), sealed))
+        """Calls a method of a part of `Registry`: (`PART.METHOD`, arguments) in, a `Reply` out."""
+        reply = self._calls.take(open_payload(self._key(), sealed))
         return seal_payload(self._key(), reply)
 
     def _key(self) -> bytes:

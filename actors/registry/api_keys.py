@@ -14,30 +14,22 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from actors.registry.audit_log import ANYONE, SDK, AuditLog
-from actors.registry.database import METADATA
+from actors.registry.audit_log import ANYONE, SDK, AuditWriter
+from actors.registry.database import Database
+from actors.registry.schema import API_KEYS
 from tg_tinker.errors import AccessDeniedError, NotFoundError, StorageError
 from tg_tinker.types import ApiKeyInfo
 
-_keys = sa.Table(
-    "api_keys",
-    METADATA,
-    sa.Column("id", sa.String, primary_key=True),
-    sa.Column("tenant", sa.String, nullable=False),
-    sa.Column("label", sa.String, nullable=False),
-    sa.Column("hash", sa.String, nullable=False),
-    sa.Column("models", sa.String, nullable=False),
-    sa.Column("created_at", sa.Float, nullable=False),
-    sa.Column("expires_at", sa.Float),
-    sa.Column("revoked_at", sa.Float),
-)
 _PREFIX = "tgt"
 
 
-class ApiKeys(AuditLog):
+class ApiKeys:
     """The part of the registry that knows who may sample over HTTP."""
 
-    def create_api_key(
+    def __init__(self, database: Database, writer: AuditWriter) -> None:
+        self._database, self._writer = database, writer
+
+    def create(
         self, tenant: str, label: str, models: Sequence[str], days: float | None
     ) -> tuple[str, ApiKeyInfo]:
         """A new key, which is told here and never again.
@@ -47,48 +39,52 @@ class ApiKeys(AuditLog):
             days: until it expires; None is never.
         """
         identity, secret, now = secrets.token_hex(6), secrets.token_urlsafe(32), time.time()
-        with self._change() as tx:
+        with self._database.change() as tx:
             tx.execute(
-                _keys.insert().values(
+                API_KEYS.insert().values(
                     id=identity, tenant=tenant, label=label, hash=_hash(secret),
                     models=json.dumps(sorted(models)), created_at=now,
                     expires_at=None if days is None else now + 86_400 * days,
                 )
             )  # fmt: skip
-            self._note(tx, tenant, SDK, "api_key.create", identity)
-        (info,) = [known for known in self.api_keys(tenant) if known.key_id == identity]
+            self._writer.note(tx, tenant, SDK, "api_key.create", identity)
+        (info,) = [known for known in self.of(tenant) if known.key_id == identity]
         return f"{_PREFIX}-{identity}-{secret}", info
 
-    def api_keys(self, tenant: str) -> list[ApiKeyInfo]:
+    def of(self, tenant: str) -> list[ApiKeyInfo]:
         """All that are not revoked, oldest first."""
         query = (
-            sa.select(_keys)
-            .where(_keys.c.tenant == tenant, _keys.c.revoked_at.is_(None))
-            .order_by(_keys.c.created_at)
+            sa.select(API_KEYS)
+            .where(API_KEYS.c.tenant == tenant, API_KEYS.c.revoked_at.is_(None))
+            .order_by(API_KEYS.c.created_at)
         )
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             return [_info(row) for row in connection.execute(query)]
 
-    def wants_api_keys(self, tenant: str) -> bool:
+    def wanted(self, tenant: str) -> bool:
         """Whether this tenant ever made one: to revoke the last opens the door to nobody."""
-        query = sa.select(_keys.c.id).where(_keys.c.tenant == tenant).limit(1)
-        with self._reading() as connection:
+        query = sa.select(API_KEYS.c.id).where(API_KEYS.c.tenant == tenant).limit(1)
+        with self._database.reading() as connection:
             return connection.execute(query).first() is not None
 
-    def revoke_api_key(self, tenant: str, key_id: str) -> None:
+    def revoke(self, tenant: str, key_id: str) -> None:
         """From now on it opens nothing.
 
         Raises:
             NotFoundError: the tenant has no such key, or it is revoked.
         """
-        unrevoked = (_keys.c.id == key_id, _keys.c.tenant == tenant, _keys.c.revoked_at.is_(None))
-        with self._change() as tx:
-            changed = tx.execute(_keys.update().where(*unrevoked).values(revoked_at=time.time()))
+        unrevoked = (
+            API_KEYS.c.id == key_id,
+            API_KEYS.c.tenant == tenant,
+            API_KEYS.c.revoked_at.is_(None),
+        )
+        with self._database.change() as tx:
+            changed = tx.execute(API_KEYS.update().where(*unrevoked).values(revoked_at=time.time()))
             if not changed.rowcount:
                 raise NotFoundError(f"no API key {key_id!r}: `tg-tinker api-keys list` names them")
-            self._note(tx, tenant, SDK, "api_key.revoke", key_id)
+            self._writer.note(tx, tenant, SDK, "api_key.revoke", key_id)
 
-    def check_api_key(self, token: str, tenant: str) -> tuple[str, ApiKeyInfo]:
+    def check(self, token: str, tenant: str) -> tuple[str, ApiKeyInfo]:
         """The tenant of a key, and what it may do.
 
         Args:
@@ -100,15 +96,19 @@ class ApiKeys(AuditLog):
         prefix, _, rest = token.partition("-")
         identity, _, secret = rest.partition("-")
         identity = identity if prefix == _PREFIX else ""
-        with self._reading() as connection:
-            row = connection.execute(sa.select(_keys).where(_keys.c.id == identity)).one_or_none()
+        with self._database.reading() as connection:
+            row = connection.execute(
+                sa.select(API_KEYS).where(API_KEYS.c.id == identity)
+            ).one_or_none()
         stored = row.hash if row is not None else _hash("")
         right = hmac.compare_digest(stored, _hash(secret))
         if row is None or not right or row.revoked_at is not None or _expired(row):
             owner, who = (tenant, ANYONE) if row is None else (row.tenant, f"api-key {row.id}")
             subject = "" if row is None else row.id  # what an unknown key says may be anything
             with suppress(StorageError):
-                self._note_refusal(owner, who, "api_key.check", subject, AccessDeniedError.code)
+                self._writer.note_refusal(
+                    owner, who, "api_key.check", subject, AccessDeniedError.code
+                )
             raise AccessDeniedError("this API key opens nothing: it is unknown, expired or revoked")
         return row.tenant, _info(row)
 

@@ -1,7 +1,8 @@
 """Audit logs in the registry: a row becomes durable with what it records, or not at all.
 
-The rules are `tg_tinker.records.audit_log`'s; here they meet the database. `_note` appends inside
-the transaction of a change. A refused change leaves a row of its own (`_refusals_noted`).
+The rules are `tg_tinker.records.audit_log`'s; here they meet the database.
+`AuditWriter.note` appends inside the transaction of a change; a refused change leaves a row of its
+own (`AuditWriter.refusals`).
 """
 
 from __future__ import annotations
@@ -15,19 +16,13 @@ from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
-from actors.registry.database import METADATA, RUNS, Database
+from actors.registry.database import Database, once_durable
+from actors.registry.schema import AUDIT_ROWS, RUNS
 from actors.storage.key_providers import KeyProvider
 from tg_tinker.errors import NotFoundError, StorageError, TGTinkerError
-from tg_tinker.records.audit_log import (
-    ACCEPT,
-    GENESIS,
-    AuditHead,
-    AuditRow,
-    acceptance,
-    accepted_by,
-    chained,
-)
+from tg_tinker.records.audit_log import ACCEPT, GENESIS, AuditRow, acceptance, accepted_by, chained
 from tg_tinker.records.entries import is_place, parse_place, place_of
+from tg_tinker.records.heads import AuditHead
 from tg_tinker.storage.envelope import public_key_of
 
 Details = dict[str, str | int]
@@ -39,79 +34,142 @@ REFUSAL_EVERY_S = 60.0
 MOST_ROWS = 10_000
 """Of one page."""
 
-_NOTED = "audit rows of this transaction"
-
-_rows = sa.Table(
-    "audit_rows",
-    METADATA,
-    sa.Column("tenant", sa.String, primary_key=True),
-    sa.Column("seq", sa.Integer, primary_key=True),
-    sa.Column("row", sa.String, nullable=False),
-)
 # Made once: a row costs less than SQLAlchemy takes to put these together.
-_INSERT = _rows.insert()
+_INSERT = AUDIT_ROWS.insert()
 _LAST = (
-    sa.select(_rows.c.row)
-    .where(_rows.c.tenant == sa.bindparam("tenant"))
-    .order_by(_rows.c.seq.desc())
+    sa.select(AUDIT_ROWS.c.row)
+    .where(AUDIT_ROWS.c.tenant == sa.bindparam("tenant"))
+    .order_by(AUDIT_ROWS.c.seq.desc())
     .limit(1)
 )
 _ACCEPTED = (
-    sa.select(_rows.c.row)
-    .where(_rows.c.tenant == sa.bindparam("tenant"), _rows.c.row.contains(f'"event":"{ACCEPT}"'))
-    .order_by(_rows.c.seq)
+    sa.select(AUDIT_ROWS.c.row)
+    .where(
+        AUDIT_ROWS.c.tenant == sa.bindparam("tenant"),
+        AUDIT_ROWS.c.row.contains(f'"event":"{ACCEPT}"'),
+    )
+    .order_by(AUDIT_ROWS.c.seq)
 )
-_AT = sa.select(_rows.c.row).where(
-    _rows.c.tenant == sa.bindparam("tenant"), _rows.c.seq == sa.bindparam("seq")
+_AT = sa.select(AUDIT_ROWS.c.row).where(
+    AUDIT_ROWS.c.tenant == sa.bindparam("tenant"), AUDIT_ROWS.c.seq == sa.bindparam("seq")
 )
 
 
-class AuditLog(Database):
+class AuditWriter:
+    """Appends rows within the transactions of other parts of the registry."""
+
+    def __init__(self, database: Database, keyring: KeyProvider, signing_key: bytes) -> None:
+        self._database, self._keyring, self._signing_key = database, keyring, signing_key
+        self._refused: dict[tuple[str, ...], tuple[float, int]] = {}  # when noted, left out since
+        self.reached: dict[str, tuple[int, str]] = {}
+        """Number and hash of the newest row of a tenant that this process knows to be durable."""
+
+    def note(
+        self, tx: sa.Connection, tenant: str, who: str, event: str, subject: str,
+        details: Details | None = None, outcome: str = "ok",
+    ) -> int:  # fmt: skip
+        """Appends a row within the transaction of what it records; its number."""
+        row = chained(
+            _last(tx, tenant), time=_now(), tenant=tenant, who=who, event=event, subject=subject,
+            outcome=outcome, details=details or {},
+        )  # fmt: skip
+        tx.execute(_INSERT, {"tenant": tenant, "seq": row.seq, "row": row.line()})
+        once_durable(tx, lambda: self._remember(tenant, (row.seq, row.hash)))
+        return row.seq
+
+    def note_acceptance(self, tx: sa.Connection, tenant: str, places: Iterable[str]) -> int:
+        """Records that the loss of these heads is accepted; returns the row number."""
+        last = _last(tx, tenant)
+        previous = GENESIS if last is None else last.hash
+        details = acceptance(places, tenant, previous, self._signing_key)
+        return self.note(tx, tenant, SDK, ACCEPT, "", details)
+
+    @contextmanager
+    def refusals(self, tenant: str, who: str, event: str, subject: str) -> Iterator[None]:
+        """Notes a typed refusal inside, after its transaction has ended, and raises it on."""
+        try:
+            yield
+        except NotFoundError:
+            raise  # it may name anything, such as a text that was passed by mistake
+        except TGTinkerError as refusal:
+            with suppress(StorageError):  # the refusal itself is what the caller must learn
+                self.note_refusal(tenant, who, event, subject, refusal.code)
+            raise
+
+    def note_refusal(self, tenant: str, who: str, event: str, subject: str, code: str) -> None:
+        """Appends a row of its own; the same refusal again within a minute is only counted, for
+        the next row of it."""
+        same = (tenant, who, event, subject, code)
+        noted, left_out = self._refused.get(same, (-REFUSAL_EVERY_S, 0))
+        now = time.monotonic()
+        if now - noted < REFUSAL_EVERY_S:
+            self._refused[same] = noted, left_out + 1
+            return
+        with self._database.change() as tx:
+            details: Details = {"left_out": left_out} if left_out else {}
+            self.note(tx, tenant, who, event, subject, details, code)
+            once_durable(tx, lambda: self._refused.update({same: (now, 0)}))
+
+    def step_details(self, run_id: str, step: int, calls: Sequence[tuple[str, str]]) -> Details:
+        """The hashes of a step's calls as HMACs under a key of the run: a plain hash of a batch
+        would be a test of membership for whoever reads the log."""
+        key_id, key = self._keyring.derive(f"tg-tinker audit hashes v1\n{run_id}".encode())
+        details: Details = {"step": step, "calls": len(calls), "key": key_id}
+        for name, hashes in zip(("batches", "gradients"), zip(*calls, strict=True), strict=False):
+            details[name] = " ".join(_hmac(key, name, value) for value in hashes if value)
+        return details
+
+    def end(self, tenant: str) -> tuple[int, str]:
+        """Number and hash of the last row."""
+        with self._database.reading() as connection:
+            last = _last(connection, tenant)
+        return (0, GENESIS) if last is None else (last.seq, last.hash)
+
+    def _remember(self, tenant: str, end: tuple[int, str]) -> None:
+        self.reached[tenant] = max(end, self.reached.get(tenant, end))
+
+
+class AuditLog:
     """The part of the registry that remembers who did what."""
 
-    _keyring: KeyProvider
-    _signing_key: bytes
+    def __init__(self, database: Database, writer: AuditWriter, signing_key: bytes) -> None:
+        self._database, self._writer, self._signing_key = database, writer, signing_key
 
-    def __init__(self, database: str) -> None:
-        super().__init__(database)
-        self._refused: dict[tuple[str, ...], tuple[float, int]] = {}  # when noted, left out since
-        self._reached: dict[str, tuple[int, str]] = {}  # number and hash of a tenant's newest row
-
-    def audit_rows(self, tenant: str, since: int, limit: int) -> list[str]:
+    def rows(self, tenant: str, since: int, limit: int) -> list[str]:
         """Rows after row `since`, oldest first, at most `limit` of them, as canonical JSON."""
         query = (
-            sa.select(_rows.c.row)
-            .where(_rows.c.tenant == tenant, _rows.c.seq > since)
-            .order_by(_rows.c.seq)
+            sa.select(AUDIT_ROWS.c.row)
+            .where(AUDIT_ROWS.c.tenant == tenant, AUDIT_ROWS.c.seq > since)
+            .order_by(AUDIT_ROWS.c.seq)
             .limit(min(limit, MOST_ROWS))
         )
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             return list(connection.execute(query).scalars())
 
-    def missed_rows(self, tenant: str, places: Sequence[str]) -> list[str]:
+    def missed(self, tenant: str, places: Sequence[str]) -> list[str]:
         """Those places, ``SEQ-HASH``, that the log does not go through, or that are none."""
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             return [place for place in places if place != _place_at(connection, tenant, place)]
 
-    def unknown_rows(self, tenant: str, places: Sequence[str]) -> list[str]:
-        """Those of them whose loss it does not accept either."""
-        if not (missed := self.missed_rows(tenant, places)):
+    def unknown(self, tenant: str, places: Sequence[str]) -> list[str]:
+        """The missed places that no acceptance row covers."""
+        if not (missed := self.missed(tenant, places)):
             return []
         accepted = {place for lost in self._acceptances(tenant).values() for place in lost}
         return [place for place in missed if place not in accepted]
 
-    def accepting_rows(self, tenant: str) -> list[int]:
+    def accepting(self, tenant: str) -> list[int]:
         """Numbers of the rows that accept an older copy of the database."""
         return [*self._acceptances(tenant)]
 
-    def logged_tenants(self) -> list[str]:
+    def tenants(self) -> list[str]:
         """Those that have an audit log."""
-        with self._reading() as connection:
-            return list(connection.execute(sa.select(_rows.c.tenant).distinct()).scalars())
+        with self._database.reading() as connection:
+            return list(connection.execute(sa.select(AUDIT_ROWS.c.tenant).distinct()).scalars())
 
-    def audit_head(self, tenant: str) -> AuditHead:
+    def head(self, tenant: str) -> AuditHead:
         """Where the log ends now, signed."""
-        return AuditHead(tenant, *self._end(tenant), _now()).signed(self._signing_key)
+        return AuditHead(tenant, *self._writer.end(tenant), _now()).signed(self._signing_key)
 
     def record_sample(
         self, tenant: str | None, who: str, version: str, prompts: int, tokens: int, outcome: str
@@ -125,103 +183,28 @@ class AuditLog(Database):
         """
         subject, _, step = version.partition("@")
         details: Details = {"prompts": prompts, "tokens": tokens}
-        with self._change() as tx:
+        with self._database.change() as tx:
             owner = tenant or _tenant_of(tx, subject)
             details |= {"step": int(step)} if step else {}
-            self._note(tx, owner, who, "sample", subject, details, outcome)
+            self._writer.note(tx, owner, who, "sample", subject, details, outcome)
 
     def record_export(self, tenant: str, artifact_id: str) -> None:
         """Notes that weights were written in clear."""
-        with self._change() as tx:
-            self._note(tx, tenant, SDK, "artifact.export", artifact_id)
+        with self._database.change() as tx:
+            self._writer.note(tx, tenant, SDK, "artifact.export", artifact_id)
 
     def record_import(self, tenant: str, who: str, run_id: str) -> None:
         """Notes that a run took over weights from elsewhere."""
-        with self._change() as tx:
-            self._note(tx, tenant, who, "artifact.import", run_id)
-
-    # --- inside ------------------------------------------------------------------------------
-
-    @contextmanager
-    def _change(self) -> Iterator[sa.Connection]:
-        """As `Database`'s. Where it took the logs is remembered once it is durable."""
-        with super()._change() as tx:
-            noted: dict[str, tuple[int, str]] = {}
-            tx.info[_NOTED] = noted
-            yield tx
-        self._once_durable(lambda: self._remember(noted))
-
-    def _remember(self, noted: dict[str, tuple[int, str]]) -> None:
-        for tenant, end in noted.items():
-            self._reached[tenant] = max(end, self._reached.get(tenant, end))
-
-    def _note(
-        self, tx: sa.Connection, tenant: str, who: str, event: str, subject: str,
-        details: Details | None = None, outcome: str = "ok",
-    ) -> int:  # fmt: skip
-        """Appends a row within the transaction of what it records; its number."""
-        row = chained(
-            _last(tx, tenant), time=_now(), tenant=tenant, who=who, event=event, subject=subject,
-            outcome=outcome, details=details or {},
-        )  # fmt: skip
-        tx.execute(_INSERT, {"tenant": tenant, "seq": row.seq, "row": row.line()})
-        tx.info[_NOTED][tenant] = row.seq, row.hash
-        return row.seq
-
-    def _note_acceptance(self, tx: sa.Connection, tenant: str, places: Iterable[str]) -> int:
-        """Appends the row that lets heads be whose rows are lost; its number."""
-        last = _last(tx, tenant)
-        previous = GENESIS if last is None else last.hash
-        details = acceptance(places, tenant, previous, self._signing_key)
-        return self._note(tx, tenant, SDK, ACCEPT, "", details)
+        with self._database.change() as tx:
+            self._writer.note(tx, tenant, who, "artifact.import", run_id)
 
     def _acceptances(self, tenant: str) -> dict[int, list[str]]:
         """What each row that accepts lets be, by number."""
         key = public_key_of(self._signing_key)
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             lines = connection.execute(_ACCEPTED, {"tenant": tenant}).scalars()
             rows = [AuditRow.parse(line) for line in lines]
         return {row.seq: places for row in rows if (places := accepted_by(row, key))}
-
-    def _end(self, tenant: str) -> tuple[int, str]:
-        """Number and hash of the last row."""
-        with self._reading() as connection:
-            last = _last(connection, tenant)
-        return (0, GENESIS) if last is None else (last.seq, last.hash)
-
-    @contextmanager
-    def _refusals_noted(self, tenant: str, who: str, event: str, subject: str) -> Iterator[None]:
-        """A typed refusal inside is noted after its transaction has ended, and raised on."""
-        try:
-            yield
-        except NotFoundError:
-            raise  # it may name anything, such as a text that was passed by mistake
-        except TGTinkerError as refusal:
-            with suppress(StorageError):  # the refusal itself is what the caller must learn
-                self._note_refusal(tenant, who, event, subject, refusal.code)
-            raise
-
-    def _note_refusal(self, tenant: str, who: str, event: str, subject: str, code: str) -> None:
-        """The same refusal again within a minute is only counted, for the next row of it."""
-        same = (tenant, who, event, subject, code)
-        noted, left_out = self._refused.get(same, (-REFUSAL_EVERY_S, 0))
-        now = time.monotonic()
-        if now - noted < REFUSAL_EVERY_S:
-            self._refused[same] = noted, left_out + 1
-            return
-        with self._change() as tx:
-            details: Details = {"left_out": left_out} if left_out else {}
-            self._note(tx, tenant, who, event, subject, details, code)
-        self._once_durable(lambda: self._refused.update({same: (now, 0)}))
-
-    def _step_details(self, run_id: str, step: int, calls: Sequence[tuple[str, str]]) -> Details:
-        """The hashes of a step's calls as HMACs under a key of the run: a plain hash of a batch
-        would be a test of membership for whoever reads the log."""
-        key_id, key = self._keyring.derive(f"tg-tinker audit hashes v1\n{run_id}".encode())
-        details: Details = {"step": step, "calls": len(calls), "key": key_id}
-        for name, hashes in zip(("batches", "gradients"), zip(*calls, strict=True), strict=False):
-            details[name] = " ".join(_hmac(key, name, value) for value in hashes if value)
-        return details
 
 
 def _hmac(key: bytes, name: str, value: str) -> str:

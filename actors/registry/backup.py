@@ -16,12 +16,18 @@ from urllib.parse import quote
 
 import sqlalchemy as sa
 
-import actors.registry.registry  # noqa: F401  it declares every table
-from actors.registry.database import METADATA, OWNER, Database, refuse_older, typed_refusal
+from actors.registry.database import Database, typed_refusal
+from actors.registry.revisions import (
+    VERSIONS,
+    known_revisions,
+    revision_of,
+    run_revisions,
+)
+from actors.registry.schema import AUDIT_ROWS, ENTRIES, METADATA, OWNER
 from tg_tinker.errors import IntegrityError, InvalidRequestError, StorageError
 from tg_tinker.records.audit_log import AuditRow
 from tg_tinker.records.entries import place_of
-from tg_tinker.storage.databases import SQLITE
+from tg_tinker.storage.databases import REVISION, SQLITE
 from tg_tinker.storage.files import sync
 
 Reached = list[tuple[str, str, str]]
@@ -37,68 +43,96 @@ _SUFFIXES = ("", "-journal", "-wal", "-shm")
 def backup(database: str, path: Path) -> Reached:
     """Writes one state of a registry into a new file of mode 0600; durable when it returns.
 
+    A registry of an older release becomes a backup of that release.
+
     Raises:
         InvalidRequestError: the file exists.
         StorageError: the database or the disk refuses; no file is left.
     """
-    with _new_file(path) as partial, closing(_Copied(database)) as registry:
-        return registry.write(partial)
+    with closing(Database(database, looks_only=True, other_revisions=True)) as registry:
+        return write_backup(registry, path)
+
+
+def write_backup(registry: Database, path: Path) -> Reached:
+    """`backup` of a database that is open."""
+    with _new_file(path) as partial:
+        engine = sa.create_engine(
+            sa.URL.create("sqlite", database=str(partial)), hide_parameters=True
+        )
+        with typed_refusal(), registry.reading() as old, engine.begin() as new:
+            revision = revision_of(old)
+            if revision is None:
+                raise StorageError("the database has no registry yet: there is nothing to back up")
+            run_revisions(new, revision)
+            _copy(old, new)
+            return _reached(old)
 
 
 def restore(path: Path, database: str) -> Reached:
     """Puts a backup into a database without rows, all of it or nothing; a missing SQLite file is
-    made.
+    made. A backup of an older release is upgraded on the way.
 
     Raises:
         InvalidRequestError: there is no such backup, or the database has rows.
-        StorageError: the backup is damaged, or the database refuses; it is as it was.
+        StorageError: the backup is damaged or of a newer release, or the database refuses; it is as
+            it was.
     """
     if not path.is_file():
         raise InvalidRequestError(f"there is no backup {path}")
-    with _made(database), closing(_Copied(database)) as registry:
-        return registry.read(path)
-
-
-class _Copied(Database):
-    """A registry's rows, without the keys that a registry has."""
-
-    def write(self, path: Path) -> Reached:
-        engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)), hide_parameters=True)
-        with typed_refusal(), self._reading() as old, engine.begin() as new:
-            METADATA.create_all(new)
+    there = f"file:{quote(str(path.absolute()))}?mode=ro"
+    engine = sa.create_engine(
+        SQLITE, creator=lambda: sqlite3.connect(there, uri=True), hide_parameters=True
+    )
+    with (
+        _made(database), closing(Database(database)) as registry,
+        typed_refusal(), engine.connect() as old, registry.change() as new,
+    ):  # fmt: skip
+        revision = _check_whole(old, path)
+        _refuse_rows(new)
+        with _blamed(path):
+            if revision != REVISION:
+                _remake_tables(new, revision)
             _copy(old, new)
+            run_revisions(new)
             return _reached(old)
 
-    def read(self, path: Path) -> Reached:
-        there = f"file:{quote(str(path.absolute()))}?mode=ro"
-        engine = sa.create_engine(
-            SQLITE, creator=lambda: sqlite3.connect(there, uri=True), hide_parameters=True
-        )
-        with typed_refusal(), engine.connect() as old, self._change() as new:
-            _check_whole(old, path)
-            _refuse_rows(new)
-            with _blamed(path):
-                _copy(old, new)
-                return _reached(old)
+
+def _remake_tables(new: sa.Connection, revision: str) -> None:
+    """Tables without rows become those of an older release; the fencing token stays."""
+    token = new.execute(sa.select(OWNER.c.fencing_token)).scalar_one()
+    METADATA.drop_all(new)
+    VERSIONS.drop(new)
+    run_revisions(new, revision)
+    owner = _tables(new)[OWNER.name]
+    new.execute(owner.insert().values([1, token]))
 
 
 def _copy(old: sa.Connection, new: sa.Connection) -> None:
     """Every table, those that others refer to first; whose turn it is belongs to each database."""
-    for table in METADATA.sorted_tables:
-        if table is not OWNER:
+    for table in _tables(new).values():
+        if table.name not in (OWNER.name, VERSIONS.name):
             for rows in old.execute(sa.select(table)).mappings().partitions(_ROWS):
                 new.execute(table.insert(), [dict(row) for row in rows])
 
 
+def _tables(connection: sa.Connection) -> dict[str, sa.Table]:
+    """The tables of a database as it has them, for statements to any database."""
+    found = sa.MetaData()
+    found.reflect(connection)
+    for table in found.sorted_tables:
+        for column in table.columns:
+            column.type = column.type.as_generic()
+    return {table.name: table for table in found.sorted_tables}
+
+
 def _reached(connection: sa.Connection) -> Reached:
-    entries, rows = METADATA.tables["ledger_entries"], METADATA.tables["audit_rows"]
     ledgers = [
         (row.tenant, f"ledger of {row.dataset}", place_of(row.seq, row.hash))
-        for row in _last(connection, entries, "tenant", "dataset")
+        for row in _last(connection, ENTRIES, "tenant", "dataset")
     ]
     logs = [
         (row.tenant, "audit log", place_of(row.seq, AuditRow.parse(row.row).hash))
-        for row in _last(connection, rows, "tenant")
+        for row in _last(connection, AUDIT_ROWS, "tenant")
     ]
     return sorted(ledgers + logs)
 
@@ -127,27 +161,34 @@ def _has_rows(connection: sa.Connection, table: sa.Table) -> bool:
     )
 
 
-def _check_whole(old: sa.Connection, path: Path) -> None:
+def _check_whole(old: sa.Connection, path: Path) -> str:
+    """The revision of a backup that can be read to its end."""
     try:
         old.exec_driver_sql("BEGIN")  # the file may be that of a registry in use
         sound = old.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
-        missing = METADATA.tables.keys() - {*sa.inspect(old).get_table_names()}
+        revision = revision_of(old) if sound else None
+        tables = _tables(old) if sound else {}
     except sa.exc.DatabaseError:
-        sound, missing = False, set()
+        raise _damaged(path) from None
     if not sound:
         raise _damaged(path)
-    refuse_older(old)
-    if missing:
+    if revision is None or (revision == REVISION and (missing := METADATA.tables.keys() - tables)):
         raise StorageError(
-            f"{path} is no backup of a registry, it has no table {min(missing)}: use another one;"
-            " nothing was changed"
+            f"{path} is no backup of a registry, it has no table"
+            f" {min(missing) if revision else OWNER.name}: use another one; nothing was changed"
+        )
+    if revision not in known_revisions():
+        raise StorageError(
+            f"{path} is the backup of a newer release (revision {revision}): restore it with that"
+            " release; nothing was changed"
         )
     try:
-        for table in METADATA.sorted_tables:
+        for table in tables.values():
             for _ in old.execute(sa.select(table)).partitions(_ROWS):
                 pass
     except sa.exc.DatabaseError:
         raise _damaged(path) from None
+    return revision
 
 
 @contextmanager

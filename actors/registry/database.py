@@ -5,9 +5,10 @@ come one after the other, whoever makes them: on SQLite the transaction is immed
 PostgreSQL the row is the lock, and what is read after it is what was committed last. Serialisable
 transactions would need every change to be repeatable from outside; this needs nothing of it.
 
-The row's generation fences: a registry that found another one than it began with changes nothing.
+The row's fencing token fences: a registry that finds another one than it began with changes
+nothing.
 Changes that follow one another may share a transaction, see `together`.
-Parameters never show in errors. Tables are declared in the rooms of their duties.
+Parameters never show in errors. Tables are in `schema`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from actors.registry import postgres
-from tg_tinker.errors import ActorLostError, NotFoundError, StorageError
+from actors.registry.revisions import check_revision, create_tables
+from actors.registry.schema import OWNER
+from tg_tinker.errors import StorageError
 from tg_tinker.storage.databases import SQLITE
 
 _NOT_OURS = ("42501", "42P01")
@@ -33,33 +36,11 @@ REPLACED = "replaced"
 DAMAGED = "damaged"
 """The same of the `StorageError` of a file that is none of SQLite's, or no whole one."""
 
+_REMEMBERED = "what to remember once this change is durable"
 _BROKEN = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
 _DURABLE = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON")
 
-METADATA = sa.MetaData()
-
-RUNS = sa.Table(
-    "runs",
-    METADATA,
-    sa.Column("id", sa.String, primary_key=True),
-    sa.Column("tenant", sa.String, nullable=False),
-    sa.Column("config", sa.String, nullable=False),
-    sa.Column("status", sa.String, nullable=False),
-    sa.Column("epoch", sa.Integer, nullable=False),
-    sa.Column("step", sa.Integer, nullable=False),
-    sa.Column("created_at", sa.Float, nullable=False),
-    sa.Column("ended", sa.String),  # why it has no actor on purpose; null while it should have one
-    sa.Column("resume_from", sa.String),  # artifact saved or loaded last; null is the base model
-)
-
-
-OWNER = sa.Table(
-    "registry",
-    METADATA,
-    sa.Column("id", sa.Integer, sa.CheckConstraint("id = 1"), primary_key=True),
-    sa.Column("generation", sa.Integer, nullable=False),
-)
-_OWN = sa.select(OWNER.c.generation).with_for_update()
+_OWN = sa.select(OWNER.c.fencing_token).with_for_update()
 
 
 @dataclass
@@ -73,41 +54,67 @@ class _Group:
 
 
 class Database:
-    """One database, opened; the tables must be declared before."""
+    """One database, opened.
 
-    _looks_only = False
-    """Whether the database, its tables and its mode stay as they are."""
+    Attributes:
+        engine: of changes; for tests and `close`.
+        looks_only: whether the database, its tables and its mode stay as they are: a change raises
+            StorageError.
+    """
 
-    def __init__(self, database: str) -> None:
+    def __init__(
+        self, database: str, *, looks_only: bool = False, other_revisions: bool = False
+    ) -> None:
+        """
+        Args:
+            other_revisions: it may be of another release, or have no tables yet: for who copies or
+                upgrades it, and changes nothing else.
+
+        Raises:
+            StorageError: of another release; damaged; or it does not exist.
+        """
+        self.looks_only = looks_only
         self._group: _Group | None = None
         check = _check_of(database)  # opening makes a -wal
-        self._engine, self._reader = _opened(database, self._looks_only)
-        with self._reading() as connection:
+        self.engine, self._reader = _opened(database, looks_only)
+        with self.reading() as connection:
             if check and connection.exec_driver_sql(check).scalar() != "ok":
                 raise _damaged()
-            refuse_older(connection)
-        if not self._looks_only:
+            if not other_revisions:
+                check_revision(connection)
+        if not (looks_only or other_revisions):
             self._take()
 
     def _take(self) -> None:
-        with typed_refusal(), self._engine.begin() as tx:
+        with typed_refusal(), self.engine.begin() as tx:
             if tx.dialect.name == "postgresql":
                 postgres.hold_for_opening(tx)
-            refuse_older(tx)
-            METADATA.create_all(tx)
-            self._generation = _generation(tx)
+            check_revision(tx)
+            create_tables(tx)
+            self._token = _token(tx)
 
     def close(self) -> None:
         """Ends all connections."""
-        self._engine.dispose()
+        self.engine.dispose()
 
     @contextmanager
-    def _change(self) -> Iterator[sa.Connection]:
+    def change(self) -> Iterator[sa.Connection]:
         """One transaction, as exclusive as an immediate one of SQLite.
 
         Raises:
             StorageError: another registry has taken over; or see `typed_refusal`.
         """
+        with self._transaction() as tx:
+            remembered: list[Callable[[], None]] = []
+            tx.info[_REMEMBERED] = remembered
+            yield tx
+        if self._group is None:
+            _call_all(remembered)
+        else:
+            self._group.then.extend(remembered)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sa.Connection]:
         with typed_refusal():
             if (group := self._group) is None:
                 with self._begun() as connection:
@@ -120,12 +127,12 @@ class Database:
 
     @contextmanager
     def _begun(self) -> Iterator[sa.Connection]:
-        with self._engine.begin() as connection:
+        with self.engine.begin() as connection:
             self._check_own(connection)
             yield connection
 
     @contextmanager
-    def _reading(self) -> Iterator[sa.Connection]:
+    def reading(self) -> Iterator[sa.Connection]:
         """What was committed; within `together` also what its changes have made so far."""
         with typed_refusal():
             if (group := self._group) is None or group.tx is None:
@@ -135,28 +142,54 @@ class Database:
             with _spoiling(group):
                 yield group.tx
 
-    def _once_durable(self, then: Callable[[], None]) -> None:
-        """After a change: what must not be remembered of one that is undone."""
-        if self._group is None:
-            then()
-        else:
-            self._group.then.append(then)
+    @contextmanager
+    def upgrading(self) -> Iterator[sa.Connection]:
+        """One transaction that may change tables, and that no other shares.
 
-    def _fence_others(self) -> None:
+        Raises:
+            StorageError: a row would refer to one that is not there; nothing was changed.
+        """
+        with typed_refusal(), self.engine.connect() as connection:
+            on_sqlite = connection.dialect.name == "sqlite"
+            if on_sqlite:  # before it begins: SQLite ignores it within a transaction
+                connection.connection.cursor().execute("PRAGMA foreign_keys=OFF")
+            with connection.begin():
+                if not on_sqlite:
+                    postgres.hold_for_opening(connection)
+                    connection.execute(sa.text(f"LOCK TABLE {OWNER.name}"))
+                yield connection
+                if on_sqlite and connection.exec_driver_sql("PRAGMA foreign_key_check").first():
+                    raise StorageError(
+                        "the registry's database has rows that refer to others which are not there:"
+                        " it was not upgraded. Put a backup back with `tg-tinker registry restore`"
+                    )
+
+    def fence_others(self) -> None:
         """From now on registries that were opened earlier change nothing."""
-        with self._change() as tx:
-            tx.execute(OWNER.update().values(generation=self._generation + 1))
-        self._generation += 1
+        with self.change() as tx:
+            tx.execute(OWNER.update().values(fencing_token=self._token + 1))
+        self._token += 1
 
     def _check_own(self, tx: sa.Connection) -> None:
         now = tx.execute(_OWN).scalar()
-        if now != self._generation:
+        if now != self._token:
             raise StorageError(
-                f"another registry has taken over this database (generation {now}, this one is"
-                f" {self._generation}): nothing was changed. Use the cluster that was started last;"
+                f"another registry has taken over this database (fencing token {now}, this one has"
+                f" {self._token}): nothing was changed. Use the cluster that was started last;"
                 " if that one has ended, restart this one",
                 details={"reason": REPLACED},
             )
+
+
+def once_durable(tx: sa.Connection, then: Callable[[], None]) -> None:
+    """Calls `then` once the change `tx` is durable, never if it is undone: for what a process
+    remembers of its changes."""
+    tx.info[_REMEMBERED].append(then)
+
+
+def _call_all(remembered: list[Callable[[], None]]) -> None:
+    for then in remembered:
+        then()
 
 
 @contextmanager
@@ -175,8 +208,7 @@ def together(database: Database) -> Iterator[None]:
             _refuse_spoiled(group)
     finally:
         database._group = None
-    for then in group.then:
-        then()
+    _call_all(group.then)
 
 
 @contextmanager
@@ -251,38 +283,11 @@ def _damaged() -> StorageError:
     )
 
 
-def _generation(tx: sa.Connection) -> int:
+def _token(tx: sa.Connection) -> int:
     """That of a registry that is opened now."""
     if tx.execute(_OWN).scalar() is None:
-        tx.execute(OWNER.insert().values(id=1, generation=0))
+        tx.execute(OWNER.insert().values(id=1, fencing_token=0))
     return int(tx.execute(_OWN).scalar_one())
-
-
-def check_epoch(tx: sa.Connection, tenant: str, run_id: str, epoch: int) -> None:
-    """Refuses an actor that is not its run's newest one."""
-    current = tx.execute(
-        sa.select(RUNS.c.epoch).where(RUNS.c.id == run_id, RUNS.c.tenant == tenant)
-    ).scalar()
-    if current is None:
-        raise NotFoundError(f"no training client {run_id!r} of this tenant")
-    if current != epoch:
-        raise ActorLostError(
-            f"this actor (epoch {epoch}) was replaced by epoch {current}: it may not charge,"
-            " publish or load; use get_training_client to reach the new one"
-        )
-
-
-def refuse_older(connection: sa.Connection) -> None:
-    """Before 1.0 no database is converted; one with other columns would fail call by call."""
-    there = sa.inspect(connection)
-    for name in METADATA.tables.keys() & {*there.get_table_names()}:
-        found = {column["name"] for column in there.get_columns(name)}
-        if missing := {*METADATA.tables[name].columns.keys()} - found:
-            raise StorageError(
-                f"the registry was made by an older version of TG-Tinker (table {name} has no"
-                f" {', '.join(sorted(missing))}): it is as it was. Use that version with it, or"
-                " begin a new home with TG_TINKER_HOME"
-            )
 
 
 def _prepare_sqlite(engine: sa.Engine, database: str, pragmas: Sequence[str]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from actors.registry.artifacts import NEVER
 from actors.registry.audit_log import MOST_ROWS
+from actors.registry.catalogue import NEVER
 from actors.registry.registry import Registry
 from tg_tinker.records.audit_log import AuditRow, parse_rows
 
@@ -28,7 +28,7 @@ class Entry(NamedTuple):
 def differences(registry: Registry, tenant: str) -> dict[str, str]:
     """What the log says otherwise of artifacts that are there, by id."""
     told, found = _told(registry, tenant), {}
-    for artifact_id, (manifest, expires_at) in registry.entries(tenant).items():
+    for artifact_id, (manifest, expires_at) in registry.catalogue.entries(tenant).items():
         said = told.get(artifact_id, Entry(""))
         if not said.manifest:
             how = f"was deleted at row {said.row}" if said.row else "was never saved"
@@ -43,7 +43,7 @@ def differences(registry: Registry, tenant: str) -> dict[str, str]:
 def _told(registry: Registry, tenant: str) -> dict[str, Entry]:
     told: dict[str, Entry] = {}
     since = 0
-    while lines := registry.audit_rows(tenant, since, MOST_ROWS):
+    while lines := registry.audit_log.rows(tenant, since, MOST_ROWS):
         for row in parse_rows(lines, since):
             if row.outcome == "ok" and (entry := _said(row, told.get(row.subject))) is not None:
                 told[row.subject] = entry

@@ -15,7 +15,7 @@ from typing import Any
 
 from actors.process import reply_of
 from actors.registry.database import together
-from actors.registry.registry import Registry
+from actors.registry.registry import PARTS, Registry
 from tg_tinker.cluster.messages import Reply
 from tg_tinker.cluster.remote_registry import ONCE
 
@@ -23,7 +23,7 @@ MOST_TOGETHER = 16
 """Calls of one transaction: the first of them waits for the last."""
 
 Call = tuple[str, tuple[Any, ...]]
-"""The name of a public method of `Registry`, and its arguments."""
+"""The part of `Registry` and its public method, `PART.METHOD`, and the arguments."""
 
 
 @dataclass
@@ -32,7 +32,7 @@ class _Taken:
     reply: Reply | None = None
 
 
-class Turns:
+class GroupCommit:
     """Runs calls one at a time, in the order of `take`, in whose threads they come. What a call
     has changed is durable when its reply is there; one that fails undoes no other."""
 
@@ -71,7 +71,7 @@ class Turns:
     def _joint(self, calls: list[Call]) -> list[Reply]:
         """Of calls that may all be made twice."""
         self._registry = self._registry or self._open()
-        with together(self._registry):
+        with together(self._registry.database):
             return [self._reply(call) for call in calls]
 
     def _reply(self, call: Call) -> Reply:
@@ -80,6 +80,7 @@ class Turns:
 
     def _method(self, name: str) -> Any:
         self._registry = self._registry or self._open()
-        if name.startswith("_"):
+        part, _, method = name.partition(".")
+        if part not in PARTS or method.startswith("_"):
             raise AttributeError(name)
-        return getattr(self._registry, name)
+        return getattr(getattr(self._registry, part), method)

@@ -1,17 +1,16 @@
-"""Signed heads of ledgers in the artifact store, out of reach of who puts a database back."""
+"""Signed heads of one ledger, put into the artifact store beside training: out of reach of who puts
+a database back."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
-from actors.registry.audit_log import SDK
 from actors.registry.registry import Registry
-from actors.storage.store import ArtifactStore, place_in
+from actors.registry.rollback import meet_ledger
+from actors.storage.store import ArtifactStore
 from tg_tinker.errors import LedgerMismatchError, StorageError, TGTinkerError
-from tg_tinker.records.entries import parse_place
 from tg_tinker.records.heads import LedgerHead
 
 EVERY = 8
@@ -21,67 +20,6 @@ MOST = 512
 """Entries from before a charge that its result carries, at most, while the store fails."""
 
 _log = logging.getLogger("tg_tinker")
-
-
-def meet(
-    registry: Registry, root: str, tenant: str, dataset: str, kept: Sequence[str] = (),
-    who: str = SDK,
-) -> int:  # fmt: skip
-    """Holds a ledger against every head of it in the store, and against others that are kept.
-
-    Of the heads in the store only those are read that the ledger does not go through. An object
-    among them that is no head is passed over and told: anybody who can write there may put one.
-
-    Args:
-        kept: heads that the caller has, a line each.
-        who: asks, for the audit log.
-
-    Returns:
-        The number of the newest entry that the store knows; -1 if it has no head.
-
-    Raises:
-        LedgerMismatchError: the ledger is behind a head, or another chain.
-        IntegrityError: a head that the caller has is damaged.
-        StorageError: the store does not answer: what it knows must not be passed over.
-    """
-    return _met(registry, ArtifactStore(root), tenant, dataset, kept, who)
-
-
-def _met(
-    registry: Registry, store: ArtifactStore, tenant: str, dataset: str, kept: Sequence[str],
-    who: str,
-) -> int:  # fmt: skip
-    """`meet` of a store that is open."""
-    names = store.ledger_heads(tenant, registry.ledger_name(tenant, dataset))
-    places = {place_in(name) for name in names}
-    unknown = set(registry.unknown_places(tenant, dataset, [*places]))
-    found = _read(registry, store, tenant, dataset, [n for n in names if place_in(n) in unknown])
-    registry.check_heads(tenant, dataset, [*found, *kept], who)
-    return max((parse_place(place)[0] for place in places - unknown), default=-1)
-
-
-def book_missing(
-    registry: Registry, root: str, tenant: str, dataset: str, kept: Sequence[str] = ()
-) -> int:
-    """See `HeadChecks.book_missing`, from all heads in the store and others that are kept."""
-    store = ArtifactStore(root)
-    names = store.ledger_heads(tenant, registry.ledger_name(tenant, dataset))
-    found = _read(registry, store, tenant, dataset, names)
-    return registry.book_missing(tenant, dataset, [*found, *kept])
-
-
-def _read(
-    registry: Registry, store: ArtifactStore, tenant: str, dataset: str, names: Sequence[str]
-) -> list[str]:
-    """The heads among these objects; the others are told."""
-    lines = {name: store.read_head(name) for name in names}
-    problems = registry.no_heads(tenant, dataset, [*lines.values()]) if lines else {}
-    for name, line in lines.items():
-        if line in problems:
-            _log.warning(
-                "%s in the artifact store is passed over, remove it: %s", name, problems[line]
-            )
-    return [line for line in lines.values() if line not in problems]
 
 
 class HeadKeeper:
@@ -100,7 +38,7 @@ class HeadKeeper:
     ) -> None:  # fmt: skip
         self._registry, self._store = registry, ArtifactStore(root)
         self._who, self._ledger = who, (tenant, dataset)
-        self._name = registry.ledger_name(tenant, dataset)
+        self._name = registry.heads.ledger_name(tenant, dataset)
         self._stored = self._meet()
         self._charges = 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="ledger-heads")
@@ -116,7 +54,7 @@ class HeadKeeper:
     def charged(self) -> None:
         """After each charge. Never raises: the step is made."""
         with suppress(TGTinkerError):
-            self.newest = self._registry.ledger_head(*self._ledger, self._after())
+            self.newest = self._registry.heads.ledger_head(*self._ledger, self._after())
         due = self._charges % EVERY == 0
         if due and (self._writing is None or self._writing.done()):
             self._writing = self._writer.submit(self._write_or_tell)
@@ -153,7 +91,7 @@ class HeadKeeper:
             _log.warning("%s", self.problem)
 
     def _write(self) -> None:
-        head = LedgerHead.parse(self._registry.ledger_head(*self._ledger, self._stored))
+        head = LedgerHead.parse(self._registry.heads.ledger_head(*self._ledger, self._stored))
         if head.seq > self._stored:
             self._store.write_ledger_head(head.tenant, self._name, head.place, head.line())
             self._stored = head.seq
@@ -169,4 +107,4 @@ class HeadKeeper:
             _log.warning("%s", error.message)
 
     def _meet(self) -> int:
-        return _met(self._registry, self._store, *self._ledger, (), self._who)
+        return meet_ledger(self._registry, self._store, *self._ledger, who=self._who)

@@ -6,26 +6,21 @@ from collections.abc import Mapping
 
 import sqlalchemy as sa
 
-from actors.registry.database import METADATA, Database
+from actors.registry.database import Database
+from actors.registry.schema import KEYS
 from actors.storage.key_providers import KeyProvider
 from tg_tinker.errors import IntegrityError
 
 _PURPOSE = b"tg-tinker key fingerprint v1"
-_KEYS = sa.Table(
-    "keys",
-    METADATA,
-    sa.Column("id", sa.String, primary_key=True),
-    sa.Column("fingerprint", sa.String, nullable=False),
-    sa.Column("place", sa.Integer, nullable=False),  # in the order in which they were first seen
-)
 
 
-class KeyNames(Database):
+class KeyNames:
     """The part of the registry that recognises the keys of its keyring."""
 
-    _keyring: KeyProvider
+    def __init__(self, database: Database, keyring: KeyProvider) -> None:
+        self._database, self._keyring = database, keyring
 
-    def _recognise_keys(self) -> None:
+    def recognise(self) -> None:
         """Notes keys that are new, and refuses another one of a known name: what would be saved
         under it, the right keyring would not open.
 
@@ -35,39 +30,39 @@ class KeyNames(Database):
             IntegrityError: this is not the keyring that the registry was used with.
         """
         found = self._fingerprints_here()
-        with self._change() as tx:
+        with self._database.change() as tx:
             known = _fingerprints(tx)
             _refuse_another(found, known)
             for place, name in enumerate(name for name in found if name not in known):
                 row = {"id": name, "fingerprint": found[name], "place": len(known) + place}
-                tx.execute(_KEYS.insert().values(row))
+                tx.execute(KEYS.insert().values(row))
 
-    def _compare_keys(self) -> None:
+    def compare(self) -> None:
         """The same, and notes nothing."""
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             _refuse_another(self._fingerprints_here(), _fingerprints(connection))
 
     def _fingerprints_here(self) -> dict[str, str]:
         derived = (self._keyring.derive(_PURPOSE, name) for name in self._keyring.key_ids)
         return {name: value.hex() for name, value in derived}
 
-    def _noted_keys(self) -> list[str]:
+    def noted(self) -> list[str]:
         """Names of all keys that were ever seen, the oldest first."""
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             return [*_fingerprints(connection)]
 
-    def missing_keys(self) -> list[str]:
+    def missing(self) -> list[str]:
         """Keys that were first seen after all that are here: the keyring is an older copy. What was
         retired is not among them, for a rotation came after it."""
         here = set(self._keyring.key_ids)
-        known = self._noted_keys()
+        known = self.noted()
         newest = max((place for place, name in enumerate(known) if name in here), default=-1)
         return known[newest + 1 :]
 
 
 def _fingerprints(connection: sa.Connection) -> dict[str, str]:
     """By name, in the order in which they were first seen."""
-    rows = connection.execute(sa.select(_KEYS).order_by(_KEYS.c.place))
+    rows = connection.execute(sa.select(KEYS).order_by(KEYS.c.place))
     return {row.id: row.fingerprint for row in rows}
 
 

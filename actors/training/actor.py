@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.process import forget_keyrings, harden, reply_of, settle_heap
+from actors.registry.registry import as_registry
 from actors.training import warm_process
 from actors.training.call_journal import CallJournal
 from actors.training.step_notes import StepNotes
@@ -65,8 +66,8 @@ class TrainingActor:
         harden()
         forget_keyrings()
         keep_to_reserved_gpus()
-        self._registry = RemoteRegistry(registry)
-        self._key = self._registry.key
+        remote = RemoteRegistry(registry)
+        self._key, self._registry = remote.key, as_registry(remote)
         self._run_id, self._epoch = run_id, epoch
         self._arguments = (namespace, tenant, config, store, home)
         self._resume = resume
@@ -75,7 +76,7 @@ class TrainingActor:
         self._worker: Worker | None = None
         self._said: list[str] = []
         self._loading: Reply | None = None
-        self._notes = StepNotes(partial(self._registry.record, run_id, epoch))
+        self._notes = StepNotes(partial(self._registry.runs.record, run_id, epoch))
         self._used = time.monotonic()
 
     # --- training, in order ------------------------------------------------------------------
@@ -228,7 +229,7 @@ class TrainingActor:
         place = Place(tenant, self._run_id, self._epoch, store, cache, self._capability)
         parsed = TrainingConfig.model_validate_json(config)
         carry = writer(namespace, store)
-        worker = Worker(place, parsed, self._registry.typed, self._set_progress, carry)
+        worker = Worker(place, parsed, self._registry, self._set_progress, carry)
         info = worker.model_info()
         if self._resume is not None:
             self._set_progress(f"loading artifact {self._resume}")

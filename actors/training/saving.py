@@ -23,12 +23,12 @@ from actors.registry.head_keeper import HeadKeeper
 from actors.registry.registry import Registry
 from actors.storage.store import ArtifactStore
 from actors.training.place import Place
-from tg_tinker.cluster.messages import ArtifactQuery, Saving
+from tg_tinker.cluster.messages import Saving
 from tg_tinker.config import CheckpointConfig
 from tg_tinker.errors import NotFoundError, TGTinkerError
 from tg_tinker.labels import AUTOMATIC
 from tg_tinker.storage.envelope import Buffer
-from tg_tinker.types import SaveStateResult
+from tg_tinker.types import ArtifactQuery, SaveStateResult
 
 MOST_COPIES = 2
 """States that are copied and not saved yet: the next save waits, and training with it."""
@@ -148,7 +148,7 @@ class Saver:
         given other labels since are not among them."""
         place, (label,) = self._place, AUTOMATIC.items()
         query = ArtifactQuery(run=place.run_id, label=label)
-        for info in self._registry.artifacts(place.tenant, query)[: -self._keep]:
+        for info in self._registry.catalogue.find(place.tenant, query)[: -self._keep]:
             delete(self._registry, place.store, place.tenant, info.artifact_id)
 
     # --- inside ------------------------------------------------------------------------------

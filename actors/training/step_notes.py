@@ -47,7 +47,7 @@ class StepNotes:
     def __init__(self, record: Callable[[int, str, StepCalls | None, int], bool]) -> None:
         """
         Args:
-            record: `Registry.record` of this run and epoch.
+            record: `Runs.record` of this run and epoch.
         """
         self.replaced = False
         self._record = record

@@ -234,8 +234,8 @@ class Worker:
             )
         place = self._place
         self.saver.outcome(self.saver.begin(self.session, True, {}, AUTOMATIC))
-        self._registry.record(place.run_id, place.epoch, self.session.step, self.status)
-        self._registry.park(place.run_id, place.epoch)
+        self._registry.runs.record(place.run_id, place.epoch, self.session.step, self.status)
+        self._registry.runs.park(place.run_id, place.epoch)
         self.parked = True
         with suppress(TGTinkerError):
             self.saver.prune()
@@ -245,12 +245,12 @@ class Worker:
         check_cancelled()
         files = fetch(self._registry, self._store, self._place.capability, artifact_id)
         checkpoint = from_files(files)
-        self._registry.check_lineage(
+        self._registry.heads.check_lineage(
             self._place.tenant, checkpoint.state.lineage.ledgers, artifact_id, self._place.actor
         )
         warnings = self._take_over(checkpoint.state)
         place = self._place
-        self._registry.note_loaded(place.tenant, place.run_id, place.epoch, artifact_id)
+        self._registry.artifacts.note_loaded(place.tenant, place.run_id, place.epoch, artifact_id)
         return LoadStateResult(
             artifact_id, self.session.step, checkpoint.metadata, checkpoint.timestamp, warnings
         )
@@ -261,7 +261,9 @@ class Worker:
         state = imported(config, weights, self.session.live_state(include_optimizer=False))
         self.session.check_fits(state)  # what is refused was not imported
         # Before a weight changes: an import that cannot be noted does not happen.
-        self._registry.record_import(self._place.tenant, self._place.actor, self._place.run_id)
+        self._registry.audit_log.record_import(
+            self._place.tenant, self._place.actor, self._place.run_id
+        )
         self._take_over(state)
 
     # --- inside ------------------------------------------------------------------------------

@@ -156,13 +156,13 @@ class Access:
         self._at_once[caller.key_id] -= 1
 
     def _checked(self, token: str) -> tuple[str, ApiKeyInfo]:
-        tenant, info = self._registry.check_api_key(token, self._options.tenant)
+        tenant, info = self._registry.api_keys.check(token, self._options.tenant)
         meet(self._registry, self._store, tenant, f"api-key {info.key_id}")
         return tenant, info
 
     def _key_made(self) -> bool:
         meet(self._registry, self._store, self._options.tenant, ANYONE)
-        return self._registry.wants_api_keys(self._options.tenant)
+        return self._registry.api_keys.wanted(self._options.tenant)
 
     async def _has_keys(self) -> bool:
         """Whether the tenant has made a key since the server started open."""

@@ -73,7 +73,7 @@ class HttpReplica(Replica):
         forget_keyrings()
         super().__init__(*arguments)
         self._options = options
-        self._access = Access(self.registry.typed, options, self.sources.store)
+        self._access = Access(self.registry, options, self.sources.store)
         self._lookups = TenantThreads(LOOKUPS, "lookup")
         self._waiting: Counter[str] = Counter()  # by tenant
 

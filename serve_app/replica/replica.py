@@ -17,6 +17,7 @@ from typing import Any
 from actors.engine.model import use_threads
 from actors.process import reply_of, settle_heap
 from actors.registry.audit_log import SDK
+from actors.registry.registry import as_registry
 from actors.sampling.requests import Load
 from actors.sampling.text import Completions, join
 from actors.storage.home import MODELS
@@ -76,13 +77,13 @@ class Replica:
         threads: int | None,
     ) -> None:  # fmt: skip
         keep_to_reserved_gpus()
-        self.registry = RemoteRegistry(find_registry(namespace))
-        self._key = self.registry.key
+        self._remote = RemoteRegistry(find_registry(namespace))
+        self.registry, self._key = as_registry(self._remote), self._remote.key
         use_threads(threads)
         self.engines = Engines(loader(model_ref, dtype, Path(home) / MODELS))
         self.tokenizer = load_tokenizer(self.engines.base.tokenizer_files())
         settle_heap()
-        self.sources = Sources(self.registry.typed, self._key, namespace, store, model_ref)
+        self.sources = Sources(self.registry, self._key, namespace, store, model_ref)
         self.texts = TenantThreads(TEXTS, "text")  # they wait for nothing else
         self._fetches = Fetches(self.engines)
         self._newest: dict[str, int] = {}  # step of each run that was sampled from
@@ -236,8 +237,14 @@ class Replica:
         finally:
             for one in call.requests:
                 engine.cancel(one)
-            self.registry.notify(
-                "record_sample", tenant, who, call.version, running.prompts, tokens, outcome
+            self._remote.notify(
+                "audit_log.record_sample",
+                tenant,
+                who,
+                call.version,
+                running.prompts,
+                tokens,
+                outcome,
             )
 
     # --- inside ------------------------------------------------------------------------------

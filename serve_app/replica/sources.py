@@ -95,22 +95,22 @@ class Sources:
     def names(self, tenant: str, allowed: tuple[str, ...]) -> list[str]:
         """The base model, runs that live, and all artifacts: what `find` finds."""
         living = living_actors(self._namespace)
-        runs = {run.training_client_id: run for run in self._registry.runs(tenant)
+        runs = {run.training_client_id: run for run in self._registry.runs.of(tenant)
                 if run.model_ref == self._model_ref}  # fmt: skip
         found = [name for name, run in runs.items() if f"{name}@{run.epoch}" in living]
-        found += [artifact.artifact_id for artifact in self._registry.artifacts(tenant)
+        found += [artifact.artifact_id for artifact in self._registry.catalogue.find(tenant)
                   if artifact.training_client_id in runs and not artifact.expired]  # fmt: skip
         return [BASE, *(name for name in found if not allowed or name in allowed)]
 
     def gone(self, names: Iterable[str]) -> list[str]:
         """Those of these names of weights that are of artifacts which nothing may open any more."""
         saved = [name for name in names if name.startswith(ARTIFACT_PREFIX)]
-        return self._registry.gone(saved) if saved else []
+        return self._registry.catalogue.gone(saved) if saved else []
 
     # --- inside ------------------------------------------------------------------------------
 
     def _run(self, tenant: str, run_id: str) -> tuple[TrainingClientInfo, str]:
-        info, stored = self._registry.run(tenant, run_id)
+        info, stored = self._registry.runs.get(tenant, run_id)
         if info.model_ref != self._model_ref:
             raise NotFoundError("a run on another base model")
         return info, stored
@@ -137,13 +137,13 @@ class Sources:
         return self.of_snapshot(latest_snapshot(self._namespace, _actor(info), self._key))
 
     def _saved(self, tenant: str, artifact_id: str, who: str) -> Source:
-        info = self._registry.openable(tenant, artifact_id)
+        info = self._registry.catalogue.openable(tenant, artifact_id)
         _, stored = self._run(tenant, info.training_client_id)
         lora = TrainingConfig.model_validate_json(stored).lora_config
 
         def get() -> Snapshot:
             store = ArtifactStore(self.store)
-            reader = self._registry.reader(tenant, who)
+            reader = self._registry.data_keys.reader(tenant, who)
             files = fetch(self._registry, store, reader, artifact_id)
             return of_state(artifact_id, from_files(files).state, lora)
 

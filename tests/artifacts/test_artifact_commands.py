@@ -144,7 +144,7 @@ def test_copy_reseal_and_verify_by_command(calls: Calls, service: Service) -> No
     copy = run(calls, "copy", artifact).strip()
     assert_same(service.fetch(copy), checkpoint())
     assert "fresh key" in run(calls, "reseal", artifact)
-    assert service.registry.reachable(TENANT) == {copy, f"{artifact}.2"}
+    assert service.registry.catalogue.reachable(TENANT) == {copy, f"{artifact}.2"}
     assert "2 of 2" in run(calls, "verify")
     (service.root / f"t/{TENANT}/keys/{copy}.json").unlink()
     assert "1 of 2" in run(calls, "verify", code=1)
@@ -200,13 +200,13 @@ class Everything(Calls):
     """`ServiceClient`, as far as it lists what is in the database."""
 
     def audit_log(self, since: int, limit: int) -> Any:
-        return [*map(AuditRow.parse, self._registry.audit_rows(self._tenant, since, limit))]
+        return [*map(AuditRow.parse, self._registry.audit_log.rows(self._tenant, since, limit))]
 
     def list_training_clients(self) -> Any:
-        return self._registry.runs(self._tenant)
+        return self._registry.runs.of(self._tenant)
 
     def describe_training_client(self, client: str) -> Any:
-        return self._registry.run(self._tenant, client)[0]
+        return self._registry.runs.get(self._tenant, client)[0]
 
 
 @pytest.mark.parametrize(
@@ -219,10 +219,10 @@ class Everything(Calls):
 def test_texts_of_the_database_command_no_terminal(service: Service, words: str) -> None:
     """Whoever writes to it may have put them there."""
     artifact, registry = service.publish(), service.registry
-    registry.set_labels(TENANT, artifact, {"stage": "x"})
-    registry.create_api_key(TENANT, "laptop", [], None)
+    registry.catalogue.set_labels(TENANT, artifact, {"stage": "x"})
+    registry.api_keys.create(TENANT, "laptop", [], None)
     with registry._change() as tx:
-        newest = AuditRow.parse(registry.audit_rows(TENANT, 0, 1000)[-1])
+        newest = AuditRow.parse(registry.audit_log.rows(TENANT, 0, 1000)[-1])
         texts = {"who": ESCAPE, "event": ESCAPE, "subject": ESCAPE, "outcome": ESCAPE}
         row = chained(newest, time=newest.time, tenant=TENANT, details={}, **texts)
         for table, values in (

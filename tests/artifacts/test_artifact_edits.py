@@ -40,8 +40,11 @@ Files = dict[str, bytes]
 class Unchecked(Registry):
     """As if who edits the store had edited the registry to match."""
 
-    def check_manifest(self, tenant: str, artifact_id: str, manifest: bytes) -> None:
-        pass
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.catalogue.check_manifest = (  # type: ignore[method-assign]
+            lambda tenant, artifact_id, manifest: None
+        )
 
 
 class Attack:
@@ -64,9 +67,9 @@ class Attack:
             service.registry, self.store, draft, run_id=service.run, epoch=service.epoch,
             step=saved.state.step, include_optimizer=True,
         )  # fmt: skip
-        run = service.registry.create_run(OTHER_TENANT, '{"model_ref": "m"}')
-        epoch = service.registry.claim(run)
-        shown = service.registry.capability(OTHER_TENANT, run, epoch)
+        run = service.registry.runs.create(OTHER_TENANT, '{"model_ref": "m"}')
+        epoch = service.registry.runs.claim(run)
+        shown = service.registry.data_keys.capability(OTHER_TENANT, run, epoch)
         theirs = Draft(service.registry, self.store, shown, to_files(saved))
         publish.publish(
             service.registry, self.store, theirs, run_id=run, epoch=epoch,
@@ -248,7 +251,7 @@ def test_no_random_edit_loads_or_changes_the_session(
     worker.session.forward_backward(examples())
     worker.session.optim_step()
     state = worker.session.live_state(include_optimizer=True)
-    attack = Attack(service, Checkpoint(state, {}, service.registry.runs(TENANT)[0].created_at))
+    attack = Attack(service, Checkpoint(state, {}, service.registry.runs.of(TENANT)[0].created_at))
     assert max(len(segments(content)) for content in attack.own.values()) >= 3
     assert worker.load_state(lambda: None, attack.artifact).step == 1
     worker.session.forward_backward(examples())

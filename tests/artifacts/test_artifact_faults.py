@@ -66,12 +66,12 @@ def killed(work: Callable[[], object], k: int) -> bool:
 def is_there(registry: Registry, service: Service, artifact: str) -> bool:
     """Whether an artifact is, whole; False when nothing knows of it."""
     store = ArtifactStore(str(service.root))
-    known = artifact in {info.artifact_id for info in registry.artifacts(TENANT)}
+    known = artifact in {info.artifact_id for info in registry.catalogue.find(TENANT)}
     if not known:
         with pytest.raises(NotFoundError):
-            fetch.fetch(registry, store, registry.reader(TENANT), artifact)
+            fetch.fetch(registry, store, registry.data_keys.reader(TENANT), artifact)
         return False
-    assert fetch.fetch(registry, store, registry.reader(TENANT), artifact) == FILES
+    assert fetch.fetch(registry, store, registry.data_keys.reader(TENANT), artifact) == FILES
     return True
 
 
@@ -128,7 +128,7 @@ def test_a_save_that_is_killed_at_any_call_is_out_or_whole_and_swept(service: Se
         outcomes.append(is_there(registry, service, draft.artifact_id))
         for _ in range(2):
             list(sweep(registry, service.store, TENANT, 0))
-        needed = {info.artifact_id for info in registry.artifacts(TENANT)}
+        needed = {info.artifact_id for info in registry.catalogue.find(TENANT)}
         assert len(names(service)) == 4 * len(needed), k
         assert is_there(registry, service, draft.artifact_id) == outcomes[-1]
         if not died:
@@ -144,7 +144,7 @@ def test_a_rotation_that_is_killed_at_any_call_is_finished_later(service: Servic
 
     def rotate() -> None:
         registry = reopened(service)
-        registry.rotate_key(TENANT)
+        registry.data_keys.rotate(TENANT)
         assert [problem for _, problem in keys.rewrap(registry, str(service.root))] == ["", ""]
 
     k, died = 0, True
@@ -155,7 +155,7 @@ def test_a_rotation_that_is_killed_at_any_call_is_finished_later(service: Servic
         assert all(is_there(registry, service, draft.artifact_id) for draft in known), k
         root = str(service.root)
         assert [problem for _, problem in keys.rewrap(registry, root)] == ["", ""]
-        *older, primary = registry.key_ids()
+        *older, primary = registry.data_keys.key_ids()
         assert keys.uses(registry, root).artifacts == dict.fromkeys(older, 0) | {primary: 2}
         for key_id in older:
             keys.retire(registry, root, TENANT, key_id)

@@ -25,7 +25,7 @@ from actors.artifacts import delete as delete_module
 from actors.artifacts import fetch, publish
 from actors.artifacts.publish import Draft
 from actors.operations.sweep import sweep_store
-from actors.registry.registry import Registry
+from actors.registry.registry import PARTS, Registry
 from actors.storage.home import DATABASE, KEYRING, create
 from actors.storage.objects import LocalFolder, ObjectInfo, pieces_of
 from actors.storage.store import ArtifactStore
@@ -40,8 +40,8 @@ IN_MEMORY = "/dev/shm" if os.path.ismount("/dev/shm") else None  # noqa: S108
 AT_ONCE = 4
 """Operations under way."""
 
-SAVE_UNTIL = ["publish", "publish", "put", "written", "the end"]
-SWEEP_UNTIL = ["bury", "the end", "bury", "reachable", "delete_all"]
+SAVE_UNTIL = ["artifacts.publish", "artifacts.publish", "put", "written", "the end"]
+SWEEP_UNTIL = ["orphans.bury", "the end", "orphans.bury", "catalogue.reachable", "delete_all"]
 """Calls before which they stop first; the others stop before any."""
 
 
@@ -136,18 +136,24 @@ class Gated(LocalFolder):
         super().delete_all(folder)
 
 
-class GatedRegistry:
-    """Stops before each call."""
+class GatedPart:
+    """Stops before each call, which it calls `PART.METHOD`."""
 
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
+    def __init__(self, registry: Registry, part: str) -> None:
+        self._name, self._part = part, getattr(registry, part)
 
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any) -> Any:
-            Operation.local.now.pause(name)
-            return getattr(self._registry, name)(*arguments)
+            Operation.local.now.pause(f"{self._name}.{name}")
+            return getattr(self._part, name)(*arguments)
 
         return call
+
+
+class GatedRegistry:
+    def __init__(self, registry: Registry) -> None:
+        for part in PARTS:
+            setattr(self, part, GatedPart(registry, part))
 
 
 class Artifacts(RuleBasedStateMachine):
@@ -159,10 +165,12 @@ class Artifacts(RuleBasedStateMachine):
         self.root = str(home / "store")
         self.registry: Any = Registry(f"sqlite:///{home / DATABASE}", home / KEYRING)
         self.gated: Any = GatedRegistry(self.registry)
-        self.run = self.registry.create_run(TENANT, TrainingConfig(model_ref="m").model_dump_json())
-        self.epoch = self.registry.claim(self.run)
-        self.capability = self.registry.capability(TENANT, self.run, self.epoch)
-        self.reader = self.registry.reader(TENANT)
+        self.run = self.registry.runs.create(
+            TENANT, TrainingConfig(model_ref="m").model_dump_json()
+        )
+        self.epoch = self.registry.runs.claim(self.run)
+        self.capability = self.registry.data_keys.capability(TENANT, self.run, self.epoch)
+        self.reader = self.registry.data_keys.reader(TENANT)
         self.now = datetime(2001, 1, 1, tzinfo=UTC)
         self.contents: dict[str, dict[str, bytes]] = {}  # of every draft
         self.deleting: set[str] = set()
@@ -270,7 +278,7 @@ class Artifacts(RuleBasedStateMachine):
             assert save.artifact in self.published() | self.deleting
             return
         assert isinstance(save.error, StorageError), save.error
-        assert self.registry.orphans(TENANT)[save.artifact].buried  # nothing else refuses here
+        assert self.registry.orphans.of(TENANT)[save.artifact].buried  # nothing else refuses here
         assert save.artifact not in self.published()
         assert [name for name in self.files() if save.artifact in name] == []
 
@@ -291,7 +299,7 @@ class Artifacts(RuleBasedStateMachine):
     # --- what holds ------------------------------------------------------------------------------
 
     def published(self) -> set[str]:
-        return {info.artifact_id for info in self.registry.artifacts(TENANT)}
+        return {info.artifact_id for info in self.registry.catalogue.find(TENANT)}
 
     def files(self) -> set[str]:
         below = Path(self.root) / "t" / TENANT
@@ -324,7 +332,7 @@ class Artifacts(RuleBasedStateMachine):
             assert self.files() == needed | {"clock"}
         finally:
             self.patch.undo()
-            self.registry._engine.dispose()
+            self.registry.database.engine.dispose()
             shutil.rmtree(self.folder)
 
 
@@ -366,7 +374,7 @@ def test_a_save_and_the_second_sweep_meet_at_every_pair_of_their_calls(first: st
     assert pairs > (100 if SOAK else 20)
 
 
-DECISIVE = ("publish", "audit_head")
+DECISIVE = ("artifacts.publish", "audit_log.head")
 """Calls of a save before and after which it is entered; the others are met in `make soak`."""
 
 

@@ -67,7 +67,10 @@ def test_it_comes_back_through_another_registry_and_store(service: Service) -> N
     artifact = service.publish()
     again = Registry(f"sqlite:///{service.home / DATABASE}", service.home / KEYRING)
     store = ArtifactStore(str(service.root))
-    assert_same(from_files(fetch.fetch(again, store, again.reader(TENANT), artifact)), checkpoint())
+    assert_same(
+        from_files(fetch.fetch(again, store, again.data_keys.reader(TENANT), artifact)),
+        checkpoint(),
+    )
 
 
 def test_the_answer_says_what_is_on_disk_and_how_it_is_sealed(service: Service) -> None:
@@ -79,10 +82,10 @@ def test_the_answer_says_what_is_on_disk_and_how_it_is_sealed(service: Service) 
     artifact = draft.artifact_id
     folder = [path for path in service.files_of(artifact) if path.parent.name == artifact]
     assert size == sum(path.stat().st_size for path in folder)
-    info = service.registry.artifact(TENANT, artifact)
+    info = service.registry.catalogue.get(TENANT, artifact)
     assert (info.size_bytes, info.step, info.include_optimizer) == (size, 3, True)
     assert (seal.algorithm, seal.format_version) == ("AES256_GCM_HKDF_1MB", 1)
-    assert (seal.key_id, seal.key_provider) == service.registry.key_info()
+    assert (seal.key_id, seal.key_provider) == service.registry.data_keys.key_info()
 
 
 def test_two_saves_of_one_state_share_no_ciphertext(service: Service) -> None:
@@ -98,7 +101,7 @@ def test_the_files_lie_where_the_documentation_says(service: Service) -> None:
     expected = {f"t/{TENANT}/a/{artifact}/{name}" for name in sealed | {"manifest.json"}}
     expected |= {f"t/{TENANT}/keys/{artifact}.json"}
     # Row 3, after its run was created and claimed:
-    expected |= {f"t/{TENANT}/audit/{service.registry.audit_head(TENANT).place}.json"}
+    expected |= {f"t/{TENANT}/audit/{service.registry.audit_log.head(TENANT).place}.json"}
     assert {path.relative_to(service.root).as_posix() for path in service.files()} == expected
     manifest = json.loads((service.root / f"t/{TENANT}/a/{artifact}/manifest.json").read_text())
     assert set(manifest["files"]) == sealed
@@ -209,7 +212,7 @@ def test_another_keyring_opens_nothing(service: Service) -> None:
         with pytest.raises(IntegrityError, match="another one than the 'k1'"):
             Registry(f"sqlite:///{service.home / DATABASE}", keyring)
         FileKeyring(keyring).rotate()  # its primary key has a name that is not known yet
-    assert service.registry.rotate_key(TENANT) == "k2"  # and was not noted as the other's
+    assert service.registry.data_keys.rotate(TENANT) == "k2"  # and was not noted as the other's
 
 
 def test_another_tenant_fetches_exports_and_deletes_nothing(
@@ -276,14 +279,14 @@ def test_an_artifact_that_lost_its_manifest_can_be_deleted(service: Service) -> 
     (service.root / f"t/{TENANT}/a/{artifact}/manifest.json").unlink()
     delete.delete(service.registry, str(service.root), TENANT, artifact)
     assert service.files_of(artifact) == []
-    assert service.registry.artifacts(TENANT) == []
+    assert service.registry.catalogue.find(TENANT) == []
 
 
 def test_a_deletion_is_in_the_head_that_the_store_keeps(service: Service) -> None:
     """So that a database from before it is noticed."""
     artifact = service.publish()
     delete.delete(service.registry, str(service.root), TENANT, artifact)
-    rows = service.registry.audit_rows(TENANT, 0, 100)
+    rows = service.registry.audit_log.rows(TENANT, 0, 100)
     public = (service.home / PUBLIC_KEY).read_bytes()
     newest = max(kept(str(service.root), TENANT, public), key=lambda head: head.seq)
     assert (newest.seq, json.loads(rows[-1])["event"]) == (len(rows), "artifact.delete")
@@ -349,7 +352,7 @@ def test_a_full_disk_is_a_typed_error_and_leaves_nothing(
     with full_disk(limit_bytes), pytest.raises(StorageError, match="free or fix the disk"):
         service.publish(large)
     assert {path: path.read_bytes() for path in service.files()} == before
-    assert [info.artifact_id for info in service.registry.artifacts(TENANT)] == [kept]
+    assert [info.artifact_id for info in service.registry.catalogue.find(TENANT)] == [kept]
     assert_same(service.fetch(service.publish(large)), large)
 
 
@@ -366,11 +369,11 @@ def test_a_database_that_cannot_grow_is_a_typed_error_and_leaves_no_files(
     small = checkpoint(size=1, optimizer=None, weights={"b": torch.tensor(1.5)})
     largest = max(len(content) for content in to_files(small).values()) + 1000
     while log.stat().st_size < 2 * largest:  # the log is longer than any file of the artifact
-        service.registry.claim(service.registry.create_run(TENANT, '{"model_ref": "m"}'))
+        service.registry.runs.claim(service.registry.runs.create(TENANT, '{"model_ref": "m"}'))
     with full_disk(largest), pytest.raises(StorageError, match="database refused"):
         service.publish(small)
     assert service.files() == []
-    assert service.registry.artifacts(TENANT) == []
+    assert service.registry.catalogue.find(TENANT) == []
     assert_same(service.fetch(service.publish(small)), small)
 
 
@@ -381,12 +384,12 @@ def test_an_actor_of_another_epoch_publishes_nothing_and_leaves_no_file(
     with pytest.raises(ActorLostError):
         service.publish(epoch=service.epoch + off)
     assert service.files() == []
-    assert service.registry.artifacts(TENANT) == []
+    assert service.registry.catalogue.find(TENANT) == []
 
 
 def test_a_replaced_actor_publishes_nothing_and_harms_nothing(service: Service) -> None:
     kept = service.publish()
-    service.registry.claim(service.run)
+    service.registry.runs.claim(service.run)
     before = service.files()
     with pytest.raises(ActorLostError):
         service.publish()
@@ -400,8 +403,8 @@ def test_a_save_whose_tenant_key_was_retired_meanwhile_is_refused(service: Servi
 
     def slow(store: ArtifactStore, draft: Draft) -> None:
         publish.write(store, draft)
-        registry.rotate_key(TENANT)
-        registry.retire_key(TENANT, "k1", {})
+        registry.data_keys.rotate(TENANT)
+        registry.data_keys.retire(TENANT, "k1", {})
 
     draft = Draft(registry, service.store, service.capability, to_files(checkpoint()))
     with pytest.raises(StorageError, match="'k1' was retired"):
@@ -416,17 +419,17 @@ def test_a_save_whose_tenant_key_was_retired_meanwhile_is_refused(service: Servi
 def test_a_save_whose_answer_is_lost_keeps_the_files_of_an_artifact(
     service: Service, monkeypatch: pytest.MonkeyPatch, entered: bool
 ) -> None:
-    enter = service.registry.publish
+    enter = service.registry.artifacts.publish
 
     def lost(*arguments: Any) -> None:
         if entered:
             enter(*arguments)
         raise ClusterUnavailableError("no answer")
 
-    monkeypatch.setattr(service.registry, "publish", lost)
+    monkeypatch.setattr(service.registry.artifacts, "publish", lost)
     with pytest.raises(ClusterUnavailableError):
         service.publish()
-    saved = service.registry.artifacts(TENANT)
+    saved = service.registry.catalogue.find(TENANT)
     assert len(saved) == entered
     for info in saved:
         assert_same(service.fetch(info.artifact_id), checkpoint())
@@ -547,13 +550,13 @@ def test_an_artifact_is_there_although_the_store_took_no_head(service: Service) 
     assert_same(service.fetch(full.publish()), checkpoint())
 
 
-class Unrecorded(Registry):
-    def record_export(self, tenant: str, artifact_id: str) -> None:
-        raise StorageError("the disk is full")
+def full_disk_on_export(tenant: str, artifact_id: str) -> None:
+    raise StorageError("the disk is full")
 
 
 def test_what_is_not_in_the_audit_log_is_not_exported(service: Service, tmp_path: Path) -> None:
-    registry = Unrecorded(f"sqlite:///{service.home / DATABASE}", service.home / KEYRING)
+    registry = Registry(f"sqlite:///{service.home / DATABASE}", service.home / KEYRING)
+    registry.audit_log.record_export = full_disk_on_export  # type: ignore[method-assign]
     artifact = service.publish()
     with pytest.raises(StorageError, match="disk is full"):
         adapters.export_adapter(

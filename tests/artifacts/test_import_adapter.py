@@ -288,7 +288,7 @@ def test_a_refused_adapter_leaves_the_run_as_it_was(
 ) -> None:  # fmt: skip
     files = PeftFiles.read(copied)
     config = TrainingConfig(model_ref=str(tiny_model), lora_config=files.lora)
-    capability = service.registry.capability(TENANT, service.run, service.epoch)
+    capability = service.registry.data_keys.capability(TENANT, service.run, service.epoch)
     place = Place(TENANT, service.run, service.epoch, str(service.root), tmp_path, capability)
     worker = Worker(place, config, service.registry, lambda _: None)
     before = worker.session.state()
@@ -297,7 +297,7 @@ def test_a_refused_adapter_leaves_the_run_as_it_was(
         with pytest.raises(ArtifactMismatchError):
             worker.load_adapter(lambda: None, files.config, files.weights)
     with monkeypatch.context() as patch:  # and what cannot be noted is not imported
-        patch.setattr(service.registry, "record_import", no_room)
+        patch.setattr(service.registry.audit_log, "record_import", no_room)
         with pytest.raises(StorageError):
             worker.load_adapter(lambda: None, files.config, files.weights)
     bad = save(damaged(load_file(copied / WEIGHTS), "nan"))
@@ -306,11 +306,11 @@ def test_a_refused_adapter_leaves_the_run_as_it_was(
     after = worker.session.state()
     assert all(torch.equal(after.weights[n], t) for n, t in before.weights.items())
     assert after.lineage == before.lineage
-    assert "artifact.import" not in "".join(service.registry.audit_rows(TENANT, 0, 100))
+    assert "artifact.import" not in "".join(service.registry.audit_log.rows(TENANT, 0, 100))
     name = worker.latest().name
     worker.load_adapter(lambda: None, files.config, files.weights)
     assert worker.latest().name != name  # nobody samples from the weights before
-    assert "artifact.import" in "".join(service.registry.audit_rows(TENANT, 0, 100))
+    assert "artifact.import" in "".join(service.registry.audit_log.rows(TENANT, 0, 100))
 
 
 # --- through a real service ----------------------------------------------------------------------

@@ -20,7 +20,7 @@ from actors.artifacts.delete import delete
 from actors.operations import expiry, verify
 from actors.operations import keys as keys_module
 from actors.registry import artifacts
-from actors.registry.artifacts import EXPIRED
+from actors.registry.artifacts import EXPIRED, Artifacts
 from actors.registry.registry import Registry
 from actors.storage.capabilities import KEEPER
 from actors.storage.home import DATABASE, KEYRING
@@ -37,8 +37,8 @@ from tg_tinker import (
     StorageError,
     TGTinkerError,
 )
-from tg_tinker.cluster.messages import ArtifactQuery
 from tg_tinker.labels import MOST_LABELS
+from tg_tinker.types import ArtifactQuery
 
 OTHER = "bank"
 
@@ -62,7 +62,7 @@ def deleted(service: Service, artifact: str) -> None:
 
 
 def events(service: Service) -> list[tuple[str, str, str]]:
-    rows = map(json.loads, service.registry.audit_rows(TENANT, 0, 1000))
+    rows = map(json.loads, service.registry.audit_log.rows(TENANT, 0, 1000))
     return [(row["event"], row["subject"], row["outcome"]) for row in rows]
 
 
@@ -86,7 +86,7 @@ def test_a_copy_is_the_same_state_of_the_same_run_under_another_key(service: Ser
     assert copy != source
     assert_same(service.fetch(copy), checkpoint())
     assert service.fetch(copy).state.lineage == checkpoint().state.lineage
-    one, other = (service.registry.artifact(TENANT, a) for a in (source, copy))
+    one, other = (service.registry.catalogue.get(TENANT, a) for a in (source, copy))
     assert (one.training_client_id, one.step, one.include_optimizer, one.size_bytes) == (
         other.training_client_id, other.step, other.include_optimizer, other.size_bytes,
     )  # fmt: skip
@@ -111,11 +111,11 @@ def test_a_run_comes_back_from_what_it_saved_last_not_from_what_was_copied_last(
 ) -> None:
     early, late = service.publish(), service.publish(checkpoint(step=9))
     copied(service, early)
-    assert service.registry.run(TENANT, service.run)[0].last_artifact_id == late
+    assert service.registry.runs.get(TENANT, service.run)[0].last_artifact_id == late
     delete(service.registry, str(service.root), TENANT, late)
-    last = service.registry.run(TENANT, service.run)[0].last_artifact_id
+    last = service.registry.runs.get(TENANT, service.run)[0].last_artifact_id
     assert last is not None
-    assert service.registry.artifact(TENANT, last).step == 3
+    assert service.registry.catalogue.get(TENANT, last).step == 3
 
 
 def test_what_is_damaged_is_neither_copied_nor_resealed(service: Service) -> None:
@@ -127,7 +127,7 @@ def test_what_is_damaged_is_neither_copied_nor_resealed(service: Service) -> Non
         with pytest.raises(IntegrityError, match="not what was published"):
             attempt(service, artifact)
     assert contents(service) == before
-    assert len(service.registry.artifacts(TENANT)) == 1
+    assert len(service.registry.catalogue.find(TENANT)) == 1
 
 
 def test_another_tenant_copies_reseals_shreds_labels_and_lists_nothing(service: Service) -> None:
@@ -137,18 +137,18 @@ def test_another_tenant_copies_reseals_shreds_labels_and_lists_nothing(service: 
         lambda: copied(service, artifact, OTHER),
         lambda: resealed(service, artifact, OTHER),
         lambda: shredded(service, artifact, OTHER),
-        lambda: registry.set_labels(OTHER, artifact, {"stage": "prod"}),
-        lambda: registry.set_expiry(OTHER, artifact, None),
-        lambda: registry.begin_reseal(OTHER, artifact),
-        lambda: registry.openable(OTHER, artifact),
-        lambda: registry.artifacts(OTHER, ArtifactQuery(after=artifact)),
+        lambda: registry.catalogue.set_labels(OTHER, artifact, {"stage": "prod"}),
+        lambda: registry.catalogue.set_expiry(OTHER, artifact, None),
+        lambda: registry.artifacts.begin_reseal(OTHER, artifact),
+        lambda: registry.catalogue.openable(OTHER, artifact),
+        lambda: registry.catalogue.find(OTHER, ArtifactQuery(after=artifact)),
     ]
     for attempt in attempts:
         with pytest.raises(NotFoundError):
             attempt()
     assert contents(service) == before
-    assert registry.reachable(OTHER) == set()
-    assert registry.artifact(TENANT, artifact).labels == {}
+    assert registry.catalogue.reachable(OTHER) == set()
+    assert registry.catalogue.get(TENANT, artifact).labels == {}
     assert_same(service.fetch(artifact), checkpoint())
 
 
@@ -161,7 +161,9 @@ def test_a_resealed_artifact_keeps_its_id_and_nothing_old_opens_it(service: Serv
     info = resealed(service, artifact)
     assert info.artifact_id == artifact
     assert_same(service.fetch(artifact), checkpoint())
-    assert names_in_store(service) == {f"{artifact}.2"} == service.registry.reachable(TENANT)
+    assert (
+        names_in_store(service) == {f"{artifact}.2"} == service.registry.catalogue.reachable(TENANT)
+    )
     new = {path.name: content for path, content in contents(service).items()}
     assert all(new.get(path.name) != content for path, content in old.items())
     for path, content in old.items():  # a backup is put back
@@ -182,7 +184,7 @@ def test_resealing_again_and_after_a_rotation_works_and_everything_else_still_fi
 ) -> None:
     artifact, root = service.publish(), str(service.root)
     resealed(service, artifact)
-    service.registry.rotate_key(TENANT)
+    service.registry.data_keys.rotate(TENANT)
     assert [*keys_module.rewrap(service.registry, root)] == [(artifact, "")]
     assert keys_module.uses(service.registry, root).artifacts == {"k1": 0, "k2": 1}
     keys_module.retire(service.registry, root, TENANT, "k1")
@@ -201,20 +203,27 @@ def test_only_a_keeper_of_its_tenant_is_given_a_fresh_key_of_what_is_there(
     registry = service.registry
     artifact, gone = service.publish(), service.publish()
     deleted(service, gone)
-    key, wrapped = registry.new_data_key(registry.keeper(TENANT), artifact, service.store.root)
+    key, wrapped = registry.data_keys.new(
+        registry.data_keys.keeper(TENANT), artifact, service.store.root
+    )
     assert (
-        registry.open_data_key(registry.keeper(TENANT), artifact, wrapped, service.store.root)
+        registry.data_keys.open(
+            registry.data_keys.keeper(TENANT), artifact, wrapped, service.store.root
+        )
         == key
     )
-    for capability in (registry.reader(TENANT), service.capability):
+    for capability in (registry.data_keys.reader(TENANT), service.capability):
         with pytest.raises(AccessDeniedError):
-            registry.new_data_key(capability, artifact, service.store.root)
-    for keeper, name in ((registry.keeper(OTHER), artifact), (registry.keeper(TENANT), gone)):
+            registry.data_keys.new(capability, artifact, service.store.root)
+    for keeper, name in (
+        (registry.data_keys.keeper(OTHER), artifact),
+        (registry.data_keys.keeper(TENANT), gone),
+    ):
         with pytest.raises(NotFoundError):
-            registry.new_data_key(keeper, name, service.store.root)
-    forged = replace(registry.reader(TENANT), kind=KEEPER)
+            registry.data_keys.new(keeper, name, service.store.root)
+    forged = replace(registry.data_keys.reader(TENANT), kind=KEEPER)
     with pytest.raises(AccessDeniedError):
-        registry.new_data_key(forged, artifact, service.store.root)
+        registry.data_keys.new(forged, artifact, service.store.root)
 
 
 class Crash(BaseException):
@@ -238,8 +247,8 @@ def dying_at(monkeypatch: pytest.MonkeyPatch, place: int, error: BaseException) 
         objects = "actors.storage.objects.LocalFolder."
         for name in ("put", "delete", "delete_all"):
             patch.setattr(objects + name, wrapped(getattr(artifact_objects(), name)))
-        for name in ("begin_reseal", "finish_reseal", "publish_copy", "delete_artifact"):
-            patch.setattr(Registry, name, wrapped(getattr(Registry, name)))
+        for name in ("begin_reseal", "finish_reseal", "publish_copy", "delete"):
+            patch.setattr(Artifacts, name, wrapped(getattr(Artifacts, name)))
         yield
 
 
@@ -271,14 +280,14 @@ def test_a_reseal_that_dies_anywhere_leaves_a_whole_artifact(
     again = Registry(f"sqlite:///{service.home / DATABASE}", service.home / KEYRING)
     restarted = replace(service, registry=again)
     assert_same(restarted.fetch(artifact), checkpoint())
-    reached = again.reachable(TENANT)
+    reached = again.catalogue.reachable(TENANT)
     assert len(reached) == 1
     assert reached <= names_in_store(restarted)
     resealed(restarted, artifact)
     assert_same(restarted.fetch(artifact), checkpoint())
-    assert again.reachable(TENANT).isdisjoint(reached)  # a name is never used twice
+    assert again.catalogue.reachable(TENANT).isdisjoint(reached)  # a name is never used twice
     shredded(restarted, artifact)
-    assert again.reachable(TENANT) == set()
+    assert again.catalogue.reachable(TENANT) == set()
 
 
 @pytest.mark.parametrize("place", CHANGES)
@@ -288,10 +297,10 @@ def test_a_copy_that_dies_anywhere_is_there_or_not_and_never_harms_its_source(
     source = service.publish()
     with dying_at(monkeypatch, place, Crash()), suppress(Crash):
         copied(service, source)
-    for info in service.registry.artifacts(TENANT):
+    for info in service.registry.catalogue.find(TENANT):
         assert_same(service.fetch(info.artifact_id), checkpoint())
-    assert service.registry.reachable(TENANT) <= names_in_store(service)
-    assert source in service.registry.reachable(TENANT)
+    assert service.registry.catalogue.reachable(TENANT) <= names_in_store(service)
+    assert source in service.registry.catalogue.reachable(TENANT)
 
 
 @pytest.mark.parametrize("place", CHANGES)
@@ -307,28 +316,34 @@ def test_a_shredding_that_dies_anywhere_leaves_nothing_that_opens(
             service.fetch(artifact)
     with suppress(NotFoundError):  # its entry was gone already
         shredded(service, artifact)
-    assert service.registry.reachable(TENANT) == {kept}
+    assert service.registry.catalogue.reachable(TENANT) == {kept}
     left = [path for path in service.files() if artifact in str(path)]
     assert all(path.suffix == ".enc" or path.name == "manifest.json" for path in left)
     assert not (service.root / f"t/{TENANT}/keys/{artifact}.json").exists()
     assert_same(service.fetch(kept), checkpoint())
 
 
-class LostReply(Registry):
-    """Makes the switch, and its answer never arrives."""
+def losing_the_reply(registry: Registry) -> Registry:
+    """It makes the switch, and its answer never arrives."""
+    finish = registry.artifacts.finish_reseal
 
-    def finish_reseal(self, *arguments: Any) -> ArtifactInfo:
-        super().finish_reseal(*arguments)
+    def finish_reseal(*arguments: Any) -> ArtifactInfo:
+        finish(*arguments)
         raise ActorLostError("the registry is gone")
+
+    registry.artifacts.finish_reseal = finish_reseal  # type: ignore[method-assign]
+    return registry
 
 
 def test_a_switch_whose_answer_is_lost_keeps_the_files_that_count(service: Service) -> None:
     artifact = service.publish()
-    registry = LostReply(f"sqlite:///{service.home / DATABASE}", service.home / KEYRING)
+    registry = losing_the_reply(
+        Registry(f"sqlite:///{service.home / DATABASE}", service.home / KEYRING)
+    )
     with pytest.raises(ActorLostError):
         resealed(replace(service, registry=registry), artifact)
     assert_same(service.fetch(artifact), checkpoint())
-    assert service.registry.reachable(TENANT) == {f"{artifact}.2"}
+    assert service.registry.catalogue.reachable(TENANT) == {f"{artifact}.2"}
 
 
 class Forgetful(ArtifactStore):
@@ -357,7 +372,7 @@ def test_the_old_files_stay_where_the_new_ones_do_not_open(
         patch.setattr(copies, "ArtifactStore", Forgetful)
         with pytest.raises(IntegrityError):
             resealed(service, artifact)
-    assert names_in_store(service) == {artifact} == service.registry.reachable(TENANT)
+    assert names_in_store(service) == {artifact} == service.registry.catalogue.reachable(TENANT)
     assert_same(service.fetch(artifact), checkpoint())
 
 
@@ -380,7 +395,9 @@ def test_of_two_that_reseal_at_once_one_wins_and_no_file_is_mixed(
     during_reseal(monkeypatch, service, lambda: resealed(service, artifact))
     with pytest.raises(InvalidRequestError, match="somebody else"):
         resealed(service, artifact)
-    assert names_in_store(service) == {f"{artifact}.3"} == service.registry.reachable(TENANT)
+    assert (
+        names_in_store(service) == {f"{artifact}.3"} == service.registry.catalogue.reachable(TENANT)
+    )
     assert_same(service.fetch(artifact), checkpoint())
 
 
@@ -400,19 +417,19 @@ def test_what_was_resealed_while_it_is_deleted_leaves_nothing(
     service: Service, monkeypatch: pytest.MonkeyPatch, remove: Callable[[Service, str], object]
 ) -> None:
     """Under the name that the deletion found, the files are gone already."""
-    artifact, inner = service.publish(), Registry.delete_artifact
+    artifact, inner = service.publish(), Artifacts.delete
 
-    def late(self: Registry, *arguments: Any) -> str:
+    def late(self: Artifacts, *arguments: Any) -> str:
         resealed(service, artifact)
         return inner(self, *arguments)
 
     if remove is shredded:  # then its key is gone, and nobody can reseal it
         monkeypatch.setattr(ArtifactStore, "delete_key", lambda *_: resealed(service, artifact))
     else:
-        monkeypatch.setattr(Registry, "delete_artifact", late)
+        monkeypatch.setattr(Artifacts, "delete", late)
     remove(service, artifact)
     assert service.files_of(artifact) == []
-    assert service.registry.reachable(TENANT) == set()
+    assert service.registry.catalogue.reachable(TENANT) == set()
 
 
 def test_a_key_that_was_rotated_while_resealing_is_not_relied_on(
@@ -422,7 +439,7 @@ def test_a_key_that_was_rotated_while_resealing_is_not_relied_on(
     artifact, root = service.publish(), str(service.root)
 
     def rotate_and_retire() -> None:
-        service.registry.rotate_key(TENANT)
+        service.registry.data_keys.rotate(TENANT)
         assert [*keys_module.rewrap(service.registry, root)] == [(artifact, "")]
         keys_module.retire(service.registry, root, TENANT, "k1")
 
@@ -473,7 +490,7 @@ def test_an_artifact_that_only_has_its_key_left_is_shredded(service: Service) ->
     shutil.rmtree(service.root / f"t/{TENANT}/a/{artifact}")
     shredded(service, artifact)
     assert service.files_of(artifact) == []
-    assert service.registry.reachable(TENANT) == set()
+    assert service.registry.catalogue.reachable(TENANT) == set()
 
 
 def test_an_artifact_of_another_store_is_not_shredded(service: Service, tmp_path: Path) -> None:
@@ -487,7 +504,7 @@ def test_a_rotation_does_not_bring_a_shredded_key_back(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = service.publish()
-    service.registry.rotate_key(TENANT)
+    service.registry.data_keys.rotate(TENANT)
     inner = ArtifactStore.write_key
 
     def late(self: ArtifactStore, *arguments: Any) -> None:
@@ -507,24 +524,24 @@ def test_labels_are_replaced_listed_and_found_and_leave_no_trace_of_their_text(
 ) -> None:
     one, two, three = (service.publish() for _ in range(3))
     registry = service.registry
-    registry.set_labels(TENANT, one, {"stage": "prod", "owner": "anna"})
-    registry.set_labels(TENANT, two, {"stage": "test"})
-    info = registry.set_labels(TENANT, three, {"stage": "prod"})
+    registry.catalogue.set_labels(TENANT, one, {"stage": "prod", "owner": "anna"})
+    registry.catalogue.set_labels(TENANT, two, {"stage": "test"})
+    info = registry.catalogue.set_labels(TENANT, three, {"stage": "prod"})
     assert info.labels == {"stage": "prod"}
 
     def found(name: str, value: str) -> list[str]:
         query = ArtifactQuery(label=(name, value))
-        return [info.artifact_id for info in registry.artifacts(TENANT, query)]
+        return [info.artifact_id for info in registry.catalogue.find(TENANT, query)]
 
     assert found("stage", "prod") == [one, three]
     assert found("owner", "anna") == [one]
     assert found("stage", "pro%") == found("anna", "owner") == []
-    registry.set_labels(TENANT, one, {"stage": "old"})
-    assert registry.artifact(TENANT, one).labels == {"stage": "old"}
+    registry.catalogue.set_labels(TENANT, one, {"stage": "old"})
+    assert registry.catalogue.get(TENANT, one).labels == {"stage": "old"}
     assert found("owner", "anna") == []
-    assert "anna" not in "".join(registry.audit_rows(TENANT, 0, 1000))
+    assert "anna" not in "".join(registry.audit_log.rows(TENANT, 0, 1000))
     assert events(service).count(("artifact.label", one, "ok")) == 2
-    assert registry.artifact(TENANT, copied(service, two)).labels == {}
+    assert registry.catalogue.get(TENANT, copied(service, two)).labels == {}
     assert resealed(service, two).labels == {"stage": "test"}
 
 
@@ -540,10 +557,10 @@ def test_labels_of_another_form_are_refused_and_change_nothing(
     service: Service, labels: dict[Any, Any]
 ) -> None:
     artifact = service.publish()
-    service.registry.set_labels(TENANT, artifact, {"stage": "prod"})
+    service.registry.catalogue.set_labels(TENANT, artifact, {"stage": "prod"})
     with pytest.raises(InvalidRequestError, match="label"):
-        service.registry.set_labels(TENANT, artifact, labels)
-    assert service.registry.artifact(TENANT, artifact).labels == {"stage": "prod"}
+        service.registry.catalogue.set_labels(TENANT, artifact, labels)
+    assert service.registry.catalogue.get(TENANT, artifact).labels == {"stage": "prod"}
 
 
 # --- expiry --------------------------------------------------------------------------------------
@@ -575,11 +592,11 @@ def test_from_its_expiry_on_an_artifact_opens_nowhere_and_before_it_everywhere(
     later = service.publish(checkpoint(step=7))
     when = datetime.fromtimestamp(clock.now + 60, UTC)
     for one in (artifact, later):
-        assert registry.set_expiry(TENANT, one, when).expires_at == when
+        assert registry.catalogue.set_expiry(TENANT, one, when).expires_at == when
     clock.now += 59.99
     assert_same(service.fetch(artifact), checkpoint())
-    assert registry.gone([artifact, kept, "art-none"]) == ["art-none"]
-    assert registry.run(TENANT, service.run)[0].last_artifact_id == later
+    assert registry.catalogue.gone([artifact, kept, "art-none"]) == ["art-none"]
+    assert registry.runs.get(TENANT, service.run)[0].last_artifact_id == later
     clock.now += 0.01
     wrapped = service.store.read_key(TENANT, artifact)
     manifest = service.store.read(TENANT, artifact, "manifest.json")
@@ -588,26 +605,26 @@ def test_from_its_expiry_on_an_artifact_opens_nowhere_and_before_it_everywhere(
         lambda: copied(service, artifact),
         lambda: resealed(service, artifact),
         lambda: export_adapter(registry, root, TENANT, artifact, tmp_path / "out"),
-        lambda: registry.open_data_key(
-            registry.reader(TENANT), artifact, wrapped, service.store.root
+        lambda: registry.data_keys.open(
+            registry.data_keys.reader(TENANT), artifact, wrapped, service.store.root
         ),
-        lambda: registry.check_manifest(TENANT, artifact, manifest),
-        lambda: registry.openable(TENANT, artifact),
+        lambda: registry.catalogue.check_manifest(TENANT, artifact, manifest),
+        lambda: registry.catalogue.openable(TENANT, artifact),
     ]
     told = rf"expired at .*set_expiry.*artifacts expire --never {artifact}`.*delete --expired`"
     for attempt in attempts:
         with pytest.raises(NotFoundError, match=told) as refused:
             attempt()
         assert refused.value.code == EXPIRED
-    assert registry.gone([artifact, kept]) == [artifact]
-    assert registry.run(TENANT, service.run)[0].last_artifact_id == kept
+    assert registry.catalogue.gone([artifact, kept]) == [artifact]
+    assert registry.runs.get(TENANT, service.run)[0].last_artifact_id == kept
     assert [*verify.verify(registry, root, TENANT)] == [(kept, "")]
-    assert artifact in registry.reachable(TENANT)
-    assert len(registry.artifacts(TENANT)) == 3  # it is listed until it is removed
-    registry.set_expiry(TENANT, artifact, None)
+    assert artifact in registry.catalogue.reachable(TENANT)
+    assert len(registry.catalogue.find(TENANT)) == 3  # it is listed until it is removed
+    registry.catalogue.set_expiry(TENANT, artifact, None)
     assert_same(service.fetch(artifact), checkpoint())
     assert [*expiry.delete_expired(registry, root, TENANT)] == [(later, "")]
-    assert [info.artifact_id for info in registry.artifacts(TENANT)] == [artifact, kept]
+    assert [info.artifact_id for info in registry.catalogue.find(TENANT)] == [artifact, kept]
     assert service.files_of(later) == []
     assert ("artifact.expire", later, "ok") in events(service)
     assert events(service).count(("artifact.expiry", artifact, "ok")) == 2
@@ -618,7 +635,9 @@ def test_an_expired_artifact_that_cannot_be_removed_holds_up_no_other(
 ) -> None:
     known = [service.publish() for _ in range(3)]
     for artifact in known:
-        service.registry.set_expiry(TENANT, artifact, datetime.fromtimestamp(clock.now + 1, UTC))
+        service.registry.catalogue.set_expiry(
+            TENANT, artifact, datetime.fromtimestamp(clock.now + 1, UTC)
+        )
     for path in service.files_of(known[0]):
         path.unlink()
     clock.now += 2
@@ -629,8 +648,10 @@ def test_an_expired_artifact_that_cannot_be_removed_holds_up_no_other(
 def test_an_expiry_in_the_past_is_refused(service: Service) -> None:
     artifact = service.publish()
     with pytest.raises(InvalidRequestError, match="is past"):
-        service.registry.set_expiry(TENANT, artifact, datetime.now(UTC) - timedelta(seconds=1))
-    assert service.registry.artifact(TENANT, artifact).expires_at is None
+        service.registry.catalogue.set_expiry(
+            TENANT, artifact, datetime.now(UTC) - timedelta(seconds=1)
+        )
+    assert service.registry.catalogue.get(TENANT, artifact).expires_at is None
 
 
 # --- pages ---------------------------------------------------------------------------------------
@@ -641,7 +662,7 @@ def pages(service: Service, size: int, between: Callable[[list[str]], object]) -
     while True:
         after = found[-1] if found else None
         query = ArtifactQuery(limit=size, after=after)
-        page = [info.artifact_id for info in service.registry.artifacts(TENANT, query)]
+        page = [info.artifact_id for info in service.registry.catalogue.find(TENANT, query)]
         found += page
         if len(page) < size:
             return found
@@ -656,7 +677,7 @@ def test_pages_together_are_the_whole_list_also_at_one_moment_and_beside_deletio
     for moment in (0, 0, 0, 1, 1):  # several within one tick of the clock
         clock.now += moment
         known.append(service.publish())
-    whole = [info.artifact_id for info in service.registry.artifacts(TENANT)]
+    whole = [info.artifact_id for info in service.registry.catalogue.find(TENANT)]
     assert sorted(whole) == sorted(known)
     assert pages(service, size, lambda page: None) == whole
 
@@ -671,14 +692,14 @@ def test_filters_narrow_and_join(service: Service, clock: Clock) -> None:
     first = service.publish()
     clock.now += 10
     middle = service.publish()
-    run = registry.create_run(TENANT, '{"model_ref": "m"}')
+    run = registry.runs.create(TENANT, '{"model_ref": "m"}')
     clock.now += 10
-    last = service.publish(run_id=run, epoch=registry.claim(run))
+    last = service.publish(run_id=run, epoch=registry.runs.claim(run))
 
     def found(**conditions: Any) -> list[str]:
-        return [i.artifact_id for i in registry.artifacts(TENANT, ArtifactQuery(**conditions))]
+        return [i.artifact_id for i in registry.catalogue.find(TENANT, ArtifactQuery(**conditions))]
 
-    when = registry.artifact(TENANT, middle).created_at
+    when = registry.catalogue.get(TENANT, middle).created_at
     assert found() == [first, middle, last]
     assert found(run=run) == [last]
     assert found(newer_than=when) == [last]

@@ -38,13 +38,15 @@ def run(bench: Run) -> None:
 def measured(home: Path) -> Sheet:
     create(home)
     registry = Registry(f"sqlite:///{home / DATABASE}", home / KEYRING)
-    run = registry.create_run("default", TrainingConfig(model_ref="m").model_dump_json())
-    epoch = registry.claim(run)
+    run = registry.runs.create("default", TrainingConfig(model_ref="m").model_dump_json())
+    epoch = registry.runs.claim(run)
     rows = []
     for name, work in {
-        "run noted, no row": lambda step: registry.record(run, epoch, step, "active"),
-        "run noted, a step's row": lambda step: registry.record(run, epoch, step, "active", CALLS),
-        "a sample's row": lambda step: registry.record_sample(
+        "run noted, no row": lambda step: registry.runs.record(run, epoch, step, "active"),
+        "run noted, a step's row": lambda step: registry.runs.record(
+            run, epoch, step, "active", CALLS
+        ),
+        "a sample's row": lambda step: registry.audit_log.record_sample(
             "default", "sdk", f"{run}@{step}", 1, 64, "ok"
         ),
     }.items():

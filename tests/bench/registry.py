@@ -48,9 +48,9 @@ class Clients:
         while due < start + SECONDS:
             time.sleep(max(0.0, due - time.perf_counter()))
             if number % 2:
-                self._registry.run("default", run)
+                self._registry.runs.get("default", run)
             else:
-                self._registry.record(run, 1, number, "active", CALLS)
+                self._registry.runs.record(run, 1, number, "active", CALLS)
             now = time.perf_counter()
             found.append(1e3 * (now - due))
             due, number = (due + pace if pace else now), number + 1
@@ -60,9 +60,9 @@ class Clients:
 def waited(registry: Any, clients: Sequence[Any], rate: int | None) -> tuple[list[float], float]:
     """Milliseconds of all calls, and how many were answered in a second."""
     config = TrainingConfig(model_ref="m").model_dump_json()
-    runs = [registry.create_run("default", config) for _ in range(CLIENTS)]
+    runs = [registry.runs.create("default", config) for _ in range(CLIENTS)]
     for run in runs:
-        registry.claim(run)
+        registry.runs.claim(run)
     pace = CLIENTS / rate if rate else 0.0
     begin = time.perf_counter() + 0.5
     starts = [begin + number * pace / CLIENTS for number in range(CLIENTS)]

@@ -27,8 +27,8 @@ from actors.storage.home import MODELS
 from bench.measure import Bench, Run, Sheet, shown_progress
 from serve_app.replica.engines import EngineThread, loader
 from tg_tinker import LoRAConfig, ServiceClient, TrainingClient, TrainingConfig
-from tg_tinker.client.home import home_directory
 from tg_tinker.sampling import SamplingParams
+from tg_tinker.storage.home import home_directory
 
 ROW = {"input_ids": [[*range(1000, 1016)]]}
 PROMPT = "The capital of France is"

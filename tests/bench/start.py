@@ -24,7 +24,8 @@ from bench.measure import SCREEN, Bench, Goal, Run, Sheet, Spread
 from bench.sides import command, opened
 from bench.workloads import OUTPUT, Turns, Workload, run_all
 from tg_tinker import LoRAConfig, ServiceClient, TrainingClient, TrainingConfig
-from tg_tinker.client.home import home_directory, init_home
+from tg_tinker.client.home import init_home
+from tg_tinker.storage.home import home_directory
 
 WAIT_S = 12.0
 """For the spare process to finish its imports: it takes a core meanwhile."""

@@ -62,7 +62,7 @@ class Saves:
         (folder / "sealed").write_bytes(seal(self._key, self.file, b""))
 
     def save(self) -> None:
-        capability = self.registry.capability(TENANT, self.run, self.epoch)
+        capability = self.registry.data_keys.capability(TENANT, self.run, self.epoch)
         draft = Draft(self.registry, self.store, capability, {WEIGHTS: self.file, STATE: b"{}"})
         publish(
             self.registry, self.store, draft, run_id=self.run, epoch=self.epoch, step=1,
@@ -79,7 +79,7 @@ class Saves:
             os.fsync(file.fileno())
 
     def load(self) -> None:
-        fetch(self.registry, self.store, self.registry.reader(TENANT), self._ids[-1])
+        fetch(self.registry, self.store, self.registry.data_keys.reader(TENANT), self._ids[-1])
 
     def decrypt(self) -> None:
         unseal(self._key, (self._folder / "sealed").read_bytes(), b"")
@@ -159,7 +159,7 @@ def peak(folder: Path) -> float:
     draft = Draft(
         registry,
         store,
-        registry.capability(TENANT, run, epoch),
+        registry.data_keys.capability(TENANT, run, epoch),
         {WEIGHTS: file, OPTIMIZER: b"", STATE: b"{}"},
     )
     publish(registry, store, draft, run_id=run, epoch=epoch, step=1, include_optimizer=True)
@@ -209,8 +209,8 @@ def opened(home: Path) -> tuple[Registry, str, int]:
     """A registry of its own with a run in it."""
     create(home)
     registry = Registry(f"sqlite:///{home / DATABASE}", home / KEYRING)
-    run = registry.create_run(TENANT, TrainingConfig(model_ref="m").model_dump_json())
-    return registry, run, registry.claim(run)
+    run = registry.runs.create(TENANT, TrainingConfig(model_ref="m").model_dump_json())
+    return registry, run, registry.runs.claim(run)
 
 
 def run(bench: Run) -> None:

@@ -32,16 +32,9 @@ from support.audit import place as place  # a fixture
 from support.restored import Restored, loaded, old_copy, on, put_back, train
 from support.restored import old as old  # a fixture
 from tg_tinker import IntegrityError, NotFoundError, RollbackError, StorageError
-from tg_tinker.records.audit_log import (
-    ACCEPT,
-    AuditHead,
-    AuditRow,
-    acceptance,
-    chained,
-    parse_rows,
-    verify,
-)
+from tg_tinker.records.audit_log import ACCEPT, AuditRow, acceptance, chained, parse_rows, verify
 from tg_tinker.records.files import verify_export, write_export
+from tg_tinker.records.heads import AuditHead
 from tg_tinker.storage.envelope import new_signing_key, public_key_of
 
 # --- the row -------------------------------------------------------------------------------------
@@ -49,18 +42,18 @@ from tg_tinker.storage.envelope import new_signing_key, public_key_of
 
 def forge(old: Restored, details: dict[str, str | int]) -> None:
     """A row by somebody who can write to the database and has no key."""
-    with old.registry._change() as tx:
-        old.registry._note(tx, TENANT, "sdk", ACCEPT, "", details)
+    with old.registry.database.change() as tx:
+        old.registry.audit_log._writer.note(tx, TENANT, "sdk", ACCEPT, "", details)
 
 
 def lost(old: Restored) -> list[str]:
     """Heads that the older database does not know."""
     names = [path.stem for path in old.service.root.glob(f"t/{TENANT}/audit/*.json")]
-    return old.registry.unknown_rows(TENANT, names)
+    return old.registry.audit_log.unknown(TENANT, names)
 
 
 def test_who_writes_to_the_database_cannot_let_an_older_copy_pass(old: Restored) -> None:
-    heads, key = lost(old), old.registry._signing_key
+    heads, key = lost(old), old.registry.audit_log._signing_key
     joined, before = " ".join(heads), old.rows()[-1].hash
     forgeries: list[Callable[[str], dict[str, str | int]]] = [
         lambda last: {"heads": joined},
@@ -72,15 +65,15 @@ def test_who_writes_to_the_database_cannot_let_an_older_copy_pass(old: Restored)
     ]
     for made in forgeries:
         forge(old, made(old.rows()[-1].hash))
-        assert old.registry.unknown_rows(TENANT, heads) == heads
-        assert old.registry.accepting_rows(TENANT) == []
+        assert old.registry.audit_log.unknown(TENANT, heads) == heads
+        assert old.registry.audit_log.accepting(TENANT) == []
     with pytest.raises(RollbackError):
         loaded(old.service, old.deleted)
 
 
 def test_what_is_verified_counts_a_signed_acceptance_only(old: Restored) -> None:
     own = [head for head in heads_of(old) if head.place in lost(old)]
-    key = public_key_of(old.registry._signing_key)
+    key = public_key_of(old.registry.audit_log._signing_key)
     forge(old, {"heads": " ".join(head.place for head in own)})
     with pytest.raises(IntegrityError):
         verify(old.rows(), own=own, public_key=key)
@@ -91,19 +84,19 @@ def test_what_is_verified_counts_a_signed_acceptance_only(old: Restored) -> None
 
 
 def heads_of(old: Restored) -> list[Any]:
-    return rollback.kept(old.root, TENANT, public_key_of(old.registry._signing_key))
+    return rollback.kept(old.root, TENANT, public_key_of(old.registry.audit_log._signing_key))
 
 
 def test_an_acceptance_lets_the_heads_be_that_it_names_and_no_others(old: Restored) -> None:
     newest = old.newest.registry
-    newest.create_run(TENANT, "{}")
-    later = newest.audit_head(TENANT)  # known to whoever goes on with the newest copy
+    newest.runs.create(TENANT, "{}")
+    later = newest.audit_log.head(TENANT)  # known to whoever goes on with the newest copy
     old.accept()
     loaded(old.service, old.kept)
     keep(old.root, later)
-    assert old.registry.unknown_rows(TENANT, [later.place]) == [later.place]
+    assert old.registry.audit_log.unknown(TENANT, [later.place]) == [later.place]
     with pytest.raises(RollbackError):
-        loaded(on(old.service, Path(str(old.registry._engine.url.database))), old.kept)
+        loaded(on(old.service, Path(str(old.registry.database.engine.url.database))), old.kept)
 
 
 def test_an_acceptance_whose_head_the_store_refused_is_finished_by_the_next(
@@ -119,7 +112,7 @@ def test_an_acceptance_whose_head_the_store_refused_is_finished_by_the_next(
     found = old.check()
     assert (found.missing, found.unfinished, found.sound) == ({}, True, False)
     again = old.accept()
-    assert (again.row, again.openable) == (0, (old.kept, old.deleted))
+    assert (again.row, again.catalogue.openable) == (0, (old.kept, old.deleted))
     assert old.check().sound
     with pytest.raises(RollbackError):  # the newest copy is told all the same
         old.newest.fetch(old.kept)
@@ -135,14 +128,14 @@ def test_an_artifact_whose_files_are_lost_can_be_deleted_and_then_a_key_retired(
         path.unlink()
     assert old.accept().lost == {old.deleted: "its files are gone"}
     registry, root = old.registry, old.root
-    registry.rotate_key(TENANT)
+    registry.data_keys.rotate(TENANT)
     [*keys_module.rewrap(registry, root)]
     with pytest.raises(IntegrityError, match=old.deleted):
         keys_module.retire(registry, root, TENANT, "k1")
     with pytest.raises(NotFoundError, match="delete --lost"):
         delete.delete(registry, root, TENANT, old.deleted)
     delete.delete(registry, root, TENANT, old.deleted, lost=True)
-    assert [one.artifact_id for one in registry.artifacts(TENANT)] == [old.kept]
+    assert [one.artifact_id for one in registry.catalogue.find(TENANT)] == [old.kept]
     keys_module.retire(registry, root, TENANT, "k1")
     assert_same(old.service.fetch(old.kept), checkpoint())
 
@@ -173,16 +166,18 @@ def test_an_artifact_that_was_resealed_since_opens_and_is_not_swept(resealed: Re
     swept = [*sweep(resealed.registry, resealed.service.store, TENANT, 0)]
     assert resealed.kept not in {one.name for one in swept}
     assert_same(resealed.service.fetch(resealed.kept), checkpoint())
-    assert resealed.registry.stored_as(TENANT, resealed.kept) == f"{resealed.kept}.3"
+    assert resealed.registry.catalogue.stored_as(TENANT, resealed.kept) == f"{resealed.kept}.3"
     copies.reseal(resealed.registry, resealed.root, TENANT, resealed.kept)
-    assert resealed.registry.stored_as(TENANT, resealed.kept) == f"{resealed.kept}.4"  # a new name
+    assert (
+        resealed.registry.catalogue.stored_as(TENANT, resealed.kept) == f"{resealed.kept}.4"
+    )  # a new name
 
 
 def test_no_sweep_removes_what_may_be_left_of_a_lost_artifact(resealed: Restored) -> None:
     """The acceptance may have been broken off before it found the artifact."""
     registry, store = resealed.registry, resealed.service.store
     lines = [head.line() for head in heads_of(resealed)]
-    assert registry.accept_heads(TENANT, [one for one in lines if parsed(one) in lost(resealed)])
+    assert registry.heads.accept(TENANT, [one for one in lines if parsed(one) in lost(resealed)])
     for _ in range(3):
         swept = {one.name: one.state for one in sweep(registry, store, TENANT, 0)}
         assert swept[f"{resealed.kept}.3"] == "kept"
@@ -206,10 +201,10 @@ def test_a_sweep_goes_on_once_a_lost_artifact_is_forgotten(resealed: Restored) -
 
 def test_an_expired_artifact_that_was_resealed_is_found_again(resealed: Restored) -> None:
     registry = resealed.registry
-    with registry._change() as tx:
+    with registry.database.change() as tx:
         tx.exec_driver_sql(f"UPDATE artifacts SET expires_at = 1 WHERE id = '{resealed.kept}'")  # noqa: S608
     assert resealed.accept().openable == (resealed.kept, resealed.deleted)
-    registry.set_expiry(TENANT, resealed.kept, None)
+    registry.catalogue.set_expiry(TENANT, resealed.kept, None)
     assert_same(resealed.service.fetch(resealed.kept), checkpoint())
 
 
@@ -218,7 +213,7 @@ def test_an_artifact_whose_key_is_in_no_keyring_here_does_not_open_and_is_not_go
 ) -> None:
     keyring = old.service.home / KEYRING
     before = keyring.read_bytes()
-    old.newest.registry.rotate_key(TENANT)
+    old.newest.registry.data_keys.rotate(TENANT)
     [*keys_module.rewrap(old.newest.registry, old.root)]
     newest = keyring.read_bytes()
     keyring.write_bytes(before)
@@ -235,11 +230,11 @@ def test_what_is_left_of_a_sealing_is_not_adopted(resealed: Restored, damage: st
     if damage == "file":
         (resealed.service.root / f"t/{TENANT}/a/{name}/adapter_model.safetensors.enc").unlink()
     else:
-        registry.note_orphans(TENANT, {name: "seen"}, 0)
-        assert registry.bury(TENANT, name, 1, 1)
+        registry.orphans.note(TENANT, {name: "seen"}, 0)
+        assert registry.orphans.bury(TENANT, name, 1, 1)
     accepted = resealed.accept()
     assert (accepted.openable, [*accepted.lost]) == ((resealed.deleted,), [resealed.kept])
-    assert registry.stored_as(TENANT, resealed.kept) == resealed.kept
+    assert registry.catalogue.stored_as(TENANT, resealed.kept) == resealed.kept
 
 
 def test_what_a_stranger_put_there_is_not_taken_for_a_reseal(resealed: Restored) -> None:
@@ -273,7 +268,7 @@ def test_a_damaged_head_of_the_home_is_a_problem_and_stops_nothing(old: Restored
 
 def test_a_head_of_the_home_by_another_key_is_a_problem(old: Restored) -> None:
     path = old.service.home / f"audit-head-{TENANT}"
-    stranger = replace(old.registry.audit_head(TENANT), seq=99).signed(new_signing_key())
+    stranger = replace(old.registry.audit_log.head(TENANT), seq=99).signed(new_signing_key())
     path.write_text(f"{stranger.line()}\n")
     old.accept()
     found = old.check()
@@ -291,8 +286,10 @@ def newest_in(store: str, tenant: str) -> int:
 def test_an_older_copy_changes_no_expiry_and_no_api_key(place: Path) -> None:
     """It would leave a head of its own branch, and the newest copy would be refused for it."""
     sdk = LocalService(place)
-    run = sdk._registry.create_run(US, "{}")
-    sdk._registry.publish(US, run, sdk._registry.claim(run), "art-1", 1, 1, False, b"{}", "k1")
+    run = sdk._registry.runs.create(US, "{}")
+    sdk._registry.artifacts.publish(
+        US, run, sdk._registry.runs.claim(run), "art-1", 1, 1, False, b"{}", "k1"
+    )
     _, info = sdk.create_api_key()
 
     def go_on() -> None:
@@ -313,11 +310,11 @@ def test_an_older_copy_changes_no_expiry_and_no_api_key(place: Path) -> None:
 def test_expiry_and_api_keys_leave_a_head(place: Path) -> None:
     sdk = LocalService(place)
     registry = sdk._registry
-    run = registry.create_run(US, "{}")
-    registry.publish(US, run, registry.claim(run), "art-1", 1, 1, False, b"{}", "k1")
+    run = registry.runs.create(US, "{}")
+    registry.artifacts.publish(US, run, registry.runs.claim(run), "art-1", 1, 1, False, b"{}", "k1")
 
     def kept() -> bool:
-        return newest_in(sdk._store, US) == registry.audit_head(US).seq
+        return newest_in(sdk._store, US) == registry.audit_log.head(US).seq
 
     assert not kept()
     sdk.set_expiry("art-1", datetime.now(UTC) + timedelta(days=1))
@@ -334,9 +331,9 @@ def test_a_retired_key_and_a_new_actor_leave_a_head(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry, root = service.registry, str(service.root)
-    registry.rotate_key(TENANT)
+    registry.data_keys.rotate(TENANT)
     keys_module.retire(registry, root, TENANT, "k1")
-    assert newest_in(root, TENANT) == registry.audit_head(TENANT).seq
+    assert newest_in(root, TENANT) == registry.audit_log.head(TENANT).seq
     with pytest.raises(NotFoundError):
         train(service)
     claims = [row.seq for row in rows_of(service) if row.event == "run.claim"]
@@ -344,7 +341,7 @@ def test_a_retired_key_and_a_new_actor_leave_a_head(
 
 
 def rows_of(service: Service) -> list[AuditRow]:
-    return [*parse_rows(service.registry.audit_rows(TENANT, 0, 1000))]
+    return [*parse_rows(service.registry.audit_log.rows(TENANT, 0, 1000))]
 
 
 def test_a_store_that_refuses_a_head_is_told(
@@ -368,12 +365,12 @@ def asked(access: Access, token: str = "") -> str:
 def test_an_api_key_that_was_revoked_since_opens_nothing_on_an_older_copy(
     service: Service, tmp_path: Path
 ) -> None:
-    token, info = service.registry.create_api_key(TENANT, "", [], None)
+    token, info = service.registry.api_keys.create(TENANT, "", [], None)
     database = old_copy(service, tmp_path / "old.db")
     root, options = str(service.root), HttpOptions(TENANT)
     assert asked(Access(service.registry, options, root), token) == info.key_id
-    service.registry.revoke_api_key(TENANT, info.key_id)
-    keep(root, service.registry.audit_head(TENANT))
+    service.registry.api_keys.revoke(TENANT, info.key_id)
+    keep(root, service.registry.audit_log.head(TENANT))
     with pytest.raises(RollbackError):
         asked(Access(on(service, database).registry, options, root), token)
 
@@ -384,8 +381,8 @@ def test_a_server_that_had_keys_is_not_open_on_an_older_copy(
     database = old_copy(service, tmp_path / "old.db")
     root, options = str(service.root), HttpOptions(TENANT, open=True)
     assert asked(Access(service.registry, options, root)) == "open"
-    service.registry.create_api_key(TENANT, "", [], None)
-    keep(root, service.registry.audit_head(TENANT))
+    service.registry.api_keys.create(TENANT, "", [], None)
+    keep(root, service.registry.audit_log.head(TENANT))
     with pytest.raises(RollbackError):
         asked(Access(on(service, database).registry, options, root))
 
@@ -407,7 +404,7 @@ def test_rows_that_accept_are_canonical(old: Restored) -> None:
 def test_the_newest_head_that_is_missing_is_named(old: Restored) -> None:
     for _ in range(3):
         old.newest.publish()
-    newest = old.newest.registry.audit_head(TENANT)
+    newest = old.newest.registry.audit_log.head(TENANT)
     with pytest.raises(RollbackError) as caught:
         loaded(old.service, old.kept)
     assert caught.value.details["row"] == newest.seq
@@ -421,7 +418,7 @@ def test_only_heads_that_the_log_does_not_know_are_read(
         service.publish()
     read: list[str] = []
     monkeypatch.setattr(ArtifactStore, "read_head", lambda _, name, __: read.append(name) or "")
-    service = on(service, Path(str(service.registry._engine.url.database)))
+    service = on(service, Path(str(service.registry.database.engine.url.database)))
     (service.root / f"t/{TENANT}/audit/99-{'0' * 64}.json").write_text("none\n")
     meet(service.registry, service.store, TENANT)
     assert read == [f"t/{TENANT}/audit/99-{'0' * 64}.json"]
@@ -429,7 +426,7 @@ def test_only_heads_that_the_log_does_not_know_are_read(
 
 def test_a_stranger_s_signature_under_a_known_place_stops_no_sweep(service: Service) -> None:
     service.publish()
-    ours = service.registry.audit_head(TENANT).signed(new_signing_key())
+    ours = service.registry.audit_log.head(TENANT).signed(new_signing_key())
     (service.root / f"t/{TENANT}/audit/94-{'0' * 64}.json").write_text(f"{ours.line()}\n")
     [*sweep(service.registry, service.store, TENANT, 0)]
 
@@ -453,7 +450,7 @@ def test_a_stranger_s_long_objects_are_not_held_in_memory(
             file.truncate(2**20)
     found = rollback.unknown_in(service.registry, service.store, TENANT)
     assert [*found.values()] == ["", "", ""]
-    service = on(service, Path(str(service.registry._engine.url.database)))
+    service = on(service, Path(str(service.registry.database.engine.url.database)))
     assert service.publish()
 
 
@@ -462,7 +459,7 @@ def test_a_stranger_s_link_among_the_tenants_is_none(service: Service) -> None:
     (service.root / "t/no tenant").mkdir()
     (service.root / "t/evil").symlink_to("/")
     assert service.store.tenants() == [TENANT]
-    service.registry.rotate_key(TENANT)
+    service.registry.data_keys.rotate(TENANT)
     [*keys_module.rewrap(service.registry, str(service.root))]
     keys_module.retire(service.registry, str(service.root), TENANT, "k1")
 
@@ -475,22 +472,22 @@ def test_verify_tells_what_was_undone_in_the_database(service: Service, tmp_path
     artifact = service.publish()
     copied = copies.copy(registry, root, TENANT, artifact).artifact_id
     for one in (artifact, copied):
-        registry.set_expiry(TENANT, one, datetime.now(UTC) + timedelta(days=1))
-        registry.set_expiry(TENANT, one, None)
+        registry.catalogue.set_expiry(TENANT, one, datetime.now(UTC) + timedelta(days=1))
+        registry.catalogue.set_expiry(TENANT, one, None)
     copies.reseal(registry, root, TENANT, artifact)
 
     def found() -> dict[str, str]:
         return dict(upkeep.verify(registry, root, TENANT))
 
     def edit(change: str) -> None:
-        with registry._change() as tx:
+        with registry.database.change() as tx:
             tx.exec_driver_sql(f"UPDATE artifacts SET {change} WHERE id = '{artifact}'")  # noqa: S608
 
     assert found() == {artifact: "", copied: ""}
     edit("expires_at = 9e9")
     assert "another expiry" in found()[artifact]
     edit("expires_at = NULL")
-    digest = registry.entries(TENANT)[artifact][0]
+    digest = registry.catalogue.entries(TENANT)[artifact][0]
     edit("manifest_sha256 = 'f'")
     assert "another manifest" in found()[artifact]
     edit(f"manifest_sha256 = '{digest}'")
@@ -499,7 +496,7 @@ def test_verify_tells_what_was_undone_in_the_database(service: Service, tmp_path
     delete.shred(registry, root, TENANT, artifact)
     shutil.copytree(tmp_path / "store", service.root, dirs_exist_ok=True)
     edit("deleted_at = NULL")
-    assert f"deleted at row {registry.audit_head(TENANT).seq}" in found()[artifact]
+    assert f"deleted at row {registry.audit_log.head(TENANT).seq}" in found()[artifact]
     assert found()[copied] == ""
 
 
@@ -511,12 +508,14 @@ def test_rows_of_another_process_count_once_this_one_was_asked(
 ) -> None:
     artifact = service.publish()
     database = old_copy(service, tmp_path / "old.db")
-    other = on(service, Path(str(service.registry._engine.url.database)))
+    other = on(service, Path(str(service.registry.database.engine.url.database)))
     other.publish()
     assert service.fetch(artifact)  # it sees the other's row, and writes none that matters here
     shutil.rmtree(service.root / f"t/{TENANT}/audit")
-    keep(str(service.root), other.registry.audit_head(TENANT))
-    service.registry._reached[TENANT] = service.registry._end(TENANT)
+    keep(str(service.root), other.registry.audit_log.head(TENANT))
+    service.registry.audit_log._writer.reached[TENANT] = service.registry.audit_log._writer.end(
+        TENANT
+    )
     put_back(database, service)
     with pytest.raises(RollbackError):
         service.fetch(artifact)
@@ -524,16 +523,16 @@ def test_rows_of_another_process_count_once_this_one_was_asked(
 
 def test_of_two_changes_at_once_the_later_row_is_remembered(service: Service) -> None:
     registry = service.registry
-    registry._remember({TENANT: (90, "a")})
-    registry._remember({TENANT: (80, "b")})
-    assert registry._reached[TENANT] == (90, "a")
+    registry.audit_log._writer._remember(TENANT, (90, "a"))
+    registry.audit_log._writer._remember(TENANT, (80, "b"))
+    assert registry.audit_log._writer.reached[TENANT] == (90, "a")
 
 
 def test_a_head_in_the_store_counts_by_what_it_says_and_not_by_its_name(service: Service) -> None:
     service.publish()
     registry, root = service.registry, str(service.root)
     stored = restore.check(registry, root, TENANT, service.home).stored
-    assert stored == registry.audit_head(TENANT).seq
+    assert stored == registry.audit_log.head(TENANT).seq
     for path in service.root.glob(f"t/{TENANT}/audit/*.json"):
         path.write_text("junk\n")
     assert restore.check(registry, root, TENANT, service.home).stored == 0
@@ -541,7 +540,7 @@ def test_a_head_in_the_store_counts_by_what_it_says_and_not_by_its_name(service:
 
 def test_what_an_acceptance_finds_leaves_a_head(resealed: Restored) -> None:
     resealed.accept()
-    assert resealed.check().stored == resealed.registry.audit_head(TENANT).seq
+    assert resealed.check().stored == resealed.registry.audit_log.head(TENANT).seq
 
 
 def test_a_keyring_whose_older_keys_were_retired_opens_an_older_copy(
@@ -554,14 +553,14 @@ def test_a_keyring_whose_older_keys_were_retired_opens_an_older_copy(
     [*keys_module.rewrap(registry, root)]
     keys_module.retire(registry, root, TENANT, "k1")
     older = on(service, database)
-    assert older.registry.missing_keys() == []  # k2 came after all that it knows
+    assert older.registry.data_keys.missing_keys() == []  # k2 came after all that it knows
     restore.accept(older.registry, root, TENANT, service.home)
     assert older.fetch(artifact)
 
 
 def test_an_export_says_which_row_accepted_an_older_copy(old: Restored, tmp_path: Path) -> None:
     row = old.accept().row
-    head, path = old.registry.audit_head(TENANT), tmp_path / "export.jsonl"
+    head, path = old.registry.audit_log.head(TENANT), tmp_path / "export.jsonl"
     write_export(path, old.rows(), head)
-    key = public_key_of(old.registry._signing_key)
+    key = public_key_of(old.registry.audit_log._signing_key)
     assert verify_export(path, key).accepted == (row,)

@@ -139,14 +139,14 @@ def test_a_keyring_in_the_environment_is_a_warning_and_is_not_shown(
 def used(home: Path) -> Registry:
     """The registry of a home in which something was done."""
     registry = Registry(default_database(home), str(home / KEYRING))
-    registry.create_run("clinic", TrainingConfig(model_ref="m").model_dump_json())
+    registry.runs.create("clinic", TrainingConfig(model_ref="m").model_dump_json())
     return registry
 
 
 def test_a_keyring_that_is_older_or_another_one_is_a_problem(home: Path) -> None:
     registry, keyring = used(home), home / KEYRING
     older = keyring.read_text()
-    registry.rotate_key("clinic")
+    registry.data_keys.rotate("clinic")
     registry.close()
     assert found(home)["keyring and registry"].status == OK
     for text, said in (
@@ -376,7 +376,7 @@ def test_several_tenants_in_one_registry_are_told_what_a_tenant_is(home: Path) -
     assert found(home)["tenants"].status == OK
     registry = Registry(default_database(home), home / KEYRING)
     for tenant in ("north", "south"):
-        registry.create_run(tenant, json.dumps({"model_ref": "m"}))
+        registry.runs.create(tenant, json.dumps({"model_ref": "m"}))
     finding = found(home)["tenants"]
     assert finding.status == WARNING
     assert finding.message.startswith("2 in this registry")

@@ -19,9 +19,8 @@ from actors.operations import doctor, expiry, keys, restore
 from actors.operations import verify as upkeep
 from actors.operations.doctor import PROBLEM, examine
 from actors.operations.sweep import sweep
-from actors.registry.head_keeper import meet as meet_ledger
 from actors.registry.registry import Registry
-from actors.registry.rollback import keep, meet
+from actors.registry.rollback import keep, meet, meet_ledger
 from actors.storage.home import DATABASE, KEYRING
 from actors.storage.store import ArtifactStore
 from serve_app.replica.sources import Sources
@@ -43,16 +42,9 @@ from tg_tinker import (
     TrainingConfig,
 )
 from tg_tinker.cli.main import main
-from tg_tinker.records.audit_log import (
-    ACCEPT,
-    AuditHead,
-    AuditRow,
-    acceptance,
-    chained,
-    verify,
-)
+from tg_tinker.records.audit_log import ACCEPT, AuditRow, acceptance, chained, verify
 from tg_tinker.records.files import read_head
-from tg_tinker.records.heads import LedgerHead
+from tg_tinker.records.heads import AuditHead, LedgerHead
 from tg_tinker.storage.envelope import new_key, new_signing_key, public_key_of
 
 THEM = "bank"
@@ -87,11 +79,11 @@ USES: dict[str, Callable[[Service, str], object]] = {
 def refused(old: Restored, use: Callable[[Service, str], object]) -> RollbackError:
     """A refusal after which the store is as it was, and of whose cause there is a row."""
     before = {path: path.read_bytes() for path in old.service.files()}
-    known = old.registry.artifacts(TENANT)
+    known = old.registry.catalogue.find(TENANT)
     with pytest.raises(RollbackError, match=r"newest copy .*tg-tinker registry accept") as caught:
         use(old.service, old.deleted)
     assert {path: path.read_bytes() for path in old.service.files()} == before
-    assert old.registry.artifacts(TENANT) == known
+    assert old.registry.catalogue.find(TENANT) == known
     assert ("registry.check", "rollback") in {(row.event, row.outcome) for row in old.rows()}
     return caught.value
 
@@ -124,7 +116,7 @@ def test_from_the_acceptance_on_all_goes_on_and_every_new_process_knows(old: Res
     assert (row.event, row.outcome, row.who) == (ACCEPT, "ok", "sdk")
     with pytest.raises(RollbackError):  # two went on from one: the newest copy learns it, too
         old.newest.fetch(old.kept)
-    again = Registry(str(old.registry._engine.url), old.service.home / KEYRING)
+    again = Registry(str(old.registry.database.engine.url), old.service.home / KEYRING)
     service = replace(old.service, registry=again)
     for name in ("verify", "load_state", "read", "sample", "copy", "save", "sweep", "expire"):
         USES[name](service, old.deleted)
@@ -135,9 +127,9 @@ def test_from_the_acceptance_on_all_goes_on_and_every_new_process_knows(old: Res
 
 def test_an_acceptance_names_what_opens_again_and_what_has_lost_its_files(old: Restored) -> None:
     shutil.rmtree(old.service.root / f"t/{TENANT}/a/{old.deleted}")
-    theirs = old.registry.create_run(THEM, TrainingConfig(model_ref="m").model_dump_json())
-    epoch = old.registry.claim(theirs)
-    old.registry.publish(THEM, theirs, epoch, "art-theirs", 1, 1, False, b"{}", "k1")
+    theirs = old.registry.runs.create(THEM, TrainingConfig(model_ref="m").model_dump_json())
+    epoch = old.registry.runs.claim(theirs)
+    old.registry.artifacts.publish(THEM, theirs, epoch, "art-theirs", 1, 1, False, b"{}", "k1")
     accepted = old.accept()
     assert (accepted.openable, [*accepted.lost]) == ((old.kept,), [old.deleted])
 
@@ -162,7 +154,7 @@ def test_it_is_noticed_in_every_store_that_was_met(service: Service, tmp_path: P
     database = old_copy(service, tmp_path / "old.db")
     meet(service.registry, other, TENANT)
     service.publish()
-    keep(other.root, service.registry.audit_head(TENANT))
+    keep(other.root, service.registry.audit_log.head(TENANT))
     shutil.rmtree(service.root / f"t/{TENANT}/audit")
     put_back(database, service)
     assert service.fetch(artifact)  # this store has no head any more
@@ -181,8 +173,10 @@ def test_no_data_key_is_given_for_a_store_that_was_not_met(service: Service) -> 
         on(service, service.home / DATABASE).registry,
     )
     asks: list[Callable[[str], object]] = [
-        lambda root: registry.open_data_key(registry.reader(TENANT), artifact, wrapped, root),
-        lambda root: registry.new_data_key(service.capability, "art-new", root),
+        lambda root: registry.data_keys.open(
+            registry.data_keys.reader(TENANT), artifact, wrapped, root
+        ),
+        lambda root: registry.data_keys.new(service.capability, "art-new", root),
     ]
     meet(registry, ArtifactStore(str(service.home / "other")), TENANT)
     meet(registry, service.store, THEM)
@@ -245,13 +239,13 @@ def test_a_store_that_does_not_answer_is_not_passed_over(service: Service) -> No
 def test_nobody_who_writes_to_the_store_can_lock_a_tenant_out(
     service: Service, caplog: pytest.LogCaptureFixture
 ) -> None:
-    artifact, ours = service.publish(), service.registry.audit_head(TENANT)
-    service.registry.create_run(THEM, TrainingConfig(model_ref="m").model_dump_json())
+    artifact, ours = service.publish(), service.registry.audit_log.head(TENANT)
+    service.registry.runs.create(THEM, TrainingConfig(model_ref="m").model_dump_json())
     forged = replace(ours, seq=99).signed(new_signing_key())
     junk = {
         f"{forged.place}.json": forged.line(),
         f"98-{'0' * 64}.json": replace(ours, seq=98).line(),  # not what was signed
-        f"97-{'0' * 64}.json": service.registry.audit_head(THEM).line(),
+        f"97-{'0' * 64}.json": service.registry.audit_log.head(THEM).line(),
         f"96-{'0' * 64}.json": "no head",
         f"95-{'0' * 64}.json": ours.line(),  # known, under another name
     }
@@ -269,7 +263,7 @@ def test_nobody_who_writes_to_the_store_can_lock_a_tenant_out(
     assert not isinstance(swept.value, RollbackError)
     assert restore.accept(service.registry, str(service.root), TENANT, service.home).row == 0
     with pytest.raises(IntegrityError):
-        service.registry.accept_heads(TENANT, [forged.line()])
+        service.registry.heads.accept(TENANT, [forged.line()])
 
 
 # --- what an acceptance is worth -----------------------------------------------------------------
@@ -322,12 +316,12 @@ def test_an_acceptance_is_verified_from_the_log_alone_and_told() -> None:
 def test_the_audit_log_verifies_after_an_acceptance_and_says_so(place: Path) -> None:
     sdk = LocalService(place)
     for _ in range(5):
-        sdk._registry.create_run(US, "{}")
+        sdk._registry.runs.create(US, "{}")
 
     def go_on() -> None:
         for _ in range(3):
-            sdk._registry.create_run(US, "{}")
-            keep(sdk._store, sdk._registry.audit_head(US))
+            sdk._registry.runs.create(US, "{}")
+            keep(sdk._store, sdk._registry.audit_log.head(US))
         sdk.verify_audit_log()
 
     restored(sdk, go_on)
@@ -351,9 +345,9 @@ def test_the_audit_log_verifies_after_an_acceptance_and_says_so(place: Path) -> 
 
 def test_a_ledger_is_not_accepted(old: Restored) -> None:
     newest, data = old.newest.registry, "clinic-2026"
-    newest.register_dataset(TENANT, data, 8.0, 1e-5, "example")
-    name, line = newest.ledger_name(TENANT, data), newest.ledger_head(TENANT, data, -1)
-    place = f"0-{newest.ledger_entries(TENANT, data)[0]['hash']}"
+    newest.ledgers.register(TENANT, data, 8.0, 1e-5, "example")
+    name, line = newest.heads.ledger_name(TENANT, data), newest.heads.ledger_head(TENANT, data, -1)
+    place = f"0-{newest.ledgers.entries(TENANT, data)[0]['hash']}"
     old.service.store.write_ledger_head(TENANT, name, place, line)
     forged = replace(LedgerHead.parse(line), ledger="e" * 64).signed(new_signing_key())
     old.service.store.write_ledger_head(TENANT, "e" * 64, place, forged.line())
@@ -450,8 +444,8 @@ def test_where_nothing_is_lost_nothing_is_accepted() -> None:
 def theirs(service: Service) -> str:
     """An artifact of another tenant in the same store."""
     registry, config = service.registry, TrainingConfig(model_ref="m").model_dump_json()
-    run = registry.create_run(THEM, config)
-    shown = registry.capability(THEM, run, epoch := registry.claim(run))
+    run = registry.runs.create(THEM, config)
+    shown = registry.data_keys.capability(THEM, run, epoch := registry.runs.claim(run))
     return replace(service, run=run, epoch=epoch, capability=shown).publish()
 
 
@@ -460,14 +454,14 @@ def test_a_tenant_that_only_the_store_knows_keeps_its_key(service: Service, tmp_
     artifact = service.publish()
     database = old_copy(service, tmp_path / "old.db")
     found = theirs(service)
-    service.registry.rotate_key(TENANT)
+    service.registry.data_keys.rotate(TENANT)
     assert [*keys.rewrap(service.registry, str(service.root))] == [(artifact, ""), (found, "")]
     copied = tmp_path / "store" / f"t/{TENANT}"  # TENANT has the heads of that day
     shutil.copytree(service.root / f"t/{TENANT}", copied)
     older = on(service, database)
     with pytest.raises(RollbackError, match=f"tenant {THEM}"):
         keys.retire(older.registry, str(service.root), TENANT, "k1")
-    assert older.registry.key_ids() == ["k1", "k2"]
+    assert older.registry.data_keys.key_ids() == ["k1", "k2"]
     assert doctored(service, database).status == PROBLEM
     assert THEM in doctored(service, database).message
 

@@ -101,7 +101,9 @@ class Store:
         return draft.artifact_id
 
     def fetch(self, artifact: str) -> dict[str, bytes]:
-        return fetch.fetch(self.registry, self.store, self.registry.reader(TENANT), artifact)
+        return fetch.fetch(
+            self.registry, self.store, self.registry.data_keys.reader(TENANT), artifact
+        )
 
     def sweep(self, later_s: float = 0, registry: Registry | None = None, **options: Any) -> Any:
         """States by name, after some time has passed."""
@@ -121,7 +123,7 @@ class Store:
         path.write_bytes(content)
 
     def events(self, event: str) -> list[Any]:
-        rows = map(json.loads, self.registry.audit_rows(TENANT, 0, 10_000))
+        rows = map(json.loads, self.registry.audit_log.rows(TENANT, 0, 10_000))
         return [row for row in rows if row["event"] == event]
 
 
@@ -191,7 +193,7 @@ def test_a_deletion_that_the_store_refused_half_way_is_finished(at: Store) -> No
     weights.unlink()
     (weights / "full").mkdir(parents=True)  # a folder is not unlinked
     (weights / "full" / "x.enc").write_bytes(b"x")
-    at.registry.delete_artifact(TENANT, artifact)
+    at.registry.artifacts.delete(TENANT, artifact)
     shutil.rmtree(weights)
     weights.write_bytes(b"x")
     at.sweep()
@@ -239,7 +241,7 @@ def test_new_files_of_an_artifact_that_were_swept_are_not_entered(
         with pytest.raises(StorageError, match="larger min_age"):
             how(at.registry, str(at.service.root), TENANT, artifact)
     assert at.fetch(artifact) == FILES
-    assert [info.artifact_id for info in at.registry.artifacts(TENANT)] == [artifact]
+    assert [info.artifact_id for info in at.registry.catalogue.find(TENANT)] == [artifact]
     at.sweep()
     assert at.names() == files_of(artifact)
     how(at.registry, str(at.service.root), TENANT, artifact)  # a grave is of one name
@@ -307,11 +309,11 @@ def test_a_dry_run_lists_and_changes_nothing(at: Store) -> None:
     for _ in range(2):  # it does not count as the first sweep either
         assert at.sweep(HOUR, dry_run=True) == {killed: "waiting"}
     assert at.sweep() == {killed: "waiting"}
-    rows = len(at.registry.audit_rows(TENANT, 0, 1000))
+    rows = len(at.registry.audit_log.rows(TENANT, 0, 1000))
     before = at.names()
     assert at.sweep(HOUR, dry_run=True) == {killed: "due"}
     assert at.names() == before
-    assert len(at.registry.audit_rows(TENANT, 0, 1000)) == rows
+    assert len(at.registry.audit_log.rows(TENANT, 0, 1000)) == rows
     at.publish()
     assert at.sweep() == {killed: "removed"}
 
@@ -371,7 +373,7 @@ def test_a_save_that_is_published_after_its_files_went_is_refused_and_leaves_not
         at.publish(draft, slower)
     assert caught.value.details == {"reason": "swept"}
     assert at.names() == set()
-    assert at.registry.artifacts(TENANT) == []
+    assert at.registry.catalogue.find(TENANT) == []
     with pytest.raises(NotFoundError):
         at.fetch(draft.artifact_id)
     (row,) = at.events("artifact.save")
@@ -402,17 +404,19 @@ def test_a_save_that_is_published_in_the_middle_of_the_second_sweep_is_whole(
         at.objects.before = lambda call, name: None
         at.publish(draft, write=lambda store, draft: None)
 
-    class Slow(Registry):
-        def reachable(self, tenant: str) -> set[str]:
-            known = super().reachable(tenant)
-            enter()
-            return known
-
     if moment == "listed":
         at.objects.before = lambda call, name: enter() if call == "list" else None
         registry = at.registry
     else:
-        registry = Slow(f"sqlite:///{at.service.home / DATABASE}", at.service.home / KEYRING)
+        registry = Registry(f"sqlite:///{at.service.home / DATABASE}", at.service.home / KEYRING)
+        reachable = registry.catalogue.reachable
+
+        def slow(tenant: str) -> set[str]:
+            known = reachable(tenant)
+            enter()
+            return known
+
+        registry.catalogue.reachable = slow  # type: ignore[method-assign]
     assert at.sweep(HOUR, registry=registry) == {}
     assert at.fetch(draft.artifact_id) == FILES
     assert at.events("artifact.sweep") == []
@@ -421,10 +425,10 @@ def test_a_save_that_is_published_in_the_middle_of_the_second_sweep_is_whole(
 def test_a_grave_is_not_dug_up_by_another_sweep(at: Store) -> None:
     draft = at.draft()
     publish.write(at.store, draft)
-    at.registry.note_orphans(TENANT, {draft.artifact_id: "one"}, 0.0)
-    assert at.registry.bury(TENANT, draft.artifact_id, 1, 1)
-    at.registry.note_orphans(TENANT, {draft.artifact_id: "other"}, 0.0)
-    assert at.registry.bury(TENANT, draft.artifact_id, 1, 1)  # again, and one row of it
+    at.registry.orphans.note(TENANT, {draft.artifact_id: "one"}, 0.0)
+    assert at.registry.orphans.bury(TENANT, draft.artifact_id, 1, 1)
+    at.registry.orphans.note(TENANT, {draft.artifact_id: "other"}, 0.0)
+    assert at.registry.orphans.bury(TENANT, draft.artifact_id, 1, 1)  # again, and one row of it
     assert len(at.events("artifact.sweep")) == 1
     with pytest.raises(StorageError):
         at.publish(draft)
@@ -432,10 +436,10 @@ def test_a_grave_is_not_dug_up_by_another_sweep(at: Store) -> None:
 
 def test_nothing_is_buried_that_was_not_seen_or_is_needed(at: Store) -> None:
     artifact = at.publish()
-    assert not at.registry.bury(TENANT, "art-unseen", 1, 1)
-    at.registry.note_orphans(TENANT, {artifact: "x"}, 0.0)
-    assert not at.registry.bury(TENANT, artifact, 1, 1)
-    assert not at.registry.bury("bank", artifact, 1, 1)
+    assert not at.registry.orphans.bury(TENANT, "art-unseen", 1, 1)
+    at.registry.orphans.note(TENANT, {artifact: "x"}, 0.0)
+    assert not at.registry.orphans.bury(TENANT, artifact, 1, 1)
+    assert not at.registry.orphans.bury("bank", artifact, 1, 1)
     assert at.events("artifact.sweep") == []
 
 
@@ -474,18 +478,19 @@ def _die_at(at: Store, k: int) -> None:
         if next(countdown) == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    class Mortal(Registry):
-        def bury(self, *arguments: Any) -> bool:
-            step()
-            buried = super().bury(*arguments)
-            step()
-            return buried
+    registry = Registry(f"sqlite:///{at.service.home / DATABASE}", at.service.home / KEYRING)
+    bury = registry.orphans.bury
 
+    def mortal(*arguments: Any) -> bool:
+        step()
+        buried = bury(*arguments)
+        step()
+        return buried
+
+    registry.orphans.bury = mortal  # type: ignore[method-assign]
     at.objects.before = step
     try:
-        at.sweep(registry=Mortal(
-            f"sqlite:///{at.service.home / DATABASE}", at.service.home / KEYRING
-        ))  # fmt: skip
+        at.sweep(registry=registry)
     except BaseException:
         os._exit(1)
 
@@ -564,7 +569,7 @@ def test_what_is_no_head_holds_up_no_sweep_and_is_told(
 def test_a_head_that_no_known_key_signed_stops_a_sweep_and_is_named(at: Store) -> None:
     """Another registry on this store has another key; its artifacts would look left over."""
     at.publish()
-    head = replace(at.registry.audit_head(TENANT), seq=2).signed(new_signing_key())
+    head = replace(at.registry.audit_log.head(TENANT), seq=2).signed(new_signing_key())
     name = f"audit/{head.place}.json"
     at.put(name, head.line().encode())
     with pytest.raises(IntegrityError, match=rf"{name}.*remove it"):
@@ -578,12 +583,12 @@ def test_a_sweep_reads_no_head_that_its_registry_knows(
 ) -> None:
     for _ in range(4):
         at.publish()
-    read, asked, known = [], [], at.registry.unknown_rows
+    read, asked, known = [], [], at.registry.audit_log.unknown
     monkeypatch.setattr(at.objects, "read", read.append)
     monkeypatch.setattr(
-        at.registry, "unknown_rows", lambda *values: asked.append(values) or known(*values)
+        at.registry.audit_log, "unknown", lambda *values: asked.append(values) or known(*values)
     )
-    monkeypatch.setattr(at.registry, "audit_rows", asked.append)
+    monkeypatch.setattr(at.registry.audit_log, "rows", asked.append)
     at.sweep()
     assert (read, len(asked)) == ([], 1)
     assert len(asked[0][1]) == 4
@@ -624,7 +629,7 @@ def test_every_store_tells_its_time_and_loses_its_orphans_alone(
         ]
     left = {info.name.removeprefix(f"t/{TENANT}/") for info in store.objects.list_below()}
     assert {name for name in left if name[:6] != "audit/"} == files_of(kept.artifact_id) | {"clock"}
-    reader = service.registry.reader(TENANT)
+    reader = service.registry.data_keys.reader(TENANT)
     assert fetch.fetch(service.registry, store, reader, kept.artifact_id) == FILES
 
 

@@ -53,7 +53,7 @@ KEY = base64.b64encode(b"k" * 32).decode()
 
 
 def wrapped_under(service: Service, artifact: str) -> str:
-    return str(service.registry.key_of(service.store.read_key(TENANT, artifact)))
+    return str(service.registry.data_keys.key_of(service.store.read_key(TENANT, artifact)))
 
 
 def rewrapped(service: Service) -> list[tuple[str, str]]:
@@ -64,10 +64,10 @@ def test_a_rotation_touches_no_data_and_everything_opens_before_and_after(
     service: Service,
 ) -> None:
     old = [service.publish(), service.publish(checkpoint(step=4))]
-    service.registry.register_dataset(TENANT, "chats", 8.0, 1e-5, "example")
-    units = service.registry.unit_key(TENANT, "chats")
+    service.registry.ledgers.register(TENANT, "chats", 8.0, 1e-5, "example")
+    units = service.registry.ledgers.unit_key(TENANT, "chats")
     data = {path: path.read_bytes() for path in service.files() if path.suffix == ".enc"}
-    assert service.registry.rotate_key(TENANT) == "k2"
+    assert service.registry.data_keys.rotate(TENANT) == "k2"
     new = service.publish()
     assert [wrapped_under(service, a) for a in (*old, new)] == ["k1", "k1", "k2"]
     assert_same(service.fetch(old[0]), checkpoint())
@@ -75,13 +75,13 @@ def test_a_rotation_touches_no_data_and_everything_opens_before_and_after(
     assert {wrapped_under(service, a) for a in (*old, new)} == {"k2"}
     assert all(path.read_bytes() == content for path, content in data.items())
     keys_module.retire(service.registry, str(service.root), TENANT, "k1")
-    rows = [json.loads(row) for row in service.registry.audit_rows(TENANT, 0, 1000)]
+    rows = [json.loads(row) for row in service.registry.audit_log.rows(TENANT, 0, 1000)]
     assert [(r["event"], r["subject"]) for r in rows if r["event"].startswith("key.")] == [
         ("key.rotate", "k2"), ("key.retire", "k1"),
     ]  # fmt: skip
     again = Registry(f"sqlite:///{service.home / DATABASE}", service.home / KEYRING)
-    assert again.key_ids() == ["k2"]
-    assert again.unit_key(TENANT, "chats") == units
+    assert again.data_keys.key_ids() == ["k2"]
+    assert again.ledgers.unit_key(TENANT, "chats") == units
     assert_same(service.fetch(old[0]), checkpoint())
 
 
@@ -90,7 +90,7 @@ def test_a_rotation_that_is_broken_off_is_finished_later(
     service: Service, monkeypatch: pytest.MonkeyPatch, broken_at: int
 ) -> None:
     known = [service.publish() for _ in range(4)]
-    service.registry.rotate_key(TENANT)
+    service.registry.data_keys.rotate(TENANT)
     write, count = ArtifactStore.write_key, iter(range(100))
 
     def dying(self: ArtifactStore, *arguments: Any) -> None:
@@ -153,14 +153,14 @@ def test_a_key_that_was_primary_when_files_were_read_is_not_retired(
     monkeypatch.setattr(keys_module, "_wrapped_under", read_then_rotated)
     with pytest.raises(InvalidRequestError, match="primary one"):
         keys_module.retire(service.registry, root, TENANT, "k1")
-    assert service.registry.key_ids() == ["k1"]
+    assert service.registry.data_keys.key_ids() == ["k1"]
 
 
 def test_an_artifact_that_cannot_be_rewrapped_is_named_and_holds_up_no_other(
     service: Service,
 ) -> None:
     known = [service.publish() for _ in range(3)]
-    service.registry.rotate_key(TENANT)
+    service.registry.data_keys.rotate(TENANT)
     (service.root / f"t/{TENANT}/keys/{known[1]}.json").write_bytes(b"{}")
     found = dict(rewrapped(service))
     assert [bool(found[artifact]) for artifact in known] == [False, True, False]
@@ -172,7 +172,7 @@ def test_a_wrapped_key_that_calls_itself_rewrapped_is_told(service: Service) -> 
     artifact = service.publish()
     path = service.root / f"t/{TENANT}/keys/{artifact}.json"
     old = path.read_text()
-    service.registry.rotate_key(TENANT)
+    service.registry.data_keys.rotate(TENANT)
     path.write_text(old.replace('"k1"', '"k2"'))
     ((found, problem),) = rewrapped(service)
     assert (found, "does not open" in problem) == (artifact, True)
@@ -183,7 +183,7 @@ def test_artifacts_whose_key_file_does_not_say_are_listed_and_keep_every_key(
 ) -> None:
     whole, damaged, gone, renamed, deep = (service.publish() for _ in range(5))
     keys, root = service.root / f"t/{TENANT}/keys", str(service.root)
-    service.registry.rotate_key(TENANT)
+    service.registry.data_keys.rotate(TENANT)
     (keys / f"{damaged}.json").write_bytes(b"{")
     (keys / f"{gone}.json").unlink()
     path = keys / f"{renamed}.json"
@@ -195,7 +195,7 @@ def test_artifacts_whose_key_file_does_not_say_are_listed_and_keep_every_key(
     assert [problem for name, problem in rewrapped(service) if name == whole] == [""]
     with pytest.raises(IntegrityError, match=f"{damaged}.*4 in all"):
         keys_module.retire(service.registry, root, TENANT, "k1")
-    assert service.registry.key_ids() == ["k1", "k2"]
+    assert service.registry.data_keys.key_ids() == ["k1", "k2"]
 
 
 def test_another_keyring_whose_keys_have_the_same_names_is_refused(service: Service) -> None:
@@ -207,7 +207,7 @@ def test_another_keyring_whose_keys_have_the_same_names_is_refused(service: Serv
     with pytest.raises(IntegrityError, match="another one than the 'k1'"):
         Registry(database, keyring)
     keyring.write_text(right)
-    service.registry.rotate_key(TENANT)
+    service.registry.data_keys.rotate(TENANT)
     rotated = keyring.read_text()
     keyring.write_text(json.dumps(json.loads(rotated) | {"keys": dict.fromkeys(("k1", "k2"), KEY)}))
     with pytest.raises(IntegrityError, match=r"another one than the 'k[12]'"):
@@ -227,10 +227,10 @@ def test_an_older_copy_of_the_keyring_is_told_and_its_next_key_has_a_name_of_its
 ) -> None:
     """A second k2 would be another one than the k2 that is known: nothing would open any more."""
     keyring, root = service.home / KEYRING, str(service.root)
-    service.registry.register_dataset(TENANT, "chats", 8.0, 1e-5, "example")
+    service.registry.ledgers.register(TENANT, "chats", 8.0, 1e-5, "example")
     kept = service.publish()
     old = keyring.read_text()
-    service.registry.rotate_key(TENANT)
+    service.registry.data_keys.rotate(TENANT)
     lost, newest = service.publish(), keyring.read_text()
     keyring.write_text(old)
     registry = reopened(service)
@@ -243,10 +243,10 @@ def test_an_older_copy_of_the_keyring_is_told_and_its_next_key_has_a_name_of_its
     assert problems[kept] == ""
     assert all("needs key 'k2'" in problems[name] for name in (lost, f"data set {TENANT}/chats"))
     with pytest.raises(IntegrityError, match=rf"data set {TENANT}/chats"):
-        registry.retire_key(TENANT, "k1", {})
-    assert registry.key_ids() == ["k1", "k3"]
+        registry.data_keys.retire(TENANT, "k1", {})
+    assert registry.data_keys.key_ids() == ["k1", "k3"]
     keyring.write_text(newest)
-    assert reopened(service).missing_keys() == ["k3"]
+    assert reopened(service).data_keys.missing_keys() == ["k3"]
 
 
 def test_a_key_that_an_older_database_and_keyring_forgot_keeps_its_name(
@@ -272,15 +272,15 @@ def test_a_key_that_an_older_database_and_keyring_forgot_keeps_its_name(
     registry.close()
     (service.home / KEYRING).write_text(newest)
     wrapped = service.store.read_key(TENANT, artifact)
-    assert reopened(service).rewrapped(TENANT, artifact, wrapped) is None  # it opens
+    assert reopened(service).data_keys.rewrapped(TENANT, artifact, wrapped) is None  # it opens
 
 
 def test_what_was_retired_is_not_missed_and_its_name_not_given_again(service: Service) -> None:
-    service.registry.rotate_key(TENANT)
+    service.registry.data_keys.rotate(TENANT)
     keys_module.retire(service.registry, str(service.root), TENANT, "k1")
-    assert service.registry.missing_keys() == []
-    assert service.registry.rotate_key(TENANT) == "k3"
-    assert reopened(service).missing_keys() == []
+    assert service.registry.data_keys.missing_keys() == []
+    assert service.registry.data_keys.rotate(TENANT) == "k3"
+    assert reopened(service).data_keys.missing_keys() == []
 
 
 def test_a_key_for_a_secret_manager_clashes_with_none_that_its_keyring_may_have_lost(
@@ -288,12 +288,12 @@ def test_a_key_for_a_secret_manager_clashes_with_none_that_its_keyring_may_have_
 ) -> None:
     keyring = service.home / KEYRING
     old = keyring.read_text()
-    service.registry.rotate_key(TENANT)
+    service.registry.data_keys.rotate(TENANT)
     keyring.write_text(old)
     keyring.write_text(new_text(after=str(keyring)))
     registry = reopened(service)
-    assert registry.key_info()[0] not in ("k1", "k2")
-    assert registry.key_ids()[0] == "k1"
+    assert registry.data_keys.key_info()[0] not in ("k1", "k2")
+    assert registry.data_keys.key_ids()[0] == "k1"
 
 
 @pytest.mark.parametrize(
@@ -314,27 +314,27 @@ def test_a_keyring_with_the_highest_number_still_rotates(service: Service) -> No
     text["keys"]["k999999999"], text["primary"] = KEY, "k999999999"
     keyring.write_text(json.dumps(text))
     registry = reopened(service)
-    assert [registry.rotate_key(TENANT), registry.rotate_key(TENANT)] == ["k2", "k3"]
-    assert reopened(service).key_ids() == ["k1", "k999999999", "k2", "k3"]
+    assert [registry.data_keys.rotate(TENANT), registry.data_keys.rotate(TENANT)] == ["k2", "k3"]
+    assert reopened(service).data_keys.key_ids() == ["k1", "k999999999", "k2", "k3"]
 
 
 def test_the_primary_key_is_the_one_that_is_named_so(service: Service) -> None:
     """Somebody may put an older key first again, while a newer one is looked into."""
     keyring = service.home / KEYRING
-    service.registry.rotate_key(TENANT)
+    service.registry.data_keys.rotate(TENANT)
     keyring.write_text(json.dumps(json.loads(keyring.read_text()) | {"primary": "k1"}))
     assert keys_module.uses(reopened(service), str(service.root)).primary == "k1"
 
 
 def test_a_key_that_only_a_data_set_needs_is_not_lost_with_it(service: Service) -> None:
     """Its keyring was rotated elsewhere, and nothing wrapped its key since."""
-    service.registry.register_dataset(TENANT, "chats", 8.0, 1e-5, "example")
-    units = service.registry.unit_key(TENANT, "chats")
+    service.registry.ledgers.register(TENANT, "chats", 8.0, 1e-5, "example")
+    units = service.registry.ledgers.unit_key(TENANT, "chats")
     FileKeyring(service.home / KEYRING).rotate()
-    service.registry.retire_key(TENANT, "k1", {})
+    service.registry.data_keys.retire(TENANT, "k1", {})
     registry = reopened(service)
-    assert registry.key_ids() == ["k2"]
-    assert registry.unit_key(TENANT, "chats") == units
+    assert registry.data_keys.key_ids() == ["k2"]
+    assert registry.ledgers.unit_key(TENANT, "chats") == units
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_an_older_database_rotates_and_rewraps_nothing(
     service.registry.close()
     older = database.read_bytes()
     registry = replace(service, registry=reopened(service))
-    registry.publish()
+    registry.artifacts.publish()
     registry.registry.close()
     database.write_bytes(older)
     FileKeyring(service.home / KEYRING).rotate()  # so there is something to wrap
@@ -357,7 +357,7 @@ def test_an_older_database_rotates_and_rewraps_nothing(
     with pytest.raises(RollbackError):
         call(again, str(service.root))
     assert {path: path.read_bytes() for path in before} == before
-    assert "key.rotate" not in "".join(again.audit_rows(TENANT, 0, 1000))
+    assert "key.rotate" not in "".join(again.audit_log.rows(TENANT, 0, 1000))
 
 
 class Shell:
@@ -394,7 +394,7 @@ def test_the_keys_are_listed_rotated_and_retired_by_commands(service: Service) -
     assert told(shell, "retire", "k1", answer="n\n").exit_code == 1
     shell.list_keys = lambda: pytest.fail("every key file was read to ask for one name")
     assert told(shell, "retire", "k1", answer="y\n").exit_code == 0
-    assert service.registry.key_ids() == ["k2"]
+    assert service.registry.data_keys.key_ids() == ["k2"]
 
 
 @pytest.mark.parametrize("yes", [[], ["--yes"]])
@@ -412,7 +412,7 @@ def test_a_key_in_the_place_of_its_name_is_not_repeated(
 
 def test_a_list_of_an_older_keyring_ends_with_1_and_says_what_to_do(service: Service) -> None:
     old = (service.home / KEYRING).read_text()
-    service.registry.rotate_key(TENANT)
+    service.registry.data_keys.rotate(TENANT)
     (service.home / KEYRING).write_text(old)
     found = told(Shell(service), "list")
     assert found.exit_code == 1
@@ -430,17 +430,17 @@ def test_a_program_that_decrypts_an_artifact_writes_no_core_file(
 
 
 def test_a_key_that_is_primary_or_unknown_is_not_retired(service: Service) -> None:
-    service.registry.rotate_key(TENANT)
+    service.registry.data_keys.rotate(TENANT)
     for key_id in ("k2", "k9", ""):
         with pytest.raises(InvalidRequestError, match="cannot be retired"):
-            service.registry.retire_key(TENANT, key_id, {})
+            service.registry.data_keys.retire(TENANT, key_id, {})
 
 
 def test_what_only_a_retired_key_opens_is_lost(service: Service) -> None:
     """Destroying the key is what shreds a copy of the store that somebody kept."""
     artifact = service.publish()
     copy = service.store.read_key(TENANT, artifact)
-    service.registry.rotate_key(TENANT)
+    service.registry.data_keys.rotate(TENANT)
     rewrapped(service)
     keys_module.retire(service.registry, str(service.root), TENANT, "k1")
     service.store.write_key(TENANT, artifact, copy)
@@ -454,8 +454,8 @@ def test_a_key_is_not_retired_over_an_artifact_that_nobody_counted(
     """Drafted under the older key, entered after the keys were counted."""
     registry, root = service.registry, str(service.root)
     draft = Draft(registry, service.store, service.capability, to_files(checkpoint()))
-    registry.rotate_key(TENANT)
-    retire_key = registry.retire_key
+    registry.data_keys.rotate(TENANT)
+    retire_key = registry.data_keys.retire
 
     def late(*arguments: Any) -> None:
         values = {"run_id": service.run, "epoch": service.epoch, "step": 3}
@@ -463,11 +463,11 @@ def test_a_key_is_not_retired_over_an_artifact_that_nobody_counted(
         retire_key(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(registry, "retire_key", late)
+        patch.setattr(registry.data_keys, "retire", late)
         with pytest.raises(InvalidRequestError, match=r"saved meanwhile.*repeat"):
             keys_module.retire(registry, root, TENANT, "k1")
-    assert registry.key_ids() == ["k1", "k2"]
-    assert "key.retire" not in "".join(registry.audit_rows(TENANT, 0, 1000))
+    assert registry.data_keys.key_ids() == ["k1", "k2"]
+    assert "key.retire" not in "".join(registry.audit_log.rows(TENANT, 0, 1000))
     assert_same(service.fetch(draft.artifact_id), checkpoint())
     with pytest.raises(InvalidRequestError, match="opens 1 artifacts"):
         keys_module.retire(registry, root, TENANT, "k1")
@@ -485,7 +485,7 @@ def test_a_save_by_another_registry_finds_the_key_that_is_being_retired_gone(
         Draft(other, service.store, service.capability, to_files(checkpoint())),
         list[str](),
     )
-    service.registry.rotate_key(TENANT)
+    service.registry.data_keys.rotate(TENANT)
     retire = FileKeyring.retire
 
     def save() -> None:
@@ -513,22 +513,22 @@ def test_two_registries_on_one_home_save_under_the_key_of_today(service: Service
     """A program trains while a shell rotates."""
     shell = Registry(f"sqlite:///{service.home / DATABASE}", service.home / KEYRING)
     before = service.publish()
-    shell.rotate_key(TENANT)
+    shell.data_keys.rotate(TENANT)
     after = service.publish()
     assert [wrapped_under(service, artifact) for artifact in (before, after)] == ["k1", "k2"]
     assert [*keys_module.rewrap(shell, str(service.root))] == [(before, ""), (after, "")]
     keys_module.retire(shell, str(service.root), TENANT, "k1")
     last = service.publish()
-    assert service.registry.rotate_key(TENANT) == "k3"
-    assert service.registry.key_ids() == shell.key_ids() == ["k2", "k3"]
+    assert service.registry.data_keys.rotate(TENANT) == "k3"
+    assert service.registry.data_keys.key_ids() == shell.data_keys.key_ids() == ["k2", "k3"]
     for artifact in (before, after, last):
         assert_same(service.fetch(artifact), checkpoint())
 
 
 def test_a_key_that_cannot_be_retired_leaves_no_row(service: Service) -> None:
     with pytest.raises(InvalidRequestError):
-        service.registry.retire_key(TENANT, "k1", {})
-    assert "key.retire" not in "".join(service.registry.audit_rows(TENANT, 0, 1000))
+        service.registry.data_keys.retire(TENANT, "k1", {})
+    assert "key.retire" not in "".join(service.registry.audit_log.rows(TENANT, 0, 1000))
 
 
 def test_the_keyring_stays_private_and_whole(

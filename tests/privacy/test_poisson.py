@@ -97,7 +97,7 @@ def test_a_step_of_other_rows_than_the_draw_is_refused_and_not_charged(
     with pytest.raises(InvalidRequestError, match="not the drawn sample"):
         s.optim_step()
     assert s.poisson.draw(s.step) == drawn  # nobody can pick among draws
-    ledger = Ledger.replay(s.budget.registry.ledger_entries("default", "default"))
+    ledger = Ledger.replay(s.budget.registry.ledgers.entries("default", "default"))
     assert [account.steps for account in ledger.accounts.values()] == [1]  # the draw, no more
     assert s.step == 0
 
@@ -116,9 +116,9 @@ def test_a_draw_is_paid_before_it_is_told_and_stays_paid(tiny_model: Path, tmp_p
     for epoch in range(2, 5):  # a new actor of the run each time
         s.poisson.register(rows())
         s.poisson.draw(s.step)
-        account = Ledger.replay(known.ledger_entries("default", "default")).accounts[run]
+        account = Ledger.replay(known.ledgers.entries("default", "default")).accounts[run]
         charged.append(account.count)
-        budget = Budget.planned(known, "default", run, known.claim(run), s.config, "float32")
+        budget = Budget.planned(known, "default", run, known.runs.claim(run), s.config, "float32")
         assert budget.epoch == epoch
         s = PrivateSession(Base.load(str(tiny_model), cache=tmp_path), s.config, budget)
     assert charged == [1, 2, 3]
@@ -132,7 +132,7 @@ def test_a_draw_that_cannot_be_paid_is_not_told(tiny_model: Path) -> None:
     s = drawn_session(tiny_model)
     s.poisson.register(rows())
     known = s.budget.registry
-    known.claim(s.budget.run_id)  # a newer actor owns the run
+    known.runs.claim(s.budget.run_id)  # a newer actor owns the run
     for _ in range(2):
         with pytest.raises(ActorLostError):
             s.poisson.draw(s.step)
@@ -204,7 +204,7 @@ def test_draws_end_when_another_run_has_spent_the_budget(tiny_model: Path) -> No
     other.optim_step()
     with pytest.raises(DPBudgetExceededError, match="by others"):
         train_until_refused(s)
-    assert s.budget.registry.privacy_info("default", "default", s.budget.run_id).left > 0
+    assert s.budget.registry.ledgers.privacy_info("default", "default", s.budget.run_id).left > 0
 
 
 # --- asserted samples ----------------------------------------------------------------------------
@@ -244,6 +244,6 @@ def test_an_implausible_run_is_counted_by_participation_from_its_first_step(
     s.forward_backward(rows([[i, j, 7] for i in range(20) for j in range(20, 25)]))
     jumped = s.optim_step().dp_metrics.total_epsilon  # 100 rows where 8 were to be expected
     assert jumped == pytest.approx(4.377, abs=1e-3)  # one use of each row at sigma 1
-    ledger = Ledger.replay(known.ledger_entries("default", "default"))
+    ledger = Ledger.replay(known.ledgers.entries("default", "default"))
     account = ledger.accounts[s.budget.run_id]
     assert (account.contract, account.count, account.limit) == ("participation", 1, 2)

@@ -379,7 +379,7 @@ def test_a_run_that_cannot_start_binds_no_data_set(tiny_model: Path) -> None:
     known, wrong = registry(), LoRAConfig(target_modules=("no_such",))
     with pytest.raises(InvalidRequestError, match="no_such"):
         private_session(tiny_model, known=known, lora_config=wrong)
-    assert known.ledger_entries("default", "default") == []
+    assert known.ledgers.entries("default", "default") == []
 
 
 def test_a_step_without_rows_says_so(tiny_model: Path) -> None:
@@ -639,13 +639,16 @@ def test_a_unit_at_its_limit_adds_zero_and_a_batch_of_such_is_refused(tiny_model
     assert "2 use limit reached" in result.warnings[0]
     assert_close(sums(s), oracle_sum(s, [[row] for row in rows(ROWS[4:])]), 2e-5)
     s.optim_step()
-    before, spent = weights(s), s.budget.registry.privacy_info("default", "default", run_of(s))
+    before, spent = (
+        weights(s),
+        s.budget.registry.ledgers.privacy_info("default", "default", run_of(s)),
+    )
     with pytest.raises(DPBudgetExceededError, match="used 1 times"):
         s.forward_backward(rows())
     with pytest.raises(DPBudgetExceededError):  # the step that was queued behind it
         s.optim_step()
     assert_equal(weights(s), before)
-    assert s.budget.registry.privacy_info("default", "default", run_of(s)) == spent
+    assert s.budget.registry.ledgers.privacy_info("default", "default", run_of(s)) == spent
     assert s.state().step == 2
 
 
@@ -811,14 +814,14 @@ def test_a_private_checkpoint_carries_its_ledgers_and_links_data_sets(tiny_model
     first.optim_step()
     state = first.state()
     assert state.lineage.guarantee == "private"
-    clinic = Ledger.replay(known.ledger_entries("default", "clinic"))
+    clinic = Ledger.replay(known.ledgers.entries("default", "clinic"))
     assert state.lineage.ledgers == {"clinic": clinic.at}
     second = private_session(tiny_model, known=known, dataset_id="bank")
     second.load(state)
     second.forward_backward(rows())
     second.optim_step()
     assert set(second.state().lineage.ledgers) == {"clinic", "bank"}
-    bank = Ledger.replay(known.ledger_entries("default", "bank"))
+    bank = Ledger.replay(known.ledgers.entries("default", "bank"))
     assert bank.linked == {"clinic"}
 
 

@@ -18,14 +18,9 @@ from support.audit import THEM, TIME, US, VECTORS, good, vector
 from tg_tinker import (
     IntegrityError,
 )
-from tg_tinker.records.audit_log import (
-    AuditHead,
-    AuditRow,
-    chained,
-    empty,
-    verify,
-)
+from tg_tinker.records.audit_log import AuditRow, chained, empty, verify
 from tg_tinker.records.files import read_head, verify_export
+from tg_tinker.records.heads import AuditHead
 from tg_tinker.storage.envelope import new_signing_key
 
 EXPECTED: dict[str, str] = json.loads((VECTORS / "expected.json").read_text())

@@ -20,11 +20,11 @@ def report(*runs: dict[str, Any], charges: int = 1, noised: bool = True) -> Priv
     for values in runs:
         budget = new_budget(known, private_config(Path("none"), dp=values))
         for number in range(charges):
-            known.charge(
+            known.ledgers.charge(
                 "default", "default", budget.run_id, budget.epoch, f"{budget.run_id}{number}",
                 [b"u" * 16], noised, [],
             )  # fmt: skip
-    return PrivacyReport(known.ledger_entries("default", "default"))
+    return PrivacyReport(known.ledgers.entries("default", "default"))
 
 
 def only_run(made: PrivacyReport) -> dict[str, Any]:

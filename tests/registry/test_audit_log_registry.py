@@ -48,7 +48,7 @@ from tg_tinker.storage.envelope import new_signing_key
 
 def rows_of(registry: Registry, tenant: str = US) -> list[AuditRow]:
     """All rows, verified."""
-    rows = [AuditRow.parse(line) for line in registry.audit_rows(tenant, 0, 10_000)]
+    rows = [AuditRow.parse(line) for line in registry.audit_log.rows(tenant, 0, 10_000)]
     verify(rows, since=empty(tenant))
     return rows
 
@@ -58,14 +58,14 @@ def seen(registry: Registry, tenant: str = US) -> list[tuple[str, str, str, str]
 
 
 def test_the_life_of_a_run_leaves_its_rows(registry: Registry, run: str) -> None:
-    epoch = registry.claim(run)
-    registry.record(run, epoch, 1, "active", [("batch", "gradient")])
-    registry.record(run, epoch, 2, "completed", [("batch", "gradient")])
-    registry.record(run, epoch, 1, "active")  # load_state
-    registry.finish(run, epoch, "completed")
-    registry.finish(run, epoch, "failed")  # of an actor that was replaced: nothing happened
-    again = registry.claim(run)
-    registry.finish(run, again, "failed")
+    epoch = registry.runs.claim(run)
+    registry.runs.record(run, epoch, 1, "active", [("batch", "gradient")])
+    registry.runs.record(run, epoch, 2, "completed", [("batch", "gradient")])
+    registry.runs.record(run, epoch, 1, "active")  # load_state
+    registry.runs.finish(run, epoch, "completed")
+    registry.runs.finish(run, epoch, "failed")  # of an actor that was replaced: nothing happened
+    again = registry.runs.claim(run)
+    registry.runs.finish(run, again, "failed")
     mine = f"{run}@{epoch}"
     assert seen(registry) == [
         ("sdk", "run.create", run, "ok"),
@@ -90,9 +90,9 @@ def test_a_step_shows_hmacs_under_the_key_of_its_run_and_no_hash(
     registry: Registry, place: Path, run: str
 ) -> None:
     calls = [("sha256:" + "a" * 64, "sha256:" + "b" * 64), ("my own name", "")]
-    registry.record(run, registry.claim(run), 1, "active", calls)
-    other = registry.create_run(US, CONFIG)
-    registry.record(other, registry.claim(other), 1, "active", calls)
+    registry.runs.record(run, registry.runs.claim(run), 1, "active", calls)
+    other = registry.runs.create(US, CONFIG)
+    registry.runs.record(other, registry.runs.claim(other), 1, "active", calls)
     found = [row for row in rows_of(registry) if row.event == "step"]
     tenant_key = FileKeyring(place / KEYRING)._keys.by_id["k1"]
     key = hkdf(tenant_key, f"tg-tinker audit hashes v1\n{run}".encode())
@@ -112,11 +112,11 @@ def test_a_step_shows_hmacs_under_the_key_of_its_run_and_no_hash(
 
 
 def test_an_actor_that_was_replaced_leaves_refusals_only(registry: Registry, run: str) -> None:
-    old, _ = registry.claim(run), registry.claim(run)
-    registry.record(run, old, 1, "active", [("batch", "gradient")])
-    registry.record(run, old, 1, "active")
+    old, _ = registry.runs.claim(run), registry.runs.claim(run)
+    registry.runs.record(run, old, 1, "active", [("batch", "gradient")])
+    registry.runs.record(run, old, 1, "active")
     with pytest.raises(ActorLostError):
-        registry.publish(US, run, old, "art-1", 1, 10, True, b"{}", "k1")
+        registry.artifacts.publish(US, run, old, "art-1", 1, 10, True, b"{}", "k1")
     assert seen(registry)[3:] == [
         (f"{run}@{old}", "step", run, "actor_lost"),
         (f"{run}@{old}", "artifact.save", "art-1", "actor_lost"),
@@ -124,17 +124,17 @@ def test_an_actor_that_was_replaced_leaves_refusals_only(registry: Registry, run
 
 
 def test_the_life_of_an_artifact_leaves_its_rows(registry: Registry, run: str) -> None:
-    epoch = registry.claim(run)
-    actor = registry.capability(US, run, epoch)
-    _, wrapped = registry.new_data_key(actor, "art-1", STORE)
-    registry.publish(US, run, epoch, "art-1", 3, 10, True, b"{}", "k1")
-    registry.open_data_key(actor, "art-1", wrapped, STORE)
+    epoch = registry.runs.claim(run)
+    actor = registry.data_keys.capability(US, run, epoch)
+    _, wrapped = registry.data_keys.new(actor, "art-1", STORE)
+    registry.artifacts.publish(US, run, epoch, "art-1", 3, 10, True, b"{}", "k1")
+    registry.data_keys.open(actor, "art-1", wrapped, STORE)
     with pytest.raises(IntegrityError):
-        registry.open_data_key(registry.reader(US), "art-1", b"damaged", STORE)
-    registry.record_export(US, "art-1")
-    registry.delete_artifact(US, "art-1")
+        registry.data_keys.open(registry.data_keys.reader(US), "art-1", b"damaged", STORE)
+    registry.audit_log.record_export(US, "art-1")
+    registry.artifacts.delete(US, "art-1")
     with pytest.raises(NotFoundError):
-        registry.open_data_key(registry.reader(US), "art-1", wrapped, STORE)
+        registry.data_keys.open(registry.data_keys.reader(US), "art-1", wrapped, STORE)
     mine = f"{run}@{epoch}"
     assert seen(registry)[2:] == [
         (mine, "artifact.save", "art-1", "ok"),
@@ -148,22 +148,22 @@ def test_the_life_of_an_artifact_leaves_its_rows(registry: Registry, run: str) -
 
 
 def test_keys_leave_their_rows_and_never_their_secret(registry: Registry, place: Path) -> None:
-    token, info = registry.create_api_key(US, "the label", ["art-1"], 1)
-    registry.check_api_key(token, THEM)
-    registry.revoke_api_key(US, info.key_id)
+    token, info = registry.api_keys.create(US, "the label", ["art-1"], 1)
+    registry.api_keys.check(token, THEM)
+    registry.api_keys.revoke(US, info.key_id)
     with pytest.raises(NotFoundError):
-        registry.revoke_api_key(US, "what was passed by mistake")
+        registry.api_keys.revoke(US, "what was passed by mistake")
     with pytest.raises(AccessDeniedError):
-        registry.check_api_key(token, THEM)
+        registry.api_keys.check(token, THEM)
     with pytest.raises(AccessDeniedError):
-        registry.check_api_key("tgt-unheard-of", THEM)
+        registry.api_keys.check("tgt-unheard-of", THEM)
     assert seen(registry) == [
         ("sdk", "api_key.create", info.key_id, "ok"),
         ("sdk", "api_key.revoke", info.key_id, "ok"),
         (f"api-key {info.key_id}", "api_key.check", info.key_id, "access_denied"),
     ]
     assert seen(registry, THEM) == [("anyone", "api_key.check", "", "access_denied")]
-    text = "".join(registry.audit_rows(US, 0, 100) + registry.audit_rows(THEM, 0, 100))
+    text = "".join(registry.audit_log.rows(US, 0, 100) + registry.audit_log.rows(THEM, 0, 100))
     for secret in (token.split("-", 2)[2], "unheard", "the label", "mistake"):
         assert secret not in text
 
@@ -177,7 +177,7 @@ def test_a_flood_of_denied_keys_is_counted_not_written(
     def deny(times: int) -> None:
         for number in range(times):
             with pytest.raises(AccessDeniedError):
-                registry.check_api_key(f"tgt-{number}-x", US)
+                registry.api_keys.check(f"tgt-{number}-x", US)
 
     deny(100)
     now[0] += 59
@@ -192,26 +192,26 @@ def test_budget_rows_are_the_entries_of_the_ledger(registry: Registry, run: str)
     from actors.privacy.plan import plan_run
     from tg_tinker.records.ledger import Ledger
 
-    epoch, dp = registry.claim(run), DPConfig(noise_multiplier=1.0, max_participations=2)
-    registry.register_dataset(US, "patients", 8.0, 1e-5, "example")
-    registry.register_dataset(US, "patients", 8.0, 1e-5, "example")  # changes nothing
+    epoch, dp = registry.runs.claim(run), DPConfig(noise_multiplier=1.0, max_participations=2)
+    registry.ledgers.register(US, "patients", 8.0, 1e-5, "example")
+    registry.ledgers.register(US, "patients", 8.0, 1e-5, "example")  # changes nothing
     with pytest.raises(InvalidRequestError):
-        registry.register_dataset(US, "patients", 9.0, 1e-5, "example")
+        registry.ledgers.register(US, "patients", 9.0, 1e-5, "example")
     config = TrainingConfig(model_ref="some/model", dp_config=dp, dataset_id="patients")
-    plan = plan_run(dp, config, Ledger.replay(registry.ledger_entries(US, "patients")))
-    registry.open_account(US, "patients", plan.entry(run))
+    plan = plan_run(dp, config, Ledger.replay(registry.ledgers.entries(US, "patients")))
+    registry.ledgers.open_account(US, "patients", plan.entry(run))
     unit = [b"u" * 32]
-    charge = lambda name: registry.charge(US, "patients", run, epoch, name, unit, True, [])  # noqa: E731
+    charge = lambda name: registry.ledgers.charge(US, "patients", run, epoch, name, unit, True, [])  # noqa: E731
     charge("c1")
     charge("c1")  # a repeat is not another charge
     charge("c2")
     with pytest.raises(DPBudgetExceededError):
         charge("c3")
     with pytest.raises(DPBudgetExceededError):
-        registry.admit(US, "patients", run, unit)  # the same refusal, within a minute
+        registry.ledgers.admit(US, "patients", run, unit)  # the same refusal, within a minute
     with pytest.raises(ActorLostError):
-        registry.charge(US, "patients", run, epoch - 1, "c4", unit, True, [])
-    registry.link(US, "patients", run, ["visits"])
+        registry.ledgers.charge(US, "patients", run, epoch - 1, "c4", unit, True, [])
+    registry.ledgers.link(US, "patients", run, ["visits"])
     mine = f"{run}@{epoch}"
     assert seen(registry)[2:] == [
         ("sdk", "dataset.register", "patients", "ok"),
@@ -225,7 +225,7 @@ def test_budget_rows_are_the_entries_of_the_ledger(registry: Registry, run: str)
     ]
     noted = [(row.details["entry"], row.details["head"]) for row in rows_of(registry)[2:]
              if row.outcome == "ok"]  # fmt: skip
-    entries = registry.ledger_entries(US, "patients")
+    entries = registry.ledgers.entries(US, "patients")
     assert noted == [(entry["seq"], entry["hash"]) for entry in entries]
 
 
@@ -234,19 +234,19 @@ def test_a_reservation_that_is_given_back_leaves_its_row(registry: Registry, run
     from tg_tinker.records.ledger import Ledger
 
     dp = DPConfig(noise_multiplier=2.0, sampling="worst_case")
-    registry.claim(run)
-    registry.register_dataset(US, "patients", 8.0, 1e-5, "example")
+    registry.runs.claim(run)
+    registry.ledgers.register(US, "patients", 8.0, 1e-5, "example")
     config = TrainingConfig(model_ref="m", dp_config=dp, dataset_id="patients", max_steps=3)
-    plan = plan_run(dp, config, Ledger.replay(registry.ledger_entries(US, "patients")))
-    registry.open_account(US, "patients", plan.entry(run))
-    registry.release_reservation(US, "patients", run)
-    registry.release_reservation(US, "patients", run)  # nothing is left to give back
+    plan = plan_run(dp, config, Ledger.replay(registry.ledgers.entries(US, "patients")))
+    registry.ledgers.open_account(US, "patients", plan.entry(run))
+    registry.ledgers.release(US, "patients", run)
+    registry.ledgers.release(US, "patients", run)  # nothing is left to give back
     assert [row.event for row in rows_of(registry)][-2:] == ["budget.reserve", "budget.release"]
 
 
 def test_a_sample_counts_and_names_no_text(registry: Registry, run: str) -> None:
-    registry.record_sample(None, "sdk", f"{run}@7", 2, 30, "ok")
-    registry.record_sample(US, "api-key 12", "base", 1, 4, "cancelled")
+    registry.audit_log.record_sample(None, "sdk", f"{run}@7", 2, 30, "ok")
+    registry.audit_log.record_sample(US, "api-key 12", "base", 1, 4, "cancelled")
     first, second = rows_of(registry)[1:]
     assert (first.subject, first.details) == (run, {"prompts": 2, "tokens": 30, "step": 7})
     assert (second.who, second.subject, second.outcome) == ("api-key 12", "base", "cancelled")
@@ -254,18 +254,18 @@ def test_a_sample_counts_and_names_no_text(registry: Registry, run: str) -> None
 
 def test_each_tenant_has_a_chain_of_its_own(registry: Registry) -> None:
     for tenant in (US, THEM, US):
-        registry.create_run(tenant, CONFIG)
+        registry.runs.create(tenant, CONFIG)
     assert [row.seq for row in rows_of(registry, US)] == [1, 2]
     assert [row.seq for row in rows_of(registry, THEM)] == [1]
     assert rows_of(registry, THEM)[0].previous == GENESIS
-    nobody = registry.audit_head("nobody")
+    nobody = registry.audit_log.head("nobody")
     assert (nobody.seq, nobody.hash) == (0, GENESIS)
 
 
 def test_pages_follow_each_other(registry: Registry) -> None:
     for _ in range(7):
-        registry.create_run(US, CONFIG)
-    pages = [registry.audit_rows(US, since, 3) for since in (0, 3, 6, 7)]
+        registry.runs.create(US, CONFIG)
+    pages = [registry.audit_log.rows(US, since, 3) for since in (0, 3, 6, 7)]
     assert [[AuditRow.parse(line).seq for line in page] for page in pages] == [
         [1, 2, 3], [4, 5, 6], [7], [],
     ]  # fmt: skip
@@ -275,35 +275,42 @@ def test_pages_follow_each_other(registry: Registry) -> None:
 
 
 def test_a_change_that_fails_leaves_no_row(registry: Registry, run: str) -> None:
-    epoch = registry.claim(run)
-    registry.publish(US, run, epoch, "art-1", 1, 10, True, b"{}", "k1")
+    epoch = registry.runs.claim(run)
+    registry.artifacts.publish(US, run, epoch, "art-1", 1, 10, True, b"{}", "k1")
     before = seen(registry)
-    registry.publish(US, run, epoch, "art-1", 1, 10, True, b"{}", "k1")  # a repeat
+    registry.artifacts.publish(US, run, epoch, "art-1", 1, 10, True, b"{}", "k1")  # a repeat
     with pytest.raises(sa.exc.IntegrityError):  # the id is taken
-        registry.publish(US, run, epoch, "art-1", 1, 10, True, b"{ }", "k1")
+        registry.artifacts.publish(US, run, epoch, "art-1", 1, 10, True, b"{ }", "k1")
     assert seen(registry) == before
 
 
 class FullDisk(Registry):
     """Can do everything but note it."""
 
-    def _note(self, *arguments: Any, **values: Any) -> None:
-        raise StorageError("the disk is full")
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+
+        def full(*arguments: Any, **values: Any) -> None:
+            raise StorageError("the disk is full")
+
+        self.audit_log._writer.note = full  # type: ignore[method-assign]
 
 
 def changes(registry: Registry, run: str, wrapped: bytes) -> dict[str, Callable[[], object]]:
     return {
-        "create_run": lambda: registry.create_run(US, CONFIG),
-        "claim": lambda: registry.claim(run),
-        "record": lambda: registry.record(run, 1, 9, "active", []),
-        "finish": lambda: registry.finish(run, 1, "failed"),
-        "publish": lambda: registry.publish(US, run, 1, "art-2", 1, 10, True, b"{}", "k1"),
-        "delete_artifact": lambda: registry.delete_artifact(US, "art-1"),
-        "open_data_key": lambda: registry.open_data_key(
-            registry.reader(US), "art-1", wrapped, STORE
+        "create_run": lambda: registry.runs.create(US, CONFIG),
+        "claim": lambda: registry.runs.claim(run),
+        "record": lambda: registry.runs.record(run, 1, 9, "active", []),
+        "finish": lambda: registry.runs.finish(run, 1, "failed"),
+        "publish": lambda: registry.artifacts.publish(
+            US, run, 1, "art-2", 1, 10, True, b"{}", "k1"
         ),
-        "create_api_key": lambda: registry.create_api_key(US, "", [], 1),
-        "register_dataset": lambda: registry.register_dataset(US, "d", 8.0, 1e-5, "example"),
+        "delete_artifact": lambda: registry.artifacts.delete(US, "art-1"),
+        "open_data_key": lambda: registry.data_keys.open(
+            registry.data_keys.reader(US), "art-1", wrapped, STORE
+        ),
+        "create_api_key": lambda: registry.api_keys.create(US, "", [], 1),
+        "register_dataset": lambda: registry.ledgers.register(US, "d", 8.0, 1e-5, "example"),
     }
 
 
@@ -315,10 +322,12 @@ def everything(place: Path) -> list[str]:
 @pytest.mark.parametrize("name", changes(None, "", b""))  # type: ignore[arg-type]
 def test_a_change_that_cannot_be_noted_does_not_happen(place: Path, name: str) -> None:
     registry = open_registry(place)
-    run = registry.create_run(US, CONFIG)
-    epoch = registry.claim(run)
-    _, wrapped = registry.new_data_key(registry.capability(US, run, epoch), "art-1", STORE)
-    registry.publish(US, run, epoch, "art-1", 1, 10, True, b"{}", "k1")
+    run = registry.runs.create(US, CONFIG)
+    epoch = registry.runs.claim(run)
+    _, wrapped = registry.data_keys.new(
+        registry.data_keys.capability(US, run, epoch), "art-1", STORE
+    )
+    registry.artifacts.publish(US, run, epoch, "art-1", 1, 10, True, b"{}", "k1")
     before = everything(place)
     with pytest.raises(StorageError, match="disk is full"):
         changes(open_registry(place, FullDisk), run, wrapped)[name]()
@@ -330,7 +339,7 @@ def test_a_change_that_cannot_be_noted_does_not_happen(place: Path, name: str) -
 def test_two_writers_cannot_fork_the_chain(place: Path) -> None:
     writers = [open_registry(place) for _ in range(4)]
     with ThreadPoolExecutor(8) as pool:
-        done = [pool.submit(writers[number % 4].create_run, US, CONFIG) for number in range(80)]
+        done = [pool.submit(writers[number % 4].runs.create, US, CONFIG) for number in range(80)]
         created = {one.result() for one in done}
     assert {row.subject for row in rows_of(writers[0])} == created
     assert len(rows_of(writers[0])) == 80
@@ -348,7 +357,7 @@ def test_a_row_number_is_given_once_whatever_the_program_does(place: Path, run: 
 
 
 def test_heads_are_signed_by_the_pinned_key(registry: Registry, place: Path, run: str) -> None:
-    head = registry.audit_head(US)
+    head = registry.audit_log.head(US)
     assert (head.tenant, head.seq, head.hash) == (US, 1, rows_of(registry)[0].hash)
     head.check((place / "audit.pub").read_bytes())
     for wrong in (

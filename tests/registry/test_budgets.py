@@ -38,14 +38,14 @@ def opened(known: Registry, **values: Any) -> Budget:
 
 
 def charge(budget: Budget, numbers: list[bytes], noised: bool = True) -> Charge:
-    return budget.registry.charge(
+    return budget.registry.ledgers.charge(
         budget.tenant, budget.dataset, budget.run_id, budget.epoch, secrets.token_hex(16),
         numbers, noised, CALLS,
     )  # fmt: skip
 
 
 def ledger_of(budget: Budget) -> Ledger:
-    return Ledger.replay(budget.registry.ledger_entries(budget.tenant, budget.dataset))
+    return Ledger.replay(budget.registry.ledgers.entries(budget.tenant, budget.dataset))
 
 
 # --- registration --------------------------------------------------------------------------------
@@ -53,37 +53,37 @@ def ledger_of(budget: Budget) -> Ledger:
 
 def test_what_was_promised_for_a_data_set_is_never_changed() -> None:
     known = registry()
-    known.register_dataset("default", "clinic", 8.0, 1e-5, "example")
-    before = known.ledger_entries("default", "clinic")
-    known.register_dataset("default", "clinic", 8.0, 1e-5, "example")  # the same again
+    known.ledgers.register("default", "clinic", 8.0, 1e-5, "example")
+    before = known.ledgers.entries("default", "clinic")
+    known.ledgers.register("default", "clinic", 8.0, 1e-5, "example")  # the same again
     for other in ((9.0, 1e-5, "example"), (None, 1e-5, "example"), (8.0, 1e-6, "example"),
                   (8.0, 1e-5, "id")):  # fmt: skip
         with pytest.raises(InvalidRequestError, match="never changed"):
-            known.register_dataset("default", "clinic", *other)
-    assert known.ledger_entries("default", "clinic") == before
+            known.ledgers.register("default", "clinic", *other)
+    assert known.ledgers.entries("default", "clinic") == before
 
 
 def test_a_refused_plan_registers_nothing() -> None:
     known = registry()
     with pytest.raises(DPBudgetExceededError, match="cannot pay"):
         opened(known, dp={"noise_multiplier": 0.1}, dataset_id="clinic")
-    assert known.dataset_ids("default") == []
+    assert known.ledgers.datasets("default") == []
 
 
 def test_a_data_set_of_another_tenant_does_not_exist() -> None:
     known = registry()
-    known.register_dataset("bank", "default", 8.0, 1e-5, "example")
-    assert known.ledger_entries("clinic", "default") == []
-    assert known.dataset_ids("clinic") == []
+    known.ledgers.register("bank", "default", 8.0, 1e-5, "example")
+    assert known.ledgers.entries("clinic", "default") == []
+    assert known.ledgers.datasets("clinic") == []
     with pytest.raises(NotFoundError, match="no data set 'default'"):
-        known.admit("clinic", "default", "tc-1", [])
+        known.ledgers.admit("clinic", "default", "tc-1", [])
 
 
 def test_data_sets_have_different_unit_keys_which_are_stored_wrapped(tmp_path: Path) -> None:
     known = registry(tmp_path / "home")
     first, second = opened(known, dataset_id="a"), opened(known, dataset_id="b")
     assert first.key != second.key
-    assert known.unit_key("default", "a") == first.key
+    assert known.ledgers.unit_key("default", "a") == first.key
     for file in (tmp_path / "home").glob("registry.db*"):
         assert first.key not in file.read_bytes()
         assert first.key.hex().encode() not in file.read_bytes()
@@ -111,11 +111,11 @@ def test_an_actor_that_was_replaced_charges_nothing_and_changes_no_contract(cont
         dp |= {"sampling": "client_poisson", "dataset_size": 500, "accountant_type": "rdp"}
     budget = opened(registry(), dp=dp, batch_size=50)
     charge(budget, units(*range(50)))
-    before = budget.registry.ledger_entries(budget.tenant, budget.dataset)
-    budget.registry.claim(budget.run_id)
+    before = budget.registry.ledgers.entries(budget.tenant, budget.dataset)
+    budget.registry.runs.claim(budget.run_id)
     with pytest.raises(ActorLostError, match="may not charge"):
         charge(budget, units(*range(500)))
-    assert budget.registry.ledger_entries(budget.tenant, budget.dataset) == before
+    assert budget.registry.ledgers.entries(budget.tenant, budget.dataset) == before
 
 
 def test_two_contracts_on_one_data_set_are_filtered_and_add_up() -> None:
@@ -156,10 +156,10 @@ def test_the_last_charges_of_two_clients_at_once_never_overspend() -> None:
 def test_a_refused_charge_notes_no_use() -> None:
     budget = opened(registry(), dp={"max_participations": 1})
     charge(budget, units(1))
-    before = budget.registry.ledger_entries("default", "default")
+    before = budget.registry.ledgers.entries("default", "default")
     with pytest.raises(DPBudgetExceededError):
         charge(budget, units(1, 2))
-    assert budget.registry.ledger_entries("default", "default") == before
+    assert budget.registry.ledgers.entries("default", "default") == before
     assert budget.admit(units(1, 2)) == set(units(1))
     charge(budget, units(2))  # its use was not noted by the refused charge
 
@@ -177,9 +177,9 @@ def test_reservations_are_kept_from_others_and_given_back() -> None:
     first = opened(known, dp={"noise_multiplier": 2.0, "max_participations": 6})
     with pytest.raises(DPBudgetExceededError, match="reserved"):
         opened(known, dp={"noise_multiplier": 2.0, "max_participations": 6})
-    known.release_reservation("default", "default", first.run_id)
+    known.ledgers.release("default", "default", first.run_id)
     length = ledger_of(first).length
-    known.release_reservation("default", "default", first.run_id)  # nothing is left to free
+    known.ledgers.release("default", "default", first.run_id)  # nothing is left to free
     assert ledger_of(first).length == length
     opened(known, dp={"noise_multiplier": 2.0, "max_participations": 6})
 
@@ -187,16 +187,18 @@ def test_reservations_are_kept_from_others_and_given_back() -> None:
 def test_the_end_of_a_run_frees_its_plan_and_that_of_an_actor_it_had_before_does_not() -> None:
     known = registry()
     run = opened(known, dp={"noise_multiplier": 2.0, "max_participations": 6})
-    known.park(run.run_id, run.epoch)
-    known.finish(run.run_id, run.epoch, "completed")  # the client that parked it is closed
+    known.runs.park(run.run_id, run.epoch)
+    known.runs.finish(run.run_id, run.epoch, "completed")  # the client that parked it is closed
     assert ledger_of(run).accounts[run.run_id].reserved == 6
-    back = known.claim(run.run_id)
-    known.finish(run.run_id, run.epoch, "completed")  # a client that does not know that it is back
+    back = known.runs.claim(run.run_id)
+    known.runs.finish(
+        run.run_id, run.epoch, "completed"
+    )  # a client that does not know that it is back
     assert ledger_of(run).accounts[run.run_id].reserved == 6
-    known.finish(run.run_id, back, "completed")
+    known.runs.finish(run.run_id, back, "completed")
     assert ledger_of(run).accounts[run.run_id].reserved == 0
     length = ledger_of(run).length
-    known.finish(run.run_id, back, "completed")  # only the answer was lost
+    known.runs.finish(run.run_id, back, "completed")  # only the answer was lost
     assert ledger_of(run).length == length
 
 
@@ -205,10 +207,10 @@ def test_a_run_that_comes_back_keeps_its_contract_and_its_uses() -> None:
     config = private_config(Path("none"), dp={"max_participations": 1})
     run = new_budget(known, config)
     charge(run, units(1))
-    epoch = known.claim(run.run_id)
+    epoch = known.runs.claim(run.run_id)
     again = Budget.planned(known, "default", run.run_id, epoch, config, "float32").open()
     assert again.key == run.key
-    assert again.admit(units(1, 2)) == set(units(1))
+    assert again.ledgers.admit(units(1, 2)) == set(units(1))
     assert list(ledger_of(run).accounts) == [run.run_id]
 
 
@@ -223,7 +225,7 @@ def test_hashes_of_data_are_stored_keyed_only(tmp_path: Path) -> None:
     for file in (tmp_path / "home").glob("registry.db*"):
         for call in CALLS:
             assert not any(part.encode() in file.read_bytes() for part in call)
-    with budget.registry._engine.begin() as database:
+    with budget.registry.database.engine.begin() as database:
         evidence = database.exec_driver_sql("select evidence from charges").scalars().all()
     for call in CALLS:
         assert not any(part in text for part in call for text in evidence)
@@ -233,7 +235,7 @@ def test_hashes_of_data_are_stored_keyed_only(tmp_path: Path) -> None:
 def test_ledger_entries_hold_nothing_of_the_units() -> None:
     budget = opened(registry())
     charge(budget, units(77))
-    text = str(budget.registry.ledger_entries("default", "default"))
+    text = str(budget.registry.ledgers.entries("default", "default"))
     assert units(77)[0].hex() not in text
     assert "4711" not in text
 
@@ -241,13 +243,13 @@ def test_ledger_entries_hold_nothing_of_the_units() -> None:
 def test_an_entry_changed_in_the_database_is_noticed_by_the_next_registry(tmp_path: Path) -> None:
     budget = opened(registry(tmp_path / "home"))
     charge(budget, units(1))
-    with budget.registry._engine.begin() as database:
+    with budget.registry.database.engine.begin() as database:
         database.exec_driver_sql(
             "update ledger_entries set entry = replace(entry, '\"count\": 1', '\"count\": 0')"
             " where seq = 2"
         )
     with pytest.raises(IntegrityError, match="entry 2"):
-        registry(tmp_path / "home").charge(
+        registry(tmp_path / "home").ledgers.charge(
             "default", "default", budget.run_id, budget.epoch, "f" * 32, units(2), True, CALLS
         )
 
@@ -270,9 +272,9 @@ def test_a_step_without_noise_is_infinite_for_ever_and_refused_elsewhere() -> No
 def test_data_that_was_trained_on_without_privacy_gets_no_budget(config: dict[str, Any]) -> None:
     known = registry()
     open_run = TrainingConfig(model_ref="m", dataset_id="shared", **config)
-    known.create_run("default", open_run.model_dump_json())
+    known.runs.create("default", open_run.model_dump_json())
     with pytest.raises(InvalidRequestError, match="without privacy"):
-        known.register_dataset("default", "shared", 8.0, 1e-5, "example")
-    assert known.ledger_entries("default", "shared") == []
-    known.register_dataset("another", "shared", 8.0, 1e-5, "example")  # of another tenant
-    known.register_dataset("default", "other", 8.0, 1e-5, "example")
+        known.ledgers.register("default", "shared", 8.0, 1e-5, "example")
+    assert known.ledgers.entries("default", "shared") == []
+    known.ledgers.register("another", "shared", 8.0, 1e-5, "example")  # of another tenant
+    known.ledgers.register("default", "other", 8.0, 1e-5, "example")

@@ -42,18 +42,18 @@ CONFIG = TrainingConfig(model_ref="some/model").model_dump_json()
 
 def client(registry: Registry, tenant: str = TENANT) -> Capability:
     """Of the living actor of a new run."""
-    run = registry.create_run(tenant, CONFIG)
-    return registry.capability(tenant, run, registry.claim(run))
+    run = registry.runs.create(tenant, CONFIG)
+    return registry.data_keys.capability(tenant, run, registry.runs.claim(run))
 
 
 def seen(registry: Registry, tenant: str = TENANT) -> list[tuple[str, str, str, str]]:
-    rows = [json.loads(line) for line in registry.audit_rows(tenant, 0, 1000)]
+    rows = [json.loads(line) for line in registry.audit_log.rows(tenant, 0, 1000)]
     return [(row["who"], row["event"], row["subject"], row["outcome"]) for row in rows]
 
 
 def opened(service: Service, capability: Capability, artifact: str) -> bytes:
     wrapped = service.store.read_key(TENANT, artifact)
-    return service.registry.open_data_key(capability, artifact, wrapped, service.store.root)
+    return service.registry.data_keys.open(capability, artifact, wrapped, service.store.root)
 
 
 # --- what a capability allows --------------------------------------------------------------------
@@ -66,15 +66,15 @@ def test_an_actor_makes_artifacts_and_reads_those_of_all_runs_of_its_tenant(
     files = fetch.fetch(service.registry, service.store, other, artifact)
     assert_same(from_files(files), checkpoint())
     assert seen(service.registry)[-1] == (other.who, "artifact.load", artifact, "ok")
-    assert len(service.registry.new_data_key(other, "art-new", service.store.root)[0]) == 32
+    assert len(service.registry.data_keys.new(other, "art-new", service.store.root)[0]) == 32
 
 
 def test_a_reader_reads_and_makes_nothing(service: Service) -> None:
-    artifact, reader = service.publish(), service.registry.reader(TENANT)
+    artifact, reader = service.publish(), service.registry.data_keys.reader(TENANT)
     assert opened(service, reader, artifact) == opened(service, service.capability, artifact)
     before = seen(service.registry)
     with pytest.raises(AccessDeniedError, match="reader makes no artifacts"):
-        service.registry.new_data_key(reader, "the patient in bed 7", service.store.root)
+        service.registry.data_keys.new(reader, "the patient in bed 7", service.store.root)
     refusal = (SDK, "artifact.save", "", "access_denied")
     assert seen(service.registry) == [*before, refusal], "or text was noted that anyone may choose"
 
@@ -87,12 +87,12 @@ def test_the_audit_log_names_the_reader_that_was_given_a_capability(service: Ser
     assert [*verify.verify(service.registry, str(service.root), TENANT)] == [(artifact, "")]
     assert seen(service.registry)[-1] == (SDK, "artifact.load", artifact, "ok")
     with pytest.raises(InvalidRequestError):
-        service.registry.reader(TENANT, service.capability.who)
+        service.registry.data_keys.reader(TENANT, service.capability.who)
 
 
 def test_a_capability_outlives_a_restart_a_rotation_and_the_end_of_a_key(service: Service) -> None:
     """An actor that has trained for days must still be able to save."""
-    service.registry.rotate_key(TENANT)
+    service.registry.data_keys.rotate(TENANT)
     [*keys.rewrap(service.registry, str(service.root))]
     keys.retire(service.registry, str(service.root), TENANT, "k1")
     again = Registry(f"sqlite:///{service.home / DATABASE}", service.home / KEYRING)
@@ -105,7 +105,7 @@ def test_a_capability_outlives_a_restart_a_rotation_and_the_end_of_a_key(service
 
 def uses(service: Service, artifact: str) -> list[Callable[[Capability], object]]:
     return [
-        lambda shown: service.registry.new_data_key(shown, "art-new", service.store.root),
+        lambda shown: service.registry.data_keys.new(shown, "art-new", service.store.root),
         lambda shown: opened(service, shown, artifact),
     ]
 
@@ -113,8 +113,8 @@ def uses(service: Service, artifact: str) -> list[Callable[[Capability], object]
 def test_an_actor_that_was_replaced_or_ended_is_given_no_key(service: Service) -> None:
     artifact, old = service.publish(), service.capability
     for end in (
-        lambda: service.registry.claim(service.run),
-        lambda: service.registry.finish(service.run, service.epoch + 1, "completed"),
+        lambda: service.registry.runs.claim(service.run),
+        lambda: service.registry.runs.finish(service.run, service.epoch + 1, "completed"),
     ):
         end()
         for use in uses(service, artifact):
@@ -127,7 +127,7 @@ def test_an_actor_that_was_replaced_or_ended_is_given_no_key(service: Service) -
 
 
 def test_a_replaced_actor_learns_it_before_it_copies_or_stores_anything(service: Service) -> None:
-    service.registry.claim(service.run)
+    service.registry.runs.claim(service.run)
     with pytest.raises(ActorLostError):
         Draft(service.registry, service.store, service.capability, to_files(checkpoint()))
     assert service.files() == []
@@ -136,35 +136,35 @@ def test_a_replaced_actor_learns_it_before_it_copies_or_stores_anything(service:
 @pytest.mark.parametrize("off", [-1, 1])
 def test_no_capability_is_issued_for_another_epoch(service: Service, off: int) -> None:
     with pytest.raises(ActorLostError):
-        service.registry.capability(TENANT, service.run, service.epoch + off)
+        service.registry.data_keys.capability(TENANT, service.run, service.epoch + off)
 
 
 def test_no_capability_is_issued_for_the_run_of_another_tenant(service: Service) -> None:
     for tenant, run in ((THEM, service.run), (TENANT, "tc-none")):
         with pytest.raises(NotFoundError):
-            service.registry.capability(tenant, run, service.epoch)
+            service.registry.data_keys.capability(tenant, run, service.epoch)
 
 
 def test_an_artifact_that_is_there_gets_no_second_key(service: Service) -> None:
     """Nor one that was: its id would bring it back."""
     artifact, deleted = service.publish(), service.publish()
-    service.registry.delete_artifact(TENANT, deleted)
+    service.registry.artifacts.delete(TENANT, deleted)
     for shown in (service.capability, client(service.registry), client(service.registry, THEM)):
         for taken in (artifact, deleted):
             with pytest.raises(AccessDeniedError, match="an artifact of this id"):
-                service.registry.new_data_key(shown, taken, service.store.root)
+                service.registry.data_keys.new(shown, taken, service.store.root)
             row = (shown.who, "artifact.save", taken, "access_denied")
             assert seen(service.registry, shown.tenant)[-1] == row
 
 
 def test_another_tenant_learns_nothing_and_the_owner_learns_of_it(service: Service) -> None:
     artifact = service.publish()
-    for them in (client(service.registry, THEM), service.registry.reader(THEM)):
+    for them in (client(service.registry, THEM), service.registry.data_keys.reader(THEM)):
         before = seen(service.registry, THEM)
         with pytest.raises(NotFoundError) as foreign:
             opened(service, them, artifact)
         with pytest.raises(NotFoundError) as missing:
-            service.registry.open_data_key(them, "art-none", b"{}", service.store.root)
+            service.registry.data_keys.open(them, "art-none", b"{}", service.store.root)
         assert str(foreign.value).replace(artifact, "art-none") == str(missing.value)
         assert seen(service.registry, THEM) == before
     assert seen(service.registry)[-1] == (ANYONE, "artifact.load", artifact, "access_denied")
@@ -172,7 +172,7 @@ def test_another_tenant_learns_nothing_and_the_owner_learns_of_it(service: Servi
 
 
 def forgeries(service: Service) -> Iterator[Capability]:
-    own, reader = service.capability, service.registry.reader(TENANT)
+    own, reader = service.capability, service.registry.data_keys.reader(TENANT)
     other = client(service.registry)
     yield replace(own, who=f"{service.run}@{service.epoch + 1}")
     yield replace(own, who=other.who)  # the right run with another's tag
@@ -206,7 +206,7 @@ def test_what_a_forger_writes_is_in_no_row_and_no_error(service: Service) -> Non
     forged = Capability(RUN, text, text, bytes(32))
     for shown in (forged, replace(forged, tenant=TENANT)):
         with pytest.raises(AccessDeniedError) as caught:
-            service.registry.new_data_key(shown, text, service.store.root)
+            service.registry.data_keys.new(shown, text, service.store.root)
         assert text not in str(caught.value)
     assert text not in str(seen(service.registry))
     assert seen(service.registry, text) == []
@@ -216,7 +216,7 @@ def test_a_capability_of_another_registry_is_none_here(service: Service, tmp_pat
     create(tmp_path / "other")
     there = Registry(f"sqlite:///{tmp_path / 'other' / DATABASE}", tmp_path / "other" / KEYRING)
     with pytest.raises(AccessDeniedError):
-        opened(service, there.reader(TENANT), service.publish())
+        opened(service, there.data_keys.reader(TENANT), service.publish())
 
 
 def cuts(text: str) -> st.SearchStrategy[tuple[str, str, str]]:

@@ -34,12 +34,13 @@ from actors.registry.registry import Registry
 from tg_tinker import DPBudgetExceededError
 url, place, run, epoch = sys.argv[1:]
 known, made = Registry(url, Path(place) / "keyring"), 0
-print(known.runs("default") != [], flush=True)
+print(known.runs.of("default") != [], flush=True)
 input()
 while True:
     try:
         unit = (made % 7).to_bytes(16, "big")
-        known.charge("default", "default", run, int(epoch), f"{run}{made}", [unit], True, [])
+        charge = ("default", "default", run, int(epoch), f"{run}{made}", [unit], True, [])
+        known.ledgers.charge(*charge)
         made += 1
     except DPBudgetExceededError:
         break
@@ -52,7 +53,7 @@ def sole(place: Path) -> Registry:
 
 
 def charge(budget: Budget, charge_id: str | None = None) -> int:
-    receipt = budget.registry.charge(
+    receipt = budget.registry.ledgers.charge(
         budget.tenant, budget.dataset, budget.run_id, budget.epoch,
         charge_id or secrets.token_hex(16), [bytes(16)], True, [],
     )  # fmt: skip
@@ -60,7 +61,7 @@ def charge(budget: Budget, charge_id: str | None = None) -> int:
 
 
 def charges(budget: Budget) -> int:
-    entries = budget.registry.ledger_entries(budget.tenant, budget.dataset)
+    entries = budget.registry.ledgers.entries(budget.tenant, budget.dataset)
     Ledger.replay(entries)
     return sum(entry["type"] == "charge" for entry in entries)
 
@@ -78,13 +79,13 @@ def test_an_older_registry_changes_nothing_and_says_so(tmp_path: Path) -> None:
         charge(old)
     assert caught.value.details["reason"] == REPLACED
     with pytest.raises(StorageError, match="nothing was changed"):
-        old.registry.create_run("default", "{}")
+        old.registry.runs.create("default", "{}")
     assert charges(old) == 1, "it may still read"
-    new.create_run("default", "{}")
+    new.runs.create("default", "{}")
     newest = sole(place)
     with pytest.raises(StorageError, match="taken over"):
-        new.claim(old.run_id)
-    assert newest.claim(old.run_id) == 2
+        new.runs.claim(old.run_id)
+    assert newest.runs.claim(old.run_id) == 2
 
 
 @pytest.mark.usefixtures("each_database")
@@ -180,7 +181,7 @@ def test_a_commit_whose_answer_is_lost_fails_and_counts_as_charged(
     """The server commits, and its answer never arrives."""
     place = tmp_path / "home"
     budget = new_budget(registry(place), private_config(Path("none")))
-    dialect = budget.registry._engine.dialect
+    dialect = budget.registry.database.engine.dialect
     real = dialect.do_commit
 
     def lost(connection: Any) -> None:

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from actors.privacy.budget import Budget
 from actors.registry.backup import backup, restore
-from actors.registry.database import METADATA
 from actors.registry.registry import Registry
+from actors.registry.schema import METADATA
 from actors.storage.home import create
 from support.databases import Postgres, url_of
 from support.privacy_helpers import new_budget, private_config, registry
@@ -37,20 +37,20 @@ def budget(tmp_path: Path) -> Budget:
     budget = new_budget(registry(tmp_path / "home"), private_config(Path("none"), dp=SIGMA))
     for _ in range(3):
         charge(budget)
-    budget.registry.create_api_key("default", "laptop", ["a/model"], None)
+    budget.registry.api_keys.create("default", "laptop", ["a/model"], None)
     return budget
 
 
 def charge(budget: Budget) -> str:
-    receipt = budget.registry.charge(
+    receipt = budget.registry.ledgers.charge(
         budget.tenant, budget.dataset, budget.run_id, budget.epoch, secrets.token_hex(16),
         [bytes(16)], True, [("sha256:b", "sha256:g")],
     )  # fmt: skip
     return receipt.place
 
 
-def rows(database: Registry) -> dict[str, list[tuple[object, ...]]]:
-    with database._reading() as connection:
+def rows(known: Registry) -> dict[str, list[tuple[object, ...]]]:
+    with known.database.reading() as connection:
         return {
             table.name: sorted(map(tuple, connection.execute(table.select())), key=repr)
             for table in METADATA.sorted_tables
@@ -230,7 +230,7 @@ def test_the_commands_tell_where_each_chain_ends(
 def test_a_program_that_makes_backups_knows_every_table(each_database: None) -> None:
     """Tables are declared by the rooms that are imported."""
     code = (
-        "import actors.registry.backup; from actors.registry.database import METADATA;"
+        "import actors.registry.backup; from actors.registry.schema import METADATA;"
         "print(' '.join(sorted(METADATA.tables)))"
     )
     said = subprocess.run(

@@ -18,8 +18,9 @@ import pytest
 
 from actors.operations import restore
 from actors.privacy.budget import Budget
-from actors.registry.head_keeper import EVERY, HeadKeeper, book_missing, meet
+from actors.registry.head_keeper import EVERY, HeadKeeper
 from actors.registry.registry import Registry
+from actors.registry.rollback import book_missing, meet_ledger
 from actors.storage.store import ArtifactStore
 from actors.training.place import Place
 from actors.training.worker import Worker
@@ -72,10 +73,10 @@ class Home:
         return new_budget(self.registry, private_config(Path("none"), dp=dp, dataset_id=DATA))
 
     def entries(self) -> list[Entry]:
-        return self.registry.ledger_entries(US, DATA)
+        return self.registry.ledgers.entries(US, DATA)
 
     def head(self, after: int = -1) -> str:
-        return self.registry.ledger_head(US, DATA, after)
+        return self.registry.heads.ledger_head(US, DATA, after)
 
     def keep(self, after: int = -1) -> str:
         """Puts the present head into the store."""
@@ -84,13 +85,13 @@ class Home:
         return head.place
 
     def meet(self, *kept: str) -> int:
-        return meet(self.registry, self.root, US, DATA, kept)
+        return meet_ledger(self.registry, ArtifactStore(self.root), US, DATA, kept)
 
     def book(self, *kept: str) -> int:
-        return book_missing(self.registry, self.root, US, DATA, kept)
+        return book_missing(self.registry, ArtifactStore(self.root), US, DATA, kept)
 
     def refusals(self) -> list[tuple[str, str, str]]:
-        noted = map(AuditRow.parse, self.registry.audit_rows(US, 0, 1000))
+        noted = map(AuditRow.parse, self.registry.audit_log.rows(US, 0, 1000))
         return [(row.event, row.subject, row.outcome) for row in noted if row.outcome != "ok"]
 
 
@@ -164,19 +165,20 @@ def test_two_databases_that_went_on_from_one_refuse_each_others_heads(home: Home
 
 
 def test_a_data_set_that_the_database_has_lost_is_not_registered_anew(home: Home) -> None:
-    home.registry.dataset_ids(US)
+    home.registry.ledgers.datasets(US)
     empty = home.copied()
     home.budget()
     home.keep()
     refused(empty.meet, empty, behind=True)
-    assert empty.registry.dataset_ids(US) == []
+    assert empty.registry.ledgers.datasets(US) == []
 
 
 def test_a_data_set_without_heads_is_let_through(home: Home) -> None:
     home.budget()
     home.keep()
-    assert meet(home.registry, home.root, US, "another") == -1
-    assert meet(home.registry, home.root, "another", DATA) == -1
+    store = ArtifactStore(home.root)
+    assert meet_ledger(home.registry, store, US, "another") == -1
+    assert meet_ledger(home.registry, store, "another", DATA) == -1
 
 
 def test_a_charge_with_a_head_that_the_ledger_lacks_changes_nothing(home: Home) -> None:
@@ -214,7 +216,7 @@ def test_an_actor_sends_what_it_saw_itself(home: Home) -> None:
 def test_what_is_no_place_is_refused(home: Home, place: str) -> None:
     budget = home.budget()
     with pytest.raises(IntegrityError, match="SEQ-HASH"):
-        home.registry.charge(
+        home.registry.ledgers.charge(
             US, DATA, budget.run_id, budget.epoch, "c" * 32, [b"u"], True, [], [place]
         )
     assert len(home.entries()) == 2
@@ -235,11 +237,15 @@ def test_a_head_in_the_store_names_neither_data_set_nor_run(home: Home) -> None:
 
 
 def test_the_folder_of_a_ledger_outlives_key_rotation_and_database(home: Home) -> None:
-    name = home.registry.ledger_name(US, DATA)
-    home.registry.rotate_key(US)
+    name = home.registry.heads.ledger_name(US, DATA)
+    home.registry.data_keys.rotate(US)
     home.budget()
-    assert home.registry.ledger_name(US, DATA) == name
-    others = {home.registry.ledger_name(US, "b"), home.registry.ledger_name("b", DATA), name}
+    assert home.registry.heads.ledger_name(US, DATA) == name
+    others = {
+        home.registry.heads.ledger_name(US, "b"),
+        home.registry.heads.ledger_name("b", DATA),
+        name,
+    }
     assert len(others) == 3
 
 
@@ -249,18 +255,21 @@ def test_every_changed_character_of_a_head_is_noticed(home: Home) -> None:
     for at in range(len(line)):
         changed = line[:at] + chr(ord(line[at]) ^ 1) + line[at + 1 :]
         with pytest.raises(IntegrityError):
-            home.registry.check_heads(US, DATA, [changed])
-    home.registry.check_heads(US, DATA, [line])
+            home.registry.heads.meet(US, DATA, home.root, {}, [changed])
+    home.registry.heads.meet(US, DATA, home.root, {}, [line])
 
 
 @pytest.mark.parametrize(("tenant", "dataset"), [(US, "another"), ("another", DATA)])
 def test_a_head_of_another_ledger_is_refused(home: Home, tenant: str, dataset: str) -> None:
-    home.registry.register_dataset(tenant, dataset, 8.0, 1e-5, "example")
+    home.registry.ledgers.register(tenant, dataset, 8.0, 1e-5, "example")
     home.budget()
-    moved = home.registry.ledger_head(tenant, dataset, -1)
-    for act in (home.registry.check_heads, home.registry.book_missing):
+    moved = home.registry.heads.ledger_head(tenant, dataset, -1)
+    for act in (
+        lambda: home.registry.heads.meet(US, DATA, home.root, {}, [moved]),
+        lambda: home.registry.heads.book_missing(US, DATA, [moved]),
+    ):
         with pytest.raises(IntegrityError, match="another ledger"):
-            act(US, DATA, [moved])
+            act()
 
 
 def test_a_head_by_another_key_is_refused_in_a_home_and_passed_over_in_the_store(
@@ -281,9 +290,9 @@ def test_what_is_no_head_in_the_store_is_told_and_holds_up_nothing(
     budget = home.budget()
     old = home.copied()
     spend(budget, 1)
-    home.registry.register_dataset(US, "another", 8.0, 1e-5, "example")
-    moved = LedgerHead.parse(home.registry.ledger_head(US, "another", -1))
-    folder = Path(home.root) / f"t/{US}/ledgers/{home.registry.ledger_name(US, DATA)}"
+    home.registry.ledgers.register(US, "another", 8.0, 1e-5, "example")
+    moved = LedgerHead.parse(home.registry.heads.ledger_head(US, "another", -1))
+    folder = Path(home.root) / f"t/{US}/ledgers/{home.registry.heads.ledger_name(US, DATA)}"
     far, zeros = f"99-{'0' * 64}.json", "0" * 64
     junk = {"x.json": "{}", far: "\xff", f"{moved.place}.json": moved.line(),
             "f o.json": "", f"a/5-{zeros}.json": home.head()[:-9]}  # fmt: skip
@@ -326,7 +335,7 @@ def charged(budget: Budget, unit: int) -> None:
 
 
 def test_the_first_and_every_few_charges_leave_a_head(home: Home) -> None:
-    assert home.registry.dataset_ids(US) == []
+    assert home.registry.ledgers.datasets(US) == []
     empty = home.copied()
     budget, heads = home.budget(), keeper(home)
     counts = []
@@ -356,7 +365,7 @@ def without_room_for_heads(home: Home) -> Path:
 
 
 def test_a_store_that_fails_holds_up_no_charge_and_gets_all_later(home: Home) -> None:
-    assert home.registry.dataset_ids(US) == []
+    assert home.registry.ledgers.datasets(US) == []
     empty = home.copied()
     budget, heads = home.budget(), keeper(home)
     blocked = without_room_for_heads(home)
@@ -378,14 +387,14 @@ def test_results_do_not_grow_without_bound_while_the_store_fails(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("actors.registry.head_keeper.MOST", 3)
-    assert home.registry.dataset_ids(US) == []
+    assert home.registry.ledgers.datasets(US) == []
     empty = home.copied()
     budget, heads = home.budget(), keeper(home)
     blocked = without_room_for_heads(home)
     budget.heads, carried = heads, []
     for step in range(EVERY):
         charged(budget, step)
-        carried.append(len(home.registry._entries(DATA, LedgerHead.parse(heads.newest))))
+        carried.append(len(home.registry.heads._entries(DATA, LedgerHead.parse(heads.newest))))
     assert carried == [3, 4, 4, 4, 4, 4, 4, 4]  # the charge, and those before it
     blocked.unlink()
     heads.keep()
@@ -431,9 +440,9 @@ def test_runs_of_one_database_do_not_refuse_each_other(home: Home) -> None:
 def worker(home: Home, model: Path, known: Registry | None = None, **values: Any) -> Worker:
     known = known or home.registry
     config = private_config(model, dp={"noise_multiplier": 4.0}, dataset_id=DATA, **values)
-    run = known.create_run(US, config.model_dump_json())
-    epoch = known.claim(run)
-    place = Place(US, run, epoch, home.root, home.path, known.capability(US, run, epoch))
+    run = known.runs.create(US, config.model_dump_json())
+    epoch = known.runs.claim(run)
+    place = Place(US, run, epoch, home.root, home.path, known.data_keys.capability(US, run, epoch))
     return Worker(place, config, known, lambda _: None)
 
 
@@ -476,7 +485,7 @@ def test_an_artifact_newer_than_the_ledger_or_of_another_is_refused(
     run = one._place.run_id
     known = other.registry
     # As if it were known:
-    known.publish(US, run, one._place.epoch, newer, 2, 1, True, manifest, "k1")
+    known.artifacts.publish(US, run, one._place.epoch, newer, 2, 1, True, manifest, "k1")
     for behind in (True, False):
         two = worker(other, tiny_model, known)
         before, step = weights(two.session), two.session.step
@@ -491,10 +500,10 @@ def test_an_artifact_newer_than_the_ledger_or_of_another_is_refused(
 def test_a_ledger_of_the_same_name_of_another_tenant_is_another(home: Home) -> None:
     home.budget()
     known, place = home.registry, place_of(0, home.entries()[0]["hash"])
-    known.check_lineage(US, {DATA: place}, "art-1")
-    known.register_dataset("bank", DATA, 8.0, 1e-5, "example")
+    known.heads.check_lineage(US, {DATA: place}, "art-1")
+    known.ledgers.register("bank", DATA, 8.0, 1e-5, "example")
     with pytest.raises(LedgerMismatchError):
-        known.check_lineage("bank", {DATA: place}, "art-1")
+        known.heads.check_lineage("bank", {DATA: place}, "art-1")
 
 
 def test_nothing_is_saved_whose_ledger_head_is_not_in_the_store(
@@ -507,7 +516,7 @@ def test_nothing_is_saved_whose_ledger_head_is_not_in_the_store(
     assert any("older database would not be noticed" in said for said in train(one).warnings)
     with pytest.raises(StorageError, match="head of the ledger"):
         save(one)
-    assert home.registry.artifacts(US) == []
+    assert home.registry.catalogue.find(US) == []
     blocked.unlink()
     save(one)
     assert train(one).warnings == ()
@@ -608,7 +617,7 @@ def test_what_is_booked_counts_against_the_budget(home: Home) -> None:
 
 
 def test_a_lost_data_set_is_booked_from_its_registration_on(home: Home) -> None:
-    home.registry.dataset_ids(US)
+    home.registry.ledgers.datasets(US)
     empty = home.copied()
     spend(home.budget(), 1)
     home.keep()
@@ -618,7 +627,7 @@ def test_a_lost_data_set_is_booked_from_its_registration_on(home: Home) -> None:
 
 
 def test_a_reservation_that_was_lost_is_booked_as_free(home: Home) -> None:
-    home.registry.register_dataset(US, DATA, 8.0, 1e-5, "example")
+    home.registry.ledgers.register(US, DATA, 8.0, 1e-5, "example")
     old = home.copied()
     plan = {"noise_multiplier": 2.0, "max_participations": 6}
     spend(home.budget(dp=plan), 1)
@@ -774,8 +783,8 @@ def test_check_names_the_data_set_whose_ledger_is_behind(home: Home) -> None:
 
 
 def test_a_head_of_another_tenant_s_ledger_is_no_loss(home: Home) -> None:
-    home.registry.register_dataset("bank", DATA, 8.0, 1e-5, "example")
-    line = home.registry.ledger_head("bank", DATA, -1)
-    name = home.registry.ledger_name("bank", DATA)
-    assert home.registry.lost_ledgers(US, [line]) == []
-    assert home.registry.lost_ledgers("bank", [line]) == [name]
+    home.registry.ledgers.register("bank", DATA, 8.0, 1e-5, "example")
+    line = home.registry.heads.ledger_head("bank", DATA, -1)
+    name = home.registry.heads.ledger_name("bank", DATA)
+    assert home.registry.heads.lost_ledgers(US, [line]) == []
+    assert home.registry.heads.lost_ledgers("bank", [line]) == [name]

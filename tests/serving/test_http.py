@@ -457,11 +457,11 @@ def test_an_open_server_knows_only_the_names_of_this_machine() -> None:
 
 def test_revoking_the_last_key_opens_the_door_to_nobody(home: Path) -> None:
     with ServiceClient(tenant="closing") as tenant:
-        assert not tenant._registry.wants_api_keys("closing")
+        assert not tenant._registry.api_keys.wanted("closing")
         _, info = tenant.create_api_key("only")
         tenant.revoke_api_key(info.key_id)
         assert tenant.list_api_keys() == []
-        assert tenant._registry.wants_api_keys("closing")
+        assert tenant._registry.api_keys.wanted("closing")
 
 
 def test_another_address_than_the_running_one_is_refused(server: Server, tiny_model: Path) -> None:

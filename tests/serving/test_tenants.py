@@ -409,10 +409,10 @@ def test_for_a_name_of_the_other_tenant_the_same_is_asked_as_for_one_that_never_
 ) -> None:
     create(tmp_path / "home")
     registry = Registry(default_database(tmp_path / "home"), tmp_path / "home/keyring")
-    run = registry.create_run("neighbour", config(Path("m")).model_dump_json())
-    epoch = registry.claim(run)
+    run = registry.runs.create("neighbour", config(Path("m")).model_dump_json())
+    epoch = registry.runs.claim(run)
     artifact = "art-" + "1" * 16
-    registry.publish("neighbour", run, epoch, artifact, 1, 10, True, b"{}", "k1")
+    registry.artifacts.publish("neighbour", run, epoch, artifact, 1, 10, True, b"{}", "k1")
     watched = Watched(registry)
     sources = Sources(watched, b"k", "space", str(tmp_path), "m")  # type: ignore[arg-type]
     for name in (run, artifact):

@@ -301,15 +301,15 @@ def test_a_keyring_moves_into_the_environment_and_rotates_there(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = service.publish()
-    service.registry.register_dataset(TENANT, "chats", 8.0, 1e-5, "example")
-    units = service.registry.unit_key(TENANT, "chats")
+    service.registry.ledgers.register(TENANT, "chats", 8.0, 1e-5, "example")
+    units = service.registry.ledgers.unit_key(TENANT, "chats")
     service = moved(service, monkeypatch, (service.home / KEYRING).read_text())
     assert_same(service.fetch(old), checkpoint())
-    assert service.registry.key_info() == ("k1", "env")
+    assert service.registry.data_keys.key_info() == ("k1", "env")
     with pytest.raises(InvalidRequestError, match="read-only"):
-        service.registry.rotate_key(TENANT)
+        service.registry.data_keys.rotate(TENANT)
     service = moved(service, monkeypatch, new_text(after=WHERE))
-    fresh = service.registry.key_info()[0]
+    fresh = service.registry.data_keys.key_info()[0]
     assert keys.uses(service.registry, str(service.root)).artifacts == {"k1": 1, fresh: 0}
     assert [*keys.rewrap(service.registry, str(service.root))] == [(old, "")]
     assert keys.uses(service.registry, str(service.root)).artifacts == {"k1": 0, fresh: 1}
@@ -317,7 +317,7 @@ def test_a_keyring_moves_into_the_environment_and_rotates_there(
     del without["keys"]["k1"]
     service = moved(service, monkeypatch, json.dumps(without))
     assert_same(service.fetch(old), checkpoint())
-    assert service.registry.unit_key(TENANT, "chats") == units
+    assert service.registry.ledgers.unit_key(TENANT, "chats") == units
 
 
 # --- the command ---------------------------------------------------------------------------------

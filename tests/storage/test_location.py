@@ -121,7 +121,7 @@ def test_the_sdk_refuses_such_a_uri_before_it_starts_anything(
 def test_a_store_in_a_file_for_serve_is_checked_before_a_registry_starts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(deploy, "provided", lambda name: pytest.fail(f"{name} was started"))
+    monkeypatch.setattr(deploy, "actors_backend", lambda: pytest.fail("a registry was started"))
     settings = deploy.Settings(model_ref="m", home=str(tmp_path), store=f"s3://k:{SECRET}@b/p")
     with pytest.raises(InvalidRequestError, match="credentials come from") as info:
         deploy.app(settings)

@@ -257,10 +257,10 @@ class TestArtifactsInEveryStore:
         registry = Registry(
             f"sqlite:///{tmp_path / 'home' / DATABASE}", tmp_path / "home" / KEYRING
         )
-        run = registry.create_run(TENANT, TrainingConfig(model_ref="m").model_dump_json())
+        run = registry.runs.create(TENANT, TrainingConfig(model_ref="m").model_dump_json())
         files = {"weights": bytes(range(256)) * 9000, "state": b"{}"}
-        epoch = registry.claim(run)
-        capability = registry.capability(TENANT, run, epoch)
+        epoch = registry.runs.claim(run)
+        capability = registry.data_keys.capability(TENANT, run, epoch)
         draft = publish.Draft(registry, ArtifactStore(root), capability, files)
         size, _ = publish.publish(
             registry, ArtifactStore(root), draft, run_id=run, epoch=epoch, step=1,
@@ -268,7 +268,8 @@ class TestArtifactsInEveryStore:
         )  # fmt: skip
         artifact = draft.artifact_id
         assert (
-            fetch.fetch(registry, ArtifactStore(root), registry.reader(TENANT), artifact) == files
+            fetch.fetch(registry, ArtifactStore(root), registry.data_keys.reader(TENANT), artifact)
+            == files
         )
         stored = ArtifactStore(root).objects.list_below(f"t/{TENANT}/a")
         assert sum(info.size for info in stored) == size

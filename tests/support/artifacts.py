@@ -75,7 +75,7 @@ class Service:
 
     def fetch(self, artifact: str, tenant: str = TENANT) -> Checkpoint:
         return from_files(
-            fetch.fetch(self.registry, self.store, self.registry.reader(tenant), artifact)
+            fetch.fetch(self.registry, self.store, self.registry.data_keys.reader(tenant), artifact)
         )
 
     def files(self) -> list[Path]:
@@ -90,9 +90,9 @@ def service(tmp_path: Path) -> Service:
     home = tmp_path / "home"
     create(home)
     registry = Registry(f"sqlite:///{home / DATABASE}", home / KEYRING)
-    run = registry.create_run(TENANT, TrainingConfig(model_ref="some/model").model_dump_json())
-    epoch = registry.claim(run)
-    capability = registry.capability(TENANT, run, epoch)
+    run = registry.runs.create(TENANT, TrainingConfig(model_ref="some/model").model_dump_json())
+    epoch = registry.runs.claim(run)
+    capability = registry.data_keys.capability(TENANT, run, epoch)
     return Service(home, registry, ArtifactStore(str(home / "store")), run, epoch, capability)
 
 

@@ -43,10 +43,10 @@ class LocalService(ServiceClient):
 def restored(service: LocalService, change: Callable[[], object]) -> None:
     """Makes a change, then puts the database from before it back."""
     database = service._home / DATABASE
-    service._registry._engine.dispose()
+    service._registry.database.engine.dispose()
     shutil.copy(database, old := service._home / "old.db")
     change()
-    service._registry._engine.dispose()
+    service._registry.database.engine.dispose()
     for suffix in ("-wal", "-shm"):
         database.with_name(database.name + suffix).unlink(missing_ok=True)
     shutil.copy(old, database)
@@ -59,7 +59,7 @@ CONFIG = TrainingConfig(model_ref="some/model").model_dump_json()
 def open_registry(place: Path, kind: type[Registry] = Registry) -> Registry:
     """One that has met a store without heads."""
     registry = kind(f"sqlite:///{place / DATABASE}", place / KEYRING)
-    registry.meet_store(US, STORE, {})
+    registry.heads.meet(US, None, STORE, {})
     return registry
 
 
@@ -70,7 +70,7 @@ def registry(place: Path) -> Registry:
 
 @pytest.fixture
 def run(registry: Registry) -> str:
-    return registry.create_run(US, CONFIG)
+    return registry.runs.create(US, CONFIG)
 
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "audit"

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from actors.registry.database import METADATA
+from actors.registry.schema import METADATA
 from support.processes import free_port
 
 _HOW = "apt-get install postgresql"

@@ -47,8 +47,9 @@ from tg_tinker.records.accounting import (
     smallest_sigma,
     subsampled_gaussian_rdp,
 )
-from tg_tinker.records.audit_log import AuditHead, AuditRow, verify
+from tg_tinker.records.audit_log import AuditRow, verify
 from tg_tinker.records.entries import VERSION, Entry
+from tg_tinker.records.heads import AuditHead
 from tg_tinker.records.ledger import Ledger
 from tg_tinker.records.report import (
     DEFAULT_DATASET,

@@ -63,8 +63,8 @@ def private_config(model: Path, **values: Any) -> TrainingConfig:
 
 def planned_budget(known: Registry, config: TrainingConfig) -> Budget:
     """Of a new run that is not open yet: `PrivateSession` opens it."""
-    run_id = known.create_run("default", config.model_dump_json())
-    return Budget.planned(known, "default", run_id, known.claim(run_id), config, "float32")
+    run_id = known.runs.create("default", config.model_dump_json())
+    return Budget.planned(known, "default", run_id, known.runs.claim(run_id), config, "float32")
 
 
 def new_budget(known: Registry, config: TrainingConfig) -> Budget:

@@ -47,7 +47,7 @@ class Restored:
         return self.service.registry
 
     def rows(self) -> list[AuditRow]:
-        return [*parse_rows(self.registry.audit_rows(TENANT, 0, 1000))]
+        return [*parse_rows(self.registry.audit_log.rows(TENANT, 0, 1000))]
 
     def accept(self) -> RegistryAcceptance:
         return restore.accept(self.registry, self.root, TENANT, self.service.home)
@@ -85,8 +85,8 @@ def loaded(of: Service, artifact: str) -> None:
 def train(of: Service) -> None:
     """The actor of a new run, up to where it would load its model."""
     config = TrainingConfig(model_ref="no/such/model")
-    run = of.registry.create_run(TENANT, config.model_dump_json())
-    shown = of.registry.capability(TENANT, run, epoch := of.registry.claim(run))
+    run = of.registry.runs.create(TENANT, config.model_dump_json())
+    shown = of.registry.data_keys.capability(TENANT, run, epoch := of.registry.runs.claim(run))
     place = Place(TENANT, run, epoch, str(of.root), of.home, shown)
     Worker(place, config, of.registry, lambda _: None)
 

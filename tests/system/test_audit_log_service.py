@@ -36,11 +36,9 @@ from tg_tinker import (
 )
 from tg_tinker.cli.main import main
 from tg_tinker.cluster.messages import Request
-from tg_tinker.records.audit_log import (
-    AuditHead,
-    AuditRow,
-)
+from tg_tinker.records.audit_log import AuditRow
 from tg_tinker.records.files import read_head, read_public_key, write_export
+from tg_tinker.records.heads import AuditHead
 from tg_tinker.storage.envelope import new_signing_key
 
 # --- the SDK on a real registry, without a cluster ----------------------------------------------
@@ -50,7 +48,7 @@ from tg_tinker.storage.envelope import new_signing_key
 def service(place: Path) -> LocalService:
     made = LocalService(place)
     for _ in range(5):
-        made._registry.create_run(US, CONFIG)
+        made._registry.runs.create(US, CONFIG)
     return made
 
 
@@ -58,7 +56,7 @@ def test_verification_says_since_which_head(service: LocalService, place: Path) 
     first = service.verify_audit_log()
     assert (first.seq, first.since) == (5, None)
     first.check((place / "audit.pub").read_bytes())
-    service._registry.create_run(US, CONFIG)
+    service._registry.runs.create(US, CONFIG)
     second = service.verify_audit_log()
     assert (second.seq, second.since) == (6, first)
     assert read_head(place / f"audit-head-{US}") == second
@@ -77,22 +75,22 @@ def kept_by(service: LocalService) -> list[AuditHead]:
 
 def test_an_old_database_behind_the_head_of_this_home_is_refused(service: LocalService) -> None:
     def go_on() -> None:
-        service._registry.create_run(US, CONFIG)
+        service._registry.runs.create(US, CONFIG)
         service.verify_audit_log()
 
     restored(service, go_on)
     shutil.rmtree(service._store)
     with pytest.raises(IntegrityError, match="ends at row 5, a head of row 6"):
         service.verify_audit_log()
-    service._registry.create_run(US, CONFIG)  # it goes on, on another branch
+    service._registry.runs.create(US, CONFIG)  # it goes on, on another branch
     with pytest.raises(IntegrityError, match="forked: row 6"):
         service.verify_audit_log()
 
 
 def test_an_old_home_behind_a_head_in_the_store_is_refused(service: LocalService) -> None:
     def go_on() -> None:
-        service._registry.create_run(US, CONFIG)
-        rollback.keep(service._store, service._registry.audit_head(US))
+        service._registry.runs.create(US, CONFIG)
+        rollback.keep(service._store, service._registry.audit_log.head(US))
 
     restored(service, go_on)
     with pytest.raises(IntegrityError, match="ends at row 5, a head of row 6"):
@@ -103,8 +101,8 @@ def test_a_head_of_a_lost_branch_is_not_replaced_by_that_of_the_next(
     service: LocalService,
 ) -> None:
     def go_on() -> None:
-        service._registry.create_run(US, CONFIG)
-        rollback.keep(service._store, service._registry.audit_head(US))
+        service._registry.runs.create(US, CONFIG)
+        rollback.keep(service._store, service._registry.audit_log.head(US))
 
     restored(service, go_on)
     go_on()  # the store is given a head of the same number
@@ -116,8 +114,8 @@ def test_a_head_in_other_hands_is_enough(service: LocalService) -> None:
     kept: list[AuditHead] = []
 
     def go_on() -> None:
-        service._registry.create_run(US, CONFIG)
-        kept.append(service._registry.audit_head(US))
+        service._registry.runs.create(US, CONFIG)
+        kept.append(service._registry.audit_log.head(US))
 
     restored(service, go_on)
     assert service.verify_audit_log().seq == 5
@@ -148,9 +146,9 @@ def test_a_refused_log_does_not_replace_the_head_that_is_kept(service: LocalServ
 
 
 def test_what_is_no_head_in_the_store_is_named_until_it_is_removed(service: LocalService) -> None:
-    head = service._registry.audit_head(US)
+    head = service._registry.audit_log.head(US)
     folder = Path(service._store) / f"t/{US}/audit"
-    theirs = service._registry.audit_head(THEM)
+    theirs = service._registry.audit_log.head(THEM)
     for name, line, why in (
         (f"{head.place}.json", head.signed(new_signing_key()).line(), "another key signed"),
         ("x.json", "{}", "not a signed head"),
@@ -185,7 +183,7 @@ def test_an_export_is_verified_where_there_is_no_cluster(
 ) -> None:
     early = tmp_path / "early.jsonl"
     assert call("export", early, service=service).exit_code == 0
-    service._registry.create_run(US, CONFIG)
+    service._registry.runs.create(US, CONFIG)
     late = tmp_path / "late.jsonl"
     assert call("export", late, service=service).exit_code == 0
     assert len(late.read_text().splitlines()) == 7

@@ -76,7 +76,7 @@ def test_killed_anywhere_in_a_step_charges_cover_draws(
     done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=120)
     assert done.returncode == -signal.SIGKILL
     drawn = {int(line) for line in log.read_text().split()}
-    ledger = Ledger.replay(registry(home).ledger_entries("default", "default"))
+    ledger = Ledger.replay(registry(home).ledgers.entries("default", "default"))
     (account,) = ledger.accounts.values()
     charged = 2 if point == "before-charge" else 3
     assert account.count == charged
@@ -94,7 +94,7 @@ def test_a_repeated_request_is_charged_and_drawn_once(tiny_model: Path) -> None:
     assert again == first
     assert s.step == 1
     assert all((moved[name] == tensor).all() for name, tensor in s.state().weights.items())
-    ledger = Ledger.replay(s.budget.registry.ledger_entries("default", "default"))
+    ledger = Ledger.replay(s.budget.registry.ledgers.entries("default", "default"))
     assert ledger.accounts[s.budget.run_id].count == 1
 
 
@@ -114,18 +114,18 @@ def test_a_repeated_charge_call_is_one_charge(tiny_model: Path) -> None:
     s = private_session(tiny_model, dp={"sampling": "worst_case", "noise_multiplier": 2.0})
     known = s.budget.registry
     arguments = ("default", "default", s.budget.run_id, s.budget.epoch, "ab" * 16, [], True, [])
-    first, second = known.charge(*arguments), known.charge(*arguments)
+    first, second = known.ledgers.charge(*arguments), known.ledgers.charge(*arguments)
     assert vars(first) == vars(second)
-    ledger = Ledger.replay(known.ledger_entries("default", "default"))
+    ledger = Ledger.replay(known.ledgers.entries("default", "default"))
     assert ledger.accounts[s.budget.run_id].count == 1
 
 
 def test_an_actor_of_an_earlier_epoch_charges_nothing(tiny_model: Path) -> None:
     s = private_session(tiny_model)
     s.forward_backward(rows())
-    s.budget.registry.claim(s.budget.run_id)
+    s.budget.registry.runs.claim(s.budget.run_id)
     with pytest.raises(ActorLostError, match="replaced"):
         s.optim_step()
     assert not s.broken
-    ledger = Ledger.replay(s.budget.registry.ledger_entries("default", "default"))
+    ledger = Ledger.replay(s.budget.registry.ledgers.entries("default", "default"))
     assert ledger.epsilon == 0

@@ -62,14 +62,14 @@ POINTS = {
     "in the middle of a save": Point("save", "draft", "parts"),
     "all files are written": Point("save", "draft", "manifest"),
     "before a save is entered": Point("save", "saver", "_write", True),
-    "a save is entered": Point("save", "registry", "publish", True, saved=1),
+    "a save is entered": Point("save", "artifact index", "publish", True, saved=1),
     "the log's head is kept": Point("save", "artifacts", "keep_newest", True, saved=1),
     "an artifact is read": Point("load", "loading", "fetch", True),
     "half of it is restored": Point("load", "session_optimizer", "load"),
     "it is restored": Point("load", "worker", "_take_over", True),
-    "the load is noted": Point("load", "registry", "note_loaded", True),
-    "before a run is parked": Point("park", "registry", "park", saved=1),
-    "a run is parked": Point("park", "registry", "park", True, saved=1),
+    "the load is noted": Point("load", "artifact index", "note_loaded", True),
+    "before a run is parked": Point("park", "runs", "park", saved=1),
+    "a run is parked": Point("park", "runs", "park", True, saved=1),
 }
 
 SHORT = ("after the charge", "in the middle of a save")
@@ -110,7 +110,8 @@ def doom(log: str, owner: str = "", method: str = "", after: bool = False) -> Ca
             "actor": actor, "calls": actor._calls, "worker": worker, "saver": worker.saver,
             "session": session,
             "optimizer": optimizer, "session_optimizer": session._optimizer,
-            "registry": worker._registry, "draft": actors.artifacts.publish.Draft,
+            "runs": worker._registry.runs, "artifact index": worker._registry.artifacts,
+            "draft": actors.artifacts.publish.Draft,
             "artifacts": actors.artifacts.publish, "loading": actors.training.worker,
         }  # fmt: skip
         if owner:

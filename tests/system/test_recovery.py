@@ -304,7 +304,7 @@ def test_an_actor_that_is_frozen_in_a_call_and_replaced_does_not_answer_it(
 
         def forward_backward(*arguments: Any, **named: Any) -> Any:
             result = real(*arguments, **named)
-            actor._registry.claim(actor._run_id)  # by another, meanwhile
+            actor._registry.runs.claim(actor._run_id)  # by another, meanwhile
             actor._notes._asked -= 60
             return result
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from actors.registry import actor
-from actors.registry.registry import Registry
+from actors.registry.registry import PARTS
 from support.processes import pid
 from tg_tinker import DPConfig, LoRAConfig, ServiceClient, TrainingClient, TrainingConfig
 from tg_tinker.cluster import remote_registry
@@ -58,7 +58,7 @@ def step(client: TrainingClient) -> Any:
 
 
 def charges(service: ServiceClient, client: TrainingClient) -> list[dict[str, Any]]:
-    entries = service._registry.ledger_entries("default", client.config.dataset_id)
+    entries = service._registry.ledgers.entries("default", client.config.dataset_id)
     Ledger.replay(entries)
     return [entry for entry in entries if entry["type"] == "charge"]
 
@@ -134,7 +134,7 @@ def test_what_must_not_be_done_twice_fails_and_says_so(
     service.create_api_key("one")
     monkeypatch.setattr(registry.actor, "call", Killed())
     with pytest.raises(ClusterUnavailableError, match="whether it was done is not known"):
-        registry.create_api_key("default", "two", [], None)
+        registry.api_keys.create("default", "two", [], None)
     monkeypatch.undo()
     assert len(service.list_api_keys()) == before + 1
 
@@ -187,41 +187,94 @@ def test_the_transport_key_follows_from_nothing_that_lies_on_disk(
 # --- every method is one or the other --------------------------------------------------------
 
 READ = {
-    "all_artifacts", "api_keys", "artifact", "artifacts", "audit_head", "audit_rows", "capability",
-    "check_manifest", "dataset_ids", "entries", "expired", "gone", "keeper", "key_ids", "key_info",
-    "key_of",
-    "ledger_entries", "ledger_head", "ledger_name", "new_data_key", "no_heads", "openable",
-    "orphans", "privacy_info", "reachable", "reaches", "reader", "rewrapped", "run", "runs",
-    "accepting_rows", "judge_heads", "logged_tenants", "lost_ledgers", "met", "missed_rows",
-    "held_key", "missing_keys", "rewrapped_held",
-    "resume_point", "stored_as", "unit_key", "unknown_places", "unknown_rows", "wants_api_keys",
-}  # fmt: skip
+    "api_keys.of",
+    "api_keys.wanted",
+    "audit_log.accepting",
+    "audit_log.head",
+    "audit_log.missed",
+    "audit_log.rows",
+    "audit_log.tenants",
+    "audit_log.unknown",
+    "catalogue.all",
+    "catalogue.check_manifest",
+    "catalogue.entries",
+    "catalogue.expired",
+    "catalogue.find",
+    "catalogue.get",
+    "catalogue.gone",
+    "catalogue.openable",
+    "catalogue.reachable",
+    "catalogue.reaches",
+    "catalogue.stored_as",
+    "data_keys.capability",
+    "data_keys.held",
+    "data_keys.keeper",
+    "data_keys.key_ids",
+    "data_keys.key_info",
+    "data_keys.key_of",
+    "data_keys.missing_keys",
+    "data_keys.new",
+    "data_keys.reader",
+    "data_keys.rewrapped",
+    "data_keys.rewrapped_held",
+    "heads.judge",
+    "heads.ledger_head",
+    "heads.ledger_name",
+    "heads.lost_ledgers",
+    "heads.met",
+    "heads.refuse_unmet",
+    "heads.unknown",
+    "ledgers.datasets",
+    "ledgers.entries",
+    "ledgers.privacy_info",
+    "ledgers.unit_key",
+    "orphans.of",
+    "runs.get",
+    "runs.of",
+    "runs.resume_point",
+}
 """They change nothing."""
 
-REFUSE = {"admit", "check_api_key", "check_heads", "check_lineage", "meet_store"}
+REFUSE = {"api_keys.check", "heads.check_lineage", "heads.meet", "ledgers.admit"}
 """At most they note a refusal."""
 
 SAME = {
-    "bury", "charge", "claim", "close", "finish", "finish_reseal", "link", "note_loaded",
-    "note_orphans", "open_account", "park",
-    "publish", "publish_copy", "record", "register_dataset", "release_reservation",
-    "rewrap_unit_keys", "set_expiry", "set_labels",
-}  # fmt: skip
+    "artifacts.finish_reseal",
+    "artifacts.note_loaded",
+    "artifacts.publish",
+    "artifacts.publish_copy",
+    "catalogue.set_expiry",
+    "catalogue.set_labels",
+    "data_keys.rewrap_unit_keys",
+    "ledgers.charge",
+    "ledgers.link",
+    "ledgers.open_account",
+    "ledgers.register",
+    "ledgers.release",
+    "orphans.bury",
+    "orphans.note",
+    "runs.claim",
+    "runs.finish",
+    "runs.park",
+    "runs.record",
+}
 """Again they change nothing, or come to the same: two claims raise the epoch, the later counts."""
 
 NOTED_AGAIN = {
-    "adopt",
-    "begin_reseal",
-    "open_data_key",
-    "record_export",
-    "record_import",
-    "record_sample",
+    "artifacts.begin_reseal",
+    "audit_log.record_export",
+    "audit_log.record_import",
+    "audit_log.record_sample",
+    "data_keys.adopt",
+    "data_keys.open",
 }
 """They leave another row of the audit log, or skip a name in the store."""
 
 
 def test_every_method_is_known_to_be_safe_to_repeat_or_is_not_repeated() -> None:
-    methods = {name for name in dir(Registry) if not name.startswith("_")}
+    methods = {
+        f"{part}.{name}" for part, kind in PARTS.items() for name in dir(kind) if name[0] != "_"
+    }
     parts = [READ, REFUSE, SAME, NOTED_AGAIN, set(ONCE)]
     assert methods == set().union(*parts)
     assert sum(map(len, parts)) == len(methods)

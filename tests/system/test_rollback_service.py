@@ -64,7 +64,7 @@ def put_back(home: Path, where: Path) -> None:
 
 def entries(service: ServiceClient) -> list[Entry]:
     """As the database has them; the report would refuse an old one."""
-    return list(service._registry.ledger_entries(service._tenant, DATA))
+    return list(service._registry.ledgers.entries(service._tenant, DATA))
 
 
 def test_an_old_database_under_newer_heads_trains_nothing(

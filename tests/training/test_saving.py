@@ -17,8 +17,7 @@ from support.artifacts import TENANT, Service
 from support.artifacts import service as service  # a fixture
 from support.helpers import assert_equal, examples, weights
 from tg_tinker import CheckpointConfig, LoRAConfig, StorageError, TrainingConfig
-from tg_tinker.cluster.messages import ArtifactQuery
-from tg_tinker.types import ArtifactInfo, OptimStepResult
+from tg_tinker.types import ArtifactInfo, ArtifactQuery, OptimStepResult
 
 BY_ITSELF = ArtifactQuery(label=("saved", "automatically"))
 
@@ -44,7 +43,7 @@ def settled(of: Worker) -> None:
 
 
 def saved(service: Service) -> list[ArtifactInfo]:
-    return service.registry.artifacts(TENANT, BY_ITSELF)
+    return service.registry.catalogue.find(TENANT, BY_ITSELF)
 
 
 def test_it_is_due_by_steps_or_by_time_counted_from_the_last_one() -> None:
@@ -77,15 +76,17 @@ def test_the_newest_stay_and_what_was_saved_or_labelled_by_hand(
         step(run)
         settled(run)
         if run.session.step == 2:
-            service.registry.set_labels(TENANT, saved(service)[-1].artifact_id, {"stage": "prod"})
+            service.registry.catalogue.set_labels(
+                TENANT, saved(service)[-1].artifact_id, {"stage": "prod"}
+            )
     assert [info.step for info in saved(service)] == [4, 5]
-    assert [info.step for info in service.registry.artifacts(TENANT)] == [0, 2, 4, 5]
+    assert [info.step for info in service.registry.catalogue.find(TENANT)] == [0, 2, 4, 5]
     assert all(info.include_optimizer for info in saved(service))
     assert_equal(service.fetch(saved(service)[-1].artifact_id).state.weights, weights(run.session))
     newest = saved(service)[-1].artifact_id
-    assert service.registry.resume_point(TENANT, service.run) == (newest, 5)
-    service.registry.delete_artifact(TENANT, newest)
-    assert service.registry.resume_point(TENANT, service.run)[1] == 4
+    assert service.registry.runs.resume_point(TENANT, service.run) == (newest, 5)
+    service.registry.artifacts.delete(TENANT, newest)
+    assert service.registry.runs.resume_point(TENANT, service.run)[1] == 4
 
 
 def test_no_step_waits_for_a_store_that_does_not_answer_or_fails_with_it(
@@ -144,7 +145,7 @@ def test_a_replaced_actor_saves_and_deletes_nothing(service: Service, tiny_model
     step(run)
     settled(run)
     (kept,) = saved(service)
-    service.registry.claim(service.run)
+    service.registry.runs.claim(service.run)
     step(run)
     settled(run)
     assert saved(service) == [kept]

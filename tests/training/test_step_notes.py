@@ -52,13 +52,13 @@ class Door:
         self.asked.append(step)
         if self.refuses:
             raise StorageError("the registry's database refused")
-        newest = self.registry.record(self.run, self.epoch, step, *note)
+        newest = self.registry.runs.record(self.run, self.epoch, step, *note)
         if self.loses_answers:
             raise StorageError("whether a change was made is not known")
         return newest
 
     def rows(self) -> list[dict[str, Any]]:
-        rows = map(json.loads, self.registry.audit_rows(US, 0, 1000))
+        rows = map(json.loads, self.registry.audit_log.rows(US, 0, 1000))
         return [row for row in rows if row["event"] not in ("run.create", "run.claim")]
 
     def steps(self) -> list[int]:
@@ -68,8 +68,8 @@ class Door:
 @pytest.fixture
 def door(tmp_path: Path) -> Door:
     registry = open_registry(tmp_path / "home")
-    run = registry.create_run(US, TrainingConfig(model_ref="m").model_dump_json())
-    return Door(registry, run, registry.claim(run))
+    run = registry.runs.create(US, TrainingConfig(model_ref="m").model_dump_json())
+    return Door(registry, run, registry.runs.claim(run))
 
 
 def made(notes: StepNotes, *steps: int) -> None:
@@ -87,7 +87,7 @@ def test_steps_that_were_refused_are_told_before_the_next_one(door: Door) -> Non
     door.refuses = False
     made(notes, 4)
     assert door.steps() == [1, 2, 3, 4]
-    assert door.registry.run(US, door.run)[0].step == 4
+    assert door.registry.runs.get(US, door.run)[0].step == 4
     assert not notes.replaced
 
 
@@ -151,7 +151,7 @@ def test_a_run_that_another_actor_has_is_told_of_once_and_nothing_else(door: Doo
     notes = StepNotes(door)
     door.refuses = True
     made(notes, 1, 2, 3)
-    door.registry.claim(door.run)
+    door.registry.runs.claim(door.run)
     door.refuses = False
     del door.asked[:]
     assert notes.settle(10)
@@ -169,7 +169,7 @@ def test_after_a_silence_it_asks_once_and_in_between_never(door: Door) -> None:
     for _ in range(100):
         notes.ask()
     assert (door.asked, notes.replaced, door.steps()) == ([1, 1], False, [1])
-    door.registry.claim(door.run)
+    door.registry.runs.claim(door.run)
     notes.ask()
     assert not notes.replaced
     notes._asked -= step_notes.ASK_AFTER_S + 1
@@ -187,7 +187,7 @@ def test_a_step_that_a_freeze_has_cut_in_two_is_not_answered(door: Door) -> None
     notes = StepNotes(slowly)
     made(notes, 1)
     notes._asked -= step_notes.ASK_AFTER_S + 1
-    door.registry.claim(door.run)
+    door.registry.runs.claim(door.run)
     notes.note(2, "active", CALLS)
     notes.ask()
     assert notes.replaced
@@ -210,7 +210,7 @@ def test_an_answer_from_before_a_freeze_is_none_to_a_question_after_it(
     notes.note(1, "active", CALLS)
     told.wait(30)
     clock += step_notes.ASK_AFTER_S + 1
-    door.registry.claim(door.run)
+    door.registry.runs.claim(door.run)
     threading.Timer(0.2, gate.set).start()
     notes.ask()
     assert notes.replaced
@@ -281,7 +281,7 @@ def actor(door: Door) -> Any:
 
 
 def taken_over(actor: Any, door: Door) -> None:
-    door.registry.claim(door.run)  # by another, while it was frozen
+    door.registry.runs.claim(door.run)  # by another, while it was frozen
     actor._notes._asked -= step_notes.ASK_AFTER_S + 1
 
 

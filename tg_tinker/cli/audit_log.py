@@ -12,7 +12,7 @@ from tg_tinker.cli.shared import connector, print_table
 from tg_tinker.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from tg_tinker.records.audit_log import AuditHead
+    from tg_tinker.records.heads import AuditHead
 
 commands = typer.Typer(
     no_args_is_help=True,

@@ -45,10 +45,11 @@ def up(
 
     from rich.console import Console
 
-    from tg_tinker.backend import provided
-    from tg_tinker.client.home import home_directory, init_home
+    from tg_tinker.backend import serve_backend
+    from tg_tinker.client.home import init_home
     from tg_tinker.cluster import node
     from tg_tinker.cluster.connection import WITHOUT_TLS
+    from tg_tinker.storage.home import home_directory
 
     home = home_directory()
     reached = [host] if join is None else [host, _host_of(join)]
@@ -59,7 +60,7 @@ def up(
         init_home(home)
     else:
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    provided("seal_http")()
+    serve_backend().seal_http()
     with Console(stderr=True).status("starting Ray"), node.alone(home):
         if join is None:
             node.make_token()
@@ -119,9 +120,9 @@ def down(
       [cyan]tg-tinker down[/]
       [cyan]tg-tinker down --yes[/]
     """
-    from tg_tinker.client.home import home_directory
     from tg_tinker.cluster import node
     from tg_tinker.errors import ClusterUnavailableError
+    from tg_tinker.storage.home import home_directory
 
     running = node.read(home_directory())
     if running is None:
@@ -152,10 +153,10 @@ def _host_of(join: str) -> str:
 def _need_a_cluster() -> None:
     import os
 
-    from tg_tinker.client.home import home_directory
     from tg_tinker.cluster import node
     from tg_tinker.cluster.connection import running_cluster
     from tg_tinker.errors import ClusterUnavailableError
+    from tg_tinker.storage.home import home_directory
 
     here = node.read(home_directory()) or running_cluster()
     if not os.environ.get("RAY_ADDRESS") and here is None:

@@ -30,13 +30,13 @@ def doctor(
       [cyan]tg-tinker doctor --store s3://bucket/prefix --keyring env:TENANT_KEYS[/]
       [cyan]tg-tinker doctor --json[/]
     """
-    from tg_tinker.backend import provided
-    from tg_tinker.client.home import home_directory
+    from tg_tinker.backend import actors_backend
+    from tg_tinker.storage.home import home_directory
     from tg_tinker.storage.keyrings import default_place
 
     home = home_directory()
     where = keyring or str(default_place(home))
-    findings = list(provided("doctor")(home, where, store or str(home / "store")))
+    findings = list(actors_backend().doctor(home, where, store or str(home / "store")))
     if as_json:
         typer.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
     else:

@@ -113,6 +113,6 @@ def new(
       [cyan]tg-tinker keys new | your-secret-manager put tenant-keys[/]
       [cyan]tg-tinker keys new --after env:TENANT_KEYS | your-secret-manager put tenant-keys[/]
     """
-    from tg_tinker.backend import provided
+    from tg_tinker.backend import actors_backend
 
-    typer.echo(provided("new_keyring")(after))
+    typer.echo(actors_backend().new_keyring(after))

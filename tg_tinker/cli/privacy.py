@@ -129,12 +129,12 @@ def audit(
       [cyan]tg-tinker privacy audit[/]
       [cyan]tg-tinker privacy audit --canaries 15000[/]
     """
-    from tg_tinker.backend import provided
+    from tg_tinker.backend import actors_backend
     from tg_tinker.demo import plots
 
     plots.check_available()
     with Console(stderr=True).status("starting") as status:
-        found = provided("privacy_audit")(
+        found = actors_backend().privacy_audit(
             progress=status.update, canaries=canaries, epsilon=epsilon
         )
     output.mkdir(parents=True, exist_ok=True)

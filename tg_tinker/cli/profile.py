@@ -38,7 +38,7 @@ def profile(
       [cyan]tg-tinker profile --rows 1 --tokens 32 --steps 20[/]
       [cyan]tg-tinker profile --model path/or/hub-id --rank 0 --no-privacy[/]
     """
-    from tg_tinker.backend import provided
+    from tg_tinker.backend import actors_backend
     from tg_tinker.client.home import init_home
     from tg_tinker.config import DPConfig, LoRAConfig, ResourceConfig, TrainingConfig
     from tg_tinker.demo.options import find_demo_model
@@ -52,7 +52,7 @@ def profile(
         resources=ResourceConfig(num_threads=threads),
     )
     say = Console(stderr=True).print
-    found: dict[str, float] = provided("profile")(
+    found: dict[str, float] = actors_backend().profile(
         config, init_home() / "models", rows=rows, tokens=tokens, steps=steps, progress=say
     )
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,7 +23,9 @@ commands = typer.Typer(
     one of them nothing is opened, saved or removed.
 
       [cyan]tg-tinker registry check[/]
-      [cyan]tg-tinker registry accept[/]""",
+      [cyan]tg-tinker registry accept[/]
+      [cyan]tg-tinker registry backup monday.db[/]
+      [cyan]tg-tinker registry upgrade[/]""",
 )
 _SHOWN = 10
 """Heads that are named."""
@@ -137,6 +140,34 @@ _Database = Annotated[
 
 
 @commands.command()
+def upgrade(
+    database: _Database = None,
+    backup: Annotated[
+        Path | None,
+        typer.Option(help="Where it is written as it was; a file in the home if left out."),
+    ] = None,
+) -> None:
+    """Bring the database of an older release to this one, after a backup.
+
+    Programs of the older release change nothing from then on: end them first.
+    The home of an embedded cluster is upgraded by itself when it is next used.
+
+      [cyan]tg-tinker registry upgrade[/]
+      [cyan]tg-tinker registry upgrade --backup before.db[/]
+    """
+    from tg_tinker.backend import actors_backend
+    from tg_tinker.storage.home import home_directory
+
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    path = backup or home_directory() / f"registry-{stamp}.db"
+    before, after = actors_backend().upgrade_registry(_url(database), path)
+    if before == after:
+        typer.echo(f"Nothing to do: the database has revision {after} already")
+    else:
+        typer.echo(f"Upgraded from revision {before} to {after}. As it was, it is in {path}")
+
+
+@commands.command()
 def backup(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="One that does not exist yet.")],
     database: _Database = None,
@@ -148,9 +179,9 @@ def backup(
 
       [cyan]tg-tinker registry backup monday.db[/]
     """
-    from tg_tinker.backend import provided
+    from tg_tinker.backend import actors_backend
 
-    _print(provided("backup_registry")(_url(database), path))
+    _print(actors_backend().backup_registry(_url(database), path))
     typer.echo(f"Wrote {path}")
 
 
@@ -167,9 +198,9 @@ def restore(
       [cyan]tg-tinker registry restore monday.db[/]
       [cyan]tg-tinker registry restore monday.db --database postgresql+psycopg://tg@db/tg[/]
     """
-    from tg_tinker.backend import provided
+    from tg_tinker.backend import actors_backend
 
-    _print(provided("restore_registry")(path, _url(database)))
+    _print(actors_backend().restore_registry(path, _url(database)))
     typer.echo(
         "Restored. Before anything trains: `tg-tinker registry check` compares these ledgers with"
         " the heads in the store, `tg-tinker audit-log verify` the log"
@@ -177,8 +208,8 @@ def restore(
 
 
 def _url(database: str | None) -> str:
-    from tg_tinker.client.home import home_directory
     from tg_tinker.storage.databases import check_database, default_database
+    from tg_tinker.storage.home import home_directory
 
     return check_database(database or default_database(home_directory()))
 

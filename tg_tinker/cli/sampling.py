@@ -90,12 +90,12 @@ def serve(
 
 
 def _write_config(path: Path, model: str, host: str, port: int, replicas: int) -> None:
-    from tg_tinker.backend import provided
+    from tg_tinker.backend import serve_backend
 
     model = str(Path(model).absolute()) if Path(model).exists() else model
     try:
         with path.open("x") as file:
-            file.write(provided("serve_config")(model, "auto", host, port, replicas, "tg_tinker"))
+            file.write(serve_backend().config(model, "auto", host, port, replicas, "tg_tinker"))
     except OSError as error:
         raise InvalidRequestError(
             f"cannot write {path} ({error.strerror}): choose another name, or remove what is there"

@@ -1,8 +1,12 @@
 """What a program holds: `ServiceClient`, `TrainingClient`, and handles of calls.
 
 - service.py: `ServiceClient`, the entry point.
-- runs.py, artifacts.py, records.py: its parts: runs, saved artifacts, a database that was put back.
+- runs.py, placement.py: its part about runs; what actors occupy on the cluster.
+- artifacts.py, keys.py, records.py: its parts about saved artifacts, about keys, and about ledgers
+  and audit logs.
+- home.py, serving.py: the home made and checked; what is checked before a model is served.
 - training.py: `TrainingClient`, one run: it checks, then sends.
+- calls.py: its calls: their numbers and order, their queue, recovery, closing.
 - future.py: the handle of a call that was sent.
 - actor_link.py: one training actor, as a client reaches it.
 - lost_calls.py: calls whose answer did not arrive, sent again.

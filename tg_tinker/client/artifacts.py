@@ -11,11 +11,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tg_tinker.backend import provided
-from tg_tinker.cluster.messages import ArtifactQuery
+from tg_tinker.backend import actors_backend
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.labels import check_labels, parse_label
-from tg_tinker.types import ArtifactInfo, Orphan
+from tg_tinker.types import ArtifactInfo, ArtifactQuery, Orphan
 
 MOST_LISTED = 10_000
 """Artifacts of one page, where a page is asked for."""
@@ -49,46 +48,50 @@ class Artifacts:
             )
         wanted = None if label is None else parse_label(label)
         query = ArtifactQuery(run, wanted, newer_than, older_than, after, limit)
-        artifacts: list[ArtifactInfo] = self._registry.artifacts(self._tenant, query)
+        artifacts: list[ArtifactInfo] = self._registry.catalogue.find(self._tenant, query)
         return artifacts
 
     def get(self, artifact_id: str) -> ArtifactInfo:
-        artifact: ArtifactInfo = self._registry.artifact(self._tenant, artifact_id)
+        artifact: ArtifactInfo = self._registry.catalogue.get(self._tenant, artifact_id)
         return artifact
 
     def set_labels(self, artifact_id: str, labels: Mapping[str, str]) -> ArtifactInfo:
         check_labels(labels)
-        labelled: ArtifactInfo = self._registry.set_labels(self._tenant, artifact_id, dict(labels))
+        labelled: ArtifactInfo = self._registry.catalogue.set_labels(
+            self._tenant, artifact_id, dict(labels)
+        )
         return labelled
 
     def set_expiry(self, artifact_id: str, when: datetime | None) -> ArtifactInfo:
         _check_time(when)
-        with provided("covered_change")(self._registry, self._store, self._tenant):
-            changed: ArtifactInfo = self._registry.set_expiry(self._tenant, artifact_id, when)
+        with actors_backend().covered_change(self._registry, self._store, self._tenant):
+            changed: ArtifactInfo = self._registry.catalogue.set_expiry(
+                self._tenant, artifact_id, when
+            )
         return changed
 
     def delete_expired(self) -> Iterator[tuple[str, str]]:
-        yield from provided("delete_expired")(self._registry, self._store, self._tenant)
+        yield from actors_backend().delete_expired(self._registry, self._store, self._tenant)
 
     def copy(self, artifact_id: str) -> ArtifactInfo:
-        copied: ArtifactInfo = provided("copy_artifact")(
+        copied: ArtifactInfo = actors_backend().copy_artifact(
             self._registry, self._store, self._tenant, artifact_id
         )
         return copied
 
     def reseal(self, artifact_id: str) -> ArtifactInfo:
-        resealed: ArtifactInfo = provided("reseal_artifact")(
+        resealed: ArtifactInfo = actors_backend().reseal_artifact(
             self._registry, self._store, self._tenant, artifact_id
         )
         return resealed
 
     def delete(self, artifact_id: str, lost: bool) -> None:
-        provided("delete_artifact")(
+        actors_backend().delete_artifact(
             self._registry, self._store, self._tenant, artifact_id, lost=lost
         )
 
     def shred(self, artifact_id: str) -> list[str]:
-        not_reached: list[str] = provided("shred_artifact")(
+        not_reached: list[str] = actors_backend().shred_artifact(
             self._registry, self._store, self._tenant, artifact_id
         )
         return not_reached
@@ -96,18 +99,20 @@ class Artifacts:
     def export_adapter(self, artifact_id: str, target: Path) -> Path:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise InvalidRequestError(f"{target} exists: export into a new or empty directory")
-        provided("export_adapter")(self._registry, self._store, self._tenant, artifact_id, target)
+        actors_backend().export_adapter(
+            self._registry, self._store, self._tenant, artifact_id, target
+        )
         return target
 
     def verify(self, artifact_id: str | None) -> Iterator[tuple[str, str]]:
-        yield from provided("verify_artifacts")(
+        yield from actors_backend().verify_artifacts(
             self._registry, self._store, self._tenant, artifact_id
         )
 
     def sweep(self, min_age_s: float, dry_run: bool) -> Iterator[Orphan]:
         if not 0 <= min_age_s < math.inf:
             raise InvalidRequestError(f"min_age_s={min_age_s}: it must be 0 or more seconds")
-        found: Iterator[Orphan] = provided("sweep_store")(
+        found: Iterator[Orphan] = actors_backend().sweep_store(
             self._registry, self._store, self._tenant, min_age_s, dry_run
         )
         return found

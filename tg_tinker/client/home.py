@@ -6,20 +6,15 @@ What lies in it is for its owners: `storage` says where, the upper packages what
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
-from tg_tinker.backend import provided
+from tg_tinker.backend import actors_backend
 from tg_tinker.errors import StorageError
 from tg_tinker.storage.databases import database_file
+from tg_tinker.storage.home import home_directory
 from tg_tinker.storage.keyrings import default_place, place_of
 
 _log = logging.getLogger("tg_tinker")
-
-
-def home_directory() -> Path:
-    """`TG_TINKER_HOME`, or `~/.tg-tinker`: registry, store, keyring and converted models."""
-    return Path(os.environ.get("TG_TINKER_HOME") or "~/.tg-tinker").expanduser().absolute()
 
 
 def check_home() -> None:
@@ -44,7 +39,7 @@ def init_home(home: Path | None = None, keyring: str | None = None) -> Path:
     """
     home = home or home_directory()
     place = default_place(home) if keyring is None else place_of(keyring)
-    if provided("home")(home, str(place)):
+    if actors_backend().create_home(home, str(place)):
         _log.warning(
             "made a new home in %s: back up its keyring, it opens every artifact, and audit.key",
             home,

@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tg_tinker.backend import provided
+from tg_tinker.backend import actors_backend
 from tg_tinker.config import DPConfig, TrainingConfig
 from tg_tinker.errors import InvalidRequestError, NotFoundError
-from tg_tinker.records.audit_log import AuditHead, AuditRow, empty, parse_rows, verify
+from tg_tinker.records.audit_log import AuditRow, empty, parse_rows, verify
 from tg_tinker.records.files import KeptHead, keep_head, paged, read_head, read_public_key
+from tg_tinker.records.heads import AuditHead
 from tg_tinker.records.report import PrivacyReport
 from tg_tinker.types import RegistryAcceptance, RegistryCheck
 
@@ -40,7 +41,7 @@ class Records:
     def meet_ledger(self, dataset: str) -> KeptHead:
         """What this home knows of a ledger, after it was held against all heads."""
         kept = KeptHead(self._home, self._tenant, dataset)
-        provided("meet_ledger")(self._registry, self._store, self._tenant, dataset, kept.lines)
+        actors_backend().meet_ledger(self._registry, self._store, self._tenant, dataset, kept.lines)
         return kept
 
     def register_dataset(
@@ -51,21 +52,21 @@ class Records:
         dp = DPConfig(target_epsilon=epsilon, target_delta=delta, unit=unit)
         checked = TrainingConfig(model_ref="any", dataset_id=dataset_id)
         self.meet_ledger(dataset_id)
-        self._registry.register_dataset(
+        self._registry.ledgers.register(
             self._tenant, checked.dataset_id, dp.target_epsilon, dp.target_delta, dp.unit
         )
 
     def privacy_report(self, dataset_id: str) -> PrivacyReport:
-        entries = self._registry.ledger_entries(self._tenant, dataset_id)
+        entries = self._registry.ledgers.entries(self._tenant, dataset_id)
         if not entries:
-            known = ", ".join(self._registry.dataset_ids(self._tenant)) or "none yet"
+            known = ", ".join(self._registry.ledgers.datasets(self._tenant)) or "none yet"
             raise NotFoundError(f"data set {dataset_id!r} has no ledger; there are: {known}")
         self.meet_ledger(dataset_id)
         return PrivacyReport(entries)
 
     def book_missing_charges(self, dataset_id: str) -> int:
         kept = KeptHead(self._home, self._tenant, dataset_id)
-        booked: int = provided("book_missing")(
+        booked: int = actors_backend().book_missing(
             self._registry, self._store, self._tenant, dataset_id, kept.lines
         )
         if not booked:
@@ -80,20 +81,20 @@ class Records:
                 f"since={since}, limit={limit}: since must be 0 or more, limit in"
                 f" [1, {MOST_AUDIT_ROWS}]"
             )
-        return list(parse_rows(self._registry.audit_rows(self._tenant, since, limit), since))
+        return list(parse_rows(self._registry.audit_log.rows(self._tenant, since, limit), since))
 
     def verify_audit_log(self, head: AuditHead | None) -> AuditHead:
         kept = self._home / f"audit-head-{self._tenant}"
         public_key = read_public_key(self._audit_keys / "audit.pub")
         own: list[AuditHead] = [read_head(kept)] if kept.exists() else []
-        now: AuditHead = self._registry.audit_head(self._tenant)
+        now: AuditHead = self._registry.audit_log.head(self._tenant)
         for one in (*own, now):
             one.check(public_key)
-        own += provided("audit_heads")(self._store, self._tenant, public_key)
+        own += actors_backend().audit_heads(self._store, self._tenant, public_key)
         known = [now] if head is None else [head, now]
         rows = paged(self.audit_log)
         found = verify(rows, since=empty(self._tenant), known=known, own=own, public_key=public_key)
-        provided("keep_audit_head")(self._store, now)
+        actors_backend().keep_audit_head(self._store, now)
         keep_head(kept, now)
         since = None if found.since is now else found.since
         return replace(now, since=since, accepted=found.accepted)
@@ -101,13 +102,13 @@ class Records:
     # --- an older copy of the database -------------------------------------------------------
 
     def check_registry(self) -> RegistryCheck:
-        found: RegistryCheck = provided("check_registry")(
+        found: RegistryCheck = actors_backend().check_registry(
             self._registry, self._store, self._tenant, self._home
         )
         return found
 
     def accept_registry(self) -> RegistryAcceptance:
-        accepted: RegistryAcceptance = provided("accept_registry")(
+        accepted: RegistryAcceptance = actors_backend().accept_registry(
             self._registry, self._store, self._tenant, self._home
         )
         return accepted

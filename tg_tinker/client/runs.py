@@ -76,19 +76,19 @@ class Runs:
         kept = self._met(config)
         if config.private:
             self.release_reservations_of_the_dead(dataset_of(config))
-        elif config.dataset_id and self._registry.ledger_entries(self._tenant, config.dataset_id):
+        elif config.dataset_id and self._registry.ledgers.entries(self._tenant, config.dataset_id):
             raise InvalidRequestError(
                 f"data set {config.dataset_id!r} has a privacy ledger: a run without dp_config may"
                 " not train on it. Add a DPConfig, or leave out dataset_id if this is other data"
             )
         config = with_absolute_path(config)
-        run_id = self._registry.create_run(self._tenant, config.model_dump_json())
-        epoch = self._registry.claim(run_id)
+        run_id = self._registry.runs.create(self._tenant, config.model_dump_json())
+        epoch = self._registry.runs.claim(run_id)
         try:
             reached = self._open(run_id, epoch, config, progress, kept)
             client = self._client(run_id, config, reached, recover)
         except BaseException:
-            self._registry.finish(run_id, epoch, "failed")
+            self._registry.runs.finish(run_id, epoch, "failed")
             raise
         if client.privacy is not None:
             _log.warning("%s", client.privacy.message)
@@ -98,7 +98,7 @@ class Runs:
         self, training_client_id: str, progress: Progress | None, recover: Recover
     ) -> TrainingClient:
         check_recover(recover)
-        info, stored = self._registry.run(self._tenant, training_client_id)
+        info, stored = self._registry.runs.get(self._tenant, training_client_id)
         config = TrainingConfig.model_validate_json(stored)
         try:
             reached = self._reach(training_client_id, config, progress)
@@ -111,11 +111,11 @@ class Runs:
 
     def all(self) -> list[TrainingClientInfo]:
         living = living_actors(self._cluster.namespace)
-        runs: list[TrainingClientInfo] = self._registry.runs(self._tenant)
+        runs: list[TrainingClientInfo] = self._registry.runs.of(self._tenant)
         return [_as_it_is(run, living) for run in runs]
 
     def describe(self, training_client_id: str) -> TrainingClientInfo:
-        info, _ = self._registry.run(self._tenant, training_client_id)
+        info, _ = self._registry.runs.get(self._tenant, training_client_id)
         return _as_it_is(info, living_actors(self._cluster.namespace))
 
     def park(self, training_client_id: str) -> None:
@@ -143,7 +143,7 @@ class Runs:
         config = TrainingConfig(model_ref=model_ref, dtype=dtype, lora_config=files.lora)
         with self.create(config, progress, recover="manual") as client:
             artifact_id = take_over(client, files)
-        imported: ArtifactInfo = self._registry.artifact(self._tenant, artifact_id)
+        imported: ArtifactInfo = self._registry.catalogue.get(self._tenant, artifact_id)
         return imported
 
     # --- inside ------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ class Runs:
     def _warn_of_loss(self, before: TrainingClientInfo) -> None:
         """Says what was lost since a run was described. Also where its model then did not load: the
         next try finds the run at the step that it comes back in, and nothing lost."""
-        now, _ = self._registry.run(self._tenant, before.training_client_id)
+        now, _ = self._registry.runs.get(self._tenant, before.training_client_id)
         if now.epoch != before.epoch and before.step > now.step:
             warnings.warn(
                 f"steps lost after the last artifact: {before.step - now.step}; the run goes on"
@@ -167,7 +167,7 @@ class Runs:
         self, training_client_id: str
     ) -> tuple[TrainingClientInfo, str, TrainingLink | None]:
         """A run, its configuration, and its actor if it has one."""
-        info, stored = self._registry.run(self._tenant, training_client_id)
+        info, stored = self._registry.runs.get(self._tenant, training_client_id)
         actor = self._cluster.find_training(training_client_id, info.epoch)
         if actor is None:
             return info, stored, None
@@ -180,7 +180,7 @@ class Runs:
         kept = self._met(config)
         deadline = time.monotonic() + _WAIT_FOR_ANOTHER_S
         while time.monotonic() < deadline:
-            epoch = self._registry.run(self._tenant, run_id)[0].epoch
+            epoch = self._registry.runs.get(self._tenant, run_id)[0].epoch
             actor = self._cluster.find_training(run_id, epoch)
             if actor is None:
                 reached = self._bring_back(run_id, epoch, config, progress, kept)
@@ -202,15 +202,19 @@ class Runs:
         kept: KeptHead | None,
     ) -> Reached | None:
         """A new actor under the epoch after `last`; None where somebody else is quicker."""
-        self._registry.resume_point(self._tenant, run_id)  # there is one, before anything changes
+        self._registry.runs.resume_point(
+            self._tenant, run_id
+        )  # there is one, before anything changes
         epoch = 0
         try:
-            epoch = self._registry.claim(run_id, last)
-            resume, _ = self._registry.resume_point(self._tenant, run_id)  # nobody saves any more
+            epoch = self._registry.runs.claim(run_id, last)
+            resume, _ = self._registry.runs.resume_point(
+                self._tenant, run_id
+            )  # nobody saves any more
             self._cluster.kill_training(run_id, last)  # it may only be silent
             reached = self._open(run_id, epoch, config, progress, kept, resume)
         except ActorLostError:
-            if self._registry.run(self._tenant, run_id)[0].epoch == epoch:
+            if self._registry.runs.get(self._tenant, run_id)[0].epoch == epoch:
                 raise
             return None
         for warning in reached.model.warnings:
@@ -243,7 +247,7 @@ class Runs:
             home=str(self._home),
             registry=self._registry.actor,
             capability=self._registry.sealed(
-                self._registry.capability(self._tenant, run_id, epoch)
+                self._registry.data_keys.capability(self._tenant, run_id, epoch)
             ),
             resume=resume,
         )
@@ -257,16 +261,16 @@ class Runs:
 
     def _others(self, run_id: str) -> set[str]:
         """Runs of this tenant beside one."""
-        return {run.training_client_id for run in self._registry.runs(self._tenant)} - {run_id}
+        return {run.training_client_id for run in self._registry.runs.of(self._tenant)} - {run_id}
 
     def _link(self, actor: Any, run_id: str, epoch: int, kept: KeptHead | None) -> TrainingLink:
         return TrainingLink(actor, self._registry.key, partial(self._lost, run_id, epoch), kept)
 
     def _lost(self, run_id: str, epoch: int, known: ActorLostError, seen: int) -> ActorLostError:
         """What the loss of an epoch's actor means; see `lost_actor`."""
-        info, _ = self._registry.run(self._tenant, run_id)
+        info, _ = self._registry.runs.get(self._tenant, run_id)
         try:
-            _, step = self._registry.resume_point(self._tenant, run_id)
+            _, step = self._registry.runs.resume_point(self._tenant, run_id)
         except ActorLostError as error:
             return error
         reason = info.reason or known.details.get("reason", "it was replaced")
@@ -276,7 +280,7 @@ class Runs:
         self, run_id: str, config: TrainingConfig, reached: Reached, recover: Recover
     ) -> TrainingClient:
         def describe() -> TrainingClientInfo:
-            info: TrainingClientInfo = self._registry.run(self._tenant, run_id)[0]
+            info: TrainingClientInfo = self._registry.runs.get(self._tenant, run_id)[0]
             return info
 
         calls = OrderedCalls(
@@ -293,7 +297,7 @@ class Runs:
             config,
             calls,
             describe=describe,
-            describe_privacy=lambda: self._registry.privacy_info(
+            describe_privacy=lambda: self._registry.ledgers.privacy_info(
                 self._tenant, dataset_of(config), run_id
             ),
             find_sampler=partial(self._sampler, config),
@@ -311,21 +315,21 @@ class Runs:
                         " changes, then close it again"
                     )
                 known = link.info()
-                self._registry.record(run_id, epoch, known.step, known.status)
-        self._registry.finish(run_id, epoch, "completed")
+                self._registry.runs.record(run_id, epoch, known.step, known.status)
+        self._registry.runs.finish(run_id, epoch, "completed")
         self._cluster.kill_training(run_id, epoch)  # by name: it may only be silent
 
     def release_reservations_of_the_dead(self, dataset: str) -> None:
         """A script that was killed could not give back what it had planned. Whether a run of
         another embedded cluster lives cannot be seen from here, so that one stays."""
-        entries = self._registry.ledger_entries(self._tenant, dataset)
+        entries = self._registry.ledgers.entries(self._tenant, dataset)
         accounts = Ledger.replay(entries).accounts
         reserving = [run for run, account in accounts.items() if account.reserved]
         for run_id in filter(self._cluster.would_see, reserving):
-            info, _ = self._registry.run(self._tenant, run_id)
+            info, _ = self._registry.runs.get(self._tenant, run_id)
             dead = self._cluster.find_training(run_id, info.epoch) is None
             if dead and info.reason != PARKED:
-                self._registry.release_reservation(self._tenant, dataset, run_id)
+                self._registry.ledgers.release(self._tenant, dataset, run_id)
 
     def _sampler(self, config: TrainingConfig) -> SamplerLink:
         return self._cluster.sampler(self._registry.key, **self._placement.of_sampler(config))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tg_tinker.client.artifacts import Artifacts
-from tg_tinker.client.home import home_directory, init_home
+from tg_tinker.client.home import init_home
 from tg_tinker.client.keys import Keys
 from tg_tinker.client.placement import Placement, with_absolute_path
 from tg_tinker.client.records import Records
@@ -30,9 +30,11 @@ from tg_tinker.cluster.cluster import Cluster
 from tg_tinker.cluster.ports import addresses
 from tg_tinker.config import TrainingConfig
 from tg_tinker.errors import InvalidRequestError, StorageError
-from tg_tinker.records.audit_log import AuditHead, AuditRow
+from tg_tinker.records.audit_log import AuditRow
+from tg_tinker.records.heads import AuditHead
 from tg_tinker.records.report import DEFAULT_DATASET, PrivacyReport
 from tg_tinker.storage.databases import check_database, default_database
+from tg_tinker.storage.home import home_directory
 from tg_tinker.storage.keyrings import audit_folder, default_place, place_of
 from tg_tinker.storage.stores import as_text
 from tg_tinker.types import (
@@ -98,7 +100,7 @@ class ServiceClient:
                     f"there is no home at {self._home}: run `tg-tinker init` on the head node once"
                 )
             registry = self._cluster.registry(database, str(place), str(self._audit_keys))
-            registry.key_info()  # a registry that cannot open its files says so now
+            registry.data_keys.key_info()  # a registry that cannot open its files says so now
         except BaseException:
             self._cluster.close()
             raise

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
-from tg_tinker.backend import provided
+from tg_tinker.backend import actors_backend, serve_backend
 from tg_tinker.cluster.connection import check_encrypted, connect, living_nodes, refuse_another
 from tg_tinker.cluster.messages import SampleRequest
 from tg_tinker.cluster.named_actors import living_actors, named_actor
@@ -22,8 +24,11 @@ from tg_tinker.errors import (
     FutureTimeoutError,
     PlacementError,
 )
+from tg_tinker.storage.databases import REVISION, SQLITE, revision_on_record
 from tg_tinker.storage.envelope import open_payload, seal_payload
 from tg_tinker.types import ClusterStatus
+
+_log = logging.getLogger("tg_tinker")
 
 
 class Cluster:
@@ -67,8 +72,12 @@ class Cluster:
     def registry(self, database: str, keyring: str, audit_keys: str) -> RemoteRegistry:
         """The one registry of the namespace; on a cluster it shares its database with none."""
         sole = not self.embedded
+        if self.embedded and database.startswith(SQLITE):
+            _upgrade(Path(database.removeprefix(f"{SQLITE}/")))
         with translated():
-            actor = provided("registry")(self.namespace, database, keyring, audit_keys, sole)
+            actor = actors_backend().start_registry(
+                self.namespace, database, keyring, audit_keys, sole
+            )
             return RemoteRegistry(actor)
 
     def status(self) -> ClusterStatus:
@@ -113,7 +122,9 @@ class Cluster:
         self._refuse_impossible(resources)
         Cluster._started.add(arguments["run_id"])
         with translated():
-            actor = provided("training")(self.namespace, resources=resources, **arguments)
+            actor = actors_backend().start_training(
+                self.namespace, resources=resources, **arguments
+            )
         placed = False
         try:
             with translated():
@@ -208,7 +219,7 @@ class Cluster:
         """The sampling application of a base model, deployed where it does not run yet."""
         where = {"namespace": self.namespace, "embedded": self.embedded, **arguments}
         with translated():
-            self._samplers.append(SamplerLink(provided("sampler")(**where), key))
+            self._samplers.append(SamplerLink(serve_backend().connect(**where), key))
         return self._samplers[-1]
 
     def serve_http(
@@ -217,7 +228,7 @@ class Cluster:
         """The same at an HTTP address."""
         place = {"namespace": self.namespace, **where}
         with translated():
-            provided("serve_http")(host, port, replicas, place, **options)
+            serve_backend().serve_http(host, port, replicas, place, **options)
 
     def kill_training(self, run_id: str, epoch: int) -> None:
         """Ends the actor of a run's epoch, where there is one."""
@@ -248,6 +259,22 @@ class SamplerLink:
         with translated():
             for sealed in self._application.stream(seal_payload(self._key, request)):
                 yield open_payload(self._key, sealed).unwrap()
+
+
+def _upgrade(file: Path) -> None:
+    """Brings the registry of an embedded home to this release; a cluster's is its operator's."""
+    found = revision_on_record(file)
+    if found in (None, REVISION):
+        return
+    backup = file.with_name(
+        f"{file.stem}-{found}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.db"
+    )
+    before, after = actors_backend().upgrade_registry(f"{SQLITE}/{file}", backup)
+    if before != after:
+        _log.warning(
+            "upgraded the registry %s from revision %s to %s; as it was before, it is in %s",
+            file, before, after, backup,
+        )  # fmt: skip
 
 
 def _allows(resources: ResourceConfig, node: Any) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tg_tinker.backend import provided
+from tg_tinker.backend import serve_backend
 from tg_tinker.cluster.interrupts import ctrl_c_held_back
 from tg_tinker.cluster.node import answers, tls_is_on
 from tg_tinker.cluster.ray_calls import lazy_ray, translated
@@ -36,7 +36,7 @@ def connect(address: str | None) -> bool:
     target = address or os.environ.get("RAY_ADDRESS") or running_cluster()
     quiet = {"configure_logging": False, "log_to_driver": False, "logging_level": logging.ERROR}
     if target is None or target == "local":
-        provided("seal_http")()
+        serve_backend().seal_http()
         with _quiet_stderr(), _starting():
             lazy_ray().init(
                 address="local", include_dashboard=False,

@@ -7,7 +7,6 @@ in memory: Ray spills large values to disk in clear, and many small ones add up 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any
 
 from tg_tinker.errors import Wire, from_wire
@@ -71,24 +70,6 @@ class Saving:
     """What `save_state` answers once the state is copied: the artifact that it will become."""
 
     artifact_id: str
-
-
-@dataclass(frozen=True)
-class ArtifactQuery:
-    """What `list_artifacts` asks the registry for; None is no condition.
-
-    Attributes:
-        label: name and value.
-        newer_than, older_than: by `created_at`, neither included.
-        after: the last artifact of the page before; it may have been deleted since.
-    """
-
-    run: str | None = None
-    label: tuple[str, str] | None = None
-    newer_than: datetime | None = None
-    older_than: datetime | None = None
-    after: str | None = None
-    limit: int | None = None
 
 
 @dataclass(frozen=True, repr=False)

@@ -4,6 +4,7 @@
 
 - run.py: the job itself: trains, asks before and after, saves, resumes.
 - options.py: what it can be told, what it trains by it, and where its model lies.
+- outcome.py: what came of it, shown and written.
 - docstrings.py: its text, questions and answers from Python's own documentation.
 - meter.py: progress, as it is shown and as it is written down.
 - plots.py: pictures of training runs and audits, the door to matplotlib.

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tg_tinker.errors import IntegrityError
-from tg_tinker.records.entries import place_of
+from tg_tinker.records.heads import AuditHead
 from tg_tinker.storage.envelope import check_signature, sign
 
 GENESIS = "0" * 64
@@ -39,12 +39,9 @@ GENESIS = "0" * 64
 ACCEPT = "registry.accept"
 """The event of a row that accepts an older copy of the database."""
 
-_DOMAIN = b"tg-tinker audit head v1\n"
 _ACCEPT_DOMAIN = b"tg-tinker registry accept v1\n"
 _ROW = ("seq", "time", "tenant", "who", "event", "subject", "outcome", "details", "previous")
-_HEAD = ("tenant", "seq", "hash", "time")
 _HASH = re.compile(r"[0-9a-f]{64}")
-_SIGNATURE = re.compile(r"[0-9a-f]{128}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}\+00:00", re.ASCII)
 
 
@@ -95,84 +92,6 @@ class AuditRow:
     def line(self) -> str:
         """Canonical JSON, without a line end."""
         return _canonical(vars(self))
-
-
-@dataclass(frozen=True)
-class AuditHead:
-    """Where a log ends; whoever keeps it can tell later whether rows up to it were changed.
-
-    Attributes:
-        tenant: whose log it is.
-        seq: of the last row; 0 is an empty log.
-        hash: of the last row.
-        time: when this was stated, as `AuditRow.time`.
-        signature: Ed25519, hex; empty where nobody signed.
-        since: the oldest head known before, through which the log still goes. None: no head was
-            known, so the log is consistent in itself only.
-        accepted: numbers of the rows that accept an older copy of the database.
-    """
-
-    tenant: str
-    seq: int
-    hash: str
-    time: str
-    signature: str = ""
-    since: AuditHead | None = field(default=None, compare=False)
-    accepted: tuple[int, ...] = field(default=(), compare=False)
-
-    @classmethod
-    def parse(cls, line: str) -> AuditHead:
-        """A signed head, as `line` writes it. Raises IntegrityError for anything else."""
-        values = _object(line, (*_HEAD, "signature"), "a signed head of an audit log")
-        numbers = type(values["seq"]) is int and values["seq"] >= 0
-        if not (numbers and all(isinstance(values[k], str) for k in values if k != "seq")):
-            raise IntegrityError("this is not a signed head: a value has another type")
-        head = cls(**values)
-        sound = _HASH.fullmatch(head.hash) and _TIME.fullmatch(head.time)
-        if not (sound and _SIGNATURE.fullmatch(head.signature)) or head.line() != line:
-            raise IntegrityError("this is not a signed head of an audit log in canonical JSON")
-        return head
-
-    @classmethod
-    def authentic(cls, line: str, tenant: str, public_key: bytes) -> AuditHead:
-        """A head of this tenant's log, as the holder of the signing key stated it. Raises
-        IntegrityError for anything else."""
-        head = cls.parse(line)
-        head.check(public_key)
-        if head.tenant != tenant:
-            raise IntegrityError("it is of another tenant's log")
-        return head
-
-    @property
-    def place(self) -> str:
-        """``SEQ-HASH`` of the last row."""
-        return place_of(self.seq, self.hash)
-
-    def line(self) -> str:
-        """Canonical JSON, without a line end."""
-        return _canonical({name: getattr(self, name) for name in (*_HEAD, "signature")})
-
-    def signed(self, signing_key: bytes) -> AuditHead:
-        return replace(self, signature=sign(signing_key, self._message()).hex())
-
-    def check(self, public_key: bytes) -> None:
-        """Raises IntegrityError unless the holder of the signing key stated this head."""
-        try:
-            check_signature(public_key, bytes.fromhex(self.signature), self._message())
-        except IntegrityError as error:
-            raise IntegrityError(f"head {self.seq} of the audit log: {error.message}") from None
-
-    def _message(self) -> bytes:
-        return _DOMAIN + _canonical({name: getattr(self, name) for name in _HEAD}).encode()
-
-    def __str__(self) -> str:
-        if self.since is None:
-            known = "consistent in itself; no earlier head was known"
-        else:
-            known = f"consistent since head {self.since.seq} of {self.since.time}"
-        for row in self.accepted:
-            known += f"; an older copy was accepted at row {row}, heads that it names are lost"
-        return f"{self.seq} rows, head {self.hash}: {known}"
 
 
 def empty(tenant: str) -> AuditHead:

@@ -15,8 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from tg_tinker.errors import IntegrityError, InvalidRequestError, NotFoundError, StorageError
-from tg_tinker.records.audit_log import AuditHead, AuditRow, empty, parse_rows, verify
-from tg_tinker.records.heads import LedgerHead
+from tg_tinker.records.audit_log import AuditRow, empty, parse_rows, verify
+from tg_tinker.records.heads import AuditHead, LedgerHead
 from tg_tinker.storage.files import written
 
 ROWS_AT_A_TIME = 1000

@@ -2,6 +2,7 @@
 
 - stores.py, databases.py, keyrings.py: what the URI of a store, of a database and the place of a
   keyring mean. None of them may hold a secret.
+- home.py: where the home directory is.
 - files.py: small files, written whole and durable.
 - envelope.py: sealing of bytes: keys, contexts, files, payloads.
 - segments.py: the segments of a sealed file.

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import sqlite3
+from contextlib import closing
 from pathlib import Path
-from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
 
 from tg_tinker.errors import InvalidRequestError
 
@@ -32,6 +34,28 @@ def default_database(home: Path) -> str:
 def database_file(home: Path) -> Path:
     """Which every home has, even one whose registry is elsewhere."""
     return home / "registry.db"
+
+
+REVISION = "0002"
+"""Of the registry's tables in this release: the newest of `actors.registry.migrations`."""
+
+FIRST_REVISION = "0001"
+"""Of a database that has none on record."""
+
+
+def revision_on_record(file: Path) -> str | None:
+    """The revision of a registry in a SQLite file; None where there is no registry in it, or where
+    it cannot be read. Changes nothing and loads no library for it."""
+    try:
+        uri = f"file:{quote(str(file.absolute()))}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True)) as connection:
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+            if "alembic_version" in tables:
+                query = "SELECT version_num FROM alembic_version"
+                return str(connection.execute(query).fetchone()[0])
+    except (sqlite3.Error, TypeError):
+        return None  # who opens it says why
+    return FIRST_REVISION if "registry" in tables else None
 
 
 def check_database(url: str) -> str:

@@ -12,10 +12,12 @@ from typing import Any, Self
 import pytest
 import sqlalchemy as sa
 
-from actors.registry.group_commit import MOST_TOGETHER, Turns
+from actors.registry.group_commit import MOST_TOGETHER, GroupCommit
 from actors.registry.registry import Registry
+from actors.storage.home import create
 from support.databases import url_of
 from support.privacy_helpers import new_budget, private_config, registry
+from tg_tinker.errors import InternalError
 from tg_tinker.records.audit_log import AuditRow, verify
 
 pytestmark = pytest.mark.usefixtures("each_database")
@@ -31,8 +33,8 @@ def known(tmp_path: Path) -> Registry:
 
 @pytest.fixture
 def run(known: Registry) -> str:
-    run = known.create_run(US, private_config(Path("none")).model_dump_json())
-    known.claim(run)
+    run = known.runs.create(US, private_config(Path("none")).model_dump_json())
+    known.runs.claim(run)
     return run
 
 
@@ -45,21 +47,21 @@ class Waiting:
 
     def __init__(self, known: Registry) -> None:
         self.commits: list[int] = []
-        self._turns = Turns(lambda: known)
+        self._calls = GroupCommit(lambda: known)
         self._pool = ThreadPoolExecutor(32)
         self._begun, self._free = threading.Event(), threading.Event()
-        known.hold = self._hold  # type: ignore[attr-defined]
-        sa.event.listen(known._engine, "commit", self._committed)
+        known.runs.hold = self._hold  # type: ignore[attr-defined]
+        sa.event.listen(known.database.engine, "commit", self._committed)
 
     def __enter__(self) -> Self:
-        self._replies = [self._pool.submit(self._turns.take, ("hold", ()))]
+        self._replies = [self._pool.submit(self._calls.take, ("runs.hold", ()))]
         assert self._begun.wait(30)
         return self
 
     def take(self, name: str, *arguments: Any) -> None:
-        before = len(self._turns._waiting)
-        self._replies.append(self._pool.submit(self._turns.take, (name, arguments)))
-        while len(self._turns._waiting) == before:
+        before = len(self._calls._waiting)
+        self._replies.append(self._pool.submit(self._calls.take, (name, arguments)))
+        while len(self._calls._waiting) == before:
             time.sleep(0.001)
 
     def __exit__(self, *exception: object) -> None:
@@ -81,8 +83,8 @@ class Failing:
     """The next commits of a registry fail, on the way to the database."""
 
     def __init__(self, known: Registry, times: int = 1) -> None:
-        self.left, self._real = times, known._engine.dialect.do_commit
-        known._engine.dialect.do_commit = self._commit
+        self.left, self._real = times, known.database.engine.dialect.do_commit
+        known.database.engine.dialect.do_commit = self._commit
 
     def _commit(self, connection: Any) -> None:
         if self.left:
@@ -92,7 +94,7 @@ class Failing:
 
 
 def rows(known: Registry) -> list[AuditRow]:
-    found = [AuditRow.parse(line) for line in known.audit_rows(US, 0, 10_000)]
+    found = [AuditRow.parse(line) for line in known.audit_log.rows(US, 0, 10_000)]
     verify(found)
     return found
 
@@ -110,8 +112,8 @@ def test_calls_that_wait_share_a_commit_and_are_answered_after_it_in_order(
     waiting = Waiting(known)
     with waiting:
         for step in range(1, 6):
-            waiting.take("record", run, 1, step, "active", CALLS)
-            waiting.take("run", US, run)
+            waiting.take("runs.record", run, 1, step, "active", CALLS)
+            waiting.take("runs.get", US, run)
     assert waiting.commits == [0]
     assert [info.step for info, _ in waiting.values[1::2]] == [1, 2, 3, 4, 5], "what was before it"
     assert steps(registry(tmp_path / "home")) == [1, 2, 3, 4, 5]
@@ -121,7 +123,7 @@ def test_a_transaction_ends_after_so_many_calls(known: Registry, run: str) -> No
     waiting = Waiting(known)
     with waiting:
         for step in range(1, MOST_TOGETHER + 3):
-            waiting.take("record", run, 1, step, "active")
+            waiting.take("runs.record", run, 1, step, "active")
     assert waiting.commits == [0, MOST_TOGETHER]
 
 
@@ -129,19 +131,19 @@ def test_a_refused_call_undoes_itself_alone(known: Registry, run: str) -> None:
     budget = new_budget(known, private_config(Path("none"), dp={"max_participations": 1}))
     unit = [bytes(16)]
     charge = US, budget.dataset, budget.run_id, budget.epoch
-    known.charge(*charge, "first", unit, True, CALLS)
-    before = known.ledger_entries(US, budget.dataset)
+    known.ledgers.charge(*charge, "first", unit, True, CALLS)
+    before = known.ledgers.entries(US, budget.dataset)
     waiting = Waiting(known)
     with waiting:
-        waiting.take("record", run, 1, 1, "active", CALLS)
-        waiting.take("charge", *charge, "second", [*unit, bytes(range(16))], True, CALLS)
-        waiting.take("record", run, 1, 2, "active", CALLS)
-        waiting.take("claim", "tc-unknown")
-        waiting.take("charge", *charge, "third", [bytes(range(16))], True, CALLS)
+        waiting.take("runs.record", run, 1, 1, "active", CALLS)
+        waiting.take("ledgers.charge", *charge, "second", [*unit, bytes(range(16))], True, CALLS)
+        waiting.take("runs.record", run, 1, 2, "active", CALLS)
+        waiting.take("runs.claim", "tc-unknown")
+        waiting.take("ledgers.charge", *charge, "third", [bytes(range(16))], True, CALLS)
     assert waiting.commits == [0]
     assert waiting.errors == [None, "DPBudgetExceededError", None, "InternalError", None]
     assert steps(known) == [1, 2]
-    added = known.ledger_entries(US, budget.dataset)[len(before) :]
+    added = known.ledgers.entries(US, budget.dataset)[len(before) :]
     assert [entry["charge"] for entry in added] == ["third"], "its unit was free"
     refused = [row.subject for row in rows(known) if row.outcome != "ok"]
     assert refused == [budget.dataset]
@@ -152,12 +154,12 @@ def test_a_refused_call_undoes_itself_alone(known: Registry, run: str) -> None:
 
 def test_a_call_that_the_database_refuses_fails_alone(known: Registry, run: str) -> None:
     publish = US, run, 1, "art-1", 0, 10, True, b"{}", "k1"
-    known.publish(*publish)
+    known.artifacts.publish(*publish)
     waiting = Waiting(known)
     with waiting:
-        waiting.take("record", run, 1, 1, "active", CALLS)
-        waiting.take("publish", *publish[:-2], b"other", "k1")
-        waiting.take("record", run, 1, 2, "active", CALLS)
+        waiting.take("runs.record", run, 1, 1, "active", CALLS)
+        waiting.take("artifacts.publish", *publish[:-2], b"other", "k1")
+        waiting.take("runs.record", run, 1, 2, "active", CALLS)
     assert waiting.errors == [None, "InternalError", None]
     assert steps(known) == [1, 2]
 
@@ -169,9 +171,9 @@ def test_a_read_that_the_database_refuses_takes_no_change_with_it(
     nobody."""
     waiting = Waiting(known)
     with waiting:
-        waiting.take("record", run, 1, 1, "active", CALLS)
-        waiting.take("audit_rows", US, 0, -1)
-        waiting.take("record", run, 1, 2, "active", CALLS)
+        waiting.take("runs.record", run, 1, 1, "active", CALLS)
+        waiting.take("audit_log.rows", US, 0, -1)
+        waiting.take("runs.record", run, 1, 2, "active", CALLS)
     assert waiting.errors[::2] == [None, None]
     assert steps(known) == [1, 2]
 
@@ -181,7 +183,7 @@ def test_a_statement_that_ends_the_transaction_takes_no_other_call_with_it(
     known: Registry, run: str
 ) -> None:
     """As SQLite does by itself when its disk is full."""
-    with known._engine.begin() as tx:
+    with known.database.engine.begin() as tx:
         tx.exec_driver_sql(
             "CREATE TRIGGER full BEFORE UPDATE ON runs WHEN NEW.step = 2"
             " BEGIN SELECT RAISE(ROLLBACK, 'full'); END"
@@ -189,7 +191,7 @@ def test_a_statement_that_ends_the_transaction_takes_no_other_call_with_it(
     waiting = Waiting(known)
     with waiting:
         for step in (1, 2, 3):
-            waiting.take("record", run, 1, step, "active", CALLS)
+            waiting.take("runs.record", run, 1, step, "active", CALLS)
     assert waiting.errors == [None, "InternalError", None]
     assert steps(known) == [1, 3]
 
@@ -198,7 +200,7 @@ def test_after_a_failed_commit_nobody_is_answered_before_another(known: Registry
     waiting = Waiting(known)
     with waiting:
         for step in (1, 2, 3):
-            waiting.take("record", run, 1, step, "active", CALLS)
+            waiting.take("runs.record", run, 1, step, "active", CALLS)
         Failing(known)
     assert waiting.errors == [None] * 3
     assert waiting.commits == [0, 0, 0, 0], "the one that failed, and one for each"
@@ -209,22 +211,22 @@ def test_where_no_commit_succeeds_every_call_fails(known: Registry, run: str) ->
     waiting = Waiting(known)
     with waiting:
         for step in (1, 2, 3):
-            waiting.take("record", run, 1, step, "active", CALLS)
+            waiting.take("runs.record", run, 1, step, "active", CALLS)
         failing = Failing(known, 1000)
     failing.left = 0
     assert waiting.errors == ["StorageError"] * 3
     assert steps(known) == []
     with Waiting(known) as waiting:
-        waiting.take("record", run, 1, 1, "active", CALLS)
+        waiting.take("runs.record", run, 1, 1, "active", CALLS)
     assert steps(known) == [1], "it goes on"
 
 
 def test_what_must_not_be_made_twice_is_not(known: Registry, run: str) -> None:
     waiting = Waiting(known)
     with waiting:
-        waiting.take("record", run, 1, 1, "active", CALLS)
-        waiting.take("create_run", US, "{}")
-        waiting.take("record", run, 1, 2, "active", CALLS)
+        waiting.take("runs.record", run, 1, 1, "active", CALLS)
+        waiting.take("runs.create", US, "{}")
+        waiting.take("runs.record", run, 1, 2, "active", CALLS)
         Failing(known, 2)
     assert waiting.errors == ["StorageError"] * 2 + [None]
     assert len([row for row in rows(known) if row.event == "run.create"]) == 1
@@ -236,9 +238,9 @@ def test_a_fenced_registry_changes_nothing_for_anybody(
     Registry(url_of(tmp_path / "home"), tmp_path / "home" / "keyring", sole=True)
     waiting = Waiting(known)
     with waiting:
-        waiting.take("record", run, 1, 1, "active", CALLS)
-        waiting.take("run", US, run)
-        waiting.take("record", run, 1, 2, "active", CALLS)
+        waiting.take("runs.record", run, 1, 1, "active", CALLS)
+        waiting.take("runs.get", US, run)
+        waiting.take("runs.record", run, 1, 2, "active", CALLS)
     assert waiting.errors == ["StorageError", None, "StorageError"]
     assert steps(known) == []
 
@@ -249,7 +251,23 @@ def test_a_fenced_registry_changes_nothing_for_anybody(
 def test_what_is_not_public_cannot_be_called(known: Registry) -> None:
     waiting = Waiting(known)
     with waiting:
-        for name in ("_change", "_group", "no_such_method"):
+        for name in ("runs._writer", "database.change", "runs.no_such_method"):
             waiting.take(name)
     assert waiting.errors == ["InternalError"] * 3
     assert waiting.commits == []
+
+
+def test_a_remote_call_reaches_public_methods_of_parts_alone(tmp_path: Path) -> None:
+    create(tmp_path / "home")
+    calls = GroupCommit(lambda: Registry(url_of(tmp_path / "home"), tmp_path / "home" / "keyring"))
+    assert calls.take(("runs.of", ("default",))).unwrap() == []
+    for name in (
+        "close",
+        "database.close",
+        "runs._database",
+        "runs.__init__",
+        "runs",
+        "heads._met",
+    ):
+        with pytest.raises(InternalError):
+            calls.take((name, ())).unwrap()

@@ -1,0 +1,157 @@
+"""Ledgers as the database keeps them: replayed, appended to, and the keys of their units.
+
+`ledgers` decides what may be entered; here is only how. Each call works within a transaction of
+its caller.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Iterable, Mapping, Sequence
+
+import sqlalchemy as sa
+
+from actors.registry.audit_log import SDK, AuditWriter
+from actors.registry.schema import DATASETS, ENTRIES
+from actors.storage.key_providers import KeyProvider
+from tg_tinker.errors import IntegrityError, NotFoundError
+from tg_tinker.records.entries import Entry
+from tg_tinker.records.ledger import Ledger
+from tg_tinker.storage.envelope import context_of, new_key
+
+_EVENTS = {
+    "register": "dataset.register", "open": "budget.reserve", "charge": "budget.charge",
+    "unnoised": "budget.charge", "fall_back": "budget.fall_back", "release": "budget.release",
+    "link": "budget.link", "book": "budget.book",
+}  # fmt: skip
+"""Type of a ledger's entry -> what the audit log calls it: every entry has its row."""
+
+_NOTED = ("run", "epoch", "charge", "count", "limit", "planned")
+
+
+class Book:
+    """All ledgers of a database. Each is kept in memory, too, and used while its head is stored."""
+
+    def __init__(self, writer: AuditWriter, keyring: KeyProvider) -> None:
+        self._writer, self._keyring = writer, keyring
+        self._ledgers: dict[tuple[str, str], Ledger] = {}  # derived; checked by head on each use
+
+    def ledger(self, connection: sa.Connection, tenant: str, dataset: str) -> Ledger:
+        """The ledger as stored: from memory if its head is the stored one, else replayed."""
+        last = (
+            sa.select(ENTRIES.c.hash)
+            .where(ENTRIES.c.tenant == tenant, ENTRIES.c.dataset == dataset)
+            .order_by(ENTRIES.c.seq.desc())
+            .limit(1)
+        )
+        head = connection.execute(last).scalar()
+        cached = self._ledgers.get((tenant, dataset))
+        if cached is None or head is None or cached.head != head:
+            cached = Ledger.replay(self.stored(connection, tenant, dataset))
+            self._ledgers[tenant, dataset] = cached
+        return cached
+
+    def known(self, connection: sa.Connection, tenant: str, dataset: str) -> Ledger:
+        ledger = self.ledger(connection, tenant, dataset)
+        if not ledger.length:
+            raise NotFoundError(
+                f"no data set {dataset!r}: service.register_dataset makes one, and so does the"
+                " first private client that names it"
+            )
+        return ledger
+
+    def stored(
+        self, connection: sa.Connection, tenant: str, dataset: str, after: int = -1
+    ) -> list[Entry]:
+        query = (
+            sa.select(ENTRIES.c.entry)
+            .where(ENTRIES.c.tenant == tenant, ENTRIES.c.dataset == dataset)
+            .where(ENTRIES.c.seq > after)
+            .order_by(ENTRIES.c.seq)
+        )
+        return [json.loads(text) for text in connection.execute(query).scalars()]
+
+    def has(self, connection: sa.Connection, tenant: str, dataset: str, body: Entry) -> bool:
+        """Whether the ledger has an entry with this content."""
+        wanted = json.loads(json.dumps(body))
+        return any(found | wanted == found for found in self.stored(connection, tenant, dataset))
+
+    def append(
+        self, tx: sa.Connection, tenant: str, dataset: str, ledger: Ledger, body: Entry, who: str
+    ) -> Entry:
+        """Applies an entry, stores and audits it. Should the transaction fail later, the ledger
+        in memory is ahead of the stored head, and the next use replays it."""
+        entry = ledger.append(body)
+        tx.execute(
+            ENTRIES.insert().values(
+                tenant=tenant, dataset=dataset, seq=entry["seq"], hash=entry["hash"],
+                entry=json.dumps(entry),
+            )
+        )  # fmt: skip
+        details = {name: entry[name] for name in _NOTED if entry.get(name) is not None}
+        details |= {"entry": entry["seq"], "head": entry["hash"]}
+        if entry["type"] == "unnoised":
+            details["noised"] = 0
+        self._writer.note(tx, tenant, who, _EVENTS[entry["type"]], dataset, details)
+        return entry
+
+    def new_dataset(self, tx: sa.Connection, tenant: str, dataset: str) -> None:
+        """A key for the hashes of its units."""
+        key = self._keyring.wrap(new_key(), context_of(tenant, dataset, "unit key"))
+        values = {"tenant": tenant, "id": dataset, "wrapped_key": json.dumps(key)}
+        tx.execute(DATASETS.insert().values(values))
+
+    def release(self, tx: sa.Connection, tenant: str, dataset: str, run_id: str) -> None:
+        ledger = self.ledger(tx, tenant, dataset)
+        account = ledger.accounts.get(run_id)
+        if account is not None and account.reserved > account.count:
+            self.append(tx, tenant, dataset, ledger, {"type": "release", "run": run_id}, SDK)
+
+    def unit_key(self, connection: sa.Connection, tenant: str, dataset: str) -> bytes:
+        query = sa.select(DATASETS.c.wrapped_key).where(
+            DATASETS.c.tenant == tenant, DATASETS.c.id == dataset
+        )
+        wrapped = json.loads(connection.execute(query).scalar_one())
+        return self._keyring.unwrap(wrapped, context_of(tenant, dataset, "unit key"))
+
+    def evidence(
+        self, tx: sa.Connection, tenant: str, dataset: str, run_id: str,
+        calls: Sequence[tuple[str, str]],
+    ) -> str:  # fmt: skip
+        """HMACs of a step's hashes under a key of the run: a plain hash would be a test of
+        membership for whoever reads the database."""
+        key = hmac.digest(self.unit_key(tx, tenant, dataset), run_id.encode(), hashlib.sha256)
+        sealed = [
+            [hmac.new(key, part.encode(), hashlib.sha256).hexdigest() for part in call]
+            for call in calls
+        ]
+        return json.dumps(sealed)
+
+    def check_places(
+        self, connection: sa.Connection, tenant: str, known: Mapping[str, Iterable[str]]
+    ) -> None:
+        """Refuses places, by data set, that its ledger does not go through."""
+        for dataset, places in known.items():
+            ledger = self.ledger(connection, tenant, dataset)
+            for place in places:
+                ledger.check_place(place, dataset)
+
+    def rewrap_unit_keys(self, tx: sa.Connection) -> dict[str, str]:
+        """Wraps the keys of all data sets under the keyring's primary key; those that do not open
+        stay as they are. Why they do not, by ``data set TENANT/NAME``."""
+        problems = {}
+        for row in tx.execute(sa.select(DATASETS)).all():
+            context = context_of(row.tenant, row.id, "unit key")
+            this = (DATASETS.c.tenant == row.tenant, DATASETS.c.id == row.id)
+            try:
+                key = self._keyring.unwrap(json.loads(row.wrapped_key), context)
+            except IntegrityError as error:
+                problems[f"data set {row.tenant}/{row.id}"] = error.message
+            except ValueError:
+                problems[f"data set {row.tenant}/{row.id}"] = "its stored key is damaged"
+            else:
+                again = json.dumps(self._keyring.wrap(key, context))
+                tx.execute(DATASETS.update().where(*this).values(wrapped_key=again))
+        return problems

@@ -1,0 +1,115 @@
+"""The revision of a database's tables: looked up, refused where it is another's, and changed.
+
+Alembic runs the files of `migrations` in order and keeps the number of the last in the database.
+Left to itself it commits after each of them on SQLite; here it is handed a connection that is in a
+transaction already, so a process that is killed anywhere leaves the old database or the new one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from actors.registry.schema import METADATA
+from tg_tinker.errors import StorageError
+from tg_tinker.storage.databases import FIRST_REVISION, REVISION
+
+VERSIONS = sa.Table(
+    "alembic_version",
+    sa.MetaData(),
+    sa.Column("version_num", sa.String(32), nullable=False),
+    sa.PrimaryKeyConstraint("version_num", name="alembic_version_pkc"),
+)
+"""As Alembic makes it."""
+
+_FOLDER = Path(__file__).with_name("migrations")
+
+
+def revision_of(connection: sa.Connection) -> str | None:
+    """The revision of a database; None where it has no tables yet.
+
+    Raises:
+        StorageError: it was made before the first release whose homes are upgraded.
+    """
+    names = {*sa.inspect(connection).get_table_names()}
+    if VERSIONS.name in names:
+        return str(connection.execute(sa.select(VERSIONS.c.version_num)).scalar())
+    if not names & METADATA.tables.keys():
+        return None
+    _refuse_before_first(connection, names)
+    return FIRST_REVISION
+
+
+def check_revision(connection: sa.Connection) -> None:
+    """Refuses a database of another release: each statement could fail in a way of its own.
+
+    Raises:
+        StorageError: it is older, or newer; nothing was changed.
+    """
+    found = revision_of(connection)
+    if found in (None, REVISION):
+        return
+    if found in known_revisions():
+        raise StorageError(
+            f"the registry's database is of an older release of TG-Tinker (revision {found}, this"
+            f" one has {REVISION}), and nothing was changed: `tg-tinker registry upgrade` writes a"
+            " backup and brings it here. Stop the programs of the older release first",
+            details={"reason": "older", "revision": found},
+        )
+    raise StorageError(
+        f"the registry's database is of a newer release of TG-Tinker (revision {found}, this one"
+        f" has {REVISION}), and nothing was changed: use that release, or put the backup back that"
+        " was written before the upgrade",
+        details={"reason": "newer", "revision": found},
+    )
+
+
+def create_tables(tx: sa.Connection) -> None:
+    """All tables of this release in a database that has none, and its revision; else nothing."""
+    if revision_of(tx) is None:
+        METADATA.create_all(tx)
+        VERSIONS.create(tx)
+        tx.execute(VERSIONS.insert().values(version_num=REVISION))
+
+
+def run_revisions(tx: sa.Connection, to: str = REVISION) -> None:
+    """All revisions after the one that a database has, up to `to`, within a transaction.
+
+    Raises:
+        StorageError: the database has one that this release does not know.
+    """
+    from alembic.config import Config
+    from alembic.runtime.environment import EnvironmentContext
+    from alembic.script import ScriptDirectory
+    from alembic.util import CommandError
+
+    config = Config()
+    config.set_main_option("script_location", str(_FOLDER).replace("%", "%%"))
+    config.set_main_option("version_locations", str(_FOLDER).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    script = ScriptDirectory.from_config(config)
+    with EnvironmentContext(config, script, fn=lambda at, _: script._upgrade_revs(to, at)) as run:
+        run.configure(connection=tx)
+        try:
+            run.run_migrations()
+        except CommandError as error:
+            raise StorageError(f"the database cannot be upgraded: {error}") from None
+
+
+def known_revisions() -> set[str]:
+    """Numbers of the revisions of this release."""
+    return {file.name[1:5] for file in _FOLDER.glob("r[0-9][0-9][0-9][0-9]_*.py")}
+
+
+def _refuse_before_first(connection: sa.Connection, names: set[str]) -> None:
+    from actors.registry.migrations.r0001_first_release import TABLES
+
+    for name in TABLES.tables.keys() & names:
+        found = {column["name"] for column in sa.inspect(connection).get_columns(name)}
+        if missing := {*TABLES.tables[name].columns.keys()} - found:
+            raise StorageError(
+                "the registry was made by an older version of TG-Tinker than can be upgraded (table"
+                f" {name} has no {', '.join(sorted(missing))}): it is as it was. Use that version"
+                " with it, or begin a new home with TG_TINKER_HOME"
+            )
