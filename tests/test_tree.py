@@ -116,7 +116,8 @@ def test_the_readme_shows_all_packages_and_rooms_on_one_screen() -> None:
     named = list(paths_of(tree))
     assert [name for name in named if not (ROOT / name).exists()] == []
     assert len(set(named)) == len(named)
-    rooms = {f"{name_of(path)}/" for path in LISTED}
+    # A folder within a room is listed by the room.
+    rooms = {f"{name_of(path)}/" for path in LISTED if name_of(path).count("/") < 2}
     rooms |= {f"{name_of(path.parent)}/" for path in (ROOT / "tests").glob("*/test_*.py")}
     assert rooms <= set(named)
 
