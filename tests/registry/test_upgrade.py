@@ -1,0 +1,344 @@
+"""A home of an earlier release: its database is upgraded whole or not at all, after a backup."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from typer.testing import CliRunner
+
+from actors.registry import backup, revisions
+from actors.registry.database import Database
+from actors.registry.registry import Registry
+from actors.registry.schema import METADATA
+from actors.registry.upgrade import upgrade
+from actors.storage import home as homes
+from actors.storage.home import DATABASE, KEYRING
+from support.databases import url_of
+from support.old_homes import EXPECTED, old_home, old_program, run_old
+from tg_tinker import InvalidRequestError, StorageError
+from tg_tinker.cli.main import main
+from tg_tinker.records.audit_log import parse_rows, verify
+from tg_tinker.records.ledger import Ledger
+from tg_tinker.storage.databases import FIRST_REVISION, REVISION, revision_on_record
+
+OLD = EXPECTED["tenants"]
+
+OPENS = """
+import sys
+from pathlib import Path
+from actors.registry import Registry
+from tg_tinker import StorageError
+import tg_tinker
+assert Path(tg_tinker.__file__).is_relative_to(Path.cwd())
+home = Path(sys.argv[1])
+try:
+    known = Registry(f"sqlite:///{home / 'registry.db'}", home / "keyring")
+    print("opened", flush=True)
+    input()
+    known.create_run("default", '{"model_ref": "m"}')
+    print("changed")
+except StorageError as error:
+    print("refused:", error.message)
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return old_home(tmp_path / "old")
+
+
+def url(home: Path) -> str:
+    return f"sqlite:///{home / DATABASE}"
+
+
+def dump(file: Path) -> list[str]:
+    """Tables and rows; a file that is not there makes none."""
+    with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as database:
+        return list(database.iterdump())
+
+
+def rows(home: Path) -> dict[str, list[tuple[Any, ...]]]:
+    """All rows by table, whoever holds the database left out."""
+    with closing(sqlite3.connect(home / DATABASE)) as database:
+        names = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+        tables = METADATA.tables.keys() & names - {"registry"}
+        return {
+            name: sorted(database.execute(f"SELECT * FROM {name}"), key=repr)  # noqa: S608
+            for name in tables
+        }
+
+
+# --- what an upgrade does ------------------------------------------------------------------------
+
+
+def test_the_fixture_is_of_the_first_revision(home: Path) -> None:
+    assert revision_on_record(home / DATABASE) == FIRST_REVISION
+    assert "generation" in "".join(dump(home / DATABASE))
+
+
+def test_an_old_database_is_refused_untouched_until_it_is_upgraded(home: Path) -> None:
+    before = (home / DATABASE).read_bytes()
+    for looks_only in (False, True):
+        with pytest.raises(StorageError, match=r"older release.*registry upgrade") as caught:
+            Registry(url(home), home / KEYRING, looks_only=looks_only)
+        assert caught.value.details == {"reason": "older", "revision": FIRST_REVISION}
+    assert (home / DATABASE).read_bytes() == before
+
+
+def test_an_upgrade_loses_no_row_and_leaves_a_backup(home: Path, tmp_path: Path) -> None:
+    before, old = rows(home), dump(home / DATABASE)
+    kept = tmp_path / "before.db"
+    assert upgrade(url(home), kept) == (FIRST_REVISION, REVISION)
+    assert rows(home) == before
+    assert revision_on_record(home / DATABASE) == REVISION
+    assert (kept.stat().st_mode & 0o777) == 0o600
+    tables = {line for line in old if line.startswith("INSERT") and '"registry"' not in line}
+    assert tables <= set(dump(kept))
+    assert revision_on_record(kept) == FIRST_REVISION
+
+
+def test_an_upgraded_home_says_what_it_said(home: Path, tmp_path: Path) -> None:
+    upgrade(url(home), tmp_path / "before.db")
+    registry = Registry(url(home), home / KEYRING)
+    for tenant, expected in OLD.items():
+        runs = {run.training_client_id: run for run in registry.runs.of(tenant)}
+        for name, run in expected["runs"].items():
+            found = runs[run["id"]]
+            if name == "lost":  # whether its actor lives is not in the database
+                continue
+            assert (found.status, found.step) == (run["status"], run["step"])
+        for name, ledger in expected["datasets"].items():
+            replayed = Ledger.replay(registry.ledgers.entries(tenant, name))
+            assert f"{replayed.length - 1}-{replayed.head}" == ledger["place"]
+        log = verify(parse_rows(registry.audit_log.rows(tenant, 0, 10_000)))
+        assert (log.seq, log.hash) == (expected["audit_log"]["rows"], expected["audit_log"]["head"])
+    assert registry.data_keys.key_ids() == ["k1", "k2"]
+    registry.runs.create("default", '{"model_ref": "m"}')  # and goes on
+
+
+def test_a_second_upgrade_does_nothing_and_writes_no_backup(home: Path, tmp_path: Path) -> None:
+    upgrade(url(home), tmp_path / "before.db")
+    assert upgrade(url(home), tmp_path / "again.db") == (REVISION, REVISION)
+    assert not (tmp_path / "again.db").exists()
+
+
+def test_an_upgrade_without_room_for_a_backup_does_not_happen(home: Path, tmp_path: Path) -> None:
+    before = dump(home / DATABASE)
+    (tmp_path / "there").touch()
+    with pytest.raises(InvalidRequestError, match="exists"):
+        upgrade(url(home), tmp_path / "there")
+    with pytest.raises(StorageError, match="cannot write"):
+        upgrade(url(home), tmp_path / "no" / "folder.db")
+    assert dump(home / DATABASE) == before
+
+
+def test_rows_that_refer_to_nothing_stop_it(home: Path, tmp_path: Path) -> None:
+    with closing(sqlite3.connect(home / DATABASE)) as database:
+        database.execute("INSERT INTO artifact_labels VALUES ('art-none', 'a', 'b')")
+        database.commit()
+    before = dump(home / DATABASE)
+    with pytest.raises(StorageError, match="refer to others which are not there"):
+        upgrade(url(home), tmp_path / "before.db")
+    assert dump(home / DATABASE) == before
+
+
+def test_a_database_of_a_newer_release_is_refused_untouched(home: Path, tmp_path: Path) -> None:
+    upgrade(url(home), tmp_path / "before.db")
+    with closing(sqlite3.connect(home / DATABASE)) as database:
+        database.execute("UPDATE alembic_version SET version_num = '9999'")
+        database.commit()
+    before = dump(home / DATABASE)
+    for act in (
+        lambda: Registry(url(home), home / KEYRING),
+        lambda: upgrade(url(home), tmp_path / "newer.db"),
+        lambda: backup.backup(url(home), tmp_path / "newer.db"),
+    ):
+        with pytest.raises(StorageError, match=r"newer release|cannot be upgraded"):
+            act()
+    assert dump(home / DATABASE) == before
+    assert not (tmp_path / "newer.db").exists()
+
+
+# --- tables, on each database --------------------------------------------------------------------
+
+
+def emptied(place: Path) -> str:
+    """The database of a home without a table; a server's may have those of an earlier test."""
+    with (
+        closing(Database(url_of(place), other_revisions=True)) as found,
+        found.engine.begin() as tx,
+    ):
+        METADATA.drop_all(tx)
+        revisions.VERSIONS.drop(tx, checkfirst=True)
+    return url_of(place)
+
+
+@pytest.mark.usefixtures("each_database")
+def test_the_newest_revision_makes_what_the_schema_declares(tmp_path: Path) -> None:
+    homes.create(tmp_path / "home")
+    with closing(Database(emptied(tmp_path / "home"), other_revisions=True)) as empty:
+        with empty.engine.begin() as tx:
+            revisions.run_revisions(tx)
+        with empty.engine.connect() as connection:
+            context = MigrationContext.configure(connection)
+            assert compare_metadata(context, METADATA) == []
+            assert revisions.revision_of(connection) == REVISION
+
+
+@pytest.mark.usefixtures("each_database")
+def test_a_new_home_has_the_tables_of_an_upgraded_one(tmp_path: Path) -> None:
+    homes.create(tmp_path / "home")
+    Registry(emptied(tmp_path / "home"), tmp_path / "home" / KEYRING).close()
+    with closing(Database(url_of(tmp_path / "home"), looks_only=True)) as new, new.reading() as one:
+        assert compare_metadata(MigrationContext.configure(one), METADATA) == []
+        assert revisions.revision_of(one) == REVISION
+
+
+@pytest.mark.usefixtures("each_database")
+def test_a_backup_of_an_older_release_is_restored_and_upgraded(tmp_path: Path) -> None:
+    older = old_home(tmp_path / "old")
+    backup.backup(url(older), tmp_path / "older.db")
+    homes.create(tmp_path / "home")
+    reached = backup.restore(tmp_path / "older.db", url_of(tmp_path / "home"))
+    assert len(reached) == sum(len(t["datasets"]) + 1 for t in OLD.values())
+    shutil.copy(older / KEYRING, tmp_path / "home" / KEYRING)
+    known = Registry(url_of(tmp_path / "home"), tmp_path / "home" / KEYRING)
+    assert len(known.runs.of("default")) == len(OLD["default"]["runs"])
+    with closing(Database(url_of(tmp_path / "home"), looks_only=True)) as new, new.reading() as one:
+        assert compare_metadata(MigrationContext.configure(one), METADATA) == []
+
+
+@pytest.mark.usefixtures("each_database")
+def test_an_old_database_of_either_kind_is_upgraded(tmp_path: Path) -> None:
+    """As the first release left it: its tables and rows, and no revision on record."""
+    older = old_home(tmp_path / "old")
+    place = tmp_path / "home"
+    homes.create(place)
+    source = sa.create_engine(url(older))
+    with (
+        closing(Database(emptied(place), other_revisions=True)) as new,
+        new.engine.begin() as tx, source.connect() as old,
+    ):  # fmt: skip
+        revisions.run_revisions(tx, FIRST_REVISION)
+        revisions.VERSIONS.drop(tx)
+        for table in backup._tables(old).values():
+            for row in old.execute(sa.select(table)).mappings():
+                tx.execute(table.insert(), dict(row))
+    source.dispose()
+    assert upgrade(url_of(place), tmp_path / "before.db") == (FIRST_REVISION, REVISION)
+    shutil.copy(older / KEYRING, place / KEYRING)
+    known = Registry(url_of(place), place / KEYRING)
+    for tenant, expected in OLD.items():
+        assert len(known.runs.of(tenant)) == len(expected["runs"])
+        assert known.audit_log.rows(tenant, 0, 10_000)
+
+
+# --- killed, and met by the old program ----------------------------------------------------------
+
+
+def test_killed_at_any_statement_it_is_the_old_database_or_the_new_one(
+    home: Path, tmp_path: Path
+) -> None:
+    old = dump(home / DATABASE)
+    whole = old_home(tmp_path / "whole")
+    upgrade(url(whole), tmp_path / "whole.db")
+    new = dump(whole / DATABASE)
+    assert new != old
+    seen, at, died = [], 0, True
+    while died:
+        died = _killed_at(home, tmp_path / f"{at}.db", at)
+        found = dump(home / DATABASE)
+        assert found in (old, new), at
+        seen.append(found == new)
+        at += 1
+        if found == new and died:  # the last statement was through: again from the beginning
+            shutil.rmtree(home)
+            old_home(home)
+    assert at > 20
+    assert seen[0] is False
+    assert seen[-1] is True
+    assert revision_on_record(home / DATABASE) == REVISION
+
+
+def _killed_at(home: Path, kept: Path, at: int) -> bool:
+    """Upgrades in a process that dies before or after a statement; False where it came through."""
+    child = os.fork()
+    if not child:
+        left = iter(range(at, -1, -1))
+
+        def step(*_: object, **__: object) -> None:
+            if next(left, None) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        for event in ("before_cursor_execute", "after_cursor_execute", "commit"):
+            sa.event.listen(sa.Engine, event, step)
+        try:
+            upgrade(url(home), kept)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+def test_the_old_program_refuses_an_upgraded_home(home: Path, tmp_path: Path) -> None:
+    program = old_program(tmp_path / "program")
+    upgrade(url(home), tmp_path / "before.db")
+    before = dump(home / DATABASE)
+    said, error = run_old(program, OPENS, str(home)).communicate("\n", timeout=120)
+    assert said.startswith("refused: the registry was made by an older version"), error
+    assert dump(home / DATABASE) == before
+
+
+def test_an_old_program_that_runs_changes_nothing_from_then_on(home: Path, tmp_path: Path) -> None:
+    running = run_old(old_program(tmp_path / "program"), OPENS, str(home))
+    assert running.stdout is not None
+    assert running.stdout.readline() == "opened\n", running.communicate()
+    upgrade(url(home), tmp_path / "before.db")
+    before = dump(home / DATABASE)
+    said, error = running.communicate("\n", timeout=120)
+    assert said.startswith("refused:"), error
+    assert dump(home / DATABASE) == before
+
+
+def test_the_old_program_opens_the_backup(home: Path, tmp_path: Path) -> None:
+    """Who goes back loses what was done since, and nothing else."""
+    upgrade(url(home), tmp_path / "before.db")
+    shutil.copy(tmp_path / "before.db", home / DATABASE)
+    program = old_program(tmp_path / "program")
+    said, error = run_old(program, OPENS, str(home)).communicate("\n", timeout=120)
+    assert said == "opened\nchanged\n", error
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    monkeypatch.setenv("TG_TINKER_HOME", str(home))
+    return lambda *words: CliRunner().invoke(main, ["registry", *words])
+
+
+def test_the_command_upgrades_once_and_says_where_the_backup_is(
+    at_home: Callable[..., Any], home: Path
+) -> None:
+    said = at_home("upgrade")
+    assert said.exit_code == 0, said.output
+    found = re.search(r"from revision 0001 to \d{4}\. As it was, it is in (\S+)", said.output)
+    assert found
+    assert revision_on_record(Path(found[1])) == FIRST_REVISION
+    assert Path(found[1]).parent == home
+    again = at_home("upgrade")
+    assert again.output == f"Nothing to do: the database has revision {REVISION} already\n"
+    assert len([*home.glob("registry-*.db")]) == 1
