@@ -170,7 +170,7 @@ def test_only_what_has_expired_is_deleted_by_command(
     for artifact, days in ((over, "1"), (kept, "3")):
         run(calls, "expire", artifact, "--days", days)
     now = datetime.now(UTC).timestamp()
-    monkeypatch.setattr("actors.registry.artifacts.time.time", lambda: now + 2 * 86_400)
+    monkeypatch.setattr("actors.registry.catalogue.time.time", lambda: now + 2 * 86_400)
     for words in ([], [over, "--expired"]):
         run(calls, "delete", *words, code=1)
     run(calls, "delete", "--expired", code=1, answer="n\n")
@@ -221,7 +221,7 @@ def test_texts_of_the_database_command_no_terminal(service: Service, words: str)
     artifact, registry = service.publish(), service.registry
     registry.catalogue.set_labels(TENANT, artifact, {"stage": "x"})
     registry.api_keys.create(TENANT, "laptop", [], None)
-    with registry._change() as tx:
+    with registry.database.change() as tx:
         newest = AuditRow.parse(registry.audit_log.rows(TENANT, 0, 1000)[-1])
         texts = {"who": ESCAPE, "event": ESCAPE, "subject": ESCAPE, "outcome": ESCAPE}
         row = chained(newest, time=newest.time, tenant=TENANT, details={}, **texts)
