@@ -70,7 +70,7 @@ class Budget:
 
         Raises:
             DPBudgetExceededError: others took the budget since; nothing was reserved.
-            InvalidRequestError: see `Budgets.register_dataset`.
+            InvalidRequestError: see `Ledgers.register`.
         """
         if self.plan is not None:
             (entry, new), self.plan = self.plan, None
@@ -88,7 +88,7 @@ class Budget:
         return self
 
     def admit(self, units: Sequence[bytes]) -> set[bytes]:
-        """See `Budgets.admit`."""
+        """See `Ledgers.admit`."""
         return self.registry.ledgers.admit(self.tenant, self.dataset, self.run_id, units)
 
     def charge(

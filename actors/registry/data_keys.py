@@ -72,7 +72,7 @@ class DataKeys:
         A keeper is also given one for an artifact that is there: it is to be sealed anew.
 
         Args:
-            store: root of the store that it is for, which `audit_heads.meet` was called with.
+            store: root of the store that it is for, which `rollback.meet` was called with.
 
         Raises:
             AccessDeniedError: a reader's capability; or the artifact is there already; or the
@@ -98,7 +98,7 @@ class DataKeys:
         """The data key of an artifact that exists.
 
         Args:
-            store: root of the store that it is in, which `audit_heads.meet` was called with.
+            store: root of the store that it is in, which `rollback.meet` was called with.
 
         Raises:
             NotFoundError: the artifact is unknown, deleted, expired, or of another tenant.
@@ -171,7 +171,7 @@ class DataKeys:
     def rotate(self, tenant: str, used: Sequence[str] = ()) -> str:
         """A fresh primary key of the keyring, for all that is wrapped from now on, the keys of
         data sets among it; its id, which no other key of this registry ever had, and none of
-        `used`. `upkeep.rewrap` is for the artifacts."""
+        `used`. `operations.keys.rewrap` is for the artifacts."""
         name = self._keyring.rotate([*self._key_names.noted(), *used])
         self.rewrap_unit_keys()
         with self._database.change() as tx:

@@ -146,7 +146,7 @@ def test_steps_that_are_lost_are_told_although_the_new_actor_does_not_start(
             pytest.raises(PlacementError),
         ):
             service.get_training_client(tc.id)
-        patched.setattr(service._runs, "_warn_of_loss", no_registry)
+        patched.setattr(service._runs._recovery, "warn_of_loss", no_registry)
         with pytest.raises(PlacementError):  # still: not what could not be told beside it
             service.get_training_client(tc.id)
     with warnings.catch_warnings():

@@ -9,9 +9,8 @@ import math
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-from tg_tinker.backend import actors_backend
+from tg_tinker.backend import Registry, actors_backend
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.labels import check_labels, parse_label
 from tg_tinker.types import ArtifactInfo, ArtifactQuery, Orphan
@@ -27,7 +26,7 @@ class Artifacts:
     process then writes no core file any more: its RLIMIT_CORE is 0 for good, soft and hard.
     """
 
-    def __init__(self, registry: Any, store: str, tenant: str) -> None:
+    def __init__(self, registry: Registry, store: str, tenant: str) -> None:
         self._registry, self._store, self._tenant = registry, store, tenant
 
     def find(

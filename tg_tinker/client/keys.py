@@ -6,9 +6,8 @@ A change that an older copy of the registry's database would undo is covered by 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-from tg_tinker.backend import actors_backend
+from tg_tinker.backend import Registry, actors_backend
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import ApiKeyInfo, KeyUses
 
@@ -16,7 +15,7 @@ from tg_tinker.types import ApiKeyInfo, KeyUses
 class Keys:
     """See `ServiceClient` for what each method promises."""
 
-    def __init__(self, registry: Any, store: str, tenant: str) -> None:
+    def __init__(self, registry: Registry, store: str, tenant: str) -> None:
         self._registry, self._store, self._tenant = registry, store, tenant
 
     # --- of the keyring ----------------------------------------------------------------------

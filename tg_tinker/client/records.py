@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from tg_tinker.backend import actors_backend
+from tg_tinker.backend import Registry, actors_backend
 from tg_tinker.config import DPConfig, TrainingConfig
 from tg_tinker.errors import InvalidRequestError, NotFoundError
 from tg_tinker.records.audit_log import AuditRow, empty, parse_rows, verify
 from tg_tinker.records.files import KeptHead, keep_head, paged, read_head, read_public_key
 from tg_tinker.records.heads import AuditHead
-from tg_tinker.records.report import PrivacyReport
+from tg_tinker.records.report import PrivacyReport, dataset_of
 from tg_tinker.types import RegistryAcceptance, RegistryCheck
 
 MOST_AUDIT_ROWS = 10_000
@@ -31,7 +30,7 @@ class Records:
     """
 
     def __init__(
-        self, registry: Any, store: str, tenant: str, home: Path, audit_keys: Path
+        self, registry: Registry, store: str, tenant: str, home: Path, audit_keys: Path
     ) -> None:
         self._registry, self._store, self._tenant = registry, store, tenant
         self._home, self._audit_keys = home, audit_keys
@@ -53,7 +52,7 @@ class Records:
         checked = TrainingConfig(model_ref="any", dataset_id=dataset_id)
         self.meet_ledger(dataset_id)
         self._registry.ledgers.register(
-            self._tenant, checked.dataset_id, dp.target_epsilon, dp.target_delta, dp.unit
+            self._tenant, dataset_of(checked), dp.target_epsilon, dp.target_delta, dp.unit
         )
 
     def privacy_report(self, dataset_id: str) -> PrivacyReport:

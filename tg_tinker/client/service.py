@@ -14,20 +14,21 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from tg_tinker.client.artifacts import Artifacts
 from tg_tinker.client.home import init_home
 from tg_tinker.client.keys import Keys
 from tg_tinker.client.placement import Placement, with_absolute_path
 from tg_tinker.client.records import Records
-from tg_tinker.client.recovery import Recover
-from tg_tinker.client.runs import Progress, Runs
+from tg_tinker.client.recovery import Progress, Recover, Recovery
+from tg_tinker.client.runs import Runs
 from tg_tinker.client.serving import check_model
 from tg_tinker.client.training import TrainingClient
 from tg_tinker.cluster import node
 from tg_tinker.cluster.cluster import Cluster
 from tg_tinker.cluster.ports import addresses
+from tg_tinker.cluster.remote_registry import RemoteRegistry
 from tg_tinker.config import TrainingConfig
 from tg_tinker.errors import InvalidRequestError, StorageError
 from tg_tinker.records.audit_log import AuditRow
@@ -106,7 +107,7 @@ class ServiceClient:
             raise
         self._attach(registry)
 
-    def _attach(self, registry: Any) -> None:
+    def _attach(self, registry: RemoteRegistry) -> None:
         """From now on all that is asked is asked of this registry."""
         self._registry = registry
         at = registry, self._store, self._tenant
@@ -114,7 +115,8 @@ class ServiceClient:
         self._keys = Keys(*at)
         self._records = Records(*at, self._home, self._audit_keys)
         self._placement = Placement(self._cluster, self._home, self._store)
-        self._runs = Runs(*at, self._home, self._cluster, self._records, self._placement)
+        recovery = Recovery(*at, self._home, self._cluster, self._records, self._placement)
+        self._runs = Runs(registry, self._tenant, self._cluster, self._placement, recovery)
 
     def cluster_status(self) -> ClusterStatus:
         """Machines of the cluster, what of them is free, and who trains there."""
