@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from actors.registry.database import Database, typed_refusal
 from actors.registry.revisions import (
     VERSIONS,
-    known_revisions,
+    refuse_newer,
     revision_of,
     run_revisions,
 )
@@ -49,20 +49,24 @@ def backup(database: str, path: Path) -> Reached:
         InvalidRequestError: the file exists.
         StorageError: the database or the disk refuses; no file is left.
     """
-    with closing(Database(database, looks_only=True, other_revisions=True)) as registry:
-        return write_backup(registry, path)
+    with (
+        closing(Database(database, looks_only=True, other_revisions=True)) as registry,
+        registry.reading() as old,
+    ):
+        return write_backup(old, path)
 
 
-def write_backup(registry: Database, path: Path) -> Reached:
-    """`backup` of a database that is open."""
+def write_backup(old: sa.Connection, path: Path) -> Reached:
+    """`backup` of what a transaction sees."""
     with _new_file(path) as partial:
         engine = sa.create_engine(
             sa.URL.create("sqlite", database=str(partial)), hide_parameters=True
         )
-        with typed_refusal(), registry.reading() as old, engine.begin() as new:
+        with typed_refusal(), engine.begin() as new:
             revision = revision_of(old)
             if revision is None:
                 raise StorageError("the database has no registry yet: there is nothing to back up")
+            refuse_newer(revision)
             run_revisions(new, revision)
             _copy(old, new)
             return _reached(old)
@@ -109,16 +113,17 @@ def _remake_tables(new: sa.Connection, revision: str) -> None:
 
 def _copy(old: sa.Connection, new: sa.Connection) -> None:
     """Every table, those that others refer to first; whose turn it is belongs to each database."""
+    there = _tables(old).keys()  # the first release made some tables when it needed them
     for table in _tables(new).values():
-        if table.name not in (OWNER.name, VERSIONS.name):
+        if table.name != OWNER.name and table.name in there:
             for rows in old.execute(sa.select(table)).mappings().partitions(_ROWS):
                 new.execute(table.insert(), [dict(row) for row in rows])
 
 
 def _tables(connection: sa.Connection) -> dict[str, sa.Table]:
-    """The tables of a database as it has them, for statements to any database."""
-    found = sa.MetaData()
-    found.reflect(connection)
+    """Our tables of a database as it has them, for statements to any database."""
+    found, names = sa.MetaData(), {*sa.inspect(connection).get_table_names()}
+    found.reflect(connection, only=sorted(METADATA.tables.keys() & names))
     for table in found.sorted_tables:
         for column in table.columns:
             column.type = column.type.as_generic()
@@ -177,11 +182,7 @@ def _check_whole(old: sa.Connection, path: Path) -> str:
             f"{path} is no backup of a registry, it has no table"
             f" {min(missing) if revision else OWNER.name}: use another one; nothing was changed"
         )
-    if revision not in known_revisions():
-        raise StorageError(
-            f"{path} is the backup of a newer release (revision {revision}): restore it with that"
-            " release; nothing was changed"
-        )
+    refuse_newer(revision)
     try:
         for table in tables.values():
             for _ in old.execute(sa.select(table)).partitions(_ROWS):

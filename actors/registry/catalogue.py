@@ -196,7 +196,7 @@ def _unexpired(now: Any = None) -> sa.ColumnElement[bool]:
     return sa.or_(ARTIFACTS.c.expires_at.is_(None), ARTIFACTS.c.expires_at > now)
 
 
-# Made once, see `registry`; at the end, since it needs the conditions above.
+# Made once, see `runs`; at the end, since it needs the conditions above.
 _LAST = (
     sa.select(ARTIFACTS.c.id)
     .where(ARTIFACTS.c.run_id == sa.bindparam("run"), *LIVING, _unexpired(sa.bindparam("now")))

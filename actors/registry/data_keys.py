@@ -1,6 +1,6 @@
 """Data keys of artifacts: who is given one, and under which tenant key it is wrapped.
 
-The only place where the keyring opens anything for others. A capability says who asks.
+The only place where the keyring opens a data key. A capability says who asks.
 """
 
 from __future__ import annotations

@@ -144,25 +144,32 @@ class Database:
 
     @contextmanager
     def upgrading(self) -> Iterator[sa.Connection]:
-        """One transaction that may change tables, and that no other shares.
-
-        Raises:
-            StorageError: a row would refer to one that is not there; nothing was changed.
-        """
+        """One transaction that may change tables, and that nobody else's change comes between.
+        Foreign keys are not looked at inside: `check_references` is for its end."""
         with typed_refusal(), self.engine.connect() as connection:
             on_sqlite = connection.dialect.name == "sqlite"
             if on_sqlite:  # before it begins: SQLite ignores it within a transaction
                 connection.connection.cursor().execute("PRAGMA foreign_keys=OFF")
-            with connection.begin():
-                if not on_sqlite:
-                    postgres.hold_for_opening(connection)
-                    connection.execute(sa.text(f"LOCK TABLE {OWNER.name}"))
-                yield connection
-                if on_sqlite and connection.exec_driver_sql("PRAGMA foreign_key_check").first():
-                    raise StorageError(
-                        "the registry's database has rows that refer to others which are not there:"
-                        " it was not upgraded. Put a backup back with `tg-tinker registry restore`"
-                    )
+            try:
+                with connection.begin():
+                    if not on_sqlite:
+                        postgres.hold_for_upgrade(connection)
+                    yield connection
+            finally:
+                if on_sqlite:
+                    connection.connection.cursor().execute("PRAGMA foreign_keys=ON")
+
+    def check_references(self, tx: sa.Connection) -> None:
+        """At the end of `upgrading`; PostgreSQL looks at each statement.
+
+        Raises:
+            StorageError: a row refers to one that is not there.
+        """
+        if tx.dialect.name == "sqlite" and tx.exec_driver_sql("PRAGMA foreign_key_check").first():
+            raise StorageError(
+                "the registry's database has rows that refer to others which are not there: it was"
+                " not upgraded. Put a backup back with `tg-tinker registry restore`"
+            )
 
     def fence_others(self) -> None:
         """From now on registries that were opened earlier change nothing."""

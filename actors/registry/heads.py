@@ -95,10 +95,10 @@ class Heads:
         with self._writer.refusals(tenant, who, event, dataset or ""):
             held = [self._authentic(tenant, dataset, line) for line in kept]
             missing, others = self.judge(tenant, dataset, lines)
-            end = self._writer.end(tenant)
             if dataset is not None:
                 self._check_places(tenant, {dataset: [h.place for h in [*missing.values(), *held]]})
                 return others
+            end = self._writer.end(tenant)
             if missing:
                 raise _rolled_back(*max(missing.items(), key=lambda item: item[1].seq), end[0])
         self._writer.reached[tenant] = end

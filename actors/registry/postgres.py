@@ -75,6 +75,15 @@ def hold_for_opening(tx: sa.Connection) -> None:
     tx.execute(sa.select(sa.func.pg_advisory_xact_lock(0x7467_7469_6E6B)))
 
 
+def hold_for_upgrade(tx: sa.Connection) -> None:
+    """The same, and nobody else changes a row: changes begin with that of `registry`. It may take
+    longer than a change: a backup is written meanwhile."""
+    hold_for_opening(tx)
+    tx.execute(sa.text("SET LOCAL idle_in_transaction_session_timeout = 0"))
+    if sa.inspect(tx).has_table("registry"):
+        tx.execute(sa.text("LOCK TABLE registry"))
+
+
 def _check(connection: Any, record: Any) -> None:
     version, *settings = connection.execute(f"SELECT {_SETTINGS}").fetchone()
     connection.rollback()

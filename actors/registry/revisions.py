@@ -13,15 +13,15 @@ import sqlalchemy as sa
 
 from actors.registry.schema import METADATA
 from tg_tinker.errors import StorageError
-from tg_tinker.storage.databases import FIRST_REVISION, REVISION
+from tg_tinker.storage.databases import FIRST_REVISION, REVISION, REVISION_TABLE
 
 VERSIONS = sa.Table(
-    "alembic_version",
+    REVISION_TABLE,
     sa.MetaData(),
     sa.Column("version_num", sa.String(32), nullable=False),
-    sa.PrimaryKeyConstraint("version_num", name="alembic_version_pkc"),
+    sa.PrimaryKeyConstraint("version_num", name=f"{REVISION_TABLE}_pkc"),
 )
-"""As Alembic makes it."""
+"""As Alembic makes it, under a name that no other program's has."""
 
 _FOLDER = Path(__file__).with_name("migrations")
 
@@ -30,11 +30,18 @@ def revision_of(connection: sa.Connection) -> str | None:
     """The revision of a database; None where it has no tables yet.
 
     Raises:
-        StorageError: it was made before the first release whose homes are upgraded.
+        StorageError: it was made before the first release whose homes are upgraded; or what it has
+            on record is damaged.
     """
     names = {*sa.inspect(connection).get_table_names()}
     if VERSIONS.name in names:
-        return str(connection.execute(sa.select(VERSIONS.c.version_num)).scalar())
+        found = connection.execute(sa.select(VERSIONS.c.version_num)).scalars().all()
+        if len(found) != 1 or not found[0]:
+            raise StorageError(
+                f"the registry's database is damaged: its table {VERSIONS.name} must have one row,"
+                f" and has {len(found)}. Put a backup back with `tg-tinker registry restore`"
+            )
+        return str(found[0])
     if not names & METADATA.tables.keys():
         return None
     _refuse_before_first(connection, names)
@@ -57,6 +64,13 @@ def check_revision(connection: sa.Connection) -> None:
             " backup and brings it here. Stop the programs of the older release first",
             details={"reason": "older", "revision": found},
         )
+    refuse_newer(found)
+
+
+def refuse_newer(found: str | None) -> None:
+    """Raises StorageError for a revision that this release does not know."""
+    if found is None or found in known_revisions():
+        return
     raise StorageError(
         f"the registry's database is of a newer release of TG-Tinker (revision {found}, this one"
         f" has {REVISION}), and nothing was changed: use that release, or put the backup back that"
@@ -66,9 +80,10 @@ def check_revision(connection: sa.Connection) -> None:
 
 
 def create_tables(tx: sa.Connection) -> None:
-    """All tables of this release in a database that has none, and its revision; else nothing."""
-    if revision_of(tx) is None:
-        METADATA.create_all(tx)
+    """What a database of this release, or one without any table, lacks of its tables."""
+    is_new = revision_of(tx) is None
+    METADATA.create_all(tx)
+    if is_new:
         VERSIONS.create(tx)
         tx.execute(VERSIONS.insert().values(version_num=REVISION))
 
@@ -90,7 +105,7 @@ def run_revisions(tx: sa.Connection, to: str = REVISION) -> None:
     config.set_main_option("path_separator", "os")
     script = ScriptDirectory.from_config(config)
     with EnvironmentContext(config, script, fn=lambda at, _: script._upgrade_revs(to, at)) as run:
-        run.configure(connection=tx)
+        run.configure(connection=tx, version_table=VERSIONS.name)
         try:
             run.run_migrations()
         except CommandError as error:

@@ -8,8 +8,10 @@ import shutil
 import signal
 import sqlite3
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +31,7 @@ from support.databases import url_of
 from support.old_homes import EXPECTED, old_home, old_program, run_old
 from tg_tinker import InvalidRequestError, StorageError
 from tg_tinker.cli.main import main
+from tg_tinker.cluster import cluster
 from tg_tinker.records.audit_log import parse_rows, verify
 from tg_tinker.records.ledger import Ledger
 from tg_tinker.storage.databases import FIRST_REVISION, REVISION, revision_on_record
@@ -144,20 +147,85 @@ def test_an_upgrade_without_room_for_a_backup_does_not_happen(home: Path, tmp_pa
     assert dump(home / DATABASE) == before
 
 
+def test_two_upgrades_at_once_are_one(home: Path, tmp_path: Path) -> None:
+    """Whoever comes second finds it done, and writes no backup."""
+    with ThreadPoolExecutor(3) as pool:
+        done = [*pool.map(lambda _: upgrade(url(home), tmp_path / "before.db"), range(3))]
+    assert sorted(done) == [(FIRST_REVISION, REVISION), (REVISION, REVISION), (REVISION, REVISION)]
+    with closing(sqlite3.connect(home / DATABASE)) as database:
+        (token,) = database.execute("SELECT fencing_token FROM registry").fetchone()
+    with closing(sqlite3.connect(old_home(tmp_path / "again") / DATABASE)) as database:
+        assert database.execute("SELECT generation FROM registry").fetchone() == (token - 1,)
+
+
+def test_nobody_changes_a_row_between_the_backup_and_the_upgrade(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or it would be missing from the backup that says how the database was."""
+    written = backup.write_backup
+
+    def meanwhile(old: sa.Connection, path: Path) -> Any:
+        done = written(old, path)
+        with (
+            closing(sqlite3.connect(home / DATABASE, timeout=0.1)) as other,
+            pytest.raises(sqlite3.OperationalError, match="locked"),
+        ):
+            other.execute("UPDATE runs SET step = step + 1")
+        return done
+
+    monkeypatch.setattr("actors.registry.upgrade.write_backup", meanwhile)
+    assert upgrade(url(home), tmp_path / "before.db") == (FIRST_REVISION, REVISION)
+
+
+@pytest.mark.parametrize("found", ["", "('0002'), ('0001')", "('')"])
+def test_a_record_that_is_damaged_is_called_so(home: Path, tmp_path: Path, found: str) -> None:
+    upgrade(url(home), tmp_path / "before.db")
+    with closing(sqlite3.connect(home / DATABASE)) as database:
+        database.execute("DELETE FROM registry_revision")
+        if found:
+            database.execute(f"INSERT INTO registry_revision VALUES {found}")  # noqa: S608
+        database.commit()
+    for act in (
+        lambda: Registry(url(home), home / KEYRING),
+        lambda: upgrade(url(home), tmp_path / "other.db"),
+    ):
+        with pytest.raises(StorageError, match=r"damaged.*must have one row"):
+            act()
+    assert not (tmp_path / "other.db").exists()
+
+
+def test_tables_of_others_and_tables_that_were_never_needed_hold_up_nothing(
+    home: Path, tmp_path: Path
+) -> None:
+    with closing(sqlite3.connect(home / DATABASE)) as database:
+        database.execute("CREATE TABLE theirs (odd, odder BLORB)")
+        database.execute("INSERT INTO theirs VALUES (1, 2)")
+        database.execute("DROP TABLE orphans")
+        database.commit()
+    assert upgrade(url(home), tmp_path / "before.db") == (FIRST_REVISION, REVISION)
+    with closing(sqlite3.connect(home / DATABASE)) as database:
+        assert database.execute("SELECT * FROM theirs").fetchall() == [(1, 2)]
+    known = Registry(url(home), home / KEYRING)
+    assert known.orphans.of("default") == {}
+    assert backup.restore(tmp_path / "before.db", f"sqlite:///{tmp_path / 'restored.db'}")
+
+
 def test_rows_that_refer_to_nothing_stop_it(home: Path, tmp_path: Path) -> None:
     with closing(sqlite3.connect(home / DATABASE)) as database:
         database.execute("INSERT INTO artifact_labels VALUES ('art-none', 'a', 'b')")
         database.commit()
     before = dump(home / DATABASE)
-    with pytest.raises(StorageError, match="refer to others which are not there"):
-        upgrade(url(home), tmp_path / "before.db")
+    for _ in range(2):
+        with pytest.raises(StorageError, match="refer to others which are not there"):
+            upgrade(url(home), tmp_path / "before.db")
+        assert not (tmp_path / "before.db").exists()  # or each try would leave one
     assert dump(home / DATABASE) == before
 
 
 def test_a_database_of_a_newer_release_is_refused_untouched(home: Path, tmp_path: Path) -> None:
     upgrade(url(home), tmp_path / "before.db")
     with closing(sqlite3.connect(home / DATABASE)) as database:
-        database.execute("UPDATE alembic_version SET version_num = '9999'")
+        database.execute("UPDATE registry_revision SET version_num = '9999'")
         database.commit()
     before = dump(home / DATABASE)
     for act in (
@@ -319,6 +387,24 @@ def test_the_old_program_opens_the_backup(home: Path, tmp_path: Path) -> None:
     program = old_program(tmp_path / "program")
     said, error = run_old(program, OPENS, str(home)).communicate("\n", timeout=120)
     assert said == "opened\nchanged\n", error
+
+
+# --- by itself -----------------------------------------------------------------------------------
+
+
+def test_the_home_of_a_cluster_that_runs_is_not_upgraded_unasked(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its runs would end with their next change."""
+    before = dump(home / DATABASE)
+    monkeypatch.setattr(cluster, "read", lambda home: SimpleNamespace(address="127.0.0.1:6379"))
+    with pytest.raises(StorageError, match=r"tg-tinker down.*registry upgrade"):
+        cluster._upgrade(home / DATABASE)
+    assert dump(home / DATABASE) == before
+    monkeypatch.setattr(cluster, "read", lambda home: None)
+    cluster._upgrade(home / DATABASE)
+    assert revision_on_record(home / DATABASE) == REVISION
+    assert len([*home.glob("registry-0001-*.db")]) == 1
 
 
 # --- the command ---------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from actors.registry.registry import Registry
+from actors.registry.registry import PARTS, Registry
 from actors.storage.home import create
 from serve_app.http.access import HttpOptions
 from serve_app.http.routes import BODY_S, LOOKUPS, MOST_WAITING, api
@@ -390,18 +390,28 @@ def test_metrics_and_the_other_log_name_nobody(both: Both) -> None:
 
 
 @dataclass
+class WatchedPart:
+    """A part of a registry whose questions are noted."""
+
+    name: str
+    part: Any
+    asked: list[str]
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            self.asked.append(f"{self.name}.{method}")
+            return getattr(self.part, method)(*arguments)
+
+        return call
+
+
 class Watched:
     """A registry whose questions are noted: as many, and the same, take as long."""
 
-    registry: Registry
-    asked: list[str] = field(default_factory=list)
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            self.asked.append(name)
-            return getattr(self.registry, name)(*arguments)
-
-        return call
+    def __init__(self, registry: Registry) -> None:
+        self.asked: list[str] = []
+        for name in PARTS:
+            setattr(self, name, WatchedPart(name, getattr(registry, name), self.asked))
 
 
 def test_for_a_name_of_the_other_tenant_the_same_is_asked_as_for_one_that_never_was(
@@ -423,6 +433,7 @@ def test_for_a_name_of_the_other_tenant_the_same_is_asked_as_for_one_that_never_
                 with pytest.raises(NotFoundError) as refused:
                     sources.find("default", (), f"{one}{version}", "api-key 1")
                 found.append((str(refused.value).replace(one, "NAME"), [*watched.asked]))
+                assert watched.asked
             assert found[0] == found[1]
 
 

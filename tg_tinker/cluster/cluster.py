@@ -14,7 +14,7 @@ from tg_tinker.backend import actors_backend, serve_backend
 from tg_tinker.cluster.connection import check_encrypted, connect, living_nodes, refuse_another
 from tg_tinker.cluster.messages import SampleRequest
 from tg_tinker.cluster.named_actors import living_actors, named_actor
-from tg_tinker.cluster.node import tls_is_on
+from tg_tinker.cluster.node import read, tls_is_on
 from tg_tinker.cluster.ray_calls import ask, kill, lazy_ray, translated
 from tg_tinker.cluster.remote_registry import RemoteRegistry
 from tg_tinker.config import ResourceConfig
@@ -23,6 +23,7 @@ from tg_tinker.errors import (
     ClusterUnavailableError,
     FutureTimeoutError,
     PlacementError,
+    StorageError,
 )
 from tg_tinker.storage.databases import REVISION, SQLITE, revision_on_record
 from tg_tinker.storage.envelope import open_payload, seal_payload
@@ -266,6 +267,11 @@ def _upgrade(file: Path) -> None:
     found = revision_on_record(file)
     if found in (None, REVISION):
         return
+    if read(file.parent) is not None:
+        raise StorageError(
+            f"the registry {file} is of an older release, and `tg-tinker up` started a cluster on"
+            " its home that may still use it: `tg-tinker down`, then `tg-tinker registry upgrade`"
+        )
     backup = file.with_name(
         f"{file.stem}-{found}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.db"
     )

@@ -39,6 +39,9 @@ def database_file(home: Path) -> Path:
 REVISION = "0002"
 """Of the registry's tables in this release: the newest of `actors.registry.migrations`."""
 
+REVISION_TABLE = "registry_revision"
+"""Where a database has its revision on record."""
+
 FIRST_REVISION = "0001"
 """Of a database that has none on record."""
 
@@ -50,8 +53,8 @@ def revision_on_record(file: Path) -> str | None:
         uri = f"file:{quote(str(file.absolute()))}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True)) as connection:
             tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
-            if "alembic_version" in tables:
-                query = "SELECT version_num FROM alembic_version"
+            if REVISION_TABLE in tables:
+                query = f"SELECT version_num FROM {REVISION_TABLE}"  # noqa: S608
                 return str(connection.execute(query).fetchone()[0])
     except (sqlite3.Error, TypeError):
         return None  # who opens it says why
