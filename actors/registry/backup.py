@@ -172,22 +172,22 @@ def _check_whole(old: sa.Connection, path: Path) -> str:
         old.exec_driver_sql("BEGIN")  # the file may be that of a registry in use
         sound = old.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
         revision = revision_of(old) if sound else None
-        tables = _tables(old) if sound else {}
+        names = {*sa.inspect(old).get_table_names()} if sound else set()
     except sa.exc.DatabaseError:
         raise _damaged(path) from None
     if not sound:
         raise _damaged(path)
-    if revision is None or (revision == REVISION and (missing := METADATA.tables.keys() - tables)):
+    if revision is None or (revision == REVISION and (missing := METADATA.tables.keys() - names)):
         raise StorageError(
             f"{path} is no backup of a registry, it has no table"
             f" {min(missing) if revision else OWNER.name}: use another one; nothing was changed"
         )
     refuse_newer(revision)
     try:
-        for table in tables.values():
+        for table in _tables(old).values():
             for _ in old.execute(sa.select(table)).partitions(_ROWS):
                 pass
-    except sa.exc.DatabaseError:
+    except (sa.exc.DatabaseError, sa.exc.NoSuchTableError):  # of another that it refers to
         raise _damaged(path) from None
     return revision
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from actors.registry.database import METADATA
+from actors.registry.schema import METADATA
 from support.artifacts import TENANT, Service, assert_same, checkpoint
 from support.artifacts import service as service  # a fixture
 from tg_tinker import InvalidRequestError, NotFoundError

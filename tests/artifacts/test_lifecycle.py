@@ -19,8 +19,9 @@ from actors.artifacts.adapters import export_adapter
 from actors.artifacts.delete import delete
 from actors.operations import expiry, verify
 from actors.operations import keys as keys_module
-from actors.registry import artifacts
-from actors.registry.artifacts import EXPIRED, Artifacts
+from actors.registry import artifacts, catalogue
+from actors.registry.artifacts import Artifacts
+from actors.registry.catalogue import EXPIRED
 from actors.registry.registry import Registry
 from actors.storage.capabilities import KEEPER
 from actors.storage.home import DATABASE, KEYRING
@@ -579,7 +580,8 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     clock.now = datetime.now(UTC).timestamp()
-    monkeypatch.setattr(artifacts, "time", clock)
+    for module in (catalogue, artifacts):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 

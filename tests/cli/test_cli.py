@@ -73,6 +73,7 @@ def test_the_commands_are_these() -> None:
         "audit-log", "audit-log show", "audit-log verify", "audit-log export",
         "api-keys", "api-keys create", "api-keys list", "api-keys revoke",
         "registry", "registry check", "registry accept", "registry backup", "registry restore",
+        "registry upgrade",
         "up", "status", "down",
     }  # fmt: skip
 

@@ -112,7 +112,7 @@ def test_an_acceptance_whose_head_the_store_refused_is_finished_by_the_next(
     found = old.check()
     assert (found.missing, found.unfinished, found.sound) == ({}, True, False)
     again = old.accept()
-    assert (again.row, again.catalogue.openable) == (0, (old.kept, old.deleted))
+    assert (again.row, again.openable) == (0, (old.kept, old.deleted))
     assert old.check().sound
     with pytest.raises(RollbackError):  # the newest copy is told all the same
         old.newest.fetch(old.kept)

@@ -567,7 +567,7 @@ def test_a_keyring_that_names_nothing_is_one_line_on_stderr(home: Path) -> None:
 
 def test_it_starts_no_cluster(home: Path) -> None:
     code = (
-        "import sys; from actors import doctor; from pathlib import Path;"
+        "import sys; from actors.operations import doctor; from pathlib import Path;"
         "doctor.running_cluster = lambda: None;"  # that of another program on this machine
         f"list(doctor.examine(Path({str(home)!r}), {str(home / KEYRING)!r}, {str(home)!r}));"
         "print({'ray', 'torch'} & set(sys.modules))"

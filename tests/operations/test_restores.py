@@ -356,7 +356,7 @@ def test_a_ledger_is_not_accepted(old: Restored) -> None:
     old.accept()
     assert (old.check().missing, old.check().sound) == ({}, False)
     with pytest.raises(LedgerMismatchError):
-        meet_ledger(old.registry, old.root, TENANT, data)
+        meet_ledger(old.registry, ArtifactStore(str(old.root)), TENANT, data)
 
 
 # --- command and doctor --------------------------------------------------------------------------

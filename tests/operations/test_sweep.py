@@ -600,7 +600,7 @@ def test_another_registry_on_the_same_store_sweeps_nothing(at: Store, tmp_path: 
     create(tmp_path / "other")
     other = Registry(f"sqlite:///{tmp_path / 'other' / DATABASE}", tmp_path / "other" / KEYRING)
     for _ in range(5):  # with as many rows
-        other.claim(other.create_run(TENANT, TrainingConfig(model_ref="m").model_dump_json()))
+        other.runs.claim(other.runs.create(TENANT, TrainingConfig(model_ref="m").model_dump_json()))
     for later_s in (0, HOUR):
         with pytest.raises(IntegrityError, match="another one uses this store"):
             at.sweep(later_s, registry=other)

@@ -348,7 +348,7 @@ def test_an_older_database_rotates_and_rewraps_nothing(
     service.registry.close()
     older = database.read_bytes()
     registry = replace(service, registry=reopened(service))
-    registry.artifacts.publish()
+    registry.publish()
     registry.registry.close()
     database.write_bytes(older)
     FileKeyring(service.home / KEYRING).rotate()  # so there is something to wrap
@@ -506,7 +506,7 @@ def test_a_save_by_another_registry_finds_the_key_that_is_being_retired_gone(
     keys_module.retire(service.registry, str(service.root), TENANT, "k1")
     saver.join(30)
     assert "'k1' was retired" in refused[0]
-    assert other.artifacts(TENANT) == []
+    assert other.catalogue.find(TENANT) == []
 
 
 def test_two_registries_on_one_home_save_under_the_key_of_today(service: Service) -> None:

@@ -210,7 +210,7 @@ def test_a_run_that_comes_back_keeps_its_contract_and_its_uses() -> None:
     epoch = known.runs.claim(run.run_id)
     again = Budget.planned(known, "default", run.run_id, epoch, config, "float32").open()
     assert again.key == run.key
-    assert again.ledgers.admit(units(1, 2)) == set(units(1))
+    assert again.admit(units(1, 2)) == set(units(1))
     assert list(ledger_of(run).accounts) == [run.run_id]
 
 

@@ -489,6 +489,7 @@ def dump(registry: Registry) -> dict[str, list[str]]:
         return {
             name: sorted(map(repr, connection.execute(METADATA.tables[name].select())))
             for name in tables
+            if name in METADATA.tables
         }
 
 

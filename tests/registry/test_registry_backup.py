@@ -82,7 +82,7 @@ def test_a_backup_of_either_kind_comes_back_as_either_kind_row_for_row(
         name: then[name] for name in ("runs", "keys", "api_keys", "datasets")
     }
     with pytest.raises(LedgerMismatchError):  # it knows less than whoever saw the last charge
-        restored.charge(
+        restored.ledgers.charge(
             budget.tenant, budget.dataset, budget.run_id, budget.epoch, "f" * 32, [bytes(16)],
             True, [], [after],
         )  # fmt: skip
@@ -107,7 +107,7 @@ def test_a_backup_during_charges_is_one_state_of_the_database(
         for name in ("a.db", "b.db", "c.db"):
             backup(url_of(tmp_path / "home"), tmp_path / name)
             restored = Registry(f"sqlite:///{tmp_path / name}", tmp_path / "home" / "keyring")
-            entries = restored.ledger_entries(budget.tenant, budget.dataset)
+            entries = restored.ledgers.entries(budget.tenant, budget.dataset)
             charged = sum(entry["type"] == "charge" for entry in entries)
             assert len(Ledger.replay(entries).accounts) == 1
             assert len(rows(restored)["charges"]) == charged

@@ -43,8 +43,7 @@ import sys
 from pathlib import Path
 from actors.registry import Registry
 from tg_tinker import StorageError
-import tg_tinker
-assert Path(tg_tinker.__file__).is_relative_to(Path.cwd())
+assert Path(sys.modules["tg_tinker"].__file__).is_relative_to(Path.cwd())
 home = Path(sys.argv[1])
 try:
     known = Registry(f"sqlite:///{home / 'registry.db'}", home / "keyring")
@@ -260,7 +259,9 @@ def test_the_newest_revision_makes_what_the_schema_declares(tmp_path: Path) -> N
         with empty.engine.begin() as tx:
             revisions.run_revisions(tx)
         with empty.engine.connect() as connection:
-            context = MigrationContext.configure(connection)
+            context = MigrationContext.configure(
+                connection, opts={"version_table": revisions.VERSIONS.name}
+            )
             assert compare_metadata(context, METADATA) == []
             assert revisions.revision_of(connection) == REVISION
 
@@ -270,7 +271,13 @@ def test_a_new_home_has_the_tables_of_an_upgraded_one(tmp_path: Path) -> None:
     homes.create(tmp_path / "home")
     Registry(emptied(tmp_path / "home"), tmp_path / "home" / KEYRING).close()
     with closing(Database(url_of(tmp_path / "home"), looks_only=True)) as new, new.reading() as one:
-        assert compare_metadata(MigrationContext.configure(one), METADATA) == []
+        assert (
+            compare_metadata(
+                MigrationContext.configure(one, opts={"version_table": revisions.VERSIONS.name}),
+                METADATA,
+            )
+            == []
+        )
         assert revisions.revision_of(one) == REVISION
 
 
@@ -285,7 +292,13 @@ def test_a_backup_of_an_older_release_is_restored_and_upgraded(tmp_path: Path) -
     known = Registry(url_of(tmp_path / "home"), tmp_path / "home" / KEYRING)
     assert len(known.runs.of("default")) == len(OLD["default"]["runs"])
     with closing(Database(url_of(tmp_path / "home"), looks_only=True)) as new, new.reading() as one:
-        assert compare_metadata(MigrationContext.configure(one), METADATA) == []
+        assert (
+            compare_metadata(
+                MigrationContext.configure(one, opts={"version_table": revisions.VERSIONS.name}),
+                METADATA,
+            )
+            == []
+        )
 
 
 @pytest.mark.usefixtures("each_database")

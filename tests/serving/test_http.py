@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 from serve_app import application
 from serve_app.http.access import Access, HttpOptions
-from support.http import post
+from support.http_calls import post
 from support.processes import free_port
 from tg_tinker import (
     AccessDeniedError,

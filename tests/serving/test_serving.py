@@ -24,7 +24,7 @@ from serve_app import application
 from serve_app.application import Place
 from serve_app.deploy import Settings, app
 from serve_app.http.routes import HttpReplica
-from support.http import post, scraped
+from support.http_calls import post, scraped
 from support.models import make_model
 from support.processes import free_port
 from tg_tinker import LoRAConfig, PlacementError, ServiceClient, TrainingConfig

@@ -36,7 +36,7 @@ from serve_app.http.routes import BODY_S, LOOKUPS, MOST_WAITING, api
 from serve_app.replica.engines import AT_ONCE, Fetches
 from serve_app.replica.replica import TEXTS
 from serve_app.replica.sources import Source, Sources
-from support.http import scraped
+from support.http_calls import scraped
 from support.processes import free_port, pid_of
 from tg_tinker import (
     DPConfig,

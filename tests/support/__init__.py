@@ -8,8 +8,9 @@
   databases.
 - audit.py, databases.py: audit logs and their tenants; SQLite and PostgreSQL.
 - machines.py, processes.py: clusters that outlive their program; programs beside a test.
-- storage_servers.py, disks.py, http.py: object stores and a network that fail on demand; a disk
-  that does; HTTP without a library.
+- storage_servers.py, disks.py, http_calls.py: object stores and a network that fail on demand; a
+  disk that does; HTTP without a library.
+- old_homes.py: homes of earlier releases, and the programs that made them.
 - plaintext_program.py: everything a user does, with a secret in every place that takes one.
 
 It imports the project freely and is imported by tests alone.

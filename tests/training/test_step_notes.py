@@ -273,7 +273,7 @@ def actor(door: Door) -> Any:
     actor._notes, actor._calls = StepNotes(door), CallJournal(door.epoch)
     actor._worker = SimpleNamespace(
         run=lambda request, check: Saving("a") if request.operation == "save_state" else "done",
-        saved=lambda saving, wait: "durable", taken=lambda name: "weights",
+        saver=SimpleNamespace(outcome=lambda saving, wait: "durable"), taken=lambda name: "weights",
         latest=lambda: "weights", session=SimpleNamespace(step=1), take_step=list,
         parked=False, broken=False, heads=None, status="active",
     )  # fmt: skip
@@ -341,7 +341,10 @@ def test_an_actor_that_is_frozen_while_it_looks_for_an_answer_does_not_give_it(
         taken_over(actor, door)
         return "found"
 
-    setattr(actor._worker, asked, look)
+    if asked == "saved":
+        actor._worker.saver.outcome = look
+    else:
+        setattr(actor._worker, asked, look)
     ask = {"saved": actor.saved, "latest": lambda _: actor.latest(), "taken": actor.snapshot}[asked]
     with pytest.raises(ActorLostError, match="replaced"):
         answer(actor, ask("h-0"))
