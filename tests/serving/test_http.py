@@ -430,11 +430,19 @@ def test_an_address_that_others_reach_needs_a_key(tiny_model: Path, server: Serv
     nobody.close()
 
 
+def keyless(wanted: Callable[[], bool]) -> Any:
+    """A registry that has met every store, and wants a key or none."""
+    return SimpleNamespace(
+        api_keys=SimpleNamespace(wanted=lambda _: wanted()),
+        heads=SimpleNamespace(met=lambda *_: True),
+    )
+
+
 def test_an_open_server_answers_until_there_is_a_key() -> None:
     """The rule itself, on the class: a second server would need a second address."""
     known: list[str] = []
     asked: Any = SimpleNamespace(headers={"host": "localhost:8000"})
-    registry: Any = SimpleNamespace(wants_api_keys=lambda _: bool(known), met=lambda *_: True)
+    registry = keyless(lambda: bool(known))
     access = Access(registry, HttpOptions(open=True), "nowhere")
     assert asyncio.run(access.caller(asked)).tenant == "default"
     known.append("one")
@@ -444,7 +452,7 @@ def test_an_open_server_answers_until_there_is_a_key() -> None:
 
 
 def test_an_open_server_knows_only_the_names_of_this_machine() -> None:
-    registry: Any = SimpleNamespace(wants_api_keys=lambda _: False, met=lambda *_: True)
+    registry = keyless(lambda: False)
     access = Access(registry, HttpOptions(open=True), "nowhere")
     for host in ("localhost:8000", "127.0.0.1", "[::1]:80"):
         asked: Any = SimpleNamespace(headers={"host": host})

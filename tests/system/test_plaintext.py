@@ -164,6 +164,9 @@ class Seen(NamedTuple):
     after: set[tuple[str, str]]
 
 
+TESTS = str(Path(__file__).parents[1])
+
+
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     folder, work = tmp_path_factory.mktemp("told"), tmp_path_factory.mktemp("work")
@@ -172,7 +175,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     with (work / "stderr").open("wb") as errors:
         process = subprocess.Popen(
             [sys.executable, program.__file__, str(model), str(folder)],
-            env=os.environ | RAY | {"TG_TINKER_HOME": str(home)}, cwd=work, text=True,
+            env=os.environ | RAY | {"TG_TINKER_HOME": str(home), "PYTHONPATH": TESTS},
+            cwd=work, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
         )  # fmt: skip
     try:
