@@ -97,9 +97,8 @@ def _wrapped_under(registry: Registry, root: str) -> tuple[dict[str, str], dict[
     for tenant, artifact_id, stored_as in registry.catalogue.all():
         try:
             stored = store.read_key(tenant, stored_as)
-            registry.data_keys.rewrapped(
-                tenant, artifact_id, stored
-            )  # opens it: a name proves nothing
+            # Opens it: a name proves nothing.
+            registry.data_keys.rewrapped(tenant, artifact_id, stored)
             wrapped[stored_as] = registry.data_keys.key_of(stored)
         except (NotFoundError, IntegrityError) as error:
             unreadable[artifact_id] = error.message

@@ -89,9 +89,8 @@ def _problem(
     """Why an artifact does not open, empty where it does; one that was resealed since is found."""
     try:
         if stored_as in whole:
-            registry.data_keys.rewrapped(
-                tenant, artifact_id, store.read_key(tenant, stored_as)
-            )  # opens it
+            # Opens it.
+            registry.data_keys.rewrapped(tenant, artifact_id, store.read_key(tenant, stored_as))
         else:
             readopt(registry, store, tenant, artifact_id, whole)
     except (IntegrityError, NotFoundError) as error:

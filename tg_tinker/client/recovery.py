@@ -112,15 +112,13 @@ class Recovery:
         kept: KeptHead | None,
     ) -> Reached | None:
         """A new actor under the epoch after `last`; None where somebody else is quicker."""
-        self._registry.runs.resume_point(
-            self._tenant, run_id
-        )  # there is one, before anything changes
+        # There is one, before anything changes.
+        self._registry.runs.resume_point(self._tenant, run_id)
         epoch = 0
         try:
             epoch = self._registry.runs.claim(run_id, last)
-            resume, _ = self._registry.runs.resume_point(
-                self._tenant, run_id
-            )  # nobody saves any more
+            # Nobody saves any more.
+            resume, _ = self._registry.runs.resume_point(self._tenant, run_id)
             self._cluster.kill_training(run_id, last)  # it may only be silent
             reached = self.open(run_id, epoch, config, progress, kept, resume)
         except ActorLostError:
