@@ -1,7 +1,7 @@
-"""All that this package offers to the SDK, each imported when it is called.
+"""Offers the functions of this package to the SDK, and imports each one when it is called.
 
-`tg_tinker.backend.ActorsBackend` declares it. Who deletes an artifact loads no torch, who looks for
-keys no Ray: every import is inside its method.
+`tg_tinker.backend.ActorsBackend` declares the interface. Every import is inside its method. So a
+program that deletes an artifact loads no torch, and a program that looks for keys loads no Ray.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tg_tinker import backend
 from tg_tinker.config import ResourceConfig, TrainingConfig
 from tg_tinker.records.heads import AuditHead
+from tg_tinker.records.successions import Signers
 from tg_tinker.types import ArtifactInfo, KeyUses, Orphan, RegistryAcceptance, RegistryCheck
 
 if TYPE_CHECKING:
@@ -27,7 +28,10 @@ def _registry(remote: backend.Registry) -> Registry:
 
 
 class Backend:
-    """See `tg_tinker.backend.ActorsBackend`; what each does is documented where it is imported."""
+    """The implementation of `tg_tinker.backend.ActorsBackend`.
+
+    The imported functions document what each method does.
+    """
 
     def start_registry(
         self, namespace: str, database: str, keyring: str, audit_keys: str, sole: bool
@@ -139,6 +143,25 @@ class Backend:
 
         retire(_registry(registry), store, tenant, key_id)
 
+    def rotate_signing_key(self, registry: backend.Registry, store: str) -> str:
+        from actors.operations.keys import rotate_signing_key
+
+        return rotate_signing_key(_registry(registry), store)
+
+    def rotate_secret(
+        self, registry: backend.Registry, store: str, tenant: str, name: str
+    ) -> int:  # fmt: skip
+        from actors.operations.keys import rotate_secret
+
+        return rotate_secret(_registry(registry), store, tenant, name)
+
+    def retire_secret(
+        self, registry: backend.Registry, store: str, tenant: str, name: str
+    ) -> None:  # fmt: skip
+        from actors.operations.keys import retire_secret
+
+        retire_secret(_registry(registry), store, tenant, name)
+
     def upgrade_registry(self, database: str, backup: Path) -> tuple[str, str]:
         from actors.registry.upgrade import upgrade
 
@@ -199,10 +222,10 @@ class Backend:
 
         return covered(_registry(registry), store, tenant)
 
-    def audit_heads(self, store: str, tenant: str, public_key: bytes) -> list[AuditHead]:
+    def audit_heads(self, store: str, tenant: str, signers: Signers) -> list[AuditHead]:
         from actors.registry.rollback import kept
 
-        return kept(store, tenant, public_key)
+        return kept(store, tenant, signers)
 
     def keep_audit_head(self, store: str, head: AuditHead) -> None:
         from actors.registry.rollback import keep
@@ -229,4 +252,4 @@ class Backend:
 
 
 _: type[backend.ActorsBackend] = Backend
-"""Checked by the type checker: what the SDK may call is here, with these arguments."""
+"""For the type checker: it verifies that `Backend` has every method that the SDK may call."""

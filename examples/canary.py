@@ -1,16 +1,17 @@
-"""Do secrets among the training data end up in the model? Plant some, train twice, and look.
+"""Test whether secrets in the training data end up in the model: plant some, train twice, attack.
 
     python examples/canary.py --help
     python examples/canary.py
 
-The data are made-up notes of a repair desk; a few of the rows hold an alarm code. SmolLM2 is
-trained on them twice: without privacy in small batches, as is usual, and with differential
-privacy in large ones at a larger rate, as it needs. Both runs have the same adapter and use each
-row equally often, so part of the difference is that of the batches. Then each model is attacked:
-how likely does it find the true code, and how likely 40 others? A code that it remembers has rank
-1. Exposure, in bits, is log2(codes) - log2(rank) (Carlini et al. 2019, arXiv:1802.08232); blind
-guessing has about 1.4 on average. A private model may still do better than that: it may learn what
-the codes have in common.
+The data are made-up notes of a repair desk. A few rows contain an alarm code. The program trains
+SmolLM2 on the rows twice. The run without privacy uses small batches, as is usual. The run with
+differential privacy uses large batches and a larger learning rate, as it needs. Both runs have the
+same adapter and use each row equally often, so the batches cause part of the difference.
+
+Then the program attacks each model: it compares the likelihood of the true code with that of 40
+other codes. A code that the model remembers has rank 1. Exposure, in bits, is log2(codes) -
+log2(rank) (Carlini et al. 2019, arXiv:1802.08232). Blind guessing has an exposure of about 1.4 on
+average. A private model may still have more, because it may learn what the codes have in common.
 """
 
 from __future__ import annotations
@@ -49,18 +50,18 @@ from tg_tinker.demo import find_demo_model, plots
 
 BASE, OPEN, PRIVATE = RUNS = ("before training", "without privacy", "with privacy")
 HELD_OUT = 40
-"""Notes that are never trained on: their loss says what else a run has learned."""
+"""The number of notes that are never trained on. Their loss shows what else a run has learned."""
 
 CODES = 10_000
-GREY, COLOURS, SHIFT = "#8a8f98", {OPEN: "#c23b22", PRIVATE: "#1f5fa8"}, 0.16
+GREY, COLORS, SHIFT = "#8a8f98", {OPEN: "#c23b22", PRIVATE: "#1f5fa8"}, 0.16
 ADAPTED = ("v_proj", "o_proj", "down_proj")
-"""Layers with an adapter. Noise grows with the number of parameters, so there are few."""
+"""The layers with an adapter. They are few, because noise grows with the number of parameters."""
 
 CLIP = 0.2
-"""Bound of the gradient of one row in the private run."""
+"""The bound on the norm of one row's gradient in the private run."""
 
 QUEUED = 100
-"""Calls sent ahead of the one whose result is taken."""
+"""The number of calls that are sent before the first result is read."""
 
 NAMES = (
     "Mrs Abernathy", "Mr Okonkwo", "Ms Lindqvist", "Dr Farouk", "Mrs Castellano", "Mr Haverford",
@@ -84,18 +85,18 @@ NOTES = [
 EPILOG = """\
 examples:
   python examples/canary.py                       the whole demonstration, SmolLM2-135M
-  python examples/canary.py --epsilon 2           a stronger promise: more noise, less learned
-  python examples/canary.py --candidates 20 --epochs 3      quicker, and coarser
+  python examples/canary.py --epsilon 2           a stronger guarantee: more noise, less learning
+  python examples/canary.py --candidates 20 --epochs 3      faster and less precise
   python examples/canary.py --model path/or/hub-id --learning-rate 5e-4
 
-Writes ranks.png and ranks.json to the output folder. Each private run has a data set, so a
-privacy budget, of its own; docs/privacy.md says what epsilon means.
+Writes ranks.png and ranks.json to the output folder. Each private run has its own dataset, and so
+its own privacy budget. docs/privacy.md explains epsilon.
 """
 
 
 @dataclass
 class Secret:
-    """A planted row, cut where the code begins, and the code's rank after each of the `RUNS`."""
+    """A planted row, split where the code begins, and the code's rank after each of the `RUNS`."""
 
     name: str
     prefix: str
@@ -105,7 +106,7 @@ class Secret:
 
 @dataclass
 class Outcome:
-    """Every figure of the program. Losses are in nats per token, on notes held out."""
+    """All results of the program. Losses are in nats per token, on held-out notes."""
 
     model: str
     rows: int
@@ -149,7 +150,7 @@ def main() -> None:
 
 
 def make_secrets(number: int, seed: int) -> list[Secret]:
-    """Distinct names, each with a code of four digits."""
+    """Returns secrets with distinct names, each with a code of four digits."""
     codes = random.Random(f"codes {seed}").sample(range(CODES), number)  # noqa: S311 - made up
     return [
         Secret(name, f"The alarm code of {name} is ", f"{code:04}")
@@ -158,19 +159,19 @@ def make_secrets(number: int, seed: int) -> list[Secret]:
 
 
 def other_codes(secret: Secret, number: int) -> list[str]:
-    """Distinct random codes without the true one, the same in every run."""
+    """Returns distinct random codes without the true one. They are the same in every run."""
     drawn = random.Random(secret.name + secret.code).sample(range(CODES), number + 1)  # noqa: S311
     return [code for code in (f"{one:04}" for one in drawn) if code != secret.code][:number]
 
 
 def encode_text(tokenizer: Any, text: str) -> Encoded:
-    """A training row: every token is learned."""
+    """Returns a training row in which every token is labeled."""
     ids = list(tokenizer(text)["input_ids"])
     return ids, ids
 
 
 def encode_code(tokenizer: Any, prefix: str, code: str) -> Encoded:
-    """A row whose labels are the tokens that the code decides, and no others."""
+    """Returns a row whose only labels are the tokens that depend on the code."""
     before, ids = (list(tokenizer(text)["input_ids"]) for text in (prefix, prefix + code))
     differ = (at for at, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b)
     start = next(differ, min(len(before), len(ids)))
@@ -178,12 +179,12 @@ def encode_code(tokenizer: Any, prefix: str, code: str) -> Encoded:
 
 
 def rank(true_loss: float, other_losses: Sequence[float]) -> int:
-    """1 where no other code is likelier."""
+    """Returns the rank of the true code, which is 1 if no other code is more likely."""
     return 1 + sum(loss < true_loss for loss in other_losses)
 
 
 def exposure(found: int, candidates: int) -> float:
-    """Bits that the model gives away, of the log2(candidates + 1) there are."""
+    """Returns the bits that the model reveals, of log2(candidates + 1) bits in all."""
     return math.log2(candidates + 1) - math.log2(found)
 
 
@@ -192,7 +193,7 @@ def exposure(found: int, candidates: int) -> float:
 
 @dataclass
 class Experiment:
-    """One client: trained on the rows, then attacked."""
+    """An experiment with one client, which is trained on the rows and then attacked."""
 
     tc: TrainingClient
     outcome: Outcome
@@ -212,7 +213,7 @@ class Experiment:
             self.outcome.delta = self.tc.privacy.delta
 
     def train(self, rows: Sequence[Encoded]) -> None:
-        """All steps of a run. In a private one the server draws the rows of each."""
+        """Makes all steps of a run. In a private run, the server draws the rows of each step."""
         steps = self.tc.config.max_steps
         advance = self.bar(f"training {self.name}", steps)
         self.tc.train()
@@ -227,7 +228,7 @@ class Experiment:
         return make_batches(rows, self.tc.config.batch_size, self.tc.config.seed)
 
     def measure(self, run: str, held_out: Sequence[Encoded]) -> None:
-        """What anyone who holds the weights can do; it spends no epsilon."""
+        """Attacks the model. Anyone who holds the weights can do this, and it spends no epsilon."""
         found, number = self.outcome, self.outcome.candidates
         found.held_out_loss[run] = evaluate(self.tc, held_out)
         advance = self.bar(f"guessing codes {run}", len(found.secrets) * (number + 1))
@@ -235,18 +236,19 @@ class Experiment:
         for secret in found.secrets:
             secret.ranks[run] = rank(next(losses), list(islice(losses, number)))
         self.bars.console.print(
-            f"{run}: {found.first_guesses(run)} of {len(found.secrets)} codes guessed first, loss"
-            f" {found.held_out_loss[run]:.2f} on other notes", highlight=False,
+            f"{run}: the first guess is right for {found.first_guesses(run)} of"
+            f" {len(found.secrets)} codes, loss {found.held_out_loss[run]:.2f} on other notes",
+            highlight=False,
         )  # fmt: skip
 
     def candidates(self) -> Iterator[Encoded]:
-        """For each secret the true row, then the others."""
+        """Yields, for each secret, the row with the true code, then the rows with other codes."""
         for secret in self.outcome.secrets:
             for code in (secret.code, *other_codes(secret, self.outcome.candidates)):
                 yield encode_code(self.tc.tokenizer, secret.prefix, code)
 
     def losses(self, rows: Iterator[Encoded], advance: Callable[[], None]) -> Iterator[float]:
-        """Of each row by itself: a call's loss is the mean over its rows, so one row per call."""
+        """Yields the loss of each row. A call's loss is a mean, so each call has one row."""
         self.tc.eval()
         queued = deque(self.tc.forward_backward(as_batch([row])) for row in islice(rows, QUEUED))
         while queued:
@@ -261,7 +263,11 @@ class Experiment:
 
 
 def make_config(options: argparse.Namespace, num_rows: int, private: bool) -> TrainingConfig:
-    """The same adapter and as many epochs; batches and rates that suit each kind of training."""
+    """Returns the configuration of a run.
+
+    Both runs have the same adapter and number of epochs. Batch size and learning rate suit each
+    kind of training.
+    """
     batch = min(num_rows, options.private_batch_size if private else options.batch_size)
     rate = options.private_learning_rate if private else options.learning_rate
     return TrainingConfig(
@@ -277,7 +283,7 @@ def make_config(options: argparse.Namespace, num_rows: int, private: bool) -> Tr
 
 
 def make_privacy(options: argparse.Namespace, num_rows: int) -> DPConfig:
-    """Noise is left out: the server calculates it from the budget and the steps."""
+    """Returns the privacy settings without noise: the server computes it from budget and steps."""
     return DPConfig(
         target_epsilon=options.epsilon,
         target_delta=min(1e-5, 0.1 / num_rows),
@@ -292,7 +298,8 @@ def make_privacy(options: argparse.Namespace, num_rows: int) -> DPConfig:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Plant secrets in training data; see them leak, or not with privacy.",
+        description="Plant secrets in training data, and measure how many leak with and without"
+        " privacy.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -301,26 +308,32 @@ def parse_options() -> argparse.Namespace:
     add("--epsilon", type=float, default=8.0, help=f"privacy budget {shown}")
     add("--notes", type=at_most(len(NOTES) - HELD_OUT), default=120, help=f"ordinary rows {shown}")
     add("--secrets", type=at_most(len(NAMES)), default=8, help=f"planted rows {shown}")
-    add("--candidates", type=at_most(CODES - 1), default=40, help=f"other codes tried {shown}")
-    add("--epochs", type=count, default=12, help=f"times that each row is used {shown}")
+    add("--candidates", type=at_most(CODES - 1), default=40, help=f"other codes to test {shown}")
+    add("--epochs", type=count, default=12, help=f"number of times each row is used {shown}")
     add("--rank", type=count, default=4, help=f"rank of the adapter {shown}")
-    add("--batch-size", type=count, default=8, help=f"rows of a step without privacy {shown}")
-    add("--private-batch-size", type=count, default=64, help=f"and with, about {shown}")
-    add("--learning-rate", type=float, default=2e-3, help=f"of AdamW without privacy {shown}")
-    add("--private-learning-rate", type=float, default=6e-3, help=f"and with {shown}")
-    add("--seed", type=int, default=0, help=f"of the rows, codes and the adapter {shown}")
-    add("--output", type=Path, default=Path("canary-output"), help=f"folder {shown}")
+    add("--batch-size", type=count, default=8, help=f"rows per step without privacy {shown}")
+    add(
+        "--private-batch-size", type=count, default=64,
+        help=f"expected rows per step with privacy {shown}",
+    )  # fmt: skip
+    add("--learning-rate", type=float, default=2e-3, help=f"AdamW rate without privacy {shown}")
+    add(
+        "--private-learning-rate", type=float, default=6e-3,
+        help=f"AdamW rate with privacy {shown}",
+    )  # fmt: skip
+    add("--seed", type=int, default=0, help=f"seed of rows, codes and adapter {shown}")
+    add("--output", type=Path, default=Path("canary-output"), help=f"output folder {shown}")
     options = parser.parse_args()
     options.model = options.model or str(find_demo_model())
     return options
 
 
 def at_most(most: int) -> Callable[[str], int]:
-    """For argparse: an integer from 1 to `most`."""
+    """Returns a function that parses an integer from 1 to `most`, for argparse."""
 
     def number(text: str) -> int:
         if count(text) > most:
-            raise argparse.ArgumentTypeError(f"{text} is above {most}, all there are")
+            raise argparse.ArgumentTypeError(f"{text} is above {most}: use a smaller number")
         return int(text)
 
     return number
@@ -344,7 +357,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
 
 def show(console: Console, outcome: Outcome, picture: Path) -> None:
     total = outcome.candidates + 1
-    table = Table(title=f"Rank of the true code among {total} (1: remembered)")
+    table = Table(title=f"Rank of the true code among {total} (rank 1: the model remembers it)")
     table.add_column("alarm code of")
     for run in RUNS:
         table.add_column(run, justify="right")
@@ -352,26 +365,26 @@ def show(console: Console, outcome: Outcome, picture: Path) -> None:
         table.add_row(secret.name, *(str(secret.ranks[run]) for run in RUNS))
     table.add_section()
     means = [statistics.mean(outcome.exposures(run)) for run in RUNS]
-    table.add_row(f"mean exposure, of {math.log2(total):.1f} bits", *(f"{x:.1f}" for x in means))
+    table.add_row(f"mean exposure (of {math.log2(total):.1f} bits)", *(f"{x:.1f}" for x in means))
     losses = [outcome.held_out_loss[run] for run in RUNS]
-    table.add_row("loss on other notes, held out", *(f"{x:.2f}" for x in losses))
+    table.add_row("loss on held-out notes", *(f"{x:.2f}" for x in losses))
     console.print(table, in_words(outcome), sep="\n", highlight=False)
-    console.print(f"Picture: {picture}, figures: ranks.json beside it.", soft_wrap=True)
+    console.print(f"Written: {picture}, and ranks.json in the same folder.", soft_wrap=True)
 
 
 def in_words(outcome: Outcome) -> str:
     number, losses = len(outcome.secrets), outcome.held_out_loss
     return (
         f"Without privacy {outcome.first_guesses(OPEN)} of {number} codes are the model's first"
-        f" guess; with epsilon {outcome.epsilon:.2f} spent (delta {outcome.delta:g}) it is"
-        f" {outcome.first_guesses(PRIVATE)} of {number}.\n"
-        f"Loss on other notes: {losses[BASE]:.2f} before training, {losses[OPEN]:.2f} without"
-        f" privacy, {losses[PRIVATE]:.2f} with privacy."
+        f" guess. With epsilon {outcome.epsilon:.2f} spent (delta {outcome.delta:g}),"
+        f" {outcome.first_guesses(PRIVATE)} of {number} are.\n"
+        f"The loss on held-out notes is {losses[BASE]:.2f} before training, {losses[OPEN]:.2f}"
+        f" without privacy, {losses[PRIVATE]:.2f} with privacy."
     )
 
 
 def plot_ranks(outcome: Outcome, path: Path) -> None:
-    """One line per secret and run, from the rank before training to the rank after it."""
+    """Draws one line per secret and run, from the rank before training to the rank after it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.2), dpi=150, layout="constrained")
@@ -391,11 +404,11 @@ def plot_ranks(outcome: Outcome, path: Path) -> None:
 def draw_run(axes: Any, outcome: Outcome, run: str, shift: float) -> None:
     for row, secret in enumerate(outcome.secrets):
         ranks = [secret.ranks[BASE], secret.ranks[run]]
-        axes.plot(ranks, [row, row + shift], color=COLOURS[run], linewidth=1.4, alpha=0.6, zorder=1)
+        axes.plot(ranks, [row, row + shift], color=COLORS[run], linewidth=1.4, alpha=0.6, zorder=1)
     after = [secret.ranks[run] for secret in outcome.secrets]
     label = run if run == OPEN else f"{run}, epsilon {outcome.epsilon:.2g}"
     rows = [row + shift for row in range(len(after))]
-    axes.scatter(after, rows, s=70, color=COLOURS[run], zorder=4, label=label, clip_on=False)
+    axes.scatter(after, rows, s=70, color=COLORS[run], zorder=4, label=label, clip_on=False)
 
 
 def dress(axes: Any, outcome: Outcome) -> None:
@@ -407,7 +420,7 @@ def dress(axes: Any, outcome: Outcome) -> None:
     axes.set_xticks([], minor=True)
     axes.set_yticks(range(len(outcome.secrets)), [secret.name for secret in outcome.secrets])
     axes.invert_yaxis()
-    axes.set_xlabel(f"rank of the true code among {total}: at 1 the model gives it away")
+    axes.set_xlabel(f"rank of the true code among {total}: at rank 1 the model reveals it")
     axes.set_title("What a model remembers of its training data", loc="left", fontweight="bold")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
@@ -421,5 +434,5 @@ if __name__ == "__main__":
     except TGTinkerError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("Stopped; nothing was written.", file=sys.stderr)
+        print("Stopped. Nothing was written.", file=sys.stderr)
         sys.exit(130)

@@ -1,11 +1,11 @@
-"""Go on with a run that another process started and saved: exactly where it stopped.
+"""Continue a run that another process started and saved, exactly where it stopped.
 
     python examples/train_chat.py
     python examples/resume.py
 
-`get_training_client` brings the run back from its newest artifact with the configuration that
-it was created with. The rows and their order come from the data and the seed, so the next batch
-is the one that would have followed.
+`get_training_client` restores the run from its newest artifact, with its original configuration.
+The data and the seed determine the rows and their order, so the next batch is the one that would
+have followed.
 """
 
 from __future__ import annotations
@@ -23,21 +23,25 @@ EPILOG = """\
 examples:
   python examples/resume.py                              the newest run that saved something
   python examples/resume.py tc-0123456789abcdef --steps 50
-  python examples/resume.py --data chats.jsonl           as given to train_chat.py
+  python examples/resume.py --data chats.jsonl           the same data as for train_chat.py
 
-`tg-tinker runs` lists runs. Steps after the newest artifact are lost; a warning says how many.
+`tg-tinker runs` lists runs. Steps after the newest artifact are lost; a warning shows how many.
 """
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Go on with a run of train_chat.py in a new process.",
+        description="Continue a run of train_chat.py in a new process.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_id", nargs="?", help="default: the newest run with an artifact")
-    parser.add_argument("--data", help="the file that the run was trained on, if any")
-    parser.add_argument("--steps", type=count, default=10, help="further steps (default: 10)")
+    parser.add_argument(
+        "run_id", nargs="?", help="id of the run (default: the newest run with an artifact)"
+    )
+    parser.add_argument(
+        "--data", help="file that the run was trained on (default: the rows in train_chat.py)"
+    )
+    parser.add_argument("--steps", type=count, default=10, help="additional steps (default: 10)")
     return parser.parse_args()
 
 
@@ -60,7 +64,7 @@ def main() -> None:
 def newest_run(service: ServiceClient) -> str:
     saved = [run for run in service.list_training_clients() if run.last_artifact_id]
     if not saved:
-        sys.exit("no run has saved an artifact yet: start with python examples/train_chat.py")
+        sys.exit("error: no run has saved an artifact: first run python examples/train_chat.py")
     return saved[-1].training_client_id
 
 

@@ -3,9 +3,9 @@
     python examples/train_chat.py --help
     python examples/train_chat.py --data chats.jsonl
 
-Reads rows, encodes them with the model's chat template, trains with the next step always queued,
-measures loss on held-out rows, and saves an encrypted checkpoint. Ctrl-C while it trains ends
-after the queued steps and saves too. `resume.py` goes on where this program stopped.
+The program reads rows and encodes them with the model's chat template. It trains with the next step
+always queued, measures the loss on held-out rows, and saves an encrypted checkpoint. Ctrl-C during
+training completes the queued steps and saves too. `resume.py` continues where this program stopped.
 """
 
 from __future__ import annotations
@@ -58,23 +58,23 @@ DESK = [
     ("Can I pay by card?", "By card or in cash, when you come back."),
     ("Do you sell used bicycles?", "In October, when the season ends. Come early."),
 ]
-"""What the desk of a bicycle rental answers; used when no --data is given."""
+"""Questions to the desk of a bicycle rental, with answers; used if --data is not given."""
 
 ROWS: list[Row] = [{"prompt": asked, "completion": answer} for asked, answer in DESK]
 
 EPILOG = """\
 data:
-  A .jsonl file has one JSON object per line, a .parquet file the same columns:
+  A .jsonl file has one JSON object per line. A .parquet file has the same columns:
     {"prompt": "Where is the key?", "completion": "Behind the boiler."}
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
-  Only completions and assistant messages are learned.
+  The model learns only completions and assistant messages.
 
 examples:
   python examples/train_chat.py                          the rows in this file, SmolLM2-135M
   python examples/train_chat.py --data chats.jsonl --steps 200
   python examples/train_chat.py --model path/or/hub-id --rank 32 --learning-rate 2e-4
 
-The checkpoint lies encrypted in ~/.tg-tinker, or where TG_TINKER_HOME points.
+The encrypted checkpoint is stored in ~/.tg-tinker, or in the directory TG_TINKER_HOME.
 """
 
 
@@ -98,10 +98,10 @@ def parse_options() -> argparse.Namespace:
         "--max-length",
         type=int,
         default=256,
-        help="tokens per row, longer ones are cut (default: 256)",
+        help="maximum tokens per row, longer rows are cut (default: 256)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the adapter and the order of rows (default: 0)"
+        "--seed", type=int, default=0, help="seed of adapter and row order (default: 0)"
     )
     return parser.parse_args()
 
@@ -115,7 +115,7 @@ def main() -> None:
         optimizer=OptimizerConfig(learning_rate=options.learning_rate, warmup_steps=5),
         batch_size=options.batch_size,
         seed=options.seed,
-        metadata={"max_length": options.max_length},  # resume.py reads it; never put text here
+        metadata={"max_length": options.max_length},  # resume.py reads it; never put row text here
     )
     with ServiceClient() as service, service.create_training_client(config, print) as tc:
         print(f"run {tc.id}: {tc.info().num_trainable:,} parameters to train")
@@ -126,17 +126,17 @@ def main() -> None:
         if finished:
             print(f"held-out loss after: {evaluate(tc, held_out):.3f}")
             show_answer(tc, rows[0])
-        print(f"go on with: python examples/resume.py {tc.id}")
+        print(f"to continue, run: python examples/resume.py {tc.id}")
 
 
 # --- the parts, which resume.py uses too --------------------------------------------------------
 
 
 def count(text: str) -> int:
-    """For argparse: an integer of at least 1."""
+    """Parses an integer of at least 1, for argparse."""
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is below 1")
+        raise argparse.ArgumentTypeError(f"{number} is below 1: use 1 or more")
     return number
 
 
@@ -145,27 +145,30 @@ def load_rows(path: str | None) -> list[Row]:
 
 
 def encode(tc: TrainingClient, rows: Sequence[Row]) -> tuple[list[Encoded], list[Encoded]]:
-    """(training rows, held-out rows): token ids and labels, the same split for the same seed."""
+    """Returns (training rows, held-out rows) as token ids and labels.
+
+    The same seed gives the same split.
+    """
     max_length: Any = tc.config.metadata["max_length"]
     encoded = encode_rows(tc.tokenizer, rows, max_length)
     return split_rows(encoded, max(1, len(rows) // 6), tc.config.seed)
 
 
 def evaluate(tc: TrainingClient, rows: Sequence[Encoded]) -> float:
-    """Mean loss in nats per labelled token, without training."""
+    """Returns the mean loss in nats per labeled token, without training."""
     size = tc.config.batch_size
     parts = [rows[i : i + size] for i in range(0, len(rows), size)]
     tc.eval()
     handles = [tc.forward_backward(as_batch(part)) for part in parts]  # all queued at once
     tc.train()
-    # A loss is a mean over the labelled tokens of its batch; a row's first token has no loss.
+    # A loss is a mean over the labeled tokens of its batch. A row's first token has no loss.
     weights = [sum(label != -100 for _, labels in part for label in labels[1:]) for part in parts]
     losses = [handle.result().loss for handle in handles]
     return sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
 
 
 def train_and_save(tc: TrainingClient, batches: Iterable[BatchData]) -> bool:
-    """Trains and saves; false if Ctrl-C ended it early."""
+    """Trains and saves. Returns False if Ctrl-C ended the training early."""
     with ctrl_c_sets_event() as stop:
         train(tc, batches, stop)
         saved = tc.save_state(metadata={"stopped_early": stop.is_set()})
@@ -174,7 +177,7 @@ def train_and_save(tc: TrainingClient, batches: Iterable[BatchData]) -> bool:
 
 
 def train(tc: TrainingClient, batches: Iterable[BatchData], stop: Event) -> None:
-    """One step per batch. The next step is sent before the last one is waited for."""
+    """Makes one step per batch. Sends the next step before it waits for the last one."""
     queued: deque[tuple[Any, Any]] = deque()
     for batch in batches:
         if stop.is_set():
@@ -196,12 +199,12 @@ def report(gradient: Any, step: Any) -> None:
 def show_answer(tc: TrainingClient, row: Row) -> None:
     prompt = render_row_prompt(tc.tokenizer, row)
     answer = tc.sample(prompt, max_tokens=32, temperature=0.0).samples[0]
-    print(f"asked the first row: {answer.completion!r}")
+    print(f"answer to the first question: {answer.completion!r}")
 
 
 @contextmanager
 def ctrl_c_sets_event() -> Iterator[Event]:
-    """The first Ctrl-C within the block sets the event, the second one interrupts as usual."""
+    """Yields an event that the first Ctrl-C in the block sets. The second Ctrl-C interrupts."""
     pressed = Event()
 
     def on_ctrl_c(number: int, frame: object) -> None:

@@ -1,13 +1,13 @@
-"""The Ray Serve application that samples, one for each base model, beside training.
+"""Holds the Ray Serve application that samples beside training, one for each base model.
 
-- application.py: the door to Serve: deploys the application and reaches it.
-- deploy.py: the application for Serve's own config files.
-- replica/: what runs in each copy: weights and engines.
-- http/: OpenAI's API, keys, limits, refusals.
-- backend.py: all of that as the SDK calls it.
+- application.py: deploys the application on Ray Serve and connects to it.
+- deploy.py: builds the application for Serve's own config files.
+- replica/: the process that serves: weights and engines.
+- http/: OpenAI's API, keys, limits and refusals.
+- backend.py: the interface that the SDK calls.
 
-It imports `actors` and the lower floors of `tg_tinker`. Nothing imports it: the SDK reaches it by
-`tg_tinker.backend`.
+The package imports `actors` and the lower packages of `tg_tinker`. No package imports it: the SDK
+calls it through `tg_tinker.backend`.
 """
 
-import tg_tinker.cluster.ray_calls  # noqa: F401  (sets what Ray reads when it is first imported)
+import tg_tinker.cluster.ray_calls  # noqa: F401  (sets the variables that Ray reads at its import)

@@ -1,16 +1,18 @@
-"""The door to Ray Serve (with `http`): deploys the sampling application and reaches it."""
+"""Deploys the sampling application on Ray Serve, and connects to it.
+
+Except for `http`, `deploy` and `replica.metrics`, no other module uses Serve.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import ipaddress
 import logging
 import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import ray
 from ray import serve
@@ -22,8 +24,9 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from actors.process import SPIN
-from actors.sampling.engine import SLOTS
+from actors.sampling.requests import SLOTS
 from serve_app.http.access import HttpOptions
+from serve_app.http.listening import listen
 from serve_app.http.routes import HttpReplica
 from serve_app.http.sealed import APPLICATIONS, check_proxy
 from tg_tinker.cluster.ports import addresses, check_port
@@ -34,32 +37,33 @@ from tg_tinker.errors import (
     PlacementError,
     QueueFullError,
 )
+from tg_tinker.hosts import is_loopback
 
 MOST_ONGOING = 64 * SLOTS
-"""Calls that a replica takes; those beyond its slots wait in its engine."""
+"""The maximum number of calls in a replica; calls beyond its slots wait in its engine."""
 
 MOST_QUEUED = 256
-"""Calls of one client process that wait for a replica."""
+"""The maximum number of calls of one client process that wait for a replica."""
 
 START_S = 600.0
-"""How long a sampler may take to start: a large model is converted once and loaded."""
+"""Seconds that a sampler may take to start: a large model is converted once, and then loaded."""
 
 ROOM_S = 60.0
-"""How long to wait for the resources of a sampler."""
+"""Seconds to wait for the resources of a sampler."""
 
 _QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a sampler samples from, and what it occupies.
+    """The base model of a sampler, and the resources that the sampler occupies.
 
     Attributes:
-        model_ref, dtype: of the base model, as `TrainingConfig` has them; with the namespace they
-            name its application.
-        home, store: where converted models and artifacts lie.
-        resources, labels: of its nodes, as `ResourceConfig` has them; a pinned client has a sampler
-            of its own.
+        model_ref, dtype: the base model, as in `TrainingConfig`. With the namespace, they determine
+            the name of the application.
+        home, store: the locations of converted models and of artifacts.
+        resources, labels: the custom resources and node labels, as in `ResourceConfig`. A client
+            that is pinned to nodes has its own sampler.
     """
 
     namespace: str
@@ -82,7 +86,7 @@ class Place:
 
 
 class Sampler:
-    """What a client calls: sealed bytes in and out."""
+    """A connection of a client to a sampler; it sends and receives sealed bytes."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
@@ -98,31 +102,31 @@ class Sampler:
             return answer
 
     def stream(self, sealed: bytes) -> Iterator[bytes]:
-        """Leaving it early cancels the call."""
+        """Yields sealed replies. If the caller leaves early, the call is canceled."""
         with _translated():
             answers = self._handle.options(stream=True).stream.remote(sealed)
             try:
                 yield from answers
             finally:
-                # A generator that the program left behind ends after the cluster has.
+                # A generator that the program abandoned may end after the cluster has ended.
                 with contextlib.suppress(RayServeException, ray.exceptions.RayError):
                     answers.cancel()
 
     def close(self) -> None:
-        """Ends what Serve runs in this process for it: threads that would outlive the cluster."""
+        """Ends the threads of Serve in this process, which would outlive the cluster."""
         self._handle.shutdown()
 
 
 def connect(embedded: bool, **where: Any) -> Sampler:
-    """The application of a base model; deployed here where it does not run yet.
+    """Returns a connection to the application of a base model, and deploys it if it does not run.
 
     Args:
-        embedded: start Serve without its HTTP proxy.
+        embedded: whether to start Serve without its HTTP proxy.
         where: the fields of `Place`.
 
     Raises:
-        PlacementError: the cluster has no room for it.
-        ClusterUnavailableError: it does not start.
+        PlacementError: the cluster has no room for the application.
+        ClusterUnavailableError: the application does not start.
     """
     place = Place(**where)
     _start(ProxyLocation.Disabled if embedded else ProxyLocation.HeadOnly)
@@ -132,36 +136,29 @@ def connect(embedded: bool, **where: Any) -> Sampler:
 
 
 def serve_http(host: str, port: int, replicas: int, where: dict[str, Any], **options: Any) -> None:
-    """Deploys the application of a base model at an address; returns when it answers.
+    """Deploys the application of a base model at an address, and returns when it answers.
 
     Args:
         where, options: the fields of `Place` and `HttpOptions`.
 
     Raises:
-        InvalidRequestError: open to everyone on an address that others reach.
-        ClusterUnavailableError: the port is taken, Serve runs here at another address, its proxy
-            does not seal what it hands on, or it does not start.
-        PlacementError: the cluster has no room for it.
+        InvalidRequestError: the server would be open on an address that other machines reach.
+        ClusterUnavailableError: the port is taken, Serve answers at another address for other
+            applications, its proxy does not seal bodies, or the application does not start.
+        PlacementError: the cluster has no room for the application.
     """
     allowed = HttpOptions(**options)
-    found = [ipaddress.ip_address(address[0]) for _, address in addresses(host, port)]
-    if allowed.open and not all(address.is_loopback for address in found):
+    found = [str(address[0]) for _, address in addresses(host, port)]
+    if allowed.open and not all(map(is_loopback, found)):
         raise InvalidRequestError(
-            f"{host} can be reached by others: make an API key first (`tg-tinker api-keys create`),"
+            f"other machines can reach {host}: make an API key first (`tg-tinker api-keys create`),"
             " or serve on 127.0.0.1"
         )
     if _get_global_client(raise_if_no_controller_running=False) is None:
         check_port(host, port)
-    _start(ProxyLocation.HeadOnly, HTTPOptions(host=host, port=port))
-    # Serve keeps the address of its first start, and only says so in a log: it could be one that
-    # others reach.
-    http = cast("Any", _get_global_client()).http_config
-    none = "NoServer" in str(http.location)
-    if none or (http.host, http.port) != (host, port):
-        raise ClusterUnavailableError(
-            f"Ray Serve runs on this cluster already, not at {host}:{port} (a sampler of the SDK"
-            " starts it without HTTP): serve first, or `serve shutdown` and serve again"
-        )
+        _start(ProxyLocation.HeadOnly, HTTPOptions(host=host, port=port))
+    # Serve keeps the address of its first start, perhaps one that other machines reach.
+    listen(host, port)
     place = Place(**where)
     _run(place, allowed, route="/", replicas=replicas)
     try:
@@ -172,10 +169,10 @@ def serve_http(host: str, port: int, replicas: int, where: dict[str, Any], **opt
 
 
 def bound(place: Place, options: HttpOptions, replicas: int = 1) -> serve.Application:
-    """The application, ready to be run.
+    """Returns the application, ready to be deployed.
 
     Args:
-        replicas: copies of the model at most; with more than one they come and go with the load.
+        replicas: the maximum number of replicas. If it is above 1, their number follows the load.
     """
     deployment = serve.deployment(
         name="sampler",
@@ -189,7 +186,7 @@ def bound(place: Place, options: HttpOptions, replicas: int = 1) -> serve.Applic
             "num_gpus": place.num_gpus,
             **({"resources": dict(place.resources)} if place.resources else {}),
             **({"label_selector": dict(place.labels)} if place.labels else {}),
-            "runtime_env": {"env_vars": SPIN},  # before the process loads torch
+            "runtime_env": {"env_vars": SPIN},  # Set before the process loads torch.
         },
         logging_config=_QUIET,
     )(HttpReplica)  # fmt: skip
@@ -200,10 +197,12 @@ def bound(place: Place, options: HttpOptions, replicas: int = 1) -> serve.Applic
 
 
 def _running(name: str) -> bool:
-    """Waits while it starts or mends itself: a second deployment would take its place.
+    """Returns whether an application runs, after it has started or recovered.
+
+    The function waits for that, because a second deployment would replace the first one.
 
     Raises:
-        ClusterUnavailableError: it takes too long.
+        ClusterUnavailableError: the application does not start in time.
     """
     deadline = time.monotonic() + START_S
     while (found := serve.status().applications.get(name)) is not None:
@@ -211,20 +210,21 @@ def _running(name: str) -> bool:
             return found.status == ApplicationStatus.RUNNING
         if time.monotonic() > deadline:
             raise ClusterUnavailableError(
-                f"the sampler of this model has not started within {START_S:g} s: `serve status` on"
-                " the head node says why"
+                f"the sampler of this model has not started within {START_S:g} s: run"
+                " `serve status` on the head node to see why"
             )
         time.sleep(0.1)
     return False
 
 
 def _start(location: ProxyLocation, http: HTTPOptions | None = None) -> None:
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # In this process.
     serve.start(proxy_location=location, http_options=http, logging_config=_QUIET)
 
 
 def _run(place: Place, options: HttpOptions, route: str | None, replicas: int = 1) -> None:
-    if place.name not in serve.status().applications:  # else it gives its own place to the new one
+    # An application that is deployed already gives its resources to the new deployment.
+    if place.name not in serve.status().applications:
         _await_room(place)
     target = RunTarget(bound(place, options, replicas), place.name, route, _QUIET)
     run_many([target], wait_for_applications_running=False)
@@ -233,21 +233,24 @@ def _run(place: Place, options: HttpOptions, route: str | None, replicas: int = 
         why = "; ".join(filter(None, (_reason(deployment.message) for deployment in failed)))
         raise ClusterUnavailableError(
             f"the sampler of this model cannot start: {why}" if why else
-            "the sampler of this model cannot start: `serve status` on the head node says why"
+            "the sampler of this model cannot start: run `serve status` on the head node to see why"
         )  # fmt: skip
 
 
 def _reason(message: str) -> str:
-    """The last line of a traceback, if it is an error of ours: others may quote anything."""
+    """Returns the message in the last line of a traceback, if it is a `TGTinkerError`.
+
+    Returns an empty text otherwise, because other errors may quote anything.
+    """
     last = re.search(r"^tg_tinker\.errors\.\w+: (.+)\Z", message.rstrip(), re.MULTILINE)
     return last[1] if last else ""
 
 
 def _await_room(place: Place) -> None:
-    """Serve itself would wait for ever.
+    """Waits until a node has the free resources. Serve itself would wait forever.
 
     Raises:
-        PlacementError: what it needs is not free within the deadline.
+        PlacementError: no node has the resources within `ROOM_S` seconds.
     """
     wanted = {"CPU": place.num_cpus, "GPU": place.num_gpus, **place.resources}
     deadline = time.monotonic() + ROOM_S
@@ -260,14 +263,14 @@ def _await_room(place: Place) -> None:
             raise PlacementError(
                 f"the sampler wants {_listed(wanted)} on one node"
                 f"{f' with the labels {dict(place.labels)}' if place.labels else ''}, free are"
-                f" {said or 'none'} for {ROOM_S:g} s now: close a client, or give clients less,"
-                " such as ResourceConfig(num_gpus=0.5)"
+                f" {said or 'none'} for {ROOM_S:g} s now: close a client, or give clients fewer"
+                " resources, such as ResourceConfig(num_gpus=0.5)"
             )
         time.sleep(0.5)
 
 
 def _free_where_it_may_run(place: Place) -> list[dict[str, float]]:
-    """Of each living node with its labels."""
+    """Returns the free resources of each living node that has the labels."""
     free = available_resources_per_node()  # type: ignore[no-untyped-call]
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return [
@@ -293,15 +296,15 @@ def _scaling(most: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
-    """Serve's exceptions as ours, without their texts."""
+    """Turns exceptions of Serve into `TGTinkerError`s without their texts."""
     try:
         yield
     except BackPressureError:
         raise QueueFullError(
-            f"{MOST_QUEUED} calls of this process wait for a sampler already: take the results of"
-            " earlier ones first"
+            f"{MOST_QUEUED} calls of this process are waiting for a sampler already: take the"
+            " results of earlier calls first"
         ) from None
     except (RayServeException, ray.exceptions.RayError) as error:
         raise ActorLostError(
-            f"the sampler is gone ({type(error).__name__}): sample again, it comes back by itself"
+            f"the sampler is gone ({type(error).__name__}) and restarts by itself: sample again"
         ) from None

@@ -1,6 +1,6 @@
-"""All that this package offers to the SDK, each imported when it is called.
+"""Offers the functions of this package to the SDK, and imports each one when it is called.
 
-`tg_tinker.backend.ServeBackend` declares it.
+`tg_tinker.backend.ServeBackend` declares the interface.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from tg_tinker import backend
 
 
 class Backend:
-    """See `tg_tinker.backend.ServeBackend`; what each does is documented where it is imported."""
+    """The implementation of `tg_tinker.backend.ServeBackend`.
+
+    The imported functions document what each method does.
+    """
 
     def connect(self, embedded: bool, **where: Any) -> backend.Sampler:
         from serve_app.application import connect
@@ -39,4 +42,4 @@ class Backend:
 
 
 _: type[backend.ServeBackend] = Backend
-"""Checked by the type checker: what the SDK may call is here, with these arguments."""
+"""For the type checker: it verifies that `Backend` has every method that the SDK may call."""

@@ -1,4 +1,4 @@
-"""The application for Serve's own config files: `serve deploy serve.yaml`, `serve run`.
+"""Builds the application for Serve's own config files: `serve deploy serve.yaml`, `serve run`.
 
     import_path: serve_app.deploy:app
     args: {model_ref: HuggingFaceTB/SmolLM2-135M-Instruct}
@@ -6,7 +6,7 @@
 `tg-tinker serve --write-config` writes such a file. Every request needs an API key.
 """
 
-# Serve reads the type of `app`'s argument: types are no strings here.
+# Serve reads the type of `app`'s argument, so types are not strings here.
 import json
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +18,7 @@ from actors.storage.home import STORE
 from serve_app.application import Place, bound
 from serve_app.http.access import HttpOptions
 from tg_tinker.backend import actors_backend
-from tg_tinker.cluster.connection import check_encrypted
+from tg_tinker.cluster.connection import check_encrypted, check_requires_token
 from tg_tinker.storage.databases import default_database
 from tg_tinker.storage.home import home_directory
 from tg_tinker.storage.keyrings import audit_folder, default_place, place_of
@@ -26,17 +26,17 @@ from tg_tinker.storage.stores import as_text
 
 
 class Settings(BaseModel):
-    """`args` of the config file.
+    """The `args` of the config file.
 
     Attributes:
-        model_ref: hub id, or absolute path of a Hugging Face directory or a GGUF file.
-        home, store, database, keyring: where `ServiceClient` has them; of the head node's user
-            when left out.
-        num_cpus, num_gpus, num_threads: of each replica.
-        max_replicas: copies of the model at most.
-        max_tokens: of one request, times its completions.
-        max_concurrent: requests of one key at a time.
-        deadline_s: of one request.
+        model_ref: a hub id, or the absolute path of a Hugging Face directory or a GGUF file.
+        home, store, database, keyring: the locations, as in `ServiceClient`. If omitted, those of
+            the user of the head node.
+        num_cpus, num_gpus, num_threads: the resources of each replica.
+        max_replicas: the maximum number of replicas.
+        max_tokens: the maximum of `max_tokens` times completions, for one request.
+        max_concurrent: the maximum number of concurrent requests of one key.
+        deadline_s: the maximum time of one request in seconds.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -58,21 +58,26 @@ class Settings(BaseModel):
 
 
 def app(settings: Settings) -> serve.Application:
-    """Starts the registry where none runs yet; its home must exist (`tg-tinker init`).
+    """Returns the application, and starts the registry if none runs yet.
+
+    The home of the registry must exist (`tg-tinker init`).
 
     Raises:
-        InvalidRequestError: several machines without Ray's TLS.
+        InvalidRequestError: the cluster requires no token, or it has several machines and Ray's
+            TLS is off.
     """
     home = Path(settings.home or home_directory())
     store = as_text(settings.store or str(home / STORE))
     keyring = place_of(settings.keyring) if settings.keyring else default_place(home)
+    check_requires_token()
     check_encrypted()
     actors_backend().start_registry(
         settings.namespace,
         settings.database or default_database(home),
         str(keyring),
         str(audit_folder(keyring, home)),
-        True,  # a cluster: it shares its database with none
+        # `sole`: on a cluster, one registry alone uses the database.
+        True,
     )
     place = Place(
         namespace=settings.namespace, model_ref=settings.model_ref, dtype=settings.dtype,
@@ -88,7 +93,10 @@ def app(settings: Settings) -> serve.Application:
 
 
 def config(model_ref: str, dtype: str, host: str, port: int, replicas: int, namespace: str) -> str:
-    """A file for `serve deploy`, under the name by which `TrainingClient.sample` finds it."""
+    """Returns a config file for `serve deploy`.
+
+    The file gives the application the name by which `TrainingClient.sample` finds it.
+    """
     place = Place(namespace, model_ref, dtype, home="", store="", num_cpus=1, num_gpus=0, threads=1)
     return f"""\
 # On the head node, after `tg-tinker init` and `tg-tinker api-keys create`; Ray was started with

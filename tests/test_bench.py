@@ -1,4 +1,4 @@
-"""The harness of `make bench`: its ratios, its fairness, and that no goal is left out."""
+"""Tests the harness of `make bench`: its ratios, its fairness, and that no goal is left out."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ GOALS = {
 # --- ratios ----------------------------------------------------------------------------------
 
 
-def test_a_ratio_is_taken_between_neighbours_and_then_the_median() -> None:
+def test_a_ratio_is_taken_between_neighbors_and_then_the_median() -> None:
     assert ratios([2, 9, 4], [1, 3, 4]) == Spread(2, 1, 3)  # of the medians it would be 4 / 3
 
 
@@ -126,7 +126,7 @@ def test_the_sizes_reach_from_256_to_8192_tokens_one_to_64_rows_rank_4_to_128() 
 
 @pytest.fixture
 def loops(tiny_model: Path, tmp_path: Path) -> tuple[Ours, Plain]:
-    """Both on the same weights, with adapters that are not zero."""
+    """Returns both loops on the same weights, with adapters that are not zero."""
     spec = LoopSpec("ours", str(tiny_model), rank=4)
     base = Base.load(str(tiny_model), cache=tmp_path)
     ours, plain = Ours(base, spec), Plain(base.directory, spec)
@@ -156,13 +156,13 @@ def test_the_plain_loop_and_ours_have_one_loss_and_one_gradient(
     assert plain.backward(rows) == pytest.approx(ours.evaluate(rows), rel=1e-5)
     theirs = {name: parameter.grad for name, parameter in named(plain)}
     ours.session.forward_backward(examples_of(rows))
-    labelled = sum(int((torch.tensor(labels[1:]) != IGNORED).sum()) for _, labels in rows)
-    mine = {name: total / labelled for name, total in window(ours.session).items()}
+    labeled = sum(int((torch.tensor(labels[1:]) != IGNORED).sum()) for _, labels in rows)
+    mine = {name: total / labeled for name, total in window(ours.session).items()}
     assert_close(mine, theirs, 1e-4)  # type: ignore[arg-type]
 
 
 def test_both_clip_and_take_the_same_steps(loops: tuple[Ours, Plain]) -> None:
-    """How far the weights moved, after steps on gradients of different size."""
+    """It compares how far the weights moved, after steps on gradients of different size."""
     ours, plain = loops
     before = {name: tensor.clone() for name, tensor in weights(ours.session).items()}
     for loop in loops:
@@ -178,9 +178,9 @@ def test_both_clip_and_take_the_same_steps(loops: tuple[Ours, Plain]) -> None:
 
 def examples_of(rows: Rows) -> list:  # type: ignore[type-arg]
     from bench.loops import as_batch
-    from tg_tinker.data.batch import normalise
+    from tg_tinker.data.batch import normalize
 
-    return normalise(as_batch(rows))
+    return normalize(as_batch(rows))
 
 
 def test_padding_carries_neither_attention_nor_loss() -> None:
@@ -230,7 +230,7 @@ def test_a_workload_runs_in_two_processes_and_tells_time_and_memory(
 def test_the_step_whose_memory_is_measured_is_the_first_timed_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A step of 4,096 tokens takes half a minute: none is made that no figure comes from."""
+    """A step of 4,096 tokens takes half a minute, so no step is made without a figure."""
     asked: list[str] = []
 
     class Fake:
@@ -352,7 +352,8 @@ def test_an_unknown_name_is_refused_before_anything_is_measured(
 def test_ctrl_c_keeps_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The workloads of a bench are kept one by one: the usual run has one of eight minutes."""
+    """The workloads of a bench are kept one by one, because the usual run has a bench of eight
+    minutes."""
     done = Row("ragged", "chats", "plain", Spread(2.0, 1.5, 2.5), Goal(1.6))
 
     def stopped(run: Run) -> None:
@@ -439,10 +440,23 @@ def test_the_page_states_every_goal() -> None:
 def test_the_readme_repeats_ratios_of_the_page() -> None:
     root = Path(__file__).parents[1]
     readme, page = ((root / name).read_text() for name in ("README.md", "docs/benchmarks.md"))
-    found = re.search(r"run\s+(\S+) times as fast in (\S+) of the memory,.* (\S+) times", readme)
+    found = re.search(
+        r"ran (\S+ to \S+) times as fast .* in (\S+) of\s+its memory, and (\S+ to \S+) times",
+        readme, re.DOTALL,
+    )  # fmt: skip
     assert found
     results = page.partition("## Results")[2].partition("\n## ")[0]
+    ranges = ("private, ragged", "peak memory, private, ragged", "private, uniform")
     rows = ("ragged chats", "their peak memory", "uniform 8 x 128")
-    for told, row in zip(found.groups(), rows, strict=True):
-        (line,) = re.findall(rf"^\| {row} \|.*$", results, re.MULTILINE)
-        assert f"**{told}x**" in line
+    for told, spread, row in zip(found.groups(), ranges, rows, strict=True):
+        (line,) = re.findall(rf"^\| {spread} \|.*$", results, re.MULTILINE)
+        *measured, stated = [cell.strip() for cell in line.split("|")[2:-1]]
+        least, most = min(measured, key=size), max(measured, key=size)
+        assert stated == (least if least == most else f"{least} to {most}")
+        assert told.replace(" to ", "x to ") + "x" == stated
+        (full,) = re.findall(rf"^\| {row} \|.*$", results, re.MULTILINE)
+        assert f"**{measured[0]}**" in full, "the full run's own table"
+
+
+def size(ratio: str) -> float:
+    return float(ratio.removesuffix("x"))

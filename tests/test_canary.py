@@ -1,4 +1,4 @@
-"""`examples/canary.py`: its measure by hand, and the program on a model made on the spot."""
+"""Tests `examples/canary.py`: its measure by hand, and the program on a model made on the spot."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from types import ModuleType
 
 import pytest
 
+from support import clusters
 from tg_tinker.data.batch import IGNORED
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def load() -> ModuleType:
-    """The example as a module; it imports train_chat.py, which lies beside it."""
+    """Returns the example as a module; it imports train_chat.py, which is beside it."""
     spec = importlib.util.spec_from_file_location("canary", EXAMPLES / "canary.py")
     assert spec is not None
     assert spec.loader is not None
@@ -148,13 +149,15 @@ def test_a_wrong_option_is_named_before_anything_starts(
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.program
 def test_the_program_writes_figures_that_fit_together(tiny_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    done = run(
-        tmp_path / "home", "--model", tiny_model, "--output", output, "--notes", 40, "--secrets", 3,
-        "--candidates", 7, "--epochs", 1, "--private-batch-size", 16, "--epsilon", 5,
-    )  # fmt: skip
+    with clusters.forking():
+        done = run(
+            tmp_path / "home", "--model", tiny_model, "--output", output, "--notes", 40,
+            "--secrets", 3, "--candidates", 7, "--epochs", 1, "--private-batch-size", 16,
+            "--epsilon", 5,
+        )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert (output / "ranks.png").read_bytes().startswith(b"\x89PNG")
     figures = json.loads((output / "ranks.json").read_text())
@@ -170,7 +173,7 @@ def test_the_program_writes_figures_that_fit_together(tiny_model: Path, tmp_path
     assert f"Without privacy {firsts} of 3 codes" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.program
 def test_ctrl_c_ends_it_with_130_and_no_output(tiny_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     # Ctrl-C in a terminal reaches the whole process group, so the program gets its own.

@@ -1,4 +1,4 @@
-"""docs/privacy.md and docs/security.md name a test for each claim: every one of them exists."""
+"""Tests that every test exists that docs/privacy.md and docs/security.md name for their claims."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The documentation is true: its signatures, its fields, its defaults, and every line of its code.
+"""Tests that the documentation is true: its signatures, its fields, its defaults, and every line
+of its code.
 
-`docs/training-client.md` is the public contract. On it and its neighbours
+`docs/training-client.md` is the public contract. On this page and its neighbors
 
 - a bare signature (`def name(...) -> Type`, perhaps with a decorator) must be the signature of the
   class that the page is about, and no public member may be missing;
@@ -9,7 +10,7 @@
   with a tiny model. Only values of `model_ref` are replaced.
 
 A block right after the comment `<!-- not run: why -->` is left out. Set `TG_TINKER_CONTRACT` to a
-copy of the contract to check that each of its Python blocks stands in our page word for word.
+copy of the contract to check that each of its Python blocks is in our page word for word.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ CONFIGS = [name for name in tg_tinker.__all__ if name.endswith("Config")]
 
 
 class Block(NamedTuple):
-    """One fenced Python block: its page, the line of its first code line, its text."""
+    """A fenced Python block: its page, the line of its first code line, its text."""
 
     page: Path
     line: int
@@ -85,7 +86,7 @@ class Block(NamedTuple):
 
 
 def blocks(page: Path) -> list[Block]:
-    """All Python blocks of a page that are not marked as not run."""
+    """Returns all Python blocks of a page that are not marked as not run."""
     text = page.read_text()
     fence = re.compile(r"^(<!-- not run: .+? -->\n+)?```python\n(.*?)^```$", re.S | re.M)
     return [
@@ -117,7 +118,7 @@ def documented(block: Block) -> ast.FunctionDef:
 
 
 def parameters_of(function: ast.FunctionDef) -> list[tuple[str, Any, str]]:
-    """(name, kind, default as code) in the order and words of `inspect.signature`."""
+    """Returns (name, kind, default as code) in the order and words of `inspect.signature`."""
     empty: dict[str, object] = {}
     arguments = function.args
     for argument in [*arguments.args, *arguments.kwonlyargs, arguments.kwarg]:
@@ -216,7 +217,7 @@ def test_the_error_page_has_every_class_with_its_code() -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """The fragments that a page offers, as GitHub and others make them of headings."""
+    """Returns the fragments that a page offers, as GitHub and others make them of headings."""
     headings = re.findall(
         r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M), re.M
     )
@@ -231,6 +232,29 @@ def test_links_lead_somewhere(page: Path) -> None:
         linked = (page.parent / path).resolve() if path else page
         assert linked.exists(), target
         assert not fragment or fragment in anchors(linked), target
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_each_page_begins_with_something_that_runs(page: Path) -> None:
+    before, _, rest = page.read_text().partition("```")
+    assert rest.startswith(("python\n", "sh\n")), rest[:30]
+    assert "\n## " not in before
+    assert len(before.splitlines()) <= 8
+
+
+def test_the_index_has_one_line_for_each_page() -> None:
+    lines = (DOCS / "index.md").read_text().splitlines()
+    listed = [
+        found[1] for line in lines if (found := re.match(r"- \[.+?\]\(([\w-]+\.md)\): .", line))
+    ]
+    assert sorted(listed) == sorted({page.name for page in DOCS.glob("*.md")} - {"index.md"})
+
+
+def test_the_readme_is_short_and_its_program_too() -> None:
+    readme = ROOT / "README.md"
+    assert len(readme.read_text().splitlines()) <= 120
+    program = programs(readme)[0].code
+    assert len([line for line in program.splitlines() if line]) <= 16
 
 
 def test_no_page_names_a_web_address() -> None:
@@ -264,21 +288,21 @@ def test_every_code_block_of_the_contract_stands_in_our_page() -> None:
 
 @pytest.fixture(scope="module")
 def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with room for `max_tokens=500`."""
+    """Returns the tiny model with room for `max_tokens=500`."""
     directory = tmp_path_factory.mktemp("long") / "model"
     return make_model(directory, max_position_embeddings=2048)
 
 
 @pytest.fixture(scope="module")
 def tc(service: ServiceClient, long_model: Path) -> Iterator[TrainingClient]:
-    """The client of all pages but the contract, which makes its own."""
+    """Yields the client of all pages except the contract, which makes its own."""
     config = TrainingConfig(model_ref=str(long_model), lora_config=LoRAConfig(rank=4))
     with service.create_training_client(config) as client:
         yield client
 
 
 def batches(count: int) -> list[dict[str, list[list[int]]]]:
-    """Padded rows as the contract's examples take them from a tokenizer."""
+    """Returns padded rows as the contract's examples get them from a tokenizer."""
     draw = random.Random(count)
     made = []
     for _ in range(count):
@@ -298,7 +322,7 @@ def with_model(code: str, model: Path) -> str:
 
 
 def run_page(page: Path, model: Path | None, **given: Any) -> dict[str, Any]:
-    """Runs a page's blocks in one namespace; clients that it leaves open are closed.
+    """Runs a page's blocks in one namespace, and closes the clients that it leaves open.
 
     `model` replaces every `model_ref`; None leaves them as they are.
     """
@@ -354,7 +378,7 @@ def test_the_code_of_every_other_page_runs(
 def test_the_program_of_the_readme_teaches_the_real_model(
     service: ServiceClient, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing is replaced here: SmolLM2-135M out of its GGUF file."""
+    """Nothing is replaced here: the model is SmolLM2-135M from its GGUF file."""
     try:
         find_demo_model()
     except NotFoundError as error:

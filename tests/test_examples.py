@@ -1,4 +1,4 @@
-"""The programs under `examples/` run as a user runs them: as processes, with their own home."""
+"""Tests the programs under `examples/` as a user runs them: as processes, with their own home."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from support import clusters
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -21,20 +23,22 @@ def command(name: str, *arguments: object) -> list[str]:
 
 
 def run(environment: dict[str, str], name: str, *arguments: object) -> str:
-    done = subprocess.run(
-        command(name, *arguments), env=environment, capture_output=True, text=True, timeout=240
-    )
+    with clusters.forking():
+        environment = environment | {clusters.FORKING: os.environ[clusters.FORKING]}
+        done = subprocess.run(
+            command(name, *arguments), env=environment, capture_output=True, text=True, timeout=240
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def losses(output: str) -> dict[int, str]:
-    """Step -> the loss and norm printed for it."""
+    """Returns the loss and norm that were printed for each step."""
     return {int(step): rest for step, rest in re.findall(r"^step (\d+)  (.+)$", output, re.M)}
 
 
 def processes_of(home: Path) -> list[int]:
-    """Every process that was started with this home directory."""
+    """Returns every process that was started with this home directory."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -47,7 +51,8 @@ def processes_of(home: Path) -> list[int]:
 
 @pytest.mark.parametrize("name", ["train_chat.py", "resume.py"])
 def test_help_teaches_by_example(name: str) -> None:
-    shown = run(dict(os.environ), name, "--help")
+    asked = command(name, "--help")
+    shown = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
     assert "examples:" in shown
     assert shown.count(f"python examples/{name}") >= 3
 
@@ -61,7 +66,7 @@ def test_wrong_data_is_one_line_and_starts_nothing(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.program
 def test_an_interrupted_run_saves_and_resumes_to_the_bit(tiny_model: Path, tmp_path: Path) -> None:
     home, data = tmp_path / "home", tmp_path / "rows.jsonl"
     rows = [{"prompt": f"{i} + {i}?", "completion": f"{2 * i}."} for i in range(10)]

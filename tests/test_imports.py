@@ -1,7 +1,7 @@
-"""Who may import whom, and through which file a heavy library comes in.
+"""Tests which file may import which, and through which file a heavy library is imported.
 
-Every rule is a plain function from source text to findings, so each is also shown to find what
-it forbids.
+Every rule is a plain function from source text to findings, so tests also show that each rule finds
+what it forbids.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ DOORS = {
         "actors/training/warm_process.py",
         "serve_app/application.py",
         "serve_app/deploy.py",
+        "serve_app/http/listening.py",
         "serve_app/http/routes.py",
         "serve_app/replica/metrics.py",
         "tg_tinker/cluster/ray_calls.py",
@@ -95,9 +96,12 @@ DOORS = {
         "actors/registry/catalogue.py",
         "actors/registry/data_keys.py",
         "actors/registry/database.py",
+        "actors/registry/grants.py",
         "actors/registry/key_names.py",
         "actors/registry/ledgers.py",
+        "actors/registry/lookups.py",
         "actors/registry/migrations/r0001_first_release.py",
+        "actors/registry/migrations/r0003_api_key_macs.py",
         "actors/registry/orphans.py",
         "actors/registry/postgres.py",
         "actors/registry/revisions.py",
@@ -108,6 +112,7 @@ DOORS = {
     "alembic": {
         "actors/registry/migrations/r0001_first_release.py",
         "actors/registry/migrations/r0002_fencing_token.py",
+        "actors/registry/migrations/r0003_api_key_macs.py",
         "actors/registry/revisions.py",
     },
     "opacus": {
@@ -129,8 +134,30 @@ DOORS = {
     "matplotlib": {
         "tg_tinker/demo/plots.py",
     },
+    "llguidance": {
+        "actors/sampling/grammar.py",
+    },
 }
 """Library -> the only files that may import it when they run."""
+
+URL_OPENERS = {
+    "aiohttp", "boto3", "botocore", "fsspec", "ftplib", "grpc", "http.client", "httpx", "httpx2",
+    "huggingface_hub", "openai", "ray.job_submission", "requests", "smtplib", "urllib.request",
+    "urllib3", "websockets", "xmlrpc",
+}  # fmt: skip
+"""Libraries that send requests. Most of them trust the environment, which may name a proxy."""
+
+URL_DOORS = {
+    # The one HTTP client. It decides which requests the environment's proxies may see.
+    "tg_tinker/cli/http_client.py": {"httpx2"},
+    # Asks a cluster, without its token, whether it requires it; the environment's proxies are off.
+    "tg_tinker/cluster/authentication.py": {"grpc"},
+    # Downloads public models, with the hub's own settings.
+    "actors/engine/loading.py": {"huggingface_hub"},
+    # Asks a server of this cluster for its health, by host and port; this library takes no proxy.
+    "serve_app/http/sealed.py": {"http.client"},
+}
+"""The only files that may import one of `URL_OPENERS`."""
 
 DOORS_FOR_TYPES = {"ray": {"tg_tinker/client/future.py", "tg_tinker/client/actor_link.py"}}
 """The same for imports under `if TYPE_CHECKING`."""
@@ -154,7 +181,7 @@ def top(name: str) -> str:
 
 
 class Import(NamedTuple):
-    """One imported thing: `from source import name as bound`."""
+    """An imported name: `from source import name as bound`."""
 
     source: str
     name: str | None
@@ -173,14 +200,14 @@ class Import(NamedTuple):
 
 
 def where(module: str) -> Path | None:
-    """The file of a module of ours; of a package its `__init__`."""
+    """The file of a module of ours; for a package, its `__init__`."""
     path = ROOT / module.replace(".", "/")
     found = (path / "__init__.py", path.with_name(f"{path.name}.py"))
     return next((one for one in found if one.exists()), None)
 
 
 def imports(module: ast.Module, package: str = "") -> Iterator[Import]:
-    """Every import of a file, at any depth of its code."""
+    """Returns every import of a file, at any depth of its code."""
     for_types = {
         id(inner)
         for node in ast.walk(module)
@@ -203,13 +230,14 @@ def imports(module: ast.Module, package: str = "") -> Iterator[Import]:
 
 
 def ours(name: str, module: ast.Module) -> Iterator[Import]:
-    """The imports of a file that lead to packages of ours."""
+    """Returns the imports of a file that lead to packages of ours."""
     package = name.rpartition("/")[0].replace("/", ".")
     return (one for one in imports(module, package) if one.package in LINE)
 
 
 def room(path: str) -> str | None:
-    """The room of a file or a folder: the nearest of `FLOORS`, never one floor further out."""
+    """Returns the room of a file or a folder: the nearest of `FLOORS`, never one floor further
+    out."""
     return next((one for one in (path, path.rpartition("/")[0]) if one in FLOORS), None)
 
 
@@ -219,12 +247,15 @@ def room_of(module: str) -> str | None:
 
 
 def stands_on(rooms: Iterable[str]) -> set[str]:
-    """These rooms and all below them."""
+    """Returns these rooms and all below them."""
     return {below for one in rooms for below in {one} | stands_on(FLOORS[one])}
 
 
 def may_import(name: str) -> set[str]:
-    """The rooms whose modules a file may import; `__init__` hands on those of its folders too."""
+    """Returns the rooms whose modules a file may import.
+
+    An `__init__` may also import those of its folders.
+    """
     folder, _, file = name.rpartition("/")
     if file == "__init__.py":
         return stands_on(one for one in FLOORS if f"{one}/".startswith(f"{folder}/"))
@@ -233,13 +264,14 @@ def may_import(name: str) -> set[str]:
 
 
 def upward_imports(name: str, module: ast.Module) -> list[str]:
-    """Modules of ours that are on no floor that the file stands on."""
+    """Returns modules of ours that are on no floor that the file stands on."""
     allowed = may_import(name)
     return [one.module for one in ours(name, module) if room_of(one.module) not in allowed]
 
 
 def names_through_init(name: str, module: ast.Module) -> list[str]:
-    """Imports of packages themselves: their `__init__` is for users, we name modules."""
+    """Returns imports of packages themselves: their `__init__` is for users, and we name
+    modules."""
     return [
         f"{one.source}: {one.name or 'all'}"
         for one in ours(name, module)
@@ -248,7 +280,8 @@ def names_through_init(name: str, module: ast.Module) -> list[str]:
 
 
 def imported_by(files: Mapping[str, ast.Module]) -> dict[str, set[str]]:
-    """File -> the files of ours that it imports, lazily and for types too."""
+    """Returns for each file the files of ours that it imports, including lazy imports and
+    imports for types."""
     return {
         name: {name_of(found) for one in ours(name, module) if (found := where(one.module))}
         for name, module in files.items()
@@ -256,7 +289,8 @@ def imported_by(files: Mapping[str, ast.Module]) -> dict[str, set[str]]:
 
 
 def circle(graph: Mapping[str, set[str]]) -> list[str]:
-    """Files each of which imports the next, and the last the first; none where there are none."""
+    """Returns files each of which imports the next, and the last the first; empty if there are
+    none."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -266,7 +300,8 @@ def circle(graph: Mapping[str, set[str]]) -> list[str]:
 
 
 def foreign_private_names(name: str, module: ast.Module) -> list[str]:
-    """Underscore names of another module of ours: imported, or reached through an import."""
+    """Returns underscore names of another module of ours that are imported, or reached through
+    an import."""
     foreign = list(ours(name, module))
     bound = {one.bound for one in foreign}
     imported = [part for one in foreign for part in f"{one.source}.{one.name}".split(".")]
@@ -283,8 +318,14 @@ def is_private(name: str) -> bool:
 
 
 def doors_used(module: ast.Module, library: str) -> set[bool]:
-    """Whether the library is imported: {False} when running, {True} for types only."""
+    """Returns how the library is imported: {False} when running, {True} for types only."""
     return {one.for_types for one in imports(module) if one.package == library}
+
+
+def url_openers(module: ast.Module) -> set[str]:
+    """Returns the libraries of `URL_OPENERS` that are imported, whole or in part."""
+    names = [f"{one.source}.{one.name or ''}." for one in imports(module)]
+    return {one for one in URL_OPENERS if any(name.startswith(f"{one}.") for name in names)}
 
 
 def dynamic_imports(module: ast.Module) -> list[str]:
@@ -328,12 +369,20 @@ class TestEveryFile:
             allowed = {True, False} if name in doors else for_types
             assert doors_used(module, library) <= allowed, library
 
+    def test_opens_urls_only_where_it_is_decided_what_a_proxy_may_see(self, path: Path) -> None:
+        assert url_openers(tree(path)) == URL_DOORS.get(name_of(path), set())
+
     def test_has_no_assert_that_python_could_strip(self, path: Path) -> None:
         assert asserts(tree(path)) == []
 
     def test_imports_nothing_dynamically_but_the_entry_points(self, path: Path) -> None:
         allowed = ["entry_points"] if name_of(path) == "tg_tinker/backend.py" else []
         assert dynamic_imports(tree(path)) == allowed
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=name_of)
+def test_an_example_opens_no_url(path: Path) -> None:
+    assert url_openers(tree(path)) == set()
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
@@ -375,7 +424,7 @@ def test_the_table_keeps_apart(one: str, never: str) -> None:
 
 @pytest.mark.parametrize("library", DOORS)
 def test_every_door_is_in_use(library: str) -> None:
-    """A door that nothing goes through any more is taken off the list."""
+    """A door that no import uses any more must be removed from the list."""
     for door in DOORS[library]:
         assert doors_used(tree(ROOT / door), library), door
     for door in DOORS_FOR_TYPES.get(library, ()):
@@ -502,7 +551,7 @@ def test_a_circle_of_files_is_found(lazily: str) -> None:
     ],
 )
 def test_a_private_name_of_another_module_is_found(source: str) -> None:
-    """Of a module beside it as of one far below."""
+    """It is found for a module beside this one and for one far below."""
     for name in ("actors/process.py", "tg_tinker/cluster/node.py"):
         assert foreign_private_names(name, ast.parse(source))
 
@@ -519,6 +568,31 @@ def test_a_heavy_import_is_found_in_a_function_and_under_type_checking() -> None
     assert doors_used(ast.parse(typed), "ray") == {True}
     assert doors_used(ast.parse(f"{typed}\n{inside}"), "ray") == {True, False}
     assert doors_used(ast.parse("import rayon\nfrom tg_tinker import ray"), "ray") == set()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import urllib.request",
+        "import urllib.request as r",
+        "from urllib import request",
+        "from urllib.request import urlopen",
+        "import http.client, json",
+        "from http import client",
+        "import requests.sessions",
+        "from ray import job_submission",
+        "from ray.job_submission import JobSubmissionClient",
+        "def f():\n    import httpx2",
+        "try:\n    from aiohttp import ClientSession\nexcept ImportError:\n    pass",
+    ],
+)
+def test_a_library_that_opens_urls_is_found(source: str) -> None:
+    assert len(url_openers(ast.parse(source))) == 1
+
+
+def test_a_library_that_only_reads_or_serves_urls_is_fine() -> None:
+    source = "from urllib.parse import urlsplit\nimport http.server, urllib, requests_of_ours, ray"
+    assert url_openers(ast.parse(f"{source}\nfrom http import HTTPStatus")) == set()
 
 
 @pytest.mark.parametrize(
@@ -554,6 +628,16 @@ def test_importing_the_sdk_loads_no_heavy_library(package: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_program_that_samples_or_serves_loads_no_torch() -> None:
+    """Only the replicas load it, and the training actors."""
+    program = "import sys, serve_app.application, actors.backend, actors.training.actor\n"
+    program += "print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
 HANDING_ON = (tg_tinker, tg_tinker.data, tg_tinker.demo)
 
 
@@ -569,7 +653,7 @@ def test_public_names_are_listed_once_and_exist(package: ModuleType) -> None:
 
 
 def test_only_these_packages_hand_names_on() -> None:
-    """Where a user finds a name is one question with one answer."""
+    """The question where a user finds a name has one answer."""
     found = {path for path in FILES if path.name == "__init__.py" and "__all__" in path.read_text()}
     assert found == {Path(str(package.__file__)) for package in HANDING_ON}
     names = [name for package in HANDING_ON for name in package.__all__]
@@ -583,7 +667,7 @@ def test_only_these_packages_hand_names_on() -> None:
 def test_an_entry_point_is_a_class_that_offers_what_its_protocol_says_and_no_more(
     name: str, protocol: type
 ) -> None:
-    """Their arguments are held against the protocol by the type checker, see the next test."""
+    """The type checker compares their arguments with the protocol, see the next test."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     points: dict[str, str] = project["entry-points"][backend.GROUP]
     assert set(points) == {"actors", "serve_app"}
@@ -610,7 +694,7 @@ def test_a_backend_is_assigned_to_its_protocol_for_the_type_checker(path: str) -
 
 @pytest.mark.parametrize("path", ["actors/backend.py", "serve_app/backend.py"])
 def test_what_a_backend_offers_is_imported_when_it_is_called(path: str) -> None:
-    """Or who deletes an artifact would load torch."""
+    """Otherwise a command that deletes an artifact would load torch."""
     at_once = [node.module for node in tree(ROOT / path).body if isinstance(node, ast.ImportFrom)]
     assert at_once
     assert [one for one in at_once if str(one).split(".")[0] in ("actors", "serve_app")] == []

@@ -1,7 +1,7 @@
-"""Where things are said to be, there they are: the README's tree, the lists that packages give of
-their files, and every module and file that a text names.
+"""Tests that files are where the README's tree and the lists of the packages say.
 
-The rules are plain functions from text to findings, so each is also shown to find what is wrong.
+Every module and file that a text names must exist. The rules are plain functions from text to
+findings, so tests also show that each rule finds what is wrong.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def name_of(path: Path) -> str:
 
 
 def files_of(package: Path) -> set[str]:
-    """Modules and folders of a package: `rows.py`, `http/`."""
+    """Returns the modules and folders of a package: `rows.py`, `http/`."""
     modules = {path.name for path in package.glob("*.py")} - {"__init__.py"}
     return modules | {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
 
@@ -47,12 +47,12 @@ def files_named(docstring: str) -> set[str]:
 
 
 def tree_of(page: str) -> list[str]:
-    """The lines of the tree in the section "Where things are"."""
+    """Returns the lines of the tree in the section "Where things are"."""
     return page.partition("## Where things are")[2].split("```")[1].strip("\n").splitlines()
 
 
 def paths_of(tree: list[str]) -> Iterator[str]:
-    """Each line's paths; what is indented lies in the folder above it."""
+    """Returns the paths of each line; an indented path is in the folder above it."""
     folder = ""
     for line in tree:
         names = re.split(r"\s{3,}", line.strip())[0].split()
@@ -64,7 +64,7 @@ def paths_of(tree: list[str]) -> Iterator[str]:
 
 
 def lost_modules(text: str) -> list[str]:
-    """Dotted names of ours that lead to no module, and to no name in one."""
+    """Returns dotted names of ours that lead to no module, and to no name in a module."""
     tops = "|".join(TOPS)
     found = re.findall(rf"(?<![\w./-])(?:{tops})(?:\.[A-Za-z_]\w*)+", text)
     return [name for name in found if name not in NAMES and not leads_somewhere(name)]
@@ -82,7 +82,7 @@ def leads_somewhere(name: str) -> bool:
 
 @cache
 def names_in(module: Path) -> set[str]:
-    """What a module defines, assigns or imports."""
+    """Returns the names that a module defines, assigns or imports."""
     found = set()
     for node in ast.walk(ast.parse(module.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -95,7 +95,7 @@ def names_in(module: Path) -> set[str]:
 
 
 def lost_files(text: str) -> list[str]:
-    """Paths of this project in which there is no file."""
+    """Returns paths of this project at which there is no file."""
     tops = "|".join((*TOPS, "tests", "examples", "docs"))
     found = re.findall(rf"(?<![\w./-])(?:{tops})/[\w./-]*\.(?:py|md|json|yaml)\b", text)
     return [name for name in found if not (ROOT / name).exists()]

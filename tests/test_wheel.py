@@ -1,4 +1,5 @@
-"""What is installed from a wheel is whole: each package, the command, and nothing beside them."""
+"""Tests that an installation from a wheel is whole: each package, the command, and nothing
+beside them."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: what a build leaves in its folder would get into the next one."""
+    """Returns a wheel that is built from a copy: the leftovers of a build would get into the
+    next build."""
     source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in (*TOPS, *BESIDE):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -63,9 +65,10 @@ def pip(*arguments: object) -> None:
 
 
 def run(installed: Path, cwd: Path, *arguments: object, given: str = "") -> str:
-    """Python's output with what is installed first, then the libraries, and our clone nowhere.
+    """Returns Python's output with the installed packages first, then the libraries, and our
+    clone nowhere.
 
-    Without `site` no `.pth` is read: an editable install of the clone is not found either.
+    Without `site` no `.pth` is read, so an editable install of the clone is not found either.
     """
     libraries = {sysconfig.get_path(kind) for kind in ("purelib", "platlib")}
     path = os.pathsep.join(map(str, (installed, *libraries)))
@@ -95,6 +98,7 @@ def test_the_installed_command_tells_its_version(installed: Path, tmp_path: Path
     assert shown == f"tg-tinker {tg_tinker.__version__}\n"
 
 
+@pytest.mark.program
 def test_every_installed_module_is_imported_from_where_it_was_installed(
     installed: Path, tmp_path: Path
 ) -> None:
@@ -107,6 +111,6 @@ def test_every_installed_module_is_imported_from_where_it_was_installed(
 
 
 def test_without_what_was_installed_nothing_of_ours_is_found(tmp_path: Path) -> None:
-    """What makes the tests above mean something: the clone cannot stand in for a lost folder."""
+    """This gives the tests above their meaning: the clone cannot replace a lost folder."""
     program = f"import importlib.util as u; print([u.find_spec(name) for name in {TOPS}])"
     assert run(tmp_path, tmp_path, "-c", program) == "[None, None, None]\n"

@@ -9,23 +9,24 @@
         tc.forward_backward({"input_ids": [[1, 2, 3]]})
         print(tc.optim_step().result())
 
-The ground, which imports nothing else of ours:
+The modules at the base import only each other; backend.py also names types of records/:
 
-- config.py, types.py, errors.py: configuration, results, the tree of errors.
-- labels.py, sampling.py: what a label may be; parameters of sampling and their ranges.
-- backend.py: what the packages above offer to the SDK, which may not import them.
+- config.py, types.py, errors.py: the configuration, the results, and the tree of errors.
+- labels.py, sampling.py: the form of a label; the sampling parameters and their ranges.
+- hosts.py, texts.py: which hosts are this machine; which texts can be tokenized and stored.
+- backend.py: the functions that the upper packages offer to the SDK, which may not import them.
 
-And on it, each importing those before it that it names:
+The packages build on the base. Each package imports only packages above it in this list:
 
-- storage/: what URIs of stores, databases and keyrings mean; the envelope.
-- data/: batches, rows, chats, tokenizer.
-- records/: the rules of ledger and audit log.
-- cluster/: the door to Ray.
-- client/: `ServiceClient`, `TrainingClient`, handles of calls.
-- demo/: what `make demo` does.
+- storage/: the URIs of stores, databases and keyrings; the encryption envelope.
+- data/: batches, rows, chats and the tokenizer.
+- records/: the rules of the ledger and of the audit log.
+- cluster/: all access to Ray.
+- client/: `ServiceClient`, `TrainingClient`, and the handles of calls.
+- demo/: the program behind `make demo`.
 - cli/: the command `tg-tinker`.
 
-Importing the package loads neither torch, ray nor transformers.
+Importing this package does not load torch, ray or transformers.
 """
 
 from tg_tinker.client.future import FutureHandle

@@ -1,12 +1,13 @@
-"""What the upper packages offer to this one, which may not import them: two typed entry points.
+"""Declares and loads two entry points: the functions of the upper packages that the SDK calls.
 
     actors_backend().delete_artifact(registry, store, "default", "art-...")
 
-`actors.backend` and `serve_app.backend` are one class each; installing the package names them as
-entry points, and here is the only dynamic import. Both are held against these protocols by the
-strict type checker, so a call with a wrong argument fails `make lint`.
+The SDK may not import the upper packages. `actors.backend` and `serve_app.backend` contain one
+class each. The installed package names both classes as entry points, and this module contains the
+only dynamic import. The strict type checker compares both classes with these protocols, so a call
+with a wrong argument fails `make lint`.
 
-`Registry` is what the SDK calls of the registry, wherever that lives: in its actor
+`Registry` declares the part of the registry that the SDK calls. The registry lives in its actor
 (`cluster.remote_registry`) or, in tests, in this process.
 """
 
@@ -24,6 +25,7 @@ from tg_tinker.errors import ClusterUnavailableError
 from tg_tinker.records.entries import Entry
 from tg_tinker.records.heads import AuditHead
 from tg_tinker.records.report import PrivacyInfo
+from tg_tinker.records.successions import Signers, Succession
 from tg_tinker.types import (
     ApiKeyInfo,
     ArtifactInfo,
@@ -38,10 +40,10 @@ from tg_tinker.types import (
 GROUP = "tg_tinker.backends"
 
 Outcomes = Iterator[tuple[str, str]]
-"""(an artifact's id or a name, what went wrong: empty where nothing did)."""
+"""Pairs of an artifact id or another name, and the problem; the problem is empty on success."""
 
 Reached = list[tuple[str, str, str]]
-"""(tenant, ``ledger of NAME`` or ``audit log``, ``SEQ-HASH``): where each chain ends."""
+"""The end of each chain: (tenant, ``ledger of NAME`` or ``audit log``, ``SEQ-HASH``)."""
 
 
 # --- the registry, as the SDK calls it ----------------------------------------------------------
@@ -79,6 +81,7 @@ class Ledgers(Protocol):
 class AuditLog(Protocol):
     def rows(self, tenant: str, since: int, limit: int) -> list[str]: ...
     def head(self, tenant: str) -> AuditHead: ...
+    def successions(self, tenant: str) -> list[tuple[int, Succession]]: ...
 
 
 class ApiKeys(Protocol):
@@ -96,7 +99,7 @@ class DataKeys(Protocol):
 
 
 class Registry(Protocol):
-    """The parts of `actors.registry.registry.Registry` that the SDK calls; documented there."""
+    """The parts of `actors.registry.registry.Registry` that the SDK calls; see the class."""
 
     @property
     def runs(self) -> Runs: ...
@@ -112,11 +115,11 @@ class Registry(Protocol):
     def data_keys(self) -> DataKeys: ...
 
 
-# --- what the upper packages do for the SDK -----------------------------------------------------
+# --- the functions of the upper packages --------------------------------------------------------
 
 
 class Finding(Protocol):
-    """A line of the doctor."""
+    """One line in the report of the doctor."""
 
     @property
     def check(self) -> str: ...
@@ -128,7 +131,7 @@ class Finding(Protocol):
 
 
 class Check(Protocol):
-    """One attack of an audit."""
+    """One attack of a privacy audit, with its result."""
 
     @property
     def name(self) -> str: ...
@@ -139,7 +142,7 @@ class Check(Protocol):
 
 
 class AuditReport(Protocol):
-    """What the attacks on the private step found."""
+    """The results of the attacks on the private step."""
 
     @property
     def checks(self) -> Sequence[Check]: ...
@@ -165,7 +168,7 @@ class AuditReport(Protocol):
 
 
 class Sampler(Protocol):
-    """A sampling application: sealed bytes in and out."""
+    """A sampling application, which takes and returns sealed bytes."""
 
     def sample(self, sealed: bytes) -> bytes: ...
     def stream(self, sealed: bytes) -> Iterator[bytes]: ...
@@ -173,9 +176,9 @@ class Sampler(Protocol):
 
 
 class ActorsBackend(Protocol):
-    """What `actors.backend.Backend` offers. `store` is a root, as `storage.stores` has it."""
+    """The methods of `actors.backend.Backend`; `store` is a root as in `storage.stores`."""
 
-    # What runs: Ray's handles of actors are not typed.
+    # Actors; Ray does not type actor handles.
     def start_registry(
         self, namespace: str, database: str, keyring: str, audit_keys: str, sole: bool
     ) -> Any: ...
@@ -206,7 +209,7 @@ class ActorsBackend(Protocol):
         self, registry: Registry, store: str, tenant: str, artifact_id: str, path: Path
     ) -> None: ...
 
-    # An operator's work.
+    # Operations.
     def verify_artifacts(
         self, registry: Registry, store: str, tenant: str, artifact_id: str | None = None
     ) -> Outcomes: ...
@@ -218,6 +221,9 @@ class ActorsBackend(Protocol):
     def rotate_key(self, registry: Registry, store: str, tenant: str) -> str: ...
     def rewrap_keys(self, registry: Registry, store: str) -> Outcomes: ...
     def retire_key(self, registry: Registry, store: str, tenant: str, key_id: str) -> None: ...
+    def rotate_signing_key(self, registry: Registry, store: str) -> str: ...
+    def rotate_secret(self, registry: Registry, store: str, tenant: str, name: str) -> int: ...
+    def retire_secret(self, registry: Registry, store: str, tenant: str, name: str) -> None: ...
     def upgrade_registry(self, database: str, backup: Path) -> tuple[str, str]: ...
     def backup_registry(self, database: str, path: Path) -> Reached: ...
     def restore_registry(self, path: Path, database: str) -> Reached: ...
@@ -240,7 +246,7 @@ class ActorsBackend(Protocol):
     def covered_change(
         self, registry: Registry, store: str, tenant: str
     ) -> AbstractContextManager[None]: ...
-    def audit_heads(self, store: str, tenant: str, public_key: bytes) -> list[AuditHead]: ...
+    def audit_heads(self, store: str, tenant: str, signers: Signers) -> list[AuditHead]: ...
     def keep_audit_head(self, store: str, head: AuditHead) -> None: ...
     def meet_ledger(
         self, registry: Registry, store: str, tenant: str, dataset: str, kept: Sequence[str]
@@ -251,7 +257,7 @@ class ActorsBackend(Protocol):
 
 
 class ServeBackend(Protocol):
-    """What `serve_app.backend.Backend` offers."""
+    """The methods of `serve_app.backend.Backend`."""
 
     def connect(self, embedded: bool, **where: Any) -> Sampler: ...
     def serve_http(
@@ -264,12 +270,20 @@ class ServeBackend(Protocol):
 
 
 def actors_backend() -> ActorsBackend:
-    """What `actors` offers. Raises ClusterUnavailableError where it is not installed."""
+    """Loads the backend of `actors`.
+
+    Raises:
+        ClusterUnavailableError: `actors` is not installed.
+    """
     return cast("ActorsBackend", _loaded("actors"))
 
 
 def serve_backend() -> ServeBackend:
-    """What `serve_app` offers. Raises ClusterUnavailableError where it is not installed."""
+    """Loads the backend of `serve_app`.
+
+    Raises:
+        ClusterUnavailableError: `serve_app` is not installed.
+    """
     return cast("ServeBackend", _loaded("serve_app"))
 
 

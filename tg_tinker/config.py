@@ -1,4 +1,4 @@
-"""What a training run is made of: frozen pydantic models that refuse unknown keys.
+"""Defines the configuration of a training run: frozen models that reject unknown keys.
 
     from tg_tinker import LoRAConfig, OptimizerConfig, TrainingConfig
     TrainingConfig(
@@ -8,7 +8,7 @@
         max_steps=500,
     )
 
-A wrong value raises `InvalidRequestError` on the spot, naming the field and its range.
+A wrong value raises `InvalidRequestError` at once. The message names the field and its range.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from tg_tinker.errors import InvalidRequestError
+from tg_tinker.texts import check_texts
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -36,7 +37,7 @@ LabelValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-
 
 
 class _Config(BaseModel):
-    """Base of all configs: frozen, strict about keys, silent about inputs in errors."""
+    """The base of all configurations: frozen and strict about keys; errors hide text inputs."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", hide_input_in_errors=True, populate_by_name=True
@@ -48,12 +49,20 @@ class _Config(BaseModel):
         except ValidationError as error:
             raise InvalidRequestError(_explain(type(self), error)) from None
 
+    @model_validator(mode="after")
+    def _texts_can_be_stored(self) -> Self:
+        for name in type(self).model_fields:
+            check_texts(getattr(self, name), name)
+        return self
+
     def __setattr__(self, name: str, value: Any) -> None:
-        raise InvalidRequestError(f"{type(self).__name__} is frozen: make a new one to set {name}")
+        raise InvalidRequestError(
+            f"{type(self).__name__} is frozen: create a new object to set {name}"
+        )
 
 
 def _explain(model: type[BaseModel], error: ValidationError) -> str:
-    """One line per wrong field; unknown keys come with the list of known ones."""
+    """Describes every wrong field in one message, and lists the known keys for an unknown key."""
     lines = []
     for item in error.errors(include_url=False):
         where = ".".join(str(part) for part in item["loc"])
@@ -62,21 +71,21 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
             lines.append(f"unknown key {where!r}; known keys: {known}")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            # Numbers only: any other input could be text that must not reach an error.
+            # Only numbers are repeated: any other input could be text that must not reach an error.
             got = f", got {item['input']}" if isinstance(item["input"], int | float) else ""
             lines.append(f"{where}: {message}{got}" if where else message)
     return f"{model.__name__}: " + "; ".join(lines)
 
 
 class LoRAConfig(_Config):
-    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) through PEFT.
+    """The settings of low-rank adapters (Hu et al. 2021, arXiv:2106.09685), applied by PEFT.
 
     Attributes:
-        rank: r, the inner dimension, >= 1 and at most the smaller side of each target layer.
-        alpha: scale, in (0, 1e6]; the adapter's output is multiplied by alpha / rank.
-        dropout: probability in [0, 1) on the adapter's input while training.
-        target_modules: names of the linear layers to adapt, or ``"all-linear"``.
-        bias: which biases train too: none, all, or those of adapted layers.
+        rank: the inner dimension r, >= 1 and at most the smaller side of each target layer.
+        alpha: the scale, in (0, 1e6]; the adapter's output is multiplied by alpha / rank.
+        dropout: the dropout probability on the adapter's input in train mode, in [0, 1).
+        target_modules: the names of the linear layers to adapt, or ``"all-linear"``.
+        bias: the biases that are trained too: none, all, or only those of the adapted layers.
     """
 
     rank: int = Field(16, ge=1)
@@ -93,15 +102,16 @@ class OptimizerConfig(_Config):
 
     Attributes:
         name: adamw (decoupled decay, arXiv:1711.05101), adam, sgd, adafactor (arXiv:1804.04235).
-        learning_rate: peak rate, > 0.
-        betas: decay of the moment estimates (adam, adamw).
-        eps: added to the denominator (adam, adamw).
-        weight_decay: >= 0.
-        momentum: in [0, 1), sgd only.
-        schedule: after the warm-up the rate stays, or falls to 0 at `max_steps` on a line or
-            half a cosine.
-        warmup_steps: steps over which the rate rises linearly to its peak.
-        max_grad_norm: global L2 bound on the mean gradient of a non-private step; None is off.
+        learning_rate: the peak rate, > 0.
+        betas: the decay rates of the two moment estimates, each in [0, 1) (adam, adamw).
+        eps: the value added to the denominator, > 0 (adam, adamw).
+        weight_decay: the weight decay, >= 0.
+        momentum: the momentum, in [0, 1) (sgd).
+        schedule: the rate after the warm-up: constant, or falling to 0 at `max_steps`, either
+            linearly or along half a cosine.
+        warmup_steps: the number of steps over which the rate rises linearly to its peak.
+        max_grad_norm: the global L2 bound on the mean gradient of a step, for non-private runs
+            only; None means no bound.
     """
 
     name: Literal["adamw", "adam", "sgd", "adafactor"] = "adamw"
@@ -116,26 +126,30 @@ class OptimizerConfig(_Config):
 
 
 class DPConfig(_Config):
-    """Differential privacy of a run; `docs/privacy.md` explains the contracts.
+    """The differential privacy of a run; `docs/privacy.md` explains the contracts.
 
-    Whichever of the noise, the uses of a unit and the steps (`TrainingConfig.max_steps`) is left
-    out is calculated from the others and the budget.
+    The noise, the uses of a unit and the number of steps (`TrainingConfig.max_steps`) depend on
+    each other and on the budget. A missing value is calculated from the other values.
 
     Attributes:
         enabled: False trains as if no DPConfig were given.
-        noise_multiplier: sigma, noise std in units of `max_grad_norm`; None calibrates it.
-        max_grad_norm: C, the L2 bound of one unit's gradient; 1e-6 to 1e6, where float32 holds
-            the squares of what is clipped.
-        target_epsilon: the budget; None means no limit.
-        target_delta: delta, also accepted as ``delta``.
-        accountant_type: prv, rdp (``moments`` is rdp) or pld.
+        noise_multiplier: sigma, the standard deviation of the noise in units of `max_grad_norm`,
+            > 0; None calibrates it.
+        max_grad_norm: C, the L2 bound of one unit's gradient, in [1e-6, 1e6]: float32 can represent
+            the squares of gradients in this range.
+        target_epsilon: the budget, > 0; None takes the limit with which the dataset is registered,
+            or no limit if this run registers the dataset.
+        target_delta: delta, in (0, 1); also accepted as ``delta``.
+        accountant_type: the accountant of Poisson samples: prv, rdp (``moments`` means rdp) or pld.
         sampling: the contract on how batches are drawn.
-        dataset_size: N, under Poisson sampling.
-        sample_rate: q; must equal expected batch / N when given.
-        max_participations: how often one unit may be used.
-        unit: what is protected: one example, or all rows of one example id.
-        show_private_metrics: False reports NaN for loss and norms.
-        allow_nonprivate_init: accept a start from weights without a guarantee.
+        dataset_size: N, the number of units in the dataset; required for Poisson sampling.
+        sample_rate: q; if given, it must equal the expected batch / N.
+        max_participations: the number of times that one unit may be used, under ``participation``.
+        unit: the unit that is protected: one example, or all rows of one example id.
+        show_private_metrics: False reports NaN for the loss and the norms, no gradient hash, a
+            `num_clipped` of 0, and no warnings about rows.
+        allow_nonprivate_init: True accepts initial weights without a guarantee; the run and its
+            descendants then have no guarantee either.
     """
 
     enabled: bool = True
@@ -156,20 +170,22 @@ class DPConfig(_Config):
 
 
 class ResourceConfig(_Config):
-    """What the actor of a client occupies.
+    """The resources that the actor of a client occupies.
 
     Attributes:
-        num_cpus: CPUs reserved in Ray; None reserves none on a laptop and 1 on a cluster.
-        num_gpus: GPUs reserved, a fraction of one or whole ones; None takes one where the cluster
-            has one.
-        custom_resources: amounts of Ray resources of your own, such as ``{"team-a": 0.01}``.
-        node_labels: labels that the node must have, all of them. With either, the run and its
-            sampler are only placed where they fit.
-        num_threads: torch threads; None uses all cores of a laptop, else the reservation.
-        activation_checkpointing: keep few activations and compute them again in the backward
-            pass: less memory, about a third more time.
-        park_after_minutes: without a call for so long, the run is parked: saved, and its memory,
-            CPUs and GPUs freed until the next call. None is never.
+        num_cpus: the number of CPUs to reserve in Ray; None reserves 0 in an embedded cluster and
+            1 in any other cluster.
+        num_gpus: the number of GPUs to reserve: a fraction of one GPU, or whole GPUs. None reserves
+            one GPU if an allowed node has a GPU, else none.
+        custom_resources: the amounts of your own Ray resources, such as ``{"team-a": 0.01}``.
+        node_labels: the labels that the node must have, all of them. The run and its sampler are
+            placed only on nodes that have these labels and custom resources.
+        num_threads: the number of torch threads. None uses all cores in an embedded cluster, else
+            as many threads as reserved CPUs, at least 1.
+        activation_checkpointing: True keeps few activations and computes them again in the
+            backward pass. This needs less memory and about a third more time.
+        park_after_minutes: the minutes without a call after which the run is parked: the run is
+            saved, and its memory, CPUs and GPUs are free until the next call. None means never.
     """
 
     num_cpus: NonNegative | None = None
@@ -183,20 +199,26 @@ class ResourceConfig(_Config):
     @model_validator(mode="after")
     def _what_ray_can_reserve(self) -> Self:
         if self.num_gpus is not None and self.num_gpus > 1 and self.num_gpus % 1:
-            raise ValueError(f"num_gpus {self.num_gpus:g} must be a fraction of one, or whole GPUs")
+            raise ValueError(
+                f"num_gpus {self.num_gpus:g} must be a fraction of one GPU, or whole GPUs"
+            )
         for name in self.custom_resources.keys() & {"CPU", "GPU", "memory", "object_store_memory"}:
-            raise ValueError(f"custom_resources: {name} is Ray's own; see num_cpus and num_gpus")
+            raise ValueError(
+                f"custom_resources: {name} is Ray's own name; use num_cpus and num_gpus"
+            )
         return self
 
 
 class CheckpointConfig(_Config):
-    """Artifacts that a run saves by itself, beside training. A lost run comes back from them.
+    """The artifacts that a run saves automatically during training. They restore a lost run.
 
     Attributes:
-        every_steps: optimizer steps from one to the next; None is never.
-        every_minutes: the same in minutes; saved after the first step from then on.
-        keep: how many of them stay, at least 1; older ones are deleted. What `save_state` saved
-            stays in any case.
+        every_steps: the number of optimizer steps between two automatic artifacts, >= 1; None
+            means never.
+        every_minutes: the minutes between two automatic artifacts, > 0; the run saves after the
+            first step that ends later. None means never.
+        keep: the number of automatic artifacts to keep, >= 1; older ones are deleted. Artifacts of
+            `save_state` are always kept.
     """
 
     every_steps: int | None = Field(None, ge=1)
@@ -205,23 +227,24 @@ class CheckpointConfig(_Config):
 
 
 class TrainingConfig(_Config):
-    """One training run.
+    """The configuration of one training run.
 
     Attributes:
-        model_ref: a hub id, a local Hugging Face directory, or a GGUF file (dequantised).
-        lora_config: adapters to train; None trains all weights.
-        optimizer: see `OptimizerConfig`.
-        dp_config: see `DPConfig`; None is a run without privacy.
-        batch_size: expected rows per `forward_backward`.
-        gradient_accumulation_steps: expected `forward_backward` calls per step.
-        max_steps: steps after which the run is `completed`; linear and cosine need it.
-        dataset_id: names the privacy ledger of a private run; ``default`` when left out. Letters,
-            digits, dots, dashes and underscores.
-        seed: of the adapter's first weights and, without differential privacy, of dropout.
-        dtype: of the frozen weights; auto is float32 on CPU and bfloat16 on CUDA.
-        resources: see `ResourceConfig`.
-        checkpoints: see `CheckpointConfig`.
-        metadata: your own notes, kept with the run. Not encrypted: do not put data here.
+        model_ref: a hub id, a local Hugging Face directory, or a GGUF file, which is dequantized.
+        lora_config: the adapters to train; None trains all weights.
+        optimizer: the optimizer, see `OptimizerConfig`.
+        dp_config: the differential privacy, see `DPConfig`; None means a run without privacy.
+        batch_size: the expected number of rows in one `forward_backward` call.
+        gradient_accumulation_steps: the expected number of `forward_backward` calls per step.
+        max_steps: the number of steps after which the run is `completed`; required by the linear
+            and cosine schedules.
+        dataset_id: the name of the privacy ledger of a private run, ``default`` if omitted: 1 to
+            128 letters, digits, dots, dashes and underscores.
+        seed: the seed of the adapter's initial weights and, in a non-private run, of dropout.
+        dtype: the dtype of the frozen weights; auto means float32 on CPU and bfloat16 on CUDA.
+        resources: the resources of the actor, see `ResourceConfig`.
+        checkpoints: the automatic artifacts, see `CheckpointConfig`.
+        metadata: your own notes, stored with the run. They are not encrypted: put no data here.
     """
 
     model_ref: str = Field(min_length=1)
@@ -246,10 +269,13 @@ class TrainingConfig(_Config):
     @model_validator(mode="after")
     def _schedule_has_an_end(self) -> Self:
         if self.optimizer.schedule != "constant" and self.max_steps is None:
-            raise ValueError(f"schedule {self.optimizer.schedule!r} needs max_steps to end at")
+            raise ValueError(
+                f"schedule {self.optimizer.schedule!r} needs max_steps: set the step where it ends"
+            )
         if self.max_steps is not None and self.optimizer.warmup_steps > self.max_steps:
             raise ValueError(
-                f"warmup_steps {self.optimizer.warmup_steps} exceed max_steps {self.max_steps}"
+                f"warmup_steps {self.optimizer.warmup_steps} exceed max_steps"
+                f" {self.max_steps}: use fewer warm-up steps"
             )
         return self
 
@@ -257,7 +283,7 @@ class TrainingConfig(_Config):
     def _private_clipping_is_per_unit(self) -> Self:
         if self.private and self.optimizer.max_grad_norm is not None:
             raise ValueError(
-                "optimizer.max_grad_norm is for non-private runs; a private run clips each unit"
-                " to dp_config.max_grad_norm"
+                "optimizer.max_grad_norm is for non-private runs: leave it out; a private run clips"
+                " each unit to dp_config.max_grad_norm"
             )
         return self

@@ -1,33 +1,33 @@
-"""Every error that TG-Tinker raises, one tree, grouped by who can mend it.
+"""Defines every error that TG-Tinker raises, as one tree, grouped by who can correct the error.
 
     TGTinkerError
-    ├── InvalidRequestError (ValueError)   the caller: a value is wrong; nothing was changed
-    │   ├── NotFoundError                  no such client, artifact or model
-    │   ├── VersionGoneError               a run is at another step than the one asked for
-    │   ├── ArtifactMismatchError          an artifact of another model, rank or layer set
+    ├── InvalidRequestError (ValueError)   a value of the caller is wrong; nothing was changed
+    │   ├── NotFoundError                  the client, artifact or model does not exist
+    │   ├── VersionGoneError               the run is at another step than the requested one
+    │   ├── ArtifactMismatchError          the artifact has another model, rank or layer set
     │   └── LineageError                   a private run may not start from these weights
-    ├── AccessDeniedError                  an API key or a capability that opens nothing
-    ├── NonFiniteError                     loss or gradient is NaN or infinite; weights as before
-    ├── WindowSpoiledError                 an earlier call of this step failed; it is dropped
+    ├── AccessDeniedError                  the API key or capability grants no access
+    ├── NonFiniteError                     a loss or gradient is NaN or infinite; weights unchanged
+    ├── WindowSpoiledError                 an earlier call of this step failed; the step is dropped
     ├── DPBudgetExceededError              the privacy budget cannot pay for the step
-    ├── FutureTimeoutError (TimeoutError)  no answer within the timeout; the call goes on
-    ├── FutureCancelledError               the call was cancelled before it changed anything
-    ├── IntegrityError                     stored bytes were changed, or the key is another
-    │   ├── LedgerMismatchError            a ledger is behind what is known of it, or another one
-    │   └── RollbackError                  the registry's database is behind what its store knows
-    └── ServiceError                       the service, not the request
+    ├── FutureTimeoutError (TimeoutError)  no answer within the timeout; the call continues
+    ├── FutureCancelledError               the call was canceled before it changed anything
+    ├── IntegrityError                     stored bytes were changed, or another key sealed them
+    │   ├── LedgerMismatchError            a ledger is behind one of its known heads, or has forked
+    │   └── RollbackError                  the registry's database is behind a head in its store
+    └── ServiceError                       the service failed, not the request
         ├── ActorLostError                 the training actor is gone
         ├── ClusterUnavailableError        no Ray cluster answers
         ├── PlacementError                 no node has room for the client
         ├── QueueFullError                 too many calls are waiting on this client
-        ├── DeadlineExceededError          a sample over HTTP took longer than the server allows
-        ├── StorageError                   the disk or the store refused
-        └── InternalError                  a defect of ours; named by type and request id only
+        ├── DeadlineExceededError          an HTTP sample took longer than the server allows
+        ├── StorageError                   a disk, a store or a database refused an operation
+        └── InternalError                  a defect of TG-Tinker; shows only type and request id
 
-A message names the value, the bound and the next step. It never holds training text, tokens
-(other than ids that lie outside the vocabulary), keys, or another tenant's names. The training
-actor returns errors as values (`to_wire`) and the SDK raises a clean local copy (`from_wire`),
-so that no traceback with data ever passes through Ray.
+A message states the wrong value, the bound and the next step. It never contains training text,
+tokens (except ids that lie outside the vocabulary), keys, or another tenant's names. The training
+actor returns errors as values (`to_wire`), and the SDK raises a clean local copy (`from_wire`).
+So no traceback with data ever passes through Ray.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ Wire = tuple[str, str, dict[str, Any]]
 
 
 class TGTinkerError(Exception):
-    """Root of the tree.
+    """The root of the tree.
 
     Attributes:
-        message: what went wrong, the bound, and what to do next.
+        message: the problem, the bound, and the next step.
         code: a stable name for programs, such as ``invalid_request``.
         details: plain values (numbers, ids, names) that the message mentions.
     """
@@ -60,7 +60,7 @@ class TGTinkerError(Exception):
         return type(self), (self.message, self.code, self.details)
 
     def to_wire(self) -> Wire:
-        """The error as plain values, for a reply that crosses processes."""
+        """Returns the error as plain values, for a reply that crosses processes."""
         return type(self).__name__, self.message, {**self.details, "code": self.code}
 
 
@@ -159,7 +159,10 @@ def _subclasses(cls: type[TGTinkerError]) -> dict[str, type[TGTinkerError]]:
 
 
 def from_wire(wire: Wire) -> TGTinkerError:
-    """The error that `to_wire` described; a class unknown to this SDK becomes its root class."""
+    """Returns the error that `to_wire` described.
+
+    A class that this SDK does not know becomes `TGTinkerError`.
+    """
     name, message, details = wire
     details = dict(details)
     code = details.pop("code", None)

@@ -1,4 +1,4 @@
-"""Results of the public API: plain frozen dataclasses, the seed's fields first."""
+"""Defines the results of the public API: plain frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ForwardBackwardResult:
-    """What one `forward_backward` found. Seen by the data owner alone.
+    """The result of one `forward_backward` call. It is for the data owner alone.
 
     Attributes:
-        loss: token-weighted mean over the labelled tokens of the batch, in nats.
-        batch_hash: `sha256:` over the normalised rows, or the caller's own string.
-        gradient_hash: hash of this call's gradient sum; empty in eval mode.
-        num_tokens: kept input tokens, padding not counted.
-        latency_ms: time on the actor.
-        warnings: rows of a private run that added nothing, and why. Also given as warnings
-            when the result is taken.
+        loss: the token-weighted mean over the labeled tokens of the batch, in nats; NaN in a
+            private run that hides its metrics.
+        batch_hash: `sha256:` over the normalized rows, or the caller's own string.
+        gradient_hash: the hash of this call's gradient sum; empty in eval mode, and in a private
+            run that hides its metrics.
+        num_tokens: the number of input tokens without padding.
+        latency_ms: the time on the actor, in milliseconds.
+        warnings: the rows of a private run that added nothing, and the reasons. They are also
+            issued as Python warnings when the result is first taken.
     """
 
     loss: float
@@ -32,19 +34,20 @@ class ForwardBackwardResult:
 
 @dataclass(frozen=True)
 class DPMetrics:
-    """Privacy figures of one private step.
+    """The privacy figures of one private step.
 
     The norms and `num_clipped` depend on the data and lie outside the guarantee: they are for
-    the data owner alone (`DPConfig.show_private_metrics`).
+    the data owner alone. `DPConfig(show_private_metrics=False)` hides them.
 
     Attributes:
-        noise_applied: False only on a data set registered without a limit.
-        epsilon_spent: the data set's epsilon after this step minus before.
-        total_epsilon: the data set's epsilon after this step, of all its runs.
-        delta: of the data set.
-        grad_norm_before_clip: median L2 norm over the units of the step; NaN without any.
-        grad_norm_after_clip: the same after clipping.
-        num_clipped: units whose norm exceeded the bound; 0 where metrics are hidden.
+        noise_applied: False only on a dataset that is registered without a limit.
+        epsilon_spent: the dataset's epsilon after this step minus its epsilon before this step.
+        total_epsilon: the dataset's epsilon after this step, over all runs on the dataset.
+        delta: the delta of the dataset.
+        grad_norm_before_clip: the median L2 norm over the units of the step; NaN if the step has
+            no units or the metrics are hidden.
+        grad_norm_after_clip: the same median after clipping.
+        num_clipped: the number of units whose norm exceeded the bound; 0 if the metrics are hidden.
     """
 
     noise_applied: bool
@@ -58,16 +61,17 @@ class DPMetrics:
 
 @dataclass(frozen=True)
 class OptimStepResult:
-    """What one optimizer step did.
+    """The result of one optimizer step.
 
     Attributes:
-        grad_norm: L2 norm of the gradient handed to the optimizer, before global clipping; in
-            a private run that of the noised gradient.
-        learning_rate: the rate used in this very step.
-        step: optimizer steps completed, this one included.
-        dp_metrics: None in a run without differential privacy.
-        latency_ms: time on the actor.
-        warnings: given when the result is taken, too.
+        grad_norm: the L2 norm of the gradient handed to the optimizer, before global clipping. In
+            a private run this is the norm of the noised gradient.
+        learning_rate: the rate used in this step.
+        step: the number of completed optimizer steps, including this step.
+        dp_metrics: the privacy figures; None in a run without differential privacy.
+        latency_ms: the time on the actor, in milliseconds.
+        warnings: messages about the step. They are also issued as Python warnings when the result
+            is first taken.
     """
 
     grad_norm: float
@@ -80,7 +84,11 @@ class OptimStepResult:
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion. `finish_reason` is `length`, `stop` (a stop sequence) or `eos`."""
+    """One completion.
+
+    `finish_reason` is `length`, `stop` (a stop sequence) or `eos`. `num_tokens` counts the tokens
+    of the completion; `latency_ms` is the generation time in milliseconds.
+    """
 
     prompt: str
     completion: str
@@ -93,7 +101,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class SampleResult:
-    """All completions, prompt by prompt; `weights_version` is `run@step`."""
+    """All completions, grouped by prompt.
+
+    `total_tokens` counts the generated tokens; `latency_ms` is the total time in milliseconds;
+    `weights_version` is `run@step`.
+    """
 
     samples: list[Sample]
     total_tokens: int
@@ -105,9 +117,10 @@ class SampleResult:
 class StreamChunk:
     """A piece of a streamed completion: whole characters, never part of a stop sequence.
 
-    The last chunk carries `finish_reason`; its text may be empty. `top_logprobs` (the most probable
-    tokens at each token, best first) and `prompt_logprobs` (of the prompt's tokens, with the first
-    chunk) are there when asked for.
+    The last chunk carries `finish_reason`; its text may be empty. `top_logprobs` lists the most
+    probable tokens for each token of the chunk, best first. `prompt_logprobs` scores the tokens of
+    the prompt and comes with the first chunk, as does `prompt_top_logprobs`, which lists the most
+    probable tokens at each place of the prompt; none at the first. They are filled only on request.
     """
 
     text: str
@@ -118,11 +131,12 @@ class StreamChunk:
     weights_version: str = ""
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     prompt_logprobs: tuple[float, ...] | None = None
+    prompt_top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
 
 
 @dataclass(frozen=True)
 class EncryptionInfo:
-    """How an artifact is sealed. The key id names a key; it is not the key."""
+    """The encryption of an artifact. `key_id` names a key; it is not the key."""
 
     algorithm: str
     key_id: str
@@ -132,7 +146,10 @@ class EncryptionInfo:
 
 @dataclass(frozen=True)
 class SaveStateResult:
-    """A published artifact: it is durable when this object exists. `timestamp` is UTC."""
+    """A published artifact, which is durable once this object exists.
+
+    `size_bytes` counts the stored bytes; `timestamp` is the time of the save in UTC.
+    """
 
     artifact_id: str
     size_bytes: int
@@ -143,7 +160,11 @@ class SaveStateResult:
 
 @dataclass(frozen=True)
 class LoadStateResult:
-    """What was restored. `warnings` names what will differ from an uninterrupted run."""
+    """The state that was restored.
+
+    `step` is the restored step; `timestamp` is the time of the original save in UTC; `warnings`
+    describes the differences from an uninterrupted run.
+    """
 
     artifact_id: str
     step: int
@@ -157,8 +178,8 @@ class ArtifactInfo:
     """One row of `ServiceClient.list_artifacts`. `size_bytes` counts ciphertext.
 
     Attributes:
-        labels: as `set_labels` gave them.
-        expires_at: UTC; from then on nothing opens it. None is never.
+        labels: the labels of the artifact, which `set_labels` replaces.
+        expires_at: the time from which the artifact no longer opens, in UTC; None means never.
     """
 
     artifact_id: str
@@ -172,21 +193,28 @@ class ArtifactInfo:
 
     @property
     def expired(self) -> bool:
-        """By this machine's clock; it is the registry's that counts."""
+        """Whether the artifact has expired by this machine's clock.
+
+        The registry decides by its own clock whether the artifact opens.
+        """
         return self.expires_at is not None and self.expires_at <= datetime.now(UTC)
 
 
 @dataclass(frozen=True)
 class Orphan:
-    """Files in the store that belong to no artifact, and what a sweep did about them.
+    """Files in the store that belong to no artifact, and the action of a sweep on them.
 
     Attributes:
-        name: id of the artifact that they would be of, or a file's own name below the tenant.
-        state: `waiting` for a later sweep to find them the same; `due`, in a dry run; `removed`;
-            `refused` by the store, and tried again by the next sweep; `unknown`: a file that
-            TG-Tinker does not name so, and leaves alone; `kept`: maybe what is left of an artifact
-            that lost its files.
-        problem: what the store said, or what to do; empty unless refused or kept.
+        name: the id of the artifact that the files would belong to, or the name of a single file
+            below the folder of the tenant.
+        files: the number of files.
+        size_bytes: the total size of the files, in bytes.
+        state: the result of the sweep. `waiting`: a later sweep removes the files if they are
+            unchanged. `due`: a sweep that is not a dry run would remove the files. `removed`: the
+            files are gone. `refused`: the store refused to remove the files, and the next sweep
+            tries again. `unknown`: TG-Tinker does not use this name and leaves the file alone.
+            `kept`: the files may be the rest of an artifact that lost its other files.
+        problem: the answer of the store, or what to do; empty unless `refused` or `kept`.
     """
 
     name: str
@@ -198,14 +226,14 @@ class Orphan:
 
 @dataclass(frozen=True)
 class KeyUses:
-    """What the keys of a keyring open, of all tenants.
+    """The number of artifacts that each key of a keyring opens, over all tenants.
 
     Attributes:
-        primary: id of the key that new artifacts are wrapped under.
-        artifacts: how many artifacts each key opens, by its id, oldest first.
-        unreadable: what is wrong with key files that do not say which, by artifact.
-        missing: keys that the registry has used and that are newer than all of the keyring: it is
-            an older copy.
+        primary: the id of the key that wraps the data keys of new artifacts.
+        artifacts: the number of artifacts that each key opens, by key id, oldest key first.
+        unreadable: the problem of each key file that does not show its key, by artifact id.
+        missing: the ids of keys that the registry has used and that are newer than every key of
+            the keyring. If there are any, the keyring is an older copy.
     """
 
     primary: str
@@ -216,11 +244,13 @@ class KeyUses:
 
 @dataclass(frozen=True)
 class ApiKeyInfo:
-    """A key of an HTTP client, without its secret.
+    """An API key of an HTTP client, without its secret.
 
     Attributes:
-        models: runs and artifacts it may sample from; all of the tenant's when empty.
-        expires_at: UTC; None is never.
+        models: the runs and artifacts that the key may sample from, beside the base model; all
+            runs and artifacts of the tenant if empty.
+        created_at: the time of creation, in UTC.
+        expires_at: the time from which the key is refused, in UTC; None means never.
     """
 
     key_id: str
@@ -231,23 +261,28 @@ class ApiKeyInfo:
 
 
 PARKED = "parked"
-"""The `reason` of a run that was saved and has no actor until somebody calls it."""
+"""The `reason` of a run that was saved and has no actor until the next call."""
 
 CLOSED, NOT_STARTED = "closed", "never started"
-"""The `reason` of a run that has ended."""
+"""The two values of `reason` for a run that has ended."""
 
 
 @dataclass(frozen=True)
 class TrainingClientInfo:
-    """A run as the registry and, where it lives, its actor know it.
+    """A run as the registry knows it, and as its actor knows it if there is an actor.
 
     Attributes:
         status: `active`, `completed` or `failed`.
-        step: completed optimizer steps.
-        epoch: rises when an actor starts for this run, and when the run is closed.
-        num_trainable: trainable parameters; 0 where no actor is asked.
-        queued: calls waiting on the actor.
-        reason: why it has no actor: closed, parked, or how the last one was lost; else empty.
+        step: the number of completed optimizer steps.
+        epoch: a number that rises when an actor starts for this run, and when the run is parked or
+            ends.
+        created_at: the time of creation, in UTC.
+        last_artifact_id: the id of the run's last saved artifact that still opens; None if there is
+            none.
+        num_trainable: the number of trainable parameters; 0 if no actor was asked.
+        queued: the number of calls that wait on the actor.
+        reason: why the run has no actor: closed, parked, or how the last actor was lost; empty if
+            the run has an actor.
     """
 
     training_client_id: str
@@ -264,14 +299,14 @@ class TrainingClientInfo:
 
 @dataclass(frozen=True)
 class ClusterStatus:
-    """What a cluster has and what it does.
+    """The machines of a cluster, its free resources, and its training clients.
 
     Attributes:
-        address: ``host:port`` of its head.
-        machines: resources of each machine, by its address: CPUs, GPUs, bytes of memory.
-        free: what is not reserved, of all machines together.
-        clients: runs whose training actor lives, of all tenants.
-        encrypted: whether Ray's own connections are under TLS.
+        address: ``host:port`` of the head node.
+        machines: the resources of each machine, by address: CPUs, GPUs, bytes of memory.
+        free: the resources that are not reserved, summed over all machines.
+        clients: the ids of all runs with a living training actor, of all tenants.
+        encrypted: whether Ray's own connections use TLS.
     """
 
     address: str
@@ -283,10 +318,13 @@ class ClusterStatus:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the SDK must know of a loaded model to check a batch before it is sent.
+    """The properties of a loaded model that the SDK needs to check a batch before sending it.
 
     Attributes:
-        warnings: what a run that comes back has to say.
+        flat_stream: whether the model can process several rows as one stream of tokens.
+        sampling: how the model is sampled: ``slots``, ``cache``, ``cache-prompts``, ``whole``, from
+            fast to slow; empty if it can only be trained.
+        warnings: messages about the model, and about the restored state of a recovered run.
     """
 
     vocab_size: int
@@ -296,27 +334,32 @@ class ModelInfo:
     dtype: str
     device: str
     flat_stream: bool
+    sampling: str
     num_threads: int
     warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class RegistryCheck:
-    """How a registry's database stands to what its store, and this home, know of one tenant.
+    """A comparison of the registry's database with the heads that store and home keep of a tenant.
 
     Attributes:
-        rows: of the audit log.
-        stored: number of the newest row that a head in the store is of, and that the log knows; 0
-            where there is none. Of later rows an older copy may be put back unnoticed.
-        heads: of the log that were found and that it knows.
-        missing: those that it does not know, by object in the store or file of the home: the
-            number of their row. The database is an older copy, or another one.
-        foreign: objects in the store that are no heads of this log, and why. They count for
-            nothing here; a sweep refuses to start beside the heads of another registry.
-        damaged: what the home keeps of the log and is no head of it, and why: its evidence is lost.
-        ledgers: what is wrong with the ledgers of data sets, by data set; by pseudonym where the
-            database has lost the data set itself.
-        accepted: numbers of the rows that accepted an older copy.
+        rows: the number of rows of the audit log.
+        stored: the number of the newest row in the audit log that a head in the store attests; 0 if
+            there is none. An older copy that lacks only later rows may go undetected.
+        heads: the number of heads that were found and that match the audit log.
+        missing: the heads that the audit log does not contain. The object in the store or the file
+            of the home maps to the row number of its head. If there are any, the database is an
+            older copy, or another database.
+        foreign: objects in the store that are not heads of this audit log, with the reason. They do
+            not count here, but a sweep refuses to start beside the heads of another registry.
+        damaged: files of the home that should be heads of the audit log and are not, with the
+            reason. Their evidence is lost.
+        ledgers: the problem of each ledger, by dataset; by pseudonym if the database has lost the
+            dataset itself.
+        accepted: the numbers of the rows that accepted an older copy.
+        api_keys: the API keys, by id, whose rows in the database are not as the registry wrote them
+            last, with the reason. They open nothing.
     """
 
     rows: int
@@ -327,29 +370,37 @@ class RegistryCheck:
     damaged: dict[str, str]
     ledgers: dict[str, str]
     accepted: tuple[int, ...]
+    api_keys: dict[str, str] = field(default_factory=dict)
 
     @property
     def sound(self) -> bool:
-        """Whether nothing is refused, and no evidence is damaged."""
-        return not (self.missing or self.damaged or self.ledgers or self.unfinished)
+        """Whether no head is missing, no ledger or API key has a problem, and no evidence is
+        damaged.
+
+        It is also False while an acceptance is `unfinished`.
+        """
+        return not (
+            self.missing or self.damaged or self.ledgers or self.api_keys or self.unfinished
+        )
 
     @property
     def unfinished(self) -> bool:
-        """Whether the store has not taken the head of an acceptance: accept again."""
+        """Whether the store still lacks the head of an acceptance; `accept_registry` writes it."""
         return self.stored < max(self.accepted, default=0)
 
 
 @dataclass(frozen=True)
 class RegistryAcceptance:
-    """What going on from an older copy of the database means.
+    """The consequences of accepting an older copy of the database.
 
     Attributes:
-        row: of the audit log, which says so; 0 where nothing had to be accepted.
-        openable: artifacts that the copy knows and whose files are there, also under the name that
-            a later reseal gave them. Which of them had been deleted meanwhile it cannot know:
-            delete those again.
-        lost: artifacts that the copy knows and that do not open, and why: mostly, their files are
-            gone.
+        row: the number of the audit log row that records the acceptance; 0 if there was nothing to
+            accept.
+        openable: the artifacts that the copy knows and whose files are in the store, including
+            files that a later reseal stored under another name. The copy cannot know which of these
+            artifacts were deleted after it was made: delete them again.
+        lost: the artifacts that the copy knows and that do not open, with the reason. In most cases
+            their files are gone.
     """
 
     row: int
@@ -359,12 +410,14 @@ class RegistryAcceptance:
 
 @dataclass(frozen=True)
 class ArtifactQuery:
-    """What `list_artifacts` asks the registry for; None is no condition.
+    """The conditions that `list_artifacts` sends to the registry; None means no condition.
 
     Attributes:
-        label: name and value.
-        newer_than, older_than: by `created_at`, neither included.
-        after: the last artifact of the page before; it may have been deleted since.
+        run: the id of the training client that saved the artifacts.
+        label: the name and the value of a label.
+        newer_than, older_than: exclusive bounds on `created_at`.
+        after: the id of the last artifact of the previous page; it may be deleted by now.
+        limit: the maximum number of artifacts.
     """
 
     run: str | None = None

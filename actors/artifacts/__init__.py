@@ -1,11 +1,12 @@
-"""Artifacts on their way: sealed, published, fetched, copied, deleted.
+"""Seals, publishes, fetches, copies and deletes artifacts.
 
-- publish.py: files sealed under a key of their own, the manifest last.
-- fetch.py: checked, opened, and only the one that was published.
-- copies.py: copies, and fresh keys.
-- delete.py: deleted in the registry, then in the store; shredded.
-- adapters.py: adapters from elsewhere, and out to PEFT.
+- publish.py: sealing files under a new data key, and storing them with the manifest last.
+- fetch.py: checking and opening an artifact, only if it is the one that was published.
+- copies.py: copying an artifact, or resealing it under a fresh data key.
+- delete.py: deleting in the registry, then in the store; shredding the data key.
+- adapters.py: importing adapters from elsewhere, and exporting adapters to PEFT.
 
-It imports `actors.registry` and `actors.storage`; adapters.py alone imports `actors.engine`, and no
-other file may import that one: none of them loads torch. What the files mean is left to the engine.
+The package imports `actors.registry` and `actors.storage`. Only adapters.py imports
+`actors.engine`, and no other file here may import adapters.py, so that no other file loads torch.
+The engine alone interprets the content of an artifact's files.
 """

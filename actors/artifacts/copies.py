@@ -1,8 +1,8 @@
-"""Artifacts after they were saved: copied, sealed anew under a fresh key.
+"""Copies saved artifacts, and reseals them under a fresh data key.
 
-What is new is complete in the store before one transaction of the registry makes it count, and
-only then does what is old go. So a crash at any place leaves the old or the new, whole, and files
-that nothing reaches.
+The new files are complete in the store before one transaction of the registry makes them count.
+Only then are the old files deleted. So a crash at any point leaves the old or the new artifact
+whole, and perhaps files that no artifact uses.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from tg_tinker.types import ArtifactInfo
 
 
 def copy(registry: Registry, root: str, tenant: str, artifact_id: str) -> ArtifactInfo:
-    """Another artifact of the same content, lineage, run and step, under a data key of its own.
+    """Makes another artifact of the same content, lineage, run and step, under its own data key.
+
+    Returns the copy.
 
     Raises:
-        NotFoundError: unknown, deleted or expired, also meanwhile; no copy is left.
-        IntegrityError: the source is not what was published; there is no copy.
+        NotFoundError: if the source is unknown, deleted or expired, even during the call. No copy
+            is left.
+        IntegrityError: if the source is not what was published. No copy is made.
     """
     store, keeper = ArtifactStore(root), registry.data_keys.keeper(tenant)
     draft = Draft(registry, store, keeper, fetch(registry, store, keeper, artifact_id))
@@ -43,15 +46,18 @@ def copy(registry: Registry, root: str, tenant: str, artifact_id: str) -> Artifa
 
 
 def reseal(registry: Registry, root: str, tenant: str, artifact_id: str) -> ArtifactInfo:
-    """The same artifact under a fresh data key; what the old one opened goes from the store.
+    """Encrypts an artifact again under a fresh data key, and deletes its old files from the store.
+
+    Returns the artifact.
 
     Raises:
-        NotFoundError: unknown, deleted or expired, also meanwhile.
-        IntegrityError: it is not what was published, or the store does not give back what was
-            written; it is as it was.
-        InvalidRequestError: somebody else resealed it or rotated the tenant key meanwhile.
-        StorageError: the store refused: either it is as it was, or, as the message then says, it
-            is resealed and old files are left.
+        NotFoundError: if the artifact is unknown, deleted or expired, even during the call.
+        IntegrityError: if the artifact is not what was published, or the store does not return what
+            was written. The artifact is unchanged.
+        InvalidRequestError: if somebody else resealed the artifact or rotated the tenant key during
+            the call.
+        StorageError: if the store refuses. The artifact is unchanged, unless the message says that
+            it is resealed and old files are left.
     """
     store, keeper = ArtifactStore(root), registry.data_keys.keeper(tenant)
     before = registry.catalogue.stored_as(tenant, artifact_id)
@@ -61,7 +67,7 @@ def reseal(registry: Registry, root: str, tenant: str, artifact_id: str) -> Arti
     manifest, size = written(store, draft)
 
     def switch() -> ArtifactInfo:
-        check_written(store, draft)  # it will be the only copy
+        check_written(store, draft)  # the new files will be the only copy
         return registry.artifacts.finish_reseal(
             tenant, artifact_id, before, stored_as, size, manifest,
             registry.data_keys.key_of(draft.wrapped_key),
@@ -76,15 +82,18 @@ def reseal(registry: Registry, root: str, tenant: str, artifact_id: str) -> Arti
 def readopt(
     registry: Registry, store: ArtifactStore, tenant: str, artifact_id: str, whole: Iterable[str]
 ) -> None:
-    """Finds an artifact again that was resealed after the copy of the database was made, which
-    knows it under the name that it had before.
+    """Finds the files of an artifact that was resealed after a backup of the database was made.
+
+    The restored database has only the earlier name of the artifact in the store. The newest valid
+    files become the artifact.
 
     Args:
-        whole: names in the store of what has manifest and key.
+        whole: the names in the store that have a manifest and a wrapped key.
 
     Raises:
-        NotFoundError: there is nothing of it.
-        IntegrityError: why what is there is not taken, of the newest.
+        NotFoundError: if the store has no files of the artifact under a later name, or if files of
+            the newest such name are gone.
+        IntegrityError: if no files are valid; the reason concerns the newest.
     """
     problems: list[TGTinkerError] = []
     for stored_as in _resealed(artifact_id, whole):
@@ -101,6 +110,6 @@ def readopt(
 
 
 def _resealed(artifact_id: str, whole: Iterable[str]) -> list[str]:
-    """Names that an artifact may have since it was resealed, the newest first."""
+    """Returns the names that an artifact may have after being resealed, the newest first."""
     names = [name for name in whole if re.fullmatch(rf"{artifact_id}\.[1-9][0-9]{{0,8}}", name)]
     return sorted(names, key=lambda name: -int(name.rpartition(".")[2]))

@@ -1,4 +1,4 @@
-"""Artifacts that go: deleted for good in the registry first, then in the store; shredded."""
+"""Deletes artifacts for good, first in the registry and then in the store, and shreds them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ def delete(
     registry: Registry, store: str, tenant: str, artifact_id: str,
     event: str = "artifact.delete", lost: bool = False,
 ) -> None:  # fmt: skip
-    """Entry first, so that no copy of the files counts any more; then manifest, key, files.
+    """Deletes an artifact: its entry first, then manifest, key and files.
+
+    Once the entry is deleted, no copy of the files counts as the artifact.
 
     Args:
-        event: what the audit log calls it.
-        lost: also where this store has no file of it.
+        event: the name of the event in the audit log.
+        lost: whether to delete the artifact even if this store has no file of it.
 
     Raises:
-        NotFoundError: unknown, deleted already, or in another store; nothing was deleted.
+        NotFoundError: if the artifact is unknown, already deleted, or in another store. Nothing was
+            deleted.
         RollbackError: see `rollback.meet`.
-        StorageError: the store refused: the artifact is gone, some of its files are not.
+        StorageError: if the store refuses. If the entry is deleted by then, the artifact is
+            deleted, but some of its files remain.
     """
     folder = ArtifactStore(store)
     check_deletable(registry, folder, tenant, artifact_id, lost)
@@ -31,8 +35,8 @@ def delete(
 def remove(
     registry: Registry, store: ArtifactStore, tenant: str, artifact_id: str, event: str
 ) -> None:
-    """`delete` of one that is known to be in this store."""
-    # By the name that the entry has now: somebody may have resealed it since.
+    """Deletes an artifact that is known to be in this store, as `delete` does."""
+    # Uses the name that the entry has now, because the artifact may have been resealed since.
     stored_as = registry.artifacts.delete(tenant, artifact_id, event)
     keep_newest(registry, store, tenant)
     store.delete(tenant, stored_as)
@@ -41,45 +45,48 @@ def remove(
 def check_deletable(
     registry: Registry, store: ArtifactStore, tenant: str, artifact_id: str, lost: bool = False
 ) -> None:
-    """In another store the files would stay, and in an older database the deletion would be lost.
-    An artifact that lost some of its files is here all the same; one that lost all, if `lost`.
+    """Raises unless an artifact can be deleted from this store.
+
+    If the artifact is in another store, its files would stay there. If the database is older than
+    the store, the deletion would be lost. An artifact that has lost some of its files counts as in
+    this store; an artifact that has lost all counts only if `lost`.
 
     Raises:
-        NotFoundError: unknown, deleted, or in another store.
+        NotFoundError: if the artifact is unknown, deleted, or in another store.
         RollbackError, StorageError: see `rollback.meet`.
     """
     meet(registry, store, tenant)
     stored_as = registry.catalogue.stored_as(tenant, artifact_id)
     here = lost or store.holds(tenant, stored_as)
-    if (
-        not here and registry.catalogue.stored_as(tenant, artifact_id) == stored_as
-    ):  # not just resealed
+    # A changed name means that the artifact was just resealed.
+    if not here and registry.catalogue.stored_as(tenant, artifact_id) == stored_as:
         raise NotFoundError(
-            f"artifact {artifact_id} has no file in this store: open the one that it was saved to."
-            f" If its files are lost, `tg-tinker artifacts delete --lost {artifact_id}`"
+            f"artifact {artifact_id} has no file in this store: open the store that it was saved"
+            f" to. If its files are lost, run `tg-tinker artifacts delete --lost {artifact_id}`"
         )
 
 
 NOT_REACHED = (
-    "Backups of the store, and earlier versions that a bucket keeps: with one of them the keyring"
-    " opens the artifact. End them too, or retire the key that wrapped it (tg-tinker keys rotate,"
-    " then keys retire).",
-    "Copies of it, and exports in clear: they are artifacts and files of their own.",
-    "Training clients that have loaded it, and snapshots and later artifacts of their runs: close"
-    " the clients, shred the artifacts.",
-    "Samplers that hold it forget it within seconds, once its running requests end; their memory"
-    " is freed and not overwritten. A sampler without a connection to the registry keeps it until"
-    " it ends.",
-    "Blocks of a disk that the file system has freed but not overwritten.",
+    "Backups of the store, and earlier versions that a bucket keeps: the keyring can open the"
+    " artifact with any of them. Delete them too, or retire the tenant key that wrapped the data"
+    " key (tg-tinker keys rotate, then keys retire).",
+    "Copies of the artifact, and exports in clear: they are separate artifacts and files.",
+    "Training clients that have loaded the artifact, and snapshots and later artifacts of their"
+    " runs: close the clients and shred those artifacts.",
+    "Samplers that hold the artifact: they release it within seconds, once its running requests"
+    " end, but their memory is freed and not overwritten. A sampler without a connection to the"
+    " registry keeps the artifact until that sampler ends.",
+    "Disk blocks that the file system has freed but not overwritten.",
 )
-"""What shredding does not reach, for whoever has to rely on it."""
+"""The data that shredding does not reach, for users who must rely on shredding."""
 
 
 def shred(registry: Registry, root: str, tenant: str, artifact_id: str) -> list[str]:
-    """Deletes an artifact, its one wrapped key first; says what that does not reach.
+    """Deletes an artifact, its only wrapped data key first; returns what the deletion cannot reach.
 
-    Broken off anywhere, nothing opens it any more. The next call goes on; once the entry is gone it
-    raises NotFoundError, and what is left is ciphertext without a key, for a sweep.
+    If the call is interrupted after the key is deleted, nothing in this store opens the artifact.
+    The next call continues the deletion. If the entry is already deleted, the next call raises
+    NotFoundError; what remains is ciphertext without a key, for a sweep to remove.
 
     Raises:
         NotFoundError, RollbackError, StorageError: see `delete`.
@@ -96,7 +103,7 @@ def remove_old(store: ArtifactStore, tenant: str, stored_as: str) -> None:
         store.delete(tenant, stored_as)
     except StorageError as error:
         raise StorageError(
-            "the artifact is under a fresh key, but what the old one opens is left:"
+            "the artifact is under a fresh key, but files that the old key opens are left:"
             f" {error.message}",
             details=error.details,
         ) from None

@@ -1,4 +1,4 @@
-"""Artifacts out of the store: checked, opened, and only the one that was published."""
+"""Reads artifacts from the store, checks and opens them, and accepts only what was published."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from tg_tinker.storage.envelope import context_of, unseal
 def fetch(
     registry: Registry, store: ArtifactStore, capability: Capability, artifact_id: str
 ) -> dict[str, bytes]:
-    """The files of an artifact in clear, after every one of them was verified.
+    """Returns the files of an artifact in clear, after it has verified every file.
 
     Raises:
-        NotFoundError: unknown, deleted, expired, of another tenant, or its files are gone.
-        ActorLostError: the capability is of an actor that was replaced.
-        IntegrityError: not what was published, or not for this key.
+        NotFoundError: if the artifact is unknown, deleted, expired or of another tenant, or if its
+            files are gone.
+        ActorLostError: if the capability belongs to an actor that was replaced.
+        IntegrityError: if the files are not what was published, or do not belong to this key.
         RollbackError, StorageError: see `rollback.meet`.
     """
     tenant = capability.tenant
@@ -39,11 +40,12 @@ def fetch(
     except (NotFoundError, IntegrityError):
         if registry.catalogue.stored_as(tenant, artifact_id) == stored_as:
             raise
-    return fetch(registry, store, capability, artifact_id)  # it was resealed while it was read
+    # The artifact was resealed while it was read.
+    return fetch(registry, store, capability, artifact_id)
 
 
 def check_written(store: ArtifactStore, draft: Draft) -> None:
-    """Reads a written draft back. Raises IntegrityError unless it opens as what it was made of."""
+    """Reads a written draft back. Raises IntegrityError unless it opens to the draft's files."""
     content = store.read(draft.tenant, draft.stored_as, MANIFEST)
     manifest = Manifest.parse(content, draft.tenant, draft.artifact_id)
     manifest.check(draft._key)
@@ -52,14 +54,14 @@ def check_written(store: ArtifactStore, draft: Draft) -> None:
         for name, content in draft._files.items()
     )
     if not same:
-        raise IntegrityError(f"the store does not give back what was written as {draft.stored_as}")
+        raise IntegrityError(f"the store does not return what was written as {draft.stored_as}")
 
 
 def _opened(
     registry: Registry, store: ArtifactStore, capability: Capability, artifact_id: str,
     stored_as: str,
 ) -> tuple[Manifest, bytes]:  # fmt: skip
-    """The verified manifest of an artifact, and its data key."""
+    """Returns the verified manifest of an artifact, and its data key."""
     tenant = capability.tenant
     content = store.read(tenant, stored_as, MANIFEST)
     registry.catalogue.check_manifest(tenant, artifact_id, content)
@@ -76,7 +78,7 @@ def _file(store: ArtifactStore, stored_as: str, manifest: Manifest, key: bytes, 
 
 
 def sealed_file(store: ArtifactStore, stored_as: str, manifest: Manifest, name: str) -> bytes:
-    """A file as it lies in the store. Raises IntegrityError unless it is what the manifest says."""
+    """Reads a sealed file from the store. Raises IntegrityError unless it matches the manifest."""
     entry = manifest.files[name]
     sealed = store.read(manifest.tenant, stored_as, name, entry.size)
     if len(sealed) != entry.size or hashlib.sha256(sealed).hexdigest() != entry.sha256:

@@ -1,7 +1,8 @@
-"""Artifacts: files sealed and published.
+"""Seals files and publishes them as an artifact.
 
-An artifact is a manifest in clear and sealed files, each bound to its tenant, artifact and name.
-It counts once its manifest lies in the store and the registry knows the manifest's digest.
+An artifact is a manifest in clear and sealed files. Each file is bound to its tenant, artifact and
+name. The artifact counts once its manifest is in the store and the manifest's digest is in the
+registry.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ from tg_tinker.types import EncryptionInfo
 _T = TypeVar("_T")
 
 ARTIFACT_PREFIX = "art-"
-"""Of every id of an artifact, and of nothing else."""
+"""The prefix of every artifact's id. No other id has it."""
 
 
 class Draft:
-    """An artifact on its way into the store: plain files in this process, and their key.
+    """An artifact before it is stored: plain files in this process, and a new data key.
 
-    Sealing happens while somebody reads the parts: the ciphertext is never whole in memory.
+    Parts are sealed while a reader consumes them, so the ciphertext is never whole in memory.
 
     Args:
-        artifact_id: of an artifact that is sealed anew; a new id when None.
-        stored_as: its name in the store; the id when None.
+        artifact_id: the id of an artifact that is resealed, or None for a new id.
+        stored_as: the artifact's name in the store, or None for the id.
 
     Raises:
         RollbackError, StorageError: see `rollback.meet`.
@@ -66,11 +67,11 @@ class Draft:
 
     @property
     def names(self) -> list[str]:
-        """Of the files in the store."""
+        """The names of the files in the store."""
         return [f"{name}.enc" for name in self._files]
 
     def parts(self, name: str) -> Iterator[memoryview]:
-        """A file as it is sealed; a part is released when the next one is asked for."""
+        """Yields the sealed parts of a file. A part is released when the next one is requested."""
         plain = name.removesuffix(".enc")
         digest, size = hashlib.sha256(), 0
         context = context_of(self.tenant, self.artifact_id, plain)
@@ -78,10 +79,10 @@ class Draft:
             digest.update(part)
             size += len(part)
             yield part
-        self._sealed[name] = SealedFile(size, digest.hexdigest())  # of the last attempt
+        self._sealed[name] = SealedFile(size, digest.hexdigest())  # the last attempt counts
 
     def manifest(self) -> bytes:
-        """Once all files were read to their end."""
+        """Returns the manifest. Call it after all files have been read to their end."""
         context = context_of(self.tenant, self.artifact_id, DATA_KEY)
         files = {name: self._sealed[name] for name in self.names}
         committed = commitment(self._key, context).hex()
@@ -89,12 +90,12 @@ class Draft:
 
     @property
     def size(self) -> int:
-        """Bytes of all sealed files, once they were read."""
+        """The bytes of all sealed files that have been read to their end."""
         return sum(file.size for file in self._sealed.values())
 
 
 class Sealed:
-    """A file of a draft for `ArtifactStore`: sealed anew whenever an upload begins anew."""
+    """A file of a draft for `ArtifactStore`. It is sealed again whenever an upload starts again."""
 
     def __init__(self, draft: Draft, name: str) -> None:
         self._draft, self._name = draft, name
@@ -107,7 +108,7 @@ Write = Callable[[ArtifactStore, Draft], None]
 
 
 def write(store: ArtifactStore, draft: Draft) -> None:
-    """Into the store from this process."""
+    """Writes a draft into the store from this process."""
     files = {name: Sealed(draft, name) for name in draft.names}
     store.write_artifact(draft.tenant, draft.stored_as, files, draft.wrapped_key, draft.manifest)
 
@@ -117,12 +118,16 @@ def publish(
     run_id: str, epoch: int, step: int, include_optimizer: bool,
     labels: Mapping[str, str] | None = None, write: Write = write,
 ) -> tuple[int, EncryptionInfo]:  # fmt: skip
-    """Stores a draft and enters it as an artifact; its size in ciphertext bytes, and its seal.
+    """Stores a draft and registers it as an artifact.
+
+    Returns:
+        The size of the artifact in ciphertext bytes, and how it is encrypted.
 
     Raises:
-        StorageError: the store refused; nothing is left of the artifact.
-        ActorLostError: a newer actor owns the run; nothing is left of the artifact.
-        ClusterUnavailableError: the registry does not answer; it may be an artifact or not.
+        StorageError: if the store refuses. Nothing is left of the artifact.
+        ActorLostError: if a newer actor owns the run. Nothing is left of the artifact.
+        ClusterUnavailableError: if the registry does not answer. Then it is unknown whether the
+            artifact exists.
     """
     key_id, provider = (
         registry.data_keys.key_of(draft.wrapped_key),
@@ -141,14 +146,17 @@ def publish(
 
 
 def written(store: ArtifactStore, draft: Draft, write: Write = write) -> tuple[bytes, int]:
-    """Puts a draft into the store: its manifest, and its size in ciphertext bytes."""
+    """Writes a draft into the store; returns its manifest and its size in ciphertext bytes."""
     write(store, draft)
     manifest = draft.manifest()
     return manifest, draft.size + len(manifest)
 
 
 def enter(registry: Registry, store: ArtifactStore, draft: Draft, entry: Callable[[], _T]) -> _T:
-    """What was written becomes an artifact's by `entry`, or is taken away again."""
+    """Calls `entry`, which registers the written files, and returns its result.
+
+    If `entry` fails, the files are deleted, unless an artifact may need them.
+    """
     try:
         return entry()
     except BaseException:
@@ -158,10 +166,10 @@ def enter(registry: Registry, store: ArtifactStore, draft: Draft, entry: Callabl
 
 
 def _needed(registry: Registry, draft: Draft) -> bool:
-    """Whether an artifact needs the files of a draft whose entry failed.
+    """Returns whether an artifact needs the files of a draft whose entry failed.
 
-    True also where nobody answers: perhaps only the answer was lost. If they are nobody's, a sweep
-    finds them.
+    Returns True also if the registry does not answer, because perhaps only its answer was lost. If
+    no artifact needs the files, a sweep finds them.
     """
     try:
         return registry.catalogue.reaches(draft.tenant, draft.stored_as)

@@ -1,16 +1,19 @@
 """One training step on one base model: batch, loss, gradient, optimizer, state.
 
 - session.py: the main path of a run. Start here.
-- model.py: base models and adapters by transformers and PEFT, one forward over a flat stream.
-- loading.py: base models found, converted once, and read.
-- lora.py: what is trained of a model: an adapter, or all weights.
-- batching.py, attention.py, slots.py: examples as flat streams without padding; attention over
-  them; keys and values of running sequences.
+- model.py: base models by transformers; one forward pass over a flat stream.
+- loading.py, model_files.py, weights.py: finding, converting and reading base models; their files,
+  opened once for hashing and loading; which of them hold the weights.
+- probes.py: what a loaded model can do, found by comparison with transformers.
+- lora.py: the trainable parameters of a model: an adapter by PEFT, or all weights.
+- batching.py, attention.py, forward.py: examples as flat streams without padding; attention over
+  flat streams; logits at wanted positions.
+- slots.py, caches.py: keys and values of running sequences in one stream; sequences one by one.
 - losses.py, matmul.py: losses of single tokens; matrix products by oneDNN.
-- gradients.py, optim.py: sums, means and their hashes; optimizers and schedules.
-- checkpoint.py, lineage.py: the state between two steps as plain files; where weights come from.
-- memory.py, timing.py: what a run needs at least; the time of each part of a step.
+- gradients.py, optim.py: sums, means and hashes of gradients; optimizers and schedules.
+- checkpoint.py, lineage.py: the state between two steps as plain files; the origin of weights.
+- memory.py, timing.py: the least memory that a run needs; the time of each part of a step.
 
-It imports values, `tg_tinker.storage` and `tg_tinker.data`. It knows no Ray, no database, no store
-and no budget.
+The package imports the SDK's value types, `tg_tinker.storage` and `tg_tinker.data`. It has no
+access to Ray, a database, a store or a budget.
 """

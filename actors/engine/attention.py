@@ -1,11 +1,11 @@
-"""Attention over a flat stream: every example, or running sequence, sees its own tokens only.
+"""Computes attention over a flat stream: an example or running sequence sees its own tokens only.
 
 Legend: T tokens of a stream, S segments, H heads, D head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -24,14 +24,23 @@ _KERNELS = [
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 NAME = "tg_tinker_segments"
-"""Under this name `model` registers the functions below with transformers."""
+"""The name under which `model` registers the functions below with transformers."""
+
+_APPLIED = {"dropout", "is_causal", "scaling", "sliding_window"}
+"""The options of attention that the functions below apply, or leave to the dense attention."""
+
+_NO_EFFECT = {
+    "cache_position", "output_attentions", "output_hidden_states", "output_router_logits",
+    "position_ids", "return_dict", "use_cache",
+}  # fmt: skip
+"""The options of a model that its attention receives too, and that change no result of it."""
 
 
 def segmented(dense: Attention) -> Attention:
-    """`dense` attention, applied to each segment of a flat stream on its own.
+    """Returns a function that applies `dense` attention to each segment of a flat stream alone.
 
     The model passes `segment_bounds` (S + 1 offsets, from 0 to T) through as a keyword, or
-    `layout` when it samples; without either (padded batches) the call goes to `dense` unchanged.
+    `layout` when it samples. Without either (padded batches), the call goes to `dense` unchanged.
     """
 
     def attention(
@@ -44,12 +53,13 @@ def segmented(dense: Attention) -> Attention:
         layout: Layout | None = None,
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        _refuse_unseen_window(attention_mask, options.get("sliding_window"))
-        if layout is not None:
-            how = options.get("scaling"), options.get("sliding_window")
-            return layout.attend(int(module.layer_idx), query, key, value, *how), None  # type: ignore[arg-type]
-        if segment_bounds is None:
+        if segment_bounds is None and layout is None:
             return dense(module, query, key, value, attention_mask, **options)
+        _refuse_other_masks(attention_mask, options.get("sliding_window"))
+        _refuse_unknown(options)
+        if segment_bounds is None:
+            how = options.get("scaling"), options.get("sliding_window")
+            return layout.attend(module, query, key, value, *how), None  # type: ignore[union-attr]
         sizes = [stop - start for start, stop in pairwise(segment_bounds)]
         outputs = []
         for q, k, v in _rows(sizes, query, key, value):
@@ -61,22 +71,30 @@ def segmented(dense: Attention) -> Attention:
 
 
 def _rows(sizes: list[int], *streams: torch.Tensor) -> Iterable[Sequence[torch.Tensor]]:
-    """Pieces of each stream [1, H, T, D]: all segments as one batch [S, H, t, D] if they are of
-    one length, else one segment [1, H, t, D] after the other."""
+    """Returns the segments of each stream [1, H, T, D].
+
+    Segments of one length form one batch [S, H, t, D]. Otherwise the result has one segment
+    [1, H, t, D] after the other.
+    """
     if len(set(sizes)) == 1:
         return [[torch.unflatten(x[0], 1, (len(sizes), -1)).transpose(0, 1) for x in streams]]
     return zip(*(torch.split(x, sizes, dim=2) for x in streams), strict=True)
 
 
 def keeping_attention() -> Any:
-    """What activation checkpointing keeps all the same: attention, whose cost grows with the square
-    of a row and whose result does not."""
+    """Returns contexts in which activation checkpointing keeps the results of attention.
+
+    The cost of attention grows with the square of a row's length; the size of its result does not.
+    """
     return create_selective_checkpoint_contexts(_KERNELS)  # type: ignore[no-untyped-call]
 
 
 def padding_only(dense_mask: Callable[..., torch.Tensor | None]) -> Callable[..., Any]:
-    """For a flat stream, which has no padding mask: only a note of the window, if there is one, for
-    `_refuse_unseen_window`. Else the dense mask."""
+    """Returns a mask function that builds the dense mask only where there is a padding mask.
+
+    A flat stream has no padding mask. For it, the function returns the size of the window as a
+    tensor without dimensions, for `_refuse_other_masks`, or None if there is no window.
+    """
 
     def mask(*args: Any, attention_mask: torch.Tensor | None = None, **options: Any) -> Any:
         if attention_mask is None:
@@ -87,18 +105,35 @@ def padding_only(dense_mask: Callable[..., torch.Tensor | None]) -> Callable[...
     return mask
 
 
-def _refuse_unseen_window(mask: torch.Tensor | None, window: int | None) -> None:
-    """Some architectures put a window, or chunks, into the mask and tell attention nothing of it.
+def _refuse_other_masks(mask: torch.Tensor | None, window: int | None) -> None:
+    """Raises if a mask holds more than `padding_only` gave: a bias, or a window that only it knows.
 
     Raises:
-        NotImplementedError: which `model` finds when it probes, and takes another way.
+        NotImplementedError: for the probes. They catch it, and then every example gets a stream of
+            its own.
     """
-    if mask is not None and mask.ndim == 0 and window != int(mask):
-        raise NotImplementedError("attention within a window that only the mask knows")
+    if mask is not None and (mask.ndim > 0 or window != int(mask)):
+        raise NotImplementedError("attention has a mask that has no rule here")
+
+
+def _refuse_unknown(options: Mapping[str, Any]) -> None:
+    """Raises if attention has an option that would be dropped: a sink, a cap, a bias, a mask.
+
+    Raises:
+        NotImplementedError: for the probes, as in `_refuse_other_masks`.
+    """
+    given = {name for name, value in options.items() if value is not None}
+    if unknown := sorted(given - _APPLIED - _NO_EFFECT):
+        raise NotImplementedError(f"attention receives {unknown[0]}, which has no rule here")
+    if options.get("is_causal") is False:
+        raise NotImplementedError("attention is not causal")
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """[1, 1, t, t], true where a token sees another; None where plain causal attention does."""
+    """Returns a mask [1, 1, t, t], true where a token may attend to another.
+
+    Returns None where plain causal attention gives the same result.
+    """
     if window is None or length <= window:
         return None
     position = torch.arange(length, device=device)

@@ -1,8 +1,8 @@
-"""The state of a session between two steps, and its form as plain files.
+"""Converts the state of a session between two steps to plain files and back.
 
-safetensors and JSON only: reading an artifact never runs code. `staged` writes a safetensors file
-into memory of its own, aligned and in one copy, so that training may go on at once. Sealing the
-files and keeping them is left to others.
+The files are safetensors and JSON only, so reading an artifact never runs code. `staged` writes a
+safetensors file into separate memory, aligned and in one copy, so that training may continue at
+once. Other packages seal and store the files.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ _DTYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-"""What safetensors calls them."""
+"""The names of dtypes in safetensors."""
 
 
 @dataclass(frozen=True, repr=False)
 class SessionState:
-    """A session after its last `optim_step`.
+    """The state of a session after its last `optim_step`.
 
     Attributes:
-        weights: trainable tensors by stored name (PEFT's for an adapter).
-        optimizer: moments, or None when left out.
-        step: completed steps.
-        geometry: what a session must share to load this state.
-        plan: what must be equal for a resume to the bit.
-        adapter_config: PEFT's, or None after full fine-tuning.
-        lineage: what its weights were trained on, and whether that was private.
+        weights: the trainable tensors by stored name (PEFT's name for an adapter).
+        optimizer: the moments, or None if they were left out.
+        step: the number of completed steps.
+        geometry: the settings that a session must share with this state to load it.
+        plan: the settings that must be equal for a bit-exact resume.
+        adapter_config: PEFT's configuration, or None after full fine-tuning.
+        lineage: the origin of the weights, and whether all their training was private.
     """
 
     weights: Tensors
@@ -59,7 +59,7 @@ class SessionState:
 
 @dataclass(frozen=True, repr=False)
 class Checkpoint:
-    """A state with what its owner attached and when it was saved."""
+    """A state with its owner's metadata and the time at which it was saved."""
 
     state: SessionState
     metadata: dict[str, Any]
@@ -67,7 +67,7 @@ class Checkpoint:
 
 
 def to_files(checkpoint: Checkpoint) -> dict[str, Buffer]:
-    """A copy of the state: it may change afterwards."""
+    """Returns the files of a checkpoint. They are copies, so the state may change afterwards."""
     state = checkpoint.state
     described = {
         "step": state.step,
@@ -87,10 +87,10 @@ def to_files(checkpoint: Checkpoint) -> dict[str, Buffer]:
 
 
 def from_files(files: dict[str, bytes]) -> Checkpoint:
-    """The inverse of `to_files`.
+    """Returns the checkpoint that `to_files` wrote.
 
     Raises:
-        IntegrityError: these files are not a session's state.
+        IntegrityError: if these files do not hold the state of a session.
     """
     try:
         described = json.loads(files[STATE])
@@ -106,13 +106,13 @@ def from_files(files: dict[str, bytes]) -> Checkpoint:
         timestamp = datetime.fromisoformat(described["timestamp"])
         return Checkpoint(state, described["metadata"], timestamp)
     except (SafetensorError, KeyError, TypeError, ValueError):
-        raise IntegrityError("the files open, but they are not a session's state") from None
+        raise IntegrityError("the files open, but do not hold the state of a session") from None
 
 
 def staged(tensors: Mapping[str, torch.Tensor]) -> memoryview:
-    """A safetensors file of the tensors as they are now; they may change afterwards.
+    """Returns a safetensors file of the tensors as they are now. They may change afterwards.
 
-    Large elements come first, so that all are aligned.
+    Tensors with large elements come first, so that all tensors are aligned.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {}
@@ -137,8 +137,11 @@ def staged(tensors: Mapping[str, torch.Tensor]) -> memoryview:
 
 
 def _memory(size: int) -> memoryview:
-    """Zeros, in large pages where the system has them: to map small ones takes longer than the
-    copy. It goes back to the system, not into a heap, once nobody holds it."""
+    """Returns zeroed memory, in large pages where the system has them.
+
+    Mapping small pages would take longer than the copy. The memory returns to the system, not to a
+    heap, once nothing refers to it.
+    """
     mapped = mmap.mmap(-1, size)
     with suppress(OSError, AttributeError):  # not Linux
         mapped.madvise(mmap.MADV_HUGEPAGE)

@@ -1,8 +1,9 @@
-"""Sums of gradients, the mean of a finished window, and the hash of a sum.
+"""Sums gradients, computes the mean of an accumulation window, and hashes a sum.
 
-The types keep the order of work: `GradientSum` adds up over calls, only `mean` divides, and the
-optimizer takes nothing but a `MeanGradient` or, in a private run, a `PrivateGradient`, which
-`privatise` alone makes, above this package: nothing here clips or adds noise.
+An accumulation window is all `forward_backward` calls since the last step. The types enforce the
+order of work. A `GradientSum` adds up over calls, and only `mean` divides. The optimizer accepts
+only a `MeanGradient` or, in a private run, a `PrivateGradient`. Only `privatize`, outside this
+package, makes a `PrivateGradient`: nothing here clips or adds noise.
 """
 
 from __future__ import annotations
@@ -24,18 +25,19 @@ _SIGN_SEED = 20260
 
 @dataclass(frozen=True, repr=False)
 class MeanGradient:
-    """The gradient of one optimizer step: token-weighted mean, by parameter name."""
+    """The gradient of one optimizer step: the token-weighted mean, by parameter name."""
 
     tensors: Tensors
 
 
 @dataclass(frozen=True, repr=False)
 class PrivateGradient:
-    """What a private run may show its optimizer: (sum + noise) / B.
+    """The only gradient that a private run may pass to its optimizer: (sum + noise) / B.
 
     Attributes:
-        tensors: float32 by parameter name.
-        noise_std: of the noise on the sum, sigma * C; 0 on a data set without a limit only.
+        tensors: float32, by parameter name.
+        noise_std: the standard deviation of the noise on the sum, sigma * C. It is 0 only on a
+            dataset with unlimited epsilon.
     """
 
     tensors: Tensors
@@ -44,12 +46,12 @@ class PrivateGradient:
 
 @dataclass(repr=False)
 class GradientSum:
-    """Sum of per-token gradients since the last step.
+    """The sum of per-token gradients since the last step.
 
     Attributes:
         tensors: float32, by parameter name; empty before the first `add`.
-        weight: labelled tokens in the sum.
-        count: examples in the sum.
+        weight: the number of labeled tokens in the sum.
+        count: the number of examples in the sum.
     """
 
     tensors: Tensors
@@ -61,7 +63,7 @@ class GradientSum:
         return cls({})
 
     def add(self, other: GradientSum) -> None:
-        """Adds in place; how a batch was cut into calls changes nothing."""
+        """Adds another sum in place. Splitting a batch into several calls changes nothing."""
         if not self.tensors:
             self.tensors = other.tensors
         else:
@@ -71,10 +73,16 @@ class GradientSum:
         self.count += other.count
 
     def mean(self) -> MeanGradient:
-        """The only division between a batch and a weight. Consumes the sum."""
+        """Returns the mean over labeled tokens, and consumes the sum.
+
+        This is the only division between a batch and a weight.
+
+        Raises:
+            InvalidRequestError: if the sum holds no labeled token.
+        """
         if not self.weight:
             raise InvalidRequestError(
-                "optim_step has no gradient: call forward_backward in train mode first"
+                "optim_step has no gradient to use: call forward_backward in train mode first"
             )
         tensors, self.tensors = self.tensors, {}
         for tensor in tensors.values():
@@ -83,7 +91,10 @@ class GradientSum:
 
 
 def take_gradients(parameters: Mapping[str, torch.nn.Parameter]) -> Tensors:
-    """float32 gradients by name, zeros where a parameter took no part; it keeps none."""
+    """Returns float32 gradients by name, and removes them from the parameters.
+
+    A parameter that took no part has a gradient of zeros.
+    """
     taken = {}
     for name, parameter in parameters.items():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -92,12 +103,12 @@ def take_gradients(parameters: Mapping[str, torch.nn.Parameter]) -> Tensors:
 
 
 def gradient_hash(tensors: Tensors) -> str:
-    """A fingerprint of a gradient sum; equal sums give equal hashes.
+    """Returns a fingerprint of a gradient sum. Equal sums give equal hashes.
 
-    Up to 64 MiB of float32 it is `sha256:` over names and all bytes (little-endian, in name
-    order). Above, `sketch:` over random-sign sums of blocks of 4096 values: a change of any
-    value changes its block's sum unless it is lost in float64 rounding or several changes
-    cancel, so it finds accidents, not forgeries.
+    Up to 64 MiB of float32, the hash is `sha256:` over names and all bytes (little-endian, in name
+    order). Above that, it is `sketch:` over random-sign sums of blocks of 4096 values. A change of
+    any value changes its block's sum, unless the change is lost in float64 rounding or several
+    changes cancel. So a sketch detects accidents, not forgeries.
     """
     size = sum(4 * tensor.numel() for tensor in tensors.values())
     sketched = size > FULL_HASH_BYTES
@@ -111,7 +122,7 @@ def gradient_hash(tensors: Tensors) -> str:
 
 
 def _block_sums(flat: torch.Tensor) -> torch.Tensor:
-    """float64 [ceil(n / 4096)], each block weighted by the same fixed signs."""
+    """Returns block sums, float64 [ceil(n / 4096)]. The same fixed signs weight every block."""
     generator = torch.Generator().manual_seed(_SIGN_SEED)
     signs = torch.randint(0, 2, (_BLOCK,), generator=generator, dtype=torch.float64) * 2 - 1
     padded = torch.nn.functional.pad(flat, (0, -len(flat) % _BLOCK))

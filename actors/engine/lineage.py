@@ -1,8 +1,8 @@
-"""Where weights come from: every artifact carries it, and a private run asks before it starts.
+"""Records the origin of weights. Every artifact carries it, and a private run checks it at start.
 
 A guarantee holds from the first private step after the base model, or after weights that have
-the guarantee themselves. Whatever touched data without noise since the base model ends it, for
-the weights and for all that descend from them.
+the guarantee themselves. Any training without noise since the base model ends the guarantee, for
+these weights and for all weights that descend from them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from tg_tinker.errors import LineageError
 
 @dataclass(frozen=True)
 class Lineage:
-    """What the weights of a session were trained on.
+    """A record of the training that a session's weights have had.
 
     Attributes:
-        base: digest of the base model.
+        base: the digest of the base model.
         guarantee: ``base`` (nothing but the base model), ``private``, or ``none``.
-        ledgers: where the ledger ended at the last charge, ``SEQ-HASH``, by data set, of all
+        ledgers: the ledger's head position at the last charge, ``SEQ-HASH``, by dataset, for all
             private steps so far.
     """
 
@@ -30,19 +30,22 @@ class Lineage:
     ledgers: Mapping[str, str] = field(default_factory=dict)
 
     def unguarded(self) -> Lineage:
-        """After a step without noise."""
+        """Returns the lineage after a step without noise."""
         return replace(self, guarantee="none")
 
     def charged(self, dataset: str, place: str) -> Lineage:
-        """After a private step; a guarantee that was lost stays lost."""
+        """Returns the lineage after a private step. A lost guarantee stays lost."""
         kept: Literal["private", "none"] = "none" if self.guarantee == "none" else "private"
         return replace(self, guarantee=kept, ledgers={**self.ledgers, dataset: place})
 
     def refuse_unguarded(self, allowed: bool) -> None:
         """Raises unless a private run may start from these weights.
 
+        Args:
+            allowed: whether the run accepts weights without a guarantee.
+
         Raises:
-            LineageError: they saw data without privacy, or nobody knows.
+            LineageError: if the weights were trained without privacy, or their origin is unknown.
         """
         if self.guarantee == "none" and not allowed:
             raise LineageError(

@@ -1,6 +1,6 @@
-"""Losses of single tokens and examples: each depends on its own tokens alone, never on others.
+"""Computes losses of single tokens and examples. A loss depends only on its own example's tokens.
 
-Legend: L labelled tokens, D width of a hidden state, V vocabulary.
+Legend: L labeled tokens, D width of a hidden state, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,29 +13,32 @@ import torch.nn.functional as F  # noqa: N812
 from actors.engine.matmul import multiply, weight_gradient
 
 LOGIT_BYTES = 64 * 2**20
-"""Logits held at a time, in float32: of all L tokens they would be most of a step's memory."""
+"""Bytes of float32 logits held at a time. Those of all L tokens would take most of the memory."""
 
 
 def sums_by_example(losses: torch.Tensor, owners: torch.Tensor, count: int) -> torch.Tensor:
-    """float32 [B]: losses [L] added up by example; 0 for one without labelled tokens.
+    """Returns losses [L] summed by example: float32 [B].
+
+    The sum of an example without labeled tokens is 0.
 
     Args:
-        owners: int64 [L], the example of each labelled token.
-        count: number of examples B.
+        owners: int64 [L], the example of each labeled token.
+        count: the number of examples B.
     """
     return losses.new_zeros(count).index_add(0, owners, losses)
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """float32 [L]: negative log-likelihood in nats of each target, given logits [L, V]."""
+    """Returns each target's negative log-likelihood in nats, float32 [L], given logits [L, V]."""
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def head_losses(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The same from hidden states [L, D] and the output matrix [V, D]; logits exist in chunks.
+    """Returns the losses of `token_losses` from hidden states [L, D] and the output matrix [V, D].
 
-    Where the head is frozen, forward computes the gradient of `hidden` at once: a token's loss
-    needs its logits only once. Where it trains, backward computes them again.
+    Logits exist in chunks. If the head is frozen, the forward pass also computes the gradient of
+    `hidden`, so that each chunk of logits is computed once. If the head trains, the backward pass
+    computes the logits again.
     """
     return _HeadLosses.apply(hidden, head, targets)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -55,7 +58,7 @@ class _HeadLosses(torch.autograd.Function):
                 errors = _errors(log_likelihoods, targets[chunk])
                 slopes[chunk] = multiply(errors.to(head.dtype), head.T)
                 del errors
-            del log_likelihoods  # or it would be there while the next chunk makes its own two
+            del log_likelihoods  # else it would occupy memory while the next chunk is computed
         ctx.save_for_backward(slopes, *((hidden, head, targets) if for_head else ()))
         return losses
 
@@ -67,7 +70,7 @@ class _HeadLosses(torch.autograd.Function):
             return slopes * scale.to(slopes.dtype), None, None
         hidden, head, targets = rest
         slopes = torch.empty_like(hidden)
-        for_head = torch.zeros_like(head, dtype=torch.float32)  # many chunks add up in it
+        for_head = torch.zeros_like(head, dtype=torch.float32)  # the sum over many chunks
         for chunk in _chunks(hidden, head):
             errors = _errors(_log_likelihoods(hidden[chunk], head), targets[chunk])
             errors = errors.mul_(scale[chunk]).to(head.dtype)
@@ -87,7 +90,10 @@ def _log_likelihoods(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
 
 
 def _errors(log_likelihoods: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """float32 [l, V], in place: the gradient of each token's loss with regard to its logits."""
+    """Returns the gradient of each token's loss with respect to its logits: float32 [l, V].
+
+    Overwrites the log-likelihoods of these l tokens.
+    """
     likelihoods = log_likelihoods.exp_()
     likelihoods[torch.arange(len(targets), device=targets.device), targets] -= 1
     return likelihoods

@@ -1,16 +1,15 @@
-"""Base models in memory, what they are found to be able to do, and one forward over a flat stream.
+"""Holds base models in memory, probes their abilities, and runs a forward pass over a flat stream.
 
 `Base.load` takes a hub id, a Hugging Face directory or a GGUF file, which `loading` finds and
-converts; two probes tell whether rows may share a stream and whether the head is a plain product.
-What trains is put in by `lora`.
+converts, and `probes` tests. `lora` adds the trainable parameters.
 """
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,33 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from actors.engine import attention
 from actors.engine.batching import FlatStream, flatten
+from actors.engine.caches import Caches, Passes, Way, sequences
+from actors.engine.forward import logits_at
 from actors.engine.loading import (
     CheckRoom,
     Progress,
     beside,
-    digest_of,
     eos_ids,
     explained,
     from_directory,
-    prepare,
+    prepared,
 )
 from actors.engine.losses import head_losses, token_losses
-from actors.engine.slots import Layout
+from actors.engine.model_files import KINDS, Identity
+from actors.engine.probes import (
+    head_is_plain,
+    is_eager,
+    passes,
+    referenced,
+    rows_are_separate,
+    way_of_sampling,
+)
+from actors.engine.slots import Layout, Slots
 from actors.engine.timing import Stage, stage
+from actors.engine.weights import weight_files
 from tg_tinker.data.batch import Example
-from tg_tinker.data.text import read_tokenizer
+from tg_tinker.errors import ArtifactMismatchError, InvalidRequestError
+from tg_tinker.sampling import NOT_SAMPLED
 
 transformers.AttentionInterface.register(
     attention.NAME, attention.segmented(sdpa_attention_forward)
@@ -47,31 +58,78 @@ transformers.utils.logging.disable_progress_bar()
 
 @dataclass(repr=False)
 class Base:
-    """A language model as one session trains it; its file's pages are shared between processes.
+    """A language model that one session trains. Processes share the memory pages of its files.
 
     Attributes:
-        digest: `sha256:` over the weight files as loaded and what of config.json shapes them.
-        flat: several examples may share a stream; found by a probe, see `_rows_are_separate`.
-        plain_head: logits are hidden states times one matrix and nothing else; found by a probe.
+        digest: `sha256:` over the weight files as loaded, and over config.json without its name,
+            version and dtype fields.
+        flat: whether several examples may share a stream, as `rows_are_separate` finds.
+        plain_head: whether logits are hidden states times one matrix and nothing else, as
+            `head_is_plain` finds.
+        sampling: how sequences are sampled; None if no way gives the logits of transformers.
     """
 
     model: Any
-    digest: str
+    identity: Identity
     directory: Path
+    tokenizer: dict[str, bytes]
     vocab_size: int
     context_length: int
-    eos_ids: frozenset[int]
     flat: bool
     plain_head: bool
+    sampling: Way | None
+
+    @property
+    def digest(self) -> str:
+        """`sha256:` over the weight files as loaded, and over config.json without its name, version
+        and dtype."""
+        return self.identity.digest
 
     @property
     def device(self) -> torch.device:
         device: torch.device = self.model.device
         return device
 
+    @cached_property
+    def eos_ids(self) -> frozenset[int]:
+        """The tokens that end an answer. Only sampling reads them, and loads the tokenizer."""
+        return eos_ids(self.model, self.tokenizer)
+
+    def known_as(self, digest: object) -> bool:
+        """Returns whether a run or artifact with this digest belongs to this base model."""
+        former = self.identity.former(self.directory) if digest != self.digest else None
+        return digest == self.digest or (former is not None and digest == former)
+
+    def other_kinds(self, files: Mapping[str, str] | None) -> list[str]:
+        """Returns the kinds of files, in words, that differ from those with these digests.
+
+        Nothing differs from None, which is all that is known of artifacts of older versions.
+        """
+        ours = self.identity.files
+        return [
+            words
+            for kind, words in KINDS.items()
+            if files is not None and files.get(kind) != ours.get(kind)
+        ]
+
+    def refuse_other_files(self, files: Mapping[str, str] | None) -> None:
+        """Raises unless weights with the digests of these files were trained on this base model.
+
+        Raises:
+            ArtifactMismatchError: if a kind of file differs, such as the tokenizer or the template.
+        """
+        if other := self.other_kinds(files):
+            raise ArtifactMismatchError(
+                f"these weights were trained on a base model with the same weights and config, but"
+                f" with another {' and another '.join(other)}, so the same text would have other"
+                " tokens or another meaning. Nothing was loaded: restore the files that the model"
+                " had then",
+                details={"part": "files"},
+            )
+
     @property
     def can_recompute(self) -> bool:
-        """Whether activation checkpointing is known to this architecture."""
+        """Whether this architecture supports activation checkpointing."""
         return bool(self.model.supports_gradient_checkpointing)
 
     @property
@@ -89,16 +147,16 @@ class Base:
         progress: Progress = lambda message: None,
         check_room: CheckRoom = lambda directory, dtype: None,
     ) -> Base:
-        """Finds, converts where needed, loads and probes a model.
+        """Finds, loads and probes a model; converts it first where that is necessary.
 
         Args:
-            check_room: called with the safetensors directory before weights are loaded from it.
+            check_room: is called with the safetensors directory before weights are loaded from it.
 
         Raises:
-            NotFoundError: no such file or directory, or the hub has (or gives) no such model.
-            InvalidRequestError: the files are damaged, or of an architecture that cannot train.
-            StorageError: no room for the converted copy.
-            PlacementError: no memory to convert it.
+            NotFoundError: if there is no such file or directory, or the hub returns no such model.
+            InvalidRequestError: if the files are damaged, or the architecture cannot be trained.
+            StorageError: if the disk has no space for the converted copy.
+            PlacementError: if the node has too little memory for the conversion.
         """
         with explained(model_ref):
             return cls._load(model_ref, cache, dtype, progress, check_room)
@@ -107,44 +165,100 @@ class Base:
     def _load(
         cls, model_ref: str, cache: Path, dtype: str, progress: Progress, check_room: CheckRoom
     ) -> Base:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         target = getattr(torch, compute_dtype(dtype))
-        directory = prepare(model_ref, target, cache, progress)
-        check_room(directory, target)
-        size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-        progress(f"loading the weights ({size / 1e9:.2g} GB)")
-        digest = beside(digest_of, directory)
-        model = from_directory(directory, target, attention.NAME).to(device)
-        flat = _rows_are_separate(model)
-        if not flat:
-            # The architecture mixes tokens outside of attention, or needs an attention of its
-            # own: it gets one example per stream and transformers' own choice of attention.
-            model = from_directory(directory, target, None).to(device)
-        config = model.config.get_text_config()
+        with prepared(model_ref, target, cache, progress) as (given, files):
+            check_room(files.view, target)
+            size = sum(file.stat().st_size for file in weight_files(files.view))
+            progress(f"loading the weights ({size / 1e9:.2g} GB)")
+            identity = beside(lambda: files.identity(given))
+            model, sampling = _flat(files.view, target)
+            flat = model is not None
+            if model is None:
+                model, sampling = _plain(files.view, target)
+            found = identity.result()
+            files.refuse_changed()
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
         return cls(
             model=model.requires_grad_(False),
-            digest=digest.result(),
-            directory=directory,
+            identity=found,
+            directory=files.source,
+            tokenizer=files.tokenizer,
             vocab_size=model.get_input_embeddings().num_embeddings,
-            context_length=getattr(config, "max_position_embeddings", None) or 2**31,
-            eos_ids=eos_ids(model),
+            context_length=positions if positions > 0 else 2**31,  # some say that -1 is no limit
             flat=flat,
             plain_head=_head_is_plain(model, flat),
+            sampling=sampling,
         )
 
+    def sequences(self, count: int) -> Slots | Caches:
+        """Returns room for `count` running sequences.
+
+        Raises:
+            InvalidRequestError: if the architecture cannot be sampled.
+        """
+        if self.sampling is None:
+            raise InvalidRequestError(NOT_SAMPLED)
+        return sequences(self.sampling, count, self.model)
+
     def tokenizer_files(self) -> dict[str, bytes]:
-        return read_tokenizer(self.directory)
+        return self.tokenizer
+
+
+def _flat(directory: Path, dtype: torch.dtype) -> tuple[Any, Way | None]:
+    """Returns a model with our attention, and how to sample from it.
+
+    Returns (None, None) if the architecture mixes tokens outside of attention, or needs an
+    attention of its own.
+    """
+    found: list[Any] = []
+
+    def separates() -> bool:
+        model = from_directory(directory, dtype, attention.NAME).to(_device())
+        with referenced(model) as expected:
+            if rows_are_separate(model, expected):
+                found.extend((model, way_of_sampling(model, True, expected)))
+        return bool(found)
+
+    return (found[0], found[1]) if passes(separates) else (None, None)
+
+
+def _plain(directory: Path, dtype: torch.dtype) -> tuple[Any, Way | None]:
+    """Returns a model with the attention that transformers chooses, and how to sample from it.
+
+    Where the chosen attention gives other logits than the eager one, the model gets the latter.
+    """
+    model = from_directory(directory, dtype, None).to(_device())
+    with referenced(model) as expected:
+        if not passes(lambda: is_eager(model, expected)):
+            model.set_attn_implementation("eager")
+        return model, way_of_sampling(model, False, expected)
+
+
+def _head_is_plain(model: Any, flat: bool) -> bool:
+    tokens = np.arange(min(12, model.get_input_embeddings().num_embeddings))
+    row = _inputs(flatten([Example(tokens, tokens)]), model.device, flat)
+    return passes(lambda: head_is_plain(model, row))
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def compute_dtype(wanted: str) -> str:
-    """Of the weights on this machine: `auto` is bfloat16 on CUDA and float32 elsewhere."""
+    """Returns the dtype of the weights on this machine.
+
+    `auto` means bfloat16 on CUDA and float32 elsewhere.
+    """
     if wanted != "auto":
         return wanted
     return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
-def labelled_losses(base: Base, stream: FlatStream) -> torch.Tensor:
-    """float32 [L], in nats: one forward over the stream, logits only where there is a label."""
+def labeled_losses(base: Base, stream: FlatStream) -> torch.Tensor:
+    """Returns the loss of each labeled token: float32 [L], in nats.
+
+    Runs one forward pass over the stream, and computes logits only where there is a label.
+    """
     model, predictors = base.model, stream.predictors.to(base.device)
     targets, options = stream.targets.to(base.device), _inputs(stream, base.device, base.flat)
     if base.plain_head:
@@ -153,16 +267,13 @@ def labelled_losses(base: Base, stream: FlatStream) -> torch.Tensor:
         with stage(Stage.HEAD):
             return head_losses(hidden, model.get_output_embeddings().weight, targets)
     with stage(Stage.FORWARD):
-        if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            logits = model(**options, logits_to_keep=predictors).logits[0]
-        else:
-            logits = model(**options).logits[0, predictors]
+        logits = logits_at(model, predictors, **options)[0]
     with stage(Stage.HEAD):
         return token_losses(logits, targets)
 
 
 def _inputs(stream: FlatStream, device: torch.device, flat: bool) -> dict[str, Any]:
-    """What a model or its decoder is called with; a stream of one example needs no bounds."""
+    """Returns the arguments for a model or its decoder. A stream of one example needs no bounds."""
     options: dict[str, Any] = {"input_ids": stream.tokens.to(device), "use_cache": False}
     if flat:
         options |= {"position_ids": stream.positions.to(device), "segment_bounds": stream.bounds}
@@ -170,30 +281,23 @@ def _inputs(stream: FlatStream, device: torch.device, flat: bool) -> dict[str, A
 
 
 def next_token_logits(
-    base: Base, tokens: Sequence[int], layout: Layout, wanted: Sequence[int]
+    base: Base, tokens: Sequence[int], layout: Layout | Passes, wanted: Sequence[int]
 ) -> torch.Tensor:
-    """[len(wanted), V] after these places of a stream of running sequences."""
-    device = base.device
-    keep = torch.tensor(wanted, device=device).long()
-    options: dict[str, Any] = {
-        "input_ids": torch.tensor(tokens, device=device)[None],
-        "position_ids": layout.positions[None],
-        "layout": layout,
-        "use_cache": False,
-    }
-    if "logits_to_keep" in inspect.signature(base.model.forward).parameters:
-        return base.model(**options, logits_to_keep=keep).logits[0]  # type: ignore[no-any-return]
-    return base.model(**options).logits[0, keep]  # type: ignore[no-any-return]
+    """Returns next-token logits [len(wanted), V] at the wanted places of a step.
+
+    The step holds tokens of running sequences, as `layout` describes.
+    """
+    return layout.logits(base.model, tokens, wanted)
 
 
 def use_threads(count: int | None) -> int:
-    """Sets torch's threads (None: every core this process may use) and says how many."""
+    """Sets the number of torch's threads and returns it. None means every core of this process."""
     torch.set_num_threads(count or len(os.sched_getaffinity(0)))
     return torch.get_num_threads()
 
 
 def save_tiny_llama(directory: Path, vocab_size: int) -> Path:
-    """Writes a Llama of 2 layers and width 64 with random weights: for checks of the code alone."""
+    """Writes a Llama of 2 layers and width 64 with random weights, for checks of the code alone."""
     config = transformers.LlamaConfig(
         vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
@@ -201,58 +305,3 @@ def save_tiny_llama(directory: Path, vocab_size: int) -> Path:
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(directory)
     return directory
-
-
-# --- probes ----------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _rows_are_separate(model: Any) -> bool:
-    """Probe: does an example in a flat stream get the logits that it gets alone?
-
-    The reference is transformers' eager attention, which knows every architecture's extras.
-    """
-    config = model.config.get_text_config()
-    if _rope_kinds(getattr(config, "rope_parameters", None)) & {"longrope", "dynamic"}:
-        return False  # the longest row of a stream decides on the rotation of all
-    generator = np.random.default_rng(0)
-    vocab_size = model.get_input_embeddings().num_embeddings
-    rows = [generator.integers(0, vocab_size, size) for size in (11, 7)]
-    stream = flatten([Example(row, row) for row in rows])
-    try:
-        together = model(**_inputs(stream, model.device, flat=True)).logits[0, stream.bounds[1] :]
-        model.set_attn_implementation("eager")
-        ids = torch.from_numpy(rows[1])[None].to(model.device)
-        alone = model(input_ids=ids, use_cache=False)
-        model.set_attn_implementation(attention.NAME)
-    except (TypeError, ValueError, IndexError, NotImplementedError, RuntimeError):
-        return False
-    tolerance = 1e-4 if model.dtype == torch.float32 else 3e-2
-    difference = (together - alone.logits[0]).abs().max()
-    return bool(difference <= tolerance * alone.logits.abs().max())
-
-
-@torch.no_grad()
-def _head_is_plain(model: Any, flat: bool) -> bool:
-    """Probe: are logits the decoder's hidden states times the output matrix, to the bit?
-
-    Not where an architecture scales, caps or shifts them.
-    """
-    row = np.arange(min(12, model.get_input_embeddings().num_embeddings))
-    options = _inputs(flatten([Example(row, row)]), model.device, flat)
-    try:
-        head = model.get_output_embeddings()
-        hidden = model.get_decoder()(**options).last_hidden_state
-        found = torch.nn.functional.linear(hidden, head.weight)
-        # A bias of zeros shows in no logit, but trains.
-        return head.bias is None and bool(torch.equal(found, model(**options).logits))
-    except (AttributeError, TypeError, ValueError, NotImplementedError, RuntimeError):
-        return False
-
-
-def _rope_kinds(parameters: Any) -> set[str]:
-    """The kinds of rotary positions: one for the model, or one for each kind of layer."""
-    if not isinstance(parameters, dict):
-        return set()
-    nested = [kind for value in parameters.values() for kind in _rope_kinds(value)]
-    return {str(parameters.get("rope_type", "default")), *nested}

@@ -1,6 +1,7 @@
-"""Optimizers and schedules. torch holds the moments; every number is passed in per step.
+"""Runs optimizers and learning-rate schedules.
 
-It takes gradients that are means or private already, never sums: see `gradients`.
+torch holds the moments. Every hyperparameter is passed in per step. `Optimizer` accepts a
+`MeanGradient` or a `PrivateGradient`, never a sum: see `gradients`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from tg_tinker.errors import NonFiniteError
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int | None) -> float:
-    """The rate of the step after `step` completed ones.
+    """Returns the learning rate of the next step after `step` completed steps.
 
-    Linear warm-up to the peak, then constant, or falling to 0 after `max_steps` steps.
+    The rate rises linearly to its peak during warm-up. Then it stays constant, or falls to 0 after
+    `max_steps` steps.
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
@@ -34,12 +36,13 @@ class Optimizer:
     """One torch optimizer over named parameters.
 
     Attributes:
-        half_moved: a step failed while it moved them: no state is whole any more.
+        half_moved: whether a step failed while it moved the parameters, so that their state is no
+            longer consistent.
     """
 
     def __init__(self, config: OptimizerConfig, parameters: Mapping[str, torch.nn.Parameter]):
         self.half_moved = False
-        # Adafactor's eps is a pair of its own (regularisation, scale floor): keep its defaults.
+        # Adafactor's eps is a pair (regularization, scale floor), so its defaults stay.
         self._settable = {"lr", "betas", "weight_decay", "momentum"}
         self._settable |= set() if config.name == "adafactor" else {"eps"}
         self._parameters = dict(parameters)
@@ -59,12 +62,12 @@ class Optimizer:
         """Moves the parameters; returns the gradient's L2 norm before global clipping.
 
         Raises:
-            NonFiniteError: NaN or infinity in the gradient; no parameter has moved.
+            NonFiniteError: if the gradient holds NaN or infinity. No parameter has moved.
         """
         norm = torch.nn.utils.get_total_norm(gradient.tensors.values())
         if not torch.isfinite(norm):
             raise NonFiniteError(
-                "the gradient is not finite: this step was dropped, weights are as before;"
+                "the gradient is not finite: this step was dropped and the weights are unchanged;"
                 " lower the learning rate"
             )
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
@@ -85,7 +88,7 @@ class Optimizer:
         return float(norm)
 
     def state(self) -> Tensors:
-        """Moments as tensors named `parameter::key`, ready for safetensors."""
+        """Returns the moments as tensors named `parameter::key`, ready for safetensors."""
         return {
             f"{name}::{key}": torch.as_tensor(value)
             for name, parameter in self._parameters.items()
@@ -94,7 +97,7 @@ class Optimizer:
         }
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Puts back what `state` returned; parameters without state start fresh."""
+        """Restores the moments that `state` returned. Parameters without moments start fresh."""
         self._torch.state.clear()
         for full_name, tensor in state.items():
             name, _, key = full_name.rpartition("::")

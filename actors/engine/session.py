@@ -1,12 +1,13 @@
-"""One training run on one base model: the main path, without Ray.
+"""Runs one training run on one base model: the main path, without Ray.
 
     base = Base.load("path/to/model", cache=Path("cache"))
     session = Session(base, TrainingConfig(model_ref="path/to/model", lora_config=LoRAConfig()))
     session.forward_backward(examples)
     session.optim_step()
 
-`forward_backward` adds to the window, `optim_step` consumes it. Between the two lives nothing
-else: an artifact is the state after the last `optim_step`.
+`forward_backward` adds a gradient to the accumulation window, and `optim_step` consumes the window.
+A session holds no other pending state. An artifact is the state after the last `optim_step`, so the
+window is never part of it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from actors.engine.lineage import Lineage
 from actors.engine.lora import make_trainable
 from actors.engine.losses import sums_by_example
 from actors.engine.matmul import library
-from actors.engine.model import Base, labelled_losses
+from actors.engine.model import Base, labeled_losses
 from actors.engine.optim import Optimizer, learning_rate
 from actors.engine.timing import Stage, stage
 from tg_tinker.config import TrainingConfig
@@ -49,12 +50,18 @@ from tg_tinker.errors import (
 from tg_tinker.types import ForwardBackwardResult, OptimStepResult
 
 MAX_STREAM_TOKENS = 1024
-"""Tokens of one micro-batch: bounds activations. A longer row keeps few of them, and computes the
-others again in the backward pass."""
+"""The maximum tokens of one micro-batch, which bounds the memory of activations.
+
+A longer row keeps few activations and computes the others again in the backward pass."""
+
+
+FILES = "files"
+"""The part of a geometry with the digests of the base model's kinds of files. The states of older
+versions do not have it."""
 
 
 class Session:
-    """Adapter, optimizer, window and counters of one run."""
+    """The adapter, optimizer, accumulation window and counters of one run."""
 
     def __init__(self, base: Base, config: TrainingConfig) -> None:
         torch.manual_seed(config.seed)  # first weights of the adapter
@@ -75,7 +82,7 @@ class Session:
 
     @property
     def pending(self) -> bool:
-        """Whether an `optim_step` now would find something that no artifact holds."""
+        """Whether the window holds examples or is spoiled, which no artifact records."""
         return self._window.count > 0 or self._spoiled
 
     @property
@@ -93,14 +100,14 @@ class Session:
         batch_hash: str | None = None,
         check_cancelled: Callable[[], None] = lambda: None,
     ) -> ForwardBackwardResult:
-        """Loss of a batch and, in train mode, its gradient added to the window.
+        """Computes the loss of a batch and, in train mode, adds its gradient to the window.
 
-        In eval mode dropout is off, nothing is differentiated, the window stays as it is.
+        In eval mode dropout is off, no gradient is computed, and the window stays as it is.
+        A failure in train mode spoils the window: the next `optim_step` drops it.
 
         Raises:
-            InvalidRequestError: see `check_bounds`.
-            NonFiniteError: the loss is NaN or infinite.
-        A failure in train mode spoils the window: the next `optim_step` drops it.
+            InvalidRequestError: if `check_bounds` or `resolve_batch_hash` rejects the batch.
+            NonFiniteError: if the loss is NaN or infinite.
         """
         started = time.perf_counter()
         try:
@@ -110,8 +117,8 @@ class Session:
             if train:
                 self._seed_dropout()
             total_loss, gradient = self._run(examples, train, check_cancelled)
-            weight = sum(example.num_labelled for example in examples)
-            # Hashed before it is added: `add` may keep and change the very tensors.
+            weight = sum(example.num_labeled for example in examples)
+            # Hashed before the addition, because `add` may keep and change these tensors.
             with stage(Stage.HASH):
                 fingerprint = gradient_hash(gradient) if train else ""
             if train:
@@ -128,15 +135,15 @@ class Session:
         )
 
     def optim_step(self, apply_dp_noise: bool = True) -> OptimStepResult:
-        """Consumes the window: mean gradient, learning rate, optimizer, next step.
+        """Consumes the window: moves the weights by its mean gradient and completes a step.
 
-        `apply_dp_noise` has a meaning in private runs only.
+        `apply_dp_noise` has an effect in private runs only. The window is empty afterwards, also
+        if this method raises.
 
         Raises:
-            InvalidRequestError: the run is completed, or nothing was accumulated.
-            WindowSpoiledError: a `forward_backward` since the last step failed.
-            NonFiniteError: the gradient is NaN or infinite; weights are untouched.
-        Whatever is raised, the window is empty afterwards.
+            InvalidRequestError: if the run is completed, or nothing was accumulated.
+            WindowSpoiledError: if a `forward_backward` since the last step failed.
+            NonFiniteError: if the gradient is NaN or infinite. The weights are unchanged.
         """
         started = time.perf_counter()
         window, spoiled = self._window, self._spoiled
@@ -153,7 +160,7 @@ class Session:
         )
 
     def _move(self, gradient: MeanGradient | PrivateGradient) -> tuple[float, float]:
-        """One optimizer step: the gradient's norm and the learning rate used."""
+        """Makes one optimizer step; returns the gradient's norm and the learning rate used."""
         settings = self.config.optimizer
         rate = learning_rate(settings, self.step, self.config.max_steps)
         with stage(Stage.OPTIMIZER):
@@ -171,13 +178,13 @@ class Session:
 
     @property
     def broken(self) -> bool:
-        """A step failed where the weights may be half moved: only a new actor may go on."""
+        """Whether a failed step may have moved some weights: then only a new actor may continue."""
         return self._optimizer.half_moved
 
     # --- state -------------------------------------------------------------------------------
 
     def state(self, include_optimizer: bool = True) -> SessionState:
-        """A copy of everything an artifact holds; training may go on at once."""
+        """Returns a copy of the state that an artifact holds. Training may continue at once."""
         live = self.live_state(include_optimizer)
         return replace(
             live,
@@ -186,22 +193,22 @@ class Session:
         )
 
     def live_state(self, include_optimizer: bool = True) -> SessionState:
-        """The same with the tensors themselves: copy them before the next call changes them."""
+        """Returns the state with the live tensors. Copy them before the next call changes them."""
         return SessionState(
             weights={name: p.detach() for name, p in self._parameters.items()},
             optimizer=self._optimizer.state() if include_optimizer else None,
             step=self.step,
-            geometry=self._geometry(),
+            geometry=self._geometry() | {FILES: dict(self.base.identity.files)},
             plan=self._plan(),
             adapter_config=self._adapter_config,
             lineage=self.lineage,
         )
 
     def load(self, state: SessionState) -> tuple[str, ...]:
-        """Takes over a state, or raises and changes nothing; returns warnings.
+        """Loads a state and returns warnings, or raises and changes nothing.
 
         Raises:
-            ArtifactMismatchError: another base model, rank, target layers or optimizer.
+            ArtifactMismatchError: if the base model, rank, target layers or optimizer differ.
         """
         self.check_fits(state)
         with torch.no_grad():
@@ -213,27 +220,30 @@ class Session:
         return self._warnings(state)
 
     def check_fits(self, state: SessionState) -> None:
-        """Raises what `load` would refuse it with, and changes nothing."""
+        """Raises the error with which `load` would refuse the state, and changes nothing."""
         mine = self._geometry()
         if state.optimizer is None:
             mine = mine | {"optimizer": state.geometry.get("optimizer")}
         for part, ours in mine.items():
             theirs = state.geometry.get(part)
-            if ours != theirs:
+            if ours != theirs and not (part == "base" and self.base.known_as(theirs)):
                 raise ArtifactMismatchError(
                     f"the artifact's {part} differs: {_difference(theirs, ours)}. Nothing was"
-                    " loaded; create a client with the artifact's configuration",
+                    " loaded; create a client with the configuration of the artifact",
                     details={"part": part},
                 )
+        self.base.refuse_other_files(state.geometry.get(FILES))
         if any(list(t.shape) != mine["shapes"].get(n) for n, t in state.weights.items()):
-            raise ArtifactMismatchError("the artifact's tensors do not have their stated shapes")
+            raise ArtifactMismatchError(
+                "the artifact's tensors do not have the shapes that the artifact states"
+            )
 
     # --- inside ------------------------------------------------------------------------------
 
     def _run(
         self, examples: Sequence[Example], train: bool, check_cancelled: Callable[[], None]
     ) -> tuple[float, Tensors]:
-        """Summed loss over all streams and, in train mode, the summed gradient."""
+        """Returns the summed loss over all streams and, in train mode, the summed gradient."""
         self.base.model.train(train)
         limit = MAX_STREAM_TOKENS if self.base.flat else 0
         total, gradient = 0.0, GradientSum.zero()
@@ -241,7 +251,7 @@ class Session:
             for stream in flat_streams(examples, limit):
                 check_cancelled()
                 total += self._run_stream(stream, train)
-                if train:  # summed in float32 here, not in a parameter's own dtype
+                if train:  # the sum is float32, whatever the dtype of a parameter
                     gradient.add(GradientSum(take_gradients(self._parameters)))
             return total, gradient.tensors
         finally:
@@ -265,14 +275,14 @@ class Session:
         return float(loss.detach())
 
     def _losses(self, stream: FlatStream) -> torch.Tensor:
-        """float32 [S]: the summed loss of each example of the stream."""
+        """Returns the summed loss of each example of the stream: float32 [S], in nats."""
         long = stream.tokens.numel() > MAX_STREAM_TOKENS and self.base.can_recompute
         self._recompute_activations(long or self.config.resources.activation_checkpointing)
-        losses = labelled_losses(self.base, stream)
+        losses = labeled_losses(self.base, stream)
         return sums_by_example(losses, stream.owners.to(losses.device), stream.size)
 
     def _recompute_activations(self, wanted: bool) -> None:
-        """Activation checkpointing: bounds the memory of a row longer than a stream."""
+        """Turns activation checkpointing on or off. It bounds the memory of a long row."""
         if wanted and not self._recomputing:
             self.base.model.activation_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": keeping_attention}
@@ -282,7 +292,7 @@ class Session:
         self._recomputing = wanted
 
     def _seed_dropout(self) -> None:
-        """A function of (seed, step, call): no generator state needs to be saved."""
+        """Seeds torch from (seed, step, call), so that no generator state needs to be saved."""
         place = f"{self.config.seed}/{self.step}/{self._calls}".encode()
         torch.manual_seed(int.from_bytes(hashlib.sha256(place).digest()[:8], "big"))
         self._calls += 1
@@ -296,13 +306,13 @@ class Session:
         if self.completed:
             raise InvalidRequestError(
                 f"the run is completed: step {self.step} of max_steps {self.config.max_steps}."
-                " load_state of an earlier artifact makes it active again",
+                " To make it active again, call load_state with an earlier artifact",
                 details={"step": self.step},
             )
         if spoiled:
             raise WindowSpoiledError(
                 f"step {self.step + 1} was dropped: a forward_backward before it failed or was"
-                " cancelled. Weights are as before; repeat the step's batches",
+                " canceled. The weights are unchanged; repeat the batches of the step",
                 details={"step": self.step},
             )
 
@@ -310,7 +320,7 @@ class Session:
         lora = self.config.lora_config
         described = None if lora is None else lora.model_dump(mode="json", exclude={"dropout"})
         if described and isinstance(described["target_modules"], list):
-            described["target_modules"].sort()  # a set of names: PEFT keeps no order
+            described["target_modules"].sort()  # these are a set of names: PEFT keeps no order
         return {
             "base": self.base.digest,
             "lora": described,
@@ -332,10 +342,17 @@ class Session:
     def _warnings(self, state: SessionState) -> tuple[str, ...]:
         found = []
         if state.optimizer is None:
-            found.append("the artifact has no optimizer state: its moments start from zero")
+            found.append("the artifact has no optimizer state: the moments start from zero")
+        if FILES not in state.geometry:
+            found.append(
+                "the artifact is of an older version, which compares a base model by its weights"
+                " and config.json only: make sure that its tokenizer and chat template are the same"
+            )
         changed = [k for k, v in self._plan().items() if state.plan.get(k) != v]
         if changed:
-            found.append(f"not bit-exact: {', '.join(changed)} differ from when it was saved")
+            found.append(
+                f"not bit-exact: {', '.join(changed)} differ from when the artifact was saved"
+            )
         return tuple(found)
 
 
@@ -344,9 +361,9 @@ def _copied(tensors: Tensors) -> Tensors:
 
 
 def _difference(theirs: Any, ours: Any) -> str:
-    """The first unequal entry of two descriptions, short enough for a message."""
+    """Returns the first unequal entry of two descriptions, short enough for a message."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for key in sorted(theirs.keys() | ours.keys()):
             if theirs.get(key) != ours.get(key):
-                return f"{key} is {theirs.get(key)} there, {ours.get(key)} here"
-    return f"{theirs} there, {ours} here"
+                return f"{key} is {theirs.get(key)} in the artifact, {ours.get(key)} here"
+    return f"{theirs} in the artifact, {ours} here"

@@ -1,4 +1,4 @@
-"""The parts of a step, timed where someone asks. No part lies within another: times add up."""
+"""Times the parts of a step on request. No part lies within another, so the times add up."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def measured() -> Iterator[Counter[Stage]]:
 
 @contextmanager
 def stage(part: Stage) -> Iterator[None]:
-    """Marks a part of the step; costs nothing to speak of where nobody measures."""
+    """Marks a part of the step. The cost is negligible if nothing is measured."""
     seconds = _seconds.get()
     if seconds is None:
         yield
@@ -51,5 +51,5 @@ def stage(part: Stage) -> Iterator[None]:
 
 def _now() -> float:
     if torch.cuda.is_available():
-        torch.cuda.synchronize()  # a kernel's time belongs to the part that started it
+        torch.cuda.synchronize()  # so that a kernel's time counts for the part that started it
     return time.perf_counter()

@@ -1,13 +1,15 @@
-"""What an operator runs, beside all training.
+"""Implements the commands of an operator, which run independently of training.
 
-- doctor.py, doctor_cluster.py, doctor_nodes.py, findings.py: what to mend on a machine; who could
-  get into a cluster; whether its machines fit; a finding.
-- sweep.py, expiry.py, verify.py: what belongs to no artifact; artifacts whose time is over; all
-  artifacts checked.
-- keys.py: tenant keys rotated, wrapped anew, retired.
-- restore.py: going on from a database that was put back.
-- profile.py: where the time of a step goes.
+- doctor.py: checks one machine.
+- doctor_cluster.py: checks who can get into a cluster from this machine.
+- doctor_nodes.py: checks whether the machines of a cluster fit each other.
+- findings.py: the result of one check.
+- sweep.py: removes files that belong to no artifact.
+- expiry.py, verify.py: deletes expired artifacts; checks artifacts.
+- keys.py: rotates, rewraps and retires tenant keys.
+- restore.py: accepts a database that was restored from a backup.
+- profile.py: measures where the time of a step goes.
 
-It imports all of `actors` but the actor of a run. It decides nothing about privacy or access: each
-check is the one of the package it belongs to.
+The package imports all of `actors` except the actor of a run. It makes no decision about privacy or
+access: each check is that of the package responsible for it.
 """

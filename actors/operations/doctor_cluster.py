@@ -1,47 +1,54 @@
-"""Who could get into a cluster from this machine: Ray's token, its TLS, what listens, and what a
-tenant is. Files, variables and the kernel's own lists are read; nobody is called."""
+"""Checks who could get into a cluster from this machine.
+
+The checks cover tenants, Ray's version, folder, token and TLS, and its listening servers. They read
+files, variables and the kernel's own lists, and call no service.
+"""
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import ssl
 import stat
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 from cryptography import x509
 
 from actors.operations.findings import OK, PROBLEM, WARNING, Finding
 from actors.registry.registry import Registry
+from tg_tinker.cluster.authentication import HOW_TO_CLOSE, TESTED_RAY, token_file, wrong_with
 from tg_tinker.cluster.node import tls_files, tls_is_on
-from tg_tinker.errors import TGTinkerError
+from tg_tinker.cluster.other_users import is_exposed, keeps_out, listed_address
+from tg_tinker.cluster.ray_folder import check_ray_folder, ray_folder
+from tg_tinker.errors import InvalidRequestError, TGTinkerError
+from tg_tinker.hosts import is_loopback
 from tg_tinker.storage.databases import SQLITE, default_database
 from tg_tinker.storage.keyrings import Variable, audit_folder
 
 SOON = timedelta(days=14)
-"""Before the end of a certificate."""
+"""The time before the end of a certificate in which the check warns."""
 
 _ONE_DOMAIN = (
-    "a tenant is a label: whoever runs programs on the cluster reads the data of all. Give others"
-    " API keys for HTTP, where tenants are kept apart"
+    "a tenant is a label: whoever runs programs on the cluster reads the data of all. Give other"
+    " people API keys for HTTP, which separates tenants"
 )
 _SERVERS = {"gcs_server": "GCS", "raylet": "raylet", "dashboard.py": "dashboard"}
-"""Programs of Ray that take orders, by a part of their command line."""
+"""Programs of Ray that execute requests, by a part of their command line."""
 
-_AT_LOOPBACK = ("--host=127.", "--host=localhost", "--host=::1")
-"""Of a dashboard that takes orders there alone: where else it listens Prometheus gets numbers."""
+_SOCKET = "--raylet_socket_name"
 
 _LISTENS = "0A"
-"""As proc_net_tcp(5) has it."""
+"""The code of a listening socket in proc_net_tcp(5)."""
 
 
 def examine(home: Path, place: Path | Variable, proc: Path) -> Iterator[Finding]:
-    """See `doctor.examine`."""
+    """Yields the findings of this module; see `doctor.examine`."""
     yield _tenants(home, place)
+    yield _version()
+    yield _folder(proc)
     yield _token()
     yield _tls()
     yield _exposure(proc)
@@ -49,66 +56,121 @@ def examine(home: Path, place: Path | Variable, proc: Path) -> Iterator[Finding]
 
 def _tenants(home: Path, place: Path | Variable) -> Finding:
     known: list[str] = []
-    with suppress(TGTinkerError):  # the check of the registry says why
+    with suppress(TGTinkerError):  # The check of the registry reports why.
         if has_rows(home):
             with closing(looked_at(home, place)) as registry:
                 known = registry.audit_log.tenants()
     if len(known) > 1:
         return Finding("tenants", WARNING, f"{len(known)} in this registry, and {_ONE_DOMAIN}")
-    return Finding("tenants", OK, f"one at most, or none that can be read; {_ONE_DOMAIN}")
+    return Finding("tenants", OK, f"at most one, or none that can be read; {_ONE_DOMAIN}")
 
 
 def has_rows(home: Path) -> bool:
-    """Whether there is a database to look at: to open an empty file would fill it."""
+    """Returns whether there is a database to read. Opening an empty file would create tables."""
     url = default_database(home)
     file = Path(url.removeprefix(f"{SQLITE}/"))
     return not url.startswith(SQLITE) or (file.is_file() and file.stat().st_size > 0)
 
 
 def looked_at(home: Path, place: Path | Variable) -> Registry:
-    """The registry of a home; raises TGTinkerError where it cannot be opened."""
+    """Opens the registry of a home for reading only, and returns it.
+
+    Raises:
+        TGTinkerError: the registry cannot be opened.
+    """
     return Registry(default_database(home), str(place), audit_folder(place, home), looks_only=True)
 
 
 def _token() -> Finding:
-    """Whoever has it may run code as this user."""
+    """Checks Ray's token. Whoever has the token may run code as this user."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         message = (
             "RAY_AUTH_TOKEN is in the environment, which /proc shows to root and to your own"
-            " programs: put it into a file of mode 0600 that RAY_AUTH_TOKEN_PATH names"
+            " programs: move the token to a file of mode 0600 that RAY_AUTH_TOKEN_PATH names"
         )
         return Finding("token", WARNING, message)
-    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(named).expanduser() if named else Path.home() / ".ray" / "auth_token"
+    path = token_file()
     if not path.is_file():
-        return Finding("token", OK, f"none at {path} yet: `tg-tinker up` makes one")
-    if wrong := _open_to_others(path):
-        return Finding("token", PROBLEM, wrong)
-    return Finding("token", OK, f"{path}, closed to others")
+        return Finding("token", OK, f"none at {path} yet: the first start makes one")
+    if wrong := wrong_with(path):
+        if not is_exposed(path):
+            return Finding("token", PROBLEM, f"{wrong}: {HOW_TO_CLOSE}")
+        message = (
+            f"{wrong}: remove it on every machine, restart the clusters that use it, and copy the"
+            " new one; if nobody else has used this machine, `chmod 600` it instead"
+        )
+        return Finding("token", PROBLEM, message)
+    return Finding("token", OK, f"{path}, closed to other users")
+
+
+def _version() -> Finding:
+    found = version("ray")
+    if [int(part) for part in found.split(".")[:2]] < [int(part) for part in TESTED_RAY.split(".")]:
+        message = f"{found} is older than {TESTED_RAY}, and may start without a token: upgrade it"
+        return Finding("Ray", PROBLEM, message)
+    mode = os.environ.get("RAY_AUTH_MODE", "token")
+    if mode.lower() != "token":
+        message = (
+            f"RAY_AUTH_MODE is {mode!r}: a cluster of `ray start` from this shell requires no"
+            " token, and TG-Tinker refuses it. Set RAY_AUTH_MODE=token"
+        )
+        return Finding("Ray", WARNING, message)
+    return Finding("Ray", OK, f"version {found}")
+
+
+def _folder(proc: Path) -> Finding:
+    """Checks the folder of the next cluster, and those of this user's that run.
+
+    Who can write beside the sockets of a node can take its place.
+    """
+    name = "Ray's folder"
+    running = {path for process in proc.glob("[0-9]*") if (path := _sockets_folder(process))}
+    if open_ones := sorted(str(path) for path in running if not keeps_out(path)):
+        message = (
+            f"other users may replace the sockets in {', '.join(open_ones)}, and so take part in"
+            " the cluster there: end it, and start it by `tg-tinker up`, or with RAY_TMPDIR naming"
+            " a folder of mode 0700"
+        )
+        return Finding(name, PROBLEM, message)
+    try:
+        check_ray_folder()
+    except InvalidRequestError as error:
+        return Finding(name, PROBLEM, error.message)
+    where = ray_folder().parent
+    return Finding(name, OK, f"closed to other users, in {where}; {len(running)} run now")
+
+
+def _sockets_folder(process: Path) -> Path | None:
+    """Returns the folder of a raylet's socket; None for programs that are no raylet of ours."""
+    with suppress(OSError):  # It may have ended.
+        if _server(process) == "raylet" and process.stat().st_uid == os.geteuid():
+            options = (word.partition("=") for word in _command(process))
+            return next((Path(at).parent for name, _, at in options if name == _SOCKET), None)
+    return None
 
 
 def _tls(environment: Mapping[str, str] = os.environ) -> Finding:
     if not tls_is_on(environment):
-        return Finding("TLS", OK, "off, which is for one machine alone; see machines")
+        return Finding("TLS", OK, "off, which is safe for one machine only; see machines")
     try:
         certificate, key, authority = tls_files(environment)
         ssl.create_default_context(cafile=authority).load_cert_chain(certificate, key)
         ends = min(_ends(certificate), _ends(authority))
-    except (TGTinkerError, OSError, ValueError) as error:  # ssl's own among them
+    except (TGTinkerError, OSError, ValueError) as error:  # The errors of ssl are OSErrors.
         message = f"its files are not usable ({type(error).__name__}): see docs/deployment.md"
         return Finding("TLS", PROBLEM, message)
     if wrong := _open_to_others(Path(key)):
         return Finding("TLS", PROBLEM, wrong)
-    left, until = ends - datetime.now(UTC), f"the certificates are good until {ends:%Y-%m-%d}"
+    left, until = ends - datetime.now(UTC), f"the certificates are valid until {ends:%Y-%m-%d}"
     if left < SOON:
         status = WARNING if left > timedelta(0) else PROBLEM
-        message = f"{until}: make new ones on every machine, then start the cluster again"
+        message = f"{until}: make new ones on every machine, then restart the cluster"
         return Finding("TLS", status, message)
     return Finding("TLS", OK, f"on, {until}")
 
 
 def _ends(path: str) -> datetime:
-    """Of the first of the certificates in a file to end."""
+    """Returns when the first of the certificates in a file ends."""
     found = x509.load_pem_x509_certificates(Path(path).read_bytes())
     return min(certificate.not_valid_after_utc for certificate in found)
 
@@ -119,7 +181,7 @@ def _open_to_others(path: Path) -> str:
 
 
 def _exposure(proc: Path) -> Finding:
-    """Ray's servers of this user that other machines reach."""
+    """Checks which of this user's Ray servers other machines can reach."""
     outside = _outside(proc)
     reached = {
         (name, _variable(process, "RAY_AUTH_MODE").lower() == "token")
@@ -131,49 +193,48 @@ def _exposure(proc: Path) -> Finding:
     if names := sorted(name for name, token in reached if not token):
         message = (
             f"{', '.join(names)} of Ray listens beyond this machine without a token, so whoever"
-            " reaches it may run code here: end it, and start Ray with RAY_AUTH_MODE=token"
+            " reaches it may run code here: stop Ray, and start it with RAY_AUTH_MODE=token"
             " (`tg-tinker up`)"
         )
         return Finding("exposure", PROBLEM, message)
     if ("dashboard", True) in reached:
         message = (
-            "the dashboard listens beyond this machine, not under TLS: start Ray with"
-            " --dashboard-host=127.0.0.1 and reach it through ssh"
+            "the dashboard listens beyond this machine without TLS: start Ray with"
+            " --dashboard-host=127.0.0.1 and reach the dashboard through ssh"
         )
         return Finding("exposure", WARNING, message)
-    said = "Ray wants its token of whoever reaches it" if reached else "no Ray of this user does so"
+    said = "Ray, which requires its token" if reached else "no Ray of this user"
     return Finding("exposure", OK, f"listening beyond this machine: {said}")
 
 
 def _outside(proc: Path) -> set[str]:
-    """Inodes of the sockets that listen on more than the loopback."""
+    """Returns the inodes of the sockets that listen on more than the loopback address."""
     found = set()
     for name in ("tcp", "tcp6"):
         with suppress(OSError):
             for line in (proc / "net" / name).read_text().splitlines()[1:]:
                 _, local, _, state, *rest = line.split()
-                if state == _LISTENS and not _is_loopback(local.partition(":")[0]):
+                if state == _LISTENS and not listed_address(local.partition(":")[0]).is_loopback:
                     found.add(rest[5])
     return found
 
 
-def _is_loopback(text: str) -> bool:
-    """Of an address in words of four bytes, each in this machine's order."""
-    words = [bytes.fromhex(text[at : at + 8]) for at in range(0, len(text), 8)]
-    packed = b"".join(word[:: 1 if sys.byteorder == "big" else -1] for word in words)
-    address = ipaddress.ip_address(packed)
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_loopback
-
-
 def _server(process: Path) -> str:
-    """What of Ray a process is; empty where it is nothing of that, or another user's."""
+    """Returns which Ray server a process is.
+
+    Returns an empty text for any other process, and for the processes of other users.
+    """
     program = [Path(word).name for word in _command(process)[:3]]
     return next((_SERVERS[name] for name in program if name in _SERVERS), "")
 
 
 def _is_kept_to_loopback(process: Path) -> bool:
-    return any(word.startswith(_AT_LOOPBACK) for word in _command(process))
+    """Returns whether a dashboard executes requests at the loopback address only.
+
+    At other addresses, this dashboard only gives metrics to Prometheus.
+    """
+    options = (word.partition("=") for word in _command(process))
+    return any(name == "--host" and is_loopback(host) for name, _, host in options)
 
 
 def _command(process: Path) -> list[str]:

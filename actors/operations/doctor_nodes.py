@@ -1,5 +1,8 @@
-"""Whether the machines of a running cluster fit this program: versions and clocks of each, whether
-they talk in clear, and whether they share a store."""
+"""Checks whether the machines of a running cluster fit this program.
+
+The checks compare versions and clocks, whether the machines talk in plaintext, and whether they
+share a store.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,17 @@ from tg_tinker.errors import TGTinkerError
 from tg_tinker.storage.stores import parse
 
 SKEW_S = 5.0
-"""Between two clocks: times in the audit log and the expiry of artifacts are no better."""
+"""Seconds between two clocks above which the check warns.
+
+Times in the audit log and the expiry of artifacts are only as accurate as the clocks.
+"""
 
 ANSWER_S = 60.0
 _PACKAGES = ("tg-tinker", "ray", "torch", "transformers", "cryptography")
 
 
 class Told(NamedTuple):
-    """What a machine says of itself, and when that was asked and answered by our own clock."""
+    """The answer of a machine, and the local times at which it was asked and answered."""
 
     machine: str
     versions: dict[str, str]
@@ -40,12 +46,15 @@ class Told(NamedTuple):
 
     @property
     def skew(self) -> float:
-        """Seconds that its clock is off for sure; the way of the answer explains the rest."""
+        """The seconds that the clock is off at least; the travel of the answer may be the rest."""
         return max(self.asked - self.clock, self.clock - self.answered, 0.0)
 
 
 def examine(address: str, store: str) -> Iterator[Finding]:
-    """Joins the cluster for a moment, as any program does, and runs a task on each machine."""
+    """Yields the findings about each machine.
+
+    This joins the cluster for a moment, as any program does, and runs a task on each machine.
+    """
     joined = not ray.is_initialized()
     try:
         Cluster(address, "tg_tinker")
@@ -55,7 +64,8 @@ def examine(address: str, store: str) -> Iterator[Finding]:
             yield Finding(name, WARNING, f"not compared: {error.message}")
         return
     finally:
-        if joined:  # else the program would be of that cluster until it ends
+        # Otherwise the program would stay connected to this cluster until it ends.
+        if joined:
             ray.shutdown()
     yield _versions(told)
     yield _clocks(told)
@@ -65,7 +75,10 @@ def examine(address: str, store: str) -> Iterator[Finding]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what must be alike for weights, seals and calls to be understood."""
+    """Returns the versions of Python and of the packages that must be the same on all machines.
+
+    With different versions, the machines may not understand each other's weights, seals and calls.
+    """
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -83,7 +96,8 @@ def _describe() -> tuple[dict[str, str], float]:
 def _told(node: dict[str, Any]) -> Told:
     there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     describe = _describe.options(scheduling_strategy=there)
-    ask(describe, timeout=ANSWER_S)  # the process that answers is started by it
+    # The first call starts the process that answers.
+    ask(describe, timeout=ANSWER_S)
     asked = time.time()
     found, clock = ask(describe, timeout=ANSWER_S)
     return Told(node["NodeManagerAddress"], found, clock, asked, time.time())
@@ -98,7 +112,7 @@ def _versions(told: list[Told]) -> Finding:
         if one.versions.get(name) != mine[name]
     }
     if other:
-        message = f"{', '.join(sorted(other))}: install the same on every machine"
+        message = f"{', '.join(sorted(other))}: install the same versions on every machine"
         return Finding("versions", PROBLEM, message)
     return Finding("versions", OK, f"the same on all {len(told)} nodes: {_listed(mine)}")
 
@@ -111,7 +125,7 @@ def _clocks(told: list[Told]) -> Finding:
     off = {one.machine: one.skew for one in told if one.skew > SKEW_S}
     if off:
         said = ", ".join(f"{machine} by {skew:.0f} s" for machine, skew in sorted(off.items()))
-        message = f"{said} away from this machine's: set them by NTP (`timedatectl set-ntp true`)"
+        message = f"{said} off this machine's clock: set them by NTP (`timedatectl set-ntp true`)"
         return Finding("clocks", WARNING, message)
     return Finding("clocks", OK, f"less than {SKEW_S:g} s apart")
 
@@ -121,22 +135,25 @@ def _machines(machines: set[str]) -> Finding:
         kind = "one" if len(machines) == 1 else f"{len(machines)}, under TLS"
         return Finding("machines", OK, kind)
     message = (
-        f"{len(machines)} talk in clear, for {WITHOUT_TLS} allows it: who listens between them"
-        " reads keys and batches. Set up TLS as docs/deployment.md says"
+        f"{len(machines)} talk in clear, because {WITHOUT_TLS} allows it: whoever listens between"
+        " them reads keys and batches. Set up TLS as in docs/deployment.md"
     )
     return Finding("machines", WARNING, message)
 
 
 def _shared_store(machines: set[str], store: str) -> Finding:
-    """Each machine has a disk of its own behind a path, unless it is mounted on all."""
+    """Checks whether all machines use the same store.
+
+    The same path is a different disk on each machine, unless one folder is mounted on all of them.
+    """
     folder = False
-    with suppress(TGTinkerError):  # the check of the store says why
+    with suppress(TGTinkerError):  # The check of the store reports why.
         folder = isinstance(parse(store), Path)
     if len(machines) == 1 or not folder:
-        return Finding("shared store", OK, "one machine, or a store that all reach")
+        return Finding("shared store", OK, "one machine, or a store that all machines reach")
     message = (
-        f"{store} is a folder, and training actors run on {len(machines)} machines: what one saves"
-        " others find only where it is one mount on all. Else give ServiceClient a store such as"
-        " s3://bucket/prefix"
+        f"{store} is a folder, and training actors run on {len(machines)} machines: others find"
+        " what one machine saves only if the folder is mounted on all of them. Otherwise give"
+        " ServiceClient a store such as s3://bucket/prefix"
     )
     return Finding("shared store", WARNING, message)

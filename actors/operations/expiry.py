@@ -1,4 +1,4 @@
-"""Artifacts whose time is over."""
+"""Deletes expired artifacts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from tg_tinker.errors import TGTinkerError
 
 
 def delete_expired(registry: Registry, root: str, tenant: str) -> Iterator[tuple[str, str]]:
-    """Deletes every artifact whose time is over; (id, what went wrong), empty where nothing.
+    """Deletes every expired artifact. Yields (id, problem); the problem is empty after a deletion.
 
     Raises:
-        RollbackError, StorageError: see `rollback.meet`: expiry may have been changed since.
+        RollbackError, StorageError: see `rollback.meet`. An older database may have older expiry
+            times, so nothing was deleted.
     """
     meet(registry, ArtifactStore(root), tenant)
     for artifact_id in registry.catalogue.expired(tenant):

@@ -1,4 +1,4 @@
-"""What `tg-tinker doctor` finds, a line each."""
+"""Holds the findings of `tg-tinker doctor`, one line each."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ from typing import NamedTuple
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 
 OF_NODES = ("versions", "clocks", "machines", "shared store")
-"""Checks that need a running cluster; each is told of, also where none runs."""
+"""The checks that need a running cluster. Each is reported even where no cluster runs."""
 
 
 class Finding(NamedTuple):
+    """The result of one check.
+
+    Attributes:
+        check: the name of the check.
+        status: `OK`, `WARNING` or `PROBLEM`.
+        message: what was found, and what to do about it.
+    """
+
     check: str
-    status: str  # OK, WARNING or PROBLEM
-    message: str  # what was found, and what to do about it
+    status: str
+    message: str

@@ -1,4 +1,4 @@
-"""Tenant keys: rotated, their wrappings renewed, retired."""
+"""Rotates tenant keys, rewraps the data keys under them, retires old keys; rotates other keys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from actors.registry.registry import Registry
-from actors.registry.rollback import keep_newest, meet_all
+from actors.registry.rollback import (
+    keep_in,
+    keep_newest,
+    meet_all,
+    meet_ledger,
+    sign_ledger_again,
+)
 from actors.storage.keyring import names_in
 from actors.storage.store import ArtifactStore
 from tg_tinker.errors import IntegrityError, InvalidRequestError, NotFoundError, TGTinkerError
@@ -16,8 +22,10 @@ from tg_tinker.types import KeyUses
 
 
 def rotate(registry: Registry, root: str, tenant: str) -> str:
-    """See `DataKeys.rotate`. What is in the store counts as well: database and keyring may both
-    be older copies, and a second key of one name would hide the first.
+    """Rotates the tenant key, and returns the id of the new key; see `DataKeys.rotate`.
+
+    The new id also differs from all key ids in the store. The database and the keyring may both be
+    older copies, and a second key of the same name would hide the first.
 
     Raises:
         RollbackError, StorageError: see `rollback.meet`; nothing was changed.
@@ -30,7 +38,7 @@ def rotate(registry: Registry, root: str, tenant: str) -> str:
 
 
 def _named_in(store: ArtifactStore) -> list[str]:
-    """Ids of tenant keys that the key files of all tenants name, truly or not."""
+    """Returns the ids of tenant keys that the key files of all tenants name, without a check."""
     named = set[str]()
     for tenant in store.tenants():
         for stored_as in filter(is_component, store.with_key(tenant)):
@@ -40,16 +48,18 @@ def _named_in(store: ArtifactStore) -> list[str]:
 
 
 def rewrap(registry: Registry, root: str) -> Iterator[tuple[str, str]]:
-    """Wraps the data key of every artifact under the primary key; (id, what is wrong) of each.
-    First those of the data sets, of which only what is wrong is told: a keyring that is read-only
-    was rotated elsewhere.
+    """Rewraps the data key of every artifact, of all tenants, under the primary key.
 
-    Only key files are written, each in one step: broken off anywhere, every artifact opens as
-    before, and the next call finds what is left.
+    Yields (id, problem) for each artifact; the problem is empty after a success. The unit keys of
+    the datasets come first, because a read-only keyring may have been rotated elsewhere. They are
+    yielded only where there is a problem.
+
+    Only key files are written, each in one step. If the call is interrupted, every artifact opens
+    as before, and the next call finds the remaining keys.
 
     Raises:
-        RollbackError, StorageError: see `rollback.meet`: an older database could put old key
-            files in the place of new ones. Nothing was changed.
+        RollbackError, StorageError: see `rollback.meet`. With an older database, old key files
+            could replace new ones, so nothing was changed.
     """
     store = ArtifactStore(root)
     meet_all(registry, store)
@@ -72,17 +82,19 @@ def _rewrap_one(
     while again is not None:
         store.write_key(tenant, stored_as, again)
         if not registry.catalogue.reaches(tenant, stored_as):
-            store.delete_key(tenant, stored_as)  # deleted meanwhile: it must not come back
+            # The artifact was deleted meanwhile, and its key must not be restored.
+            store.delete_key(tenant, stored_as)
             return
-        # Written late, it may have replaced a newer file, and its key and that of `wrapped` be
-        # destroyed. Only a key that is no more the primary one can be, or is about to be.
+        # This write may have been late and replaced a newer key file, while the tenant keys of both
+        # older wrappings were destroyed. Only a key that is no longer primary can be destroyed, so
+        # the loop ends when the key is under the primary one.
         again = registry.data_keys.rewrapped_held(
             tenant, artifact_id, held, registry.data_keys.key_of(again)
         )
 
 
 def uses(registry: Registry, root: str) -> KeyUses:
-    """How many artifacts each key opens, those of which nobody can tell, and keys that are lost."""
+    """Returns how many artifacts each key opens, unreadable key files, and missing keys."""
     wrapped, unreadable = _wrapped_under(registry, root)
     counts = dict.fromkeys(registry.data_keys.key_ids(), 0) | Counter(wrapped.values())
     missing = tuple(registry.data_keys.missing_keys())
@@ -90,14 +102,16 @@ def uses(registry: Registry, root: str) -> KeyUses:
 
 
 def _wrapped_under(registry: Registry, root: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Ids of tenant keys, by the name in the store of what each opens; and what is wrong with the
-    key files that do not say, by artifact."""
+    """Returns the id of the tenant key by artifact name in the store, and problems by artifact id.
+
+    A problem means that the key file of an artifact is missing or damaged.
+    """
     store = ArtifactStore(root)
     wrapped, unreadable = {}, {}
     for tenant, artifact_id, stored_as in registry.catalogue.all():
         try:
             stored = store.read_key(tenant, stored_as)
-            # Opens it: a name proves nothing.
+            # This opens the key, because the key name in the file proves nothing.
             registry.data_keys.rewrapped(tenant, artifact_id, stored)
             wrapped[stored_as] = registry.data_keys.key_of(stored)
         except (NotFoundError, IntegrityError) as error:
@@ -106,29 +120,87 @@ def _wrapped_under(registry: Registry, root: str) -> tuple[dict[str, str], dict[
 
 
 def retire(registry: Registry, root: str, tenant: str, key_id: str) -> None:
-    """Destroys a key that opens nothing any more.
+    """Destroys a key that no longer opens any artifact.
 
     Raises:
-        InvalidRequestError: it is the primary one, or opens an artifact still; or one was saved
-            meanwhile.
-        IntegrityError: of an artifact nobody can tell which key opens it.
-        RollbackError, StorageError: see `rollback.meet`: what an older database has lost may
-            need it.
+        InvalidRequestError: the key is the primary one, or still opens an artifact, or an artifact
+            was saved meanwhile.
+        IntegrityError: the key of an artifact cannot be determined, or the key of a dataset does
+            not open.
+        RollbackError, StorageError: see `rollback.meet`. Artifacts that an older database has lost
+            may need the key.
     """
     store = ArtifactStore(root)
     meet_all(registry, store)
-    if (
-        key_id == registry.data_keys.key_info()[0]
-    ):  # before files are read: `_rewrap_one` relies on it
+    # Before the files are read: `_rewrap_one` relies on this order.
+    if key_id == registry.data_keys.key_info()[0]:
         raise InvalidRequestError(
             f"key {key_id!r} is the primary one, which cannot be retired: rotate first"
         )
     wrapped, unreadable = _wrapped_under(registry, root)
-    if unreadable:  # the backup of such a file may need the very key
+    # The backup of an unreadable key file may need this key.
+    if unreadable:
         raise IntegrityError(
-            f"nobody can tell which key opens {', '.join(sorted(unreadable)[:5])}"
-            f" ({len(unreadable)} in all): put their key files back from a backup of the store, or"
-            " delete these artifacts; nothing was changed"
+            f"the key of {', '.join(sorted(unreadable)[:5])} ({len(unreadable)} in all) cannot be"
+            " determined, so nothing was changed: restore their key files from a backup of the"
+            " store, or delete these artifacts"
         )
     registry.data_keys.retire(tenant, key_id, wrapped)
+    keep_newest(registry, store, tenant)
+
+
+# --- the other keys of a home -------------------------------------------------------------------
+
+
+def rotate_signing_key(registry: Registry, root: str) -> str:
+    """Replaces the signing key, and puts a head by the new one at the end of every log and ledger
+    into the store. Returns the new public key, 32 bytes in hex.
+
+    From then on, no head by the old key counts in this store, except where it is behind the new
+    one.
+
+    Raises:
+        RollbackError, LedgerMismatchError: the database is behind a head; nothing was changed.
+        StorageError: see `HomeKeys.rotate_signing_key`; or the store rejects a head. Then the key
+            is replaced, and heads by the old one count wherever the store has none by the new one.
+    """
+    store = ArtifactStore(root)
+    meet_all(registry, store)
+    ledgers = [(tenant, dataset) for tenant in registry.audit_log.tenants()
+               for dataset in registry.ledgers.datasets(tenant)]  # fmt: skip
+    for tenant, dataset in ledgers:
+        meet_ledger(registry, store, tenant, dataset)
+    key = registry.home_keys.rotate_signing_key()
+    for tenant, dataset in ledgers:
+        sign_ledger_again(registry, store, tenant, dataset)
+    # Last: a head of the log by the new key says that each ledger has one too; see `Heads.judge`.
+    for tenant in registry.audit_log.tenants():
+        keep_in(store, registry.audit_log.head(tenant))
+    return key
+
+
+def rotate_secret(registry: Registry, root: str, tenant: str, name: str) -> int:
+    """Makes a fresh version of a secret; see `HomeKeys.rotate_secret`. Returns its number.
+
+    Raises:
+        InvalidRequestError: there is no secret of this name.
+        RollbackError, StorageError: see `rollback.meet`; nothing was changed.
+    """
+    store = ArtifactStore(root)
+    meet_all(registry, store)
+    version = registry.home_keys.rotate_secret(tenant, name)
+    keep_newest(registry, store, tenant)
+    return version
+
+
+def retire_secret(registry: Registry, root: str, tenant: str, name: str) -> None:
+    """Destroys the older versions of a secret; see `HomeKeys.retire_secret`.
+
+    Raises:
+        InvalidRequestError: there is no such secret, or its older versions are needed for ever.
+        RollbackError, StorageError: see `rollback.meet`; nothing was changed.
+    """
+    store = ArtifactStore(root)
+    meet_all(registry, store)
+    registry.home_keys.retire_secret(tenant, name)
     keep_newest(registry, store, tenant)

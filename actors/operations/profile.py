@@ -1,4 +1,4 @@
-"""Where a training step's time goes: runs the very steps of a training client."""
+"""Measures where the time of a training step goes, with the same steps as a training client."""
 
 from __future__ import annotations
 
@@ -25,22 +25,28 @@ def profile_steps(
     config: TrainingConfig, cache: Path, *, rows: int, tokens: int, steps: int,
     progress: Callable[[str], None] = lambda message: None,
 ) -> dict[str, float]:  # fmt: skip
-    """Seconds of a step by stage, the mean of some steps on random tokens after one to warm up.
+    """Returns the seconds of a step by stage: means over `steps` steps on random tokens.
 
-    Its registry is a directory that is removed again; converted models come from `cache`.
+    One more step is made first, as a warm-up. The registry is in a temporary directory, which is
+    removed afterwards.
+
+    Args:
+        cache: the folder of converted models.
 
     Raises:
-        InvalidRequestError: rows longer than the model's context.
-        NotFoundError: as `Base.load` does.
+        InvalidRequestError: the rows are longer than the context of the model.
+        NotFoundError: see `Base.load`.
     """
-    spin_briefly()  # first: the next lines load torch, which looks once
+    # First, because the next lines load torch, which reads the environment once.
+    spin_briefly()
     from actors.engine.model import Base, use_threads
     from actors.engine.timing import Stage, measured
 
     use_threads(config.resources.num_threads)
     base = Base.load(config.model_ref, cache=cache, dtype=config.dtype, progress=progress)
     batches = [_rows(base.vocab_size, rows, tokens, seed) for seed in range(steps + 1)]
-    check_bounds(batches[0], base.vocab_size, base.context_length)  # a private step leaves rows out
+    # A private step would skip rows that are too long, without an error.
+    check_bounds(batches[0], base.vocab_size, base.context_length)
     with tempfile.TemporaryDirectory() as scratch:
         session = _session(base, config, Path(scratch) / "home")
         _step(session, batches[0])

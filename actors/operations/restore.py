@@ -1,8 +1,8 @@
-"""A database that was put back: what it has lost, and going on from it all the same."""
+"""Checks a database that was restored from a backup for lost rows, and accepts their loss."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from actors.artifacts.copies import readopt
@@ -19,28 +19,29 @@ from actors.storage.store import MOST_OF_A_HEAD, ArtifactStore, ledger_in, place
 from tg_tinker.errors import IntegrityError, NotFoundError, StorageError
 from tg_tinker.records.entries import parse_place
 from tg_tinker.records.files import KeptHead, read_head
+from tg_tinker.records.heads import SignedHead
 from tg_tinker.types import RegistryAcceptance, RegistryCheck
 
 
 def check(registry: Registry, root: str, tenant: str, home: Path) -> RegistryCheck:
-    """Holds the database against all that is known of a tenant.
+    """Compares the database with all heads of a tenant, and returns the result.
 
     Args:
-        home: keeps heads, too.
+        home: the home, which also keeps heads.
 
     Raises:
         StorageError: the store does not answer.
-        NotFoundError: others are known, and this tenant is not.
+        NotFoundError: neither the database nor the store knows this tenant, but they know others.
     """
     store = ArtifactStore(root)
     if (known_tenants := tenants(registry, store)) and tenant not in known_tenants:
         raise NotFoundError(
-            f"neither the database nor the store has anything of a tenant {tenant!r}: they know"
+            f"neither the database nor the store knows a tenant {tenant!r}: use one of"
             f" {', '.join(known_tenants)}"
         )
-    unknown = unknown_in(registry, store, tenant)
+    unknown, newest = unknown_in(registry, store, tenant)
     kept, damaged = _kept(home, tenant)
-    missing, others = registry.heads.judge(tenant, None, unknown | kept)
+    missing, others = _judged(registry, tenant, unknown, newest, kept)
     known = [name for name in store.audit_heads(tenant) if name not in unknown]
     return RegistryCheck(
         rows=registry.audit_log.head(tenant).seq,
@@ -51,21 +52,22 @@ def check(registry: Registry, root: str, tenant: str, home: Path) -> RegistryChe
         damaged=damaged | {name: why for name, why in others.items() if name in kept},
         ledgers=_ledgers(registry, store, tenant, home),
         accepted=tuple(registry.audit_log.accepting(tenant)),
+        api_keys=registry.api_keys.problems(tenant),
     )
 
 
 def accept(registry: Registry, root: str, tenant: str, home: Path) -> RegistryAcceptance:
-    """Goes on from a database that has lost what heads in the store and the home are of.
+    """Accepts the loss of the rows that the database lacks but heads in the store or home attest.
 
-    Broken off anywhere, the next call finishes it.
+    If the call is interrupted, the next call finishes it.
 
     Raises:
-        StorageError: the store does not answer. Either nothing was accepted, or, as the message
-            then says, the row is written and the store has no head of it yet.
+        StorageError: the store does not answer. Either nothing was accepted, or the acceptance row
+            is written and the store does not have its head yet; the message then says so.
     """
     store = ArtifactStore(root)
-    lines = unknown_in(registry, store, tenant) | _kept(home, tenant)[0]
-    missing, _ = registry.heads.judge(tenant, None, lines)
+    unknown, newest = unknown_in(registry, store, tenant)
+    missing, _ = _judged(registry, tenant, unknown, newest, _kept(home, tenant)[0])
     row = registry.heads.accept(tenant, [head.line() for head in missing.values()])
     if registry.audit_log.accepting(tenant):
         _keep_acceptance(registry, store, tenant)
@@ -77,19 +79,35 @@ def accept(registry: Registry, root: str, tenant: str, home: Path) -> RegistryAc
         for owner, artifact_id, stored_as in registry.catalogue.all()
         if owner == tenant
     }
-    keep_newest(registry, store, tenant)  # of what was found under another name
+    # `_problem` may have recorded artifacts that it found under another name.
+    keep_newest(registry, store, tenant)
     openable = tuple(one for one, problem in problems.items() if not problem)
     return RegistryAcceptance(row, openable, {k: why for k, why in problems.items() if why})
+
+
+def _judged(
+    registry: Registry, tenant: str, unknown: Mapping[str, str], newest: str,
+    kept: Mapping[str, str],
+) -> tuple[dict[str, SignedHead], dict[str, str]]:  # fmt: skip
+    """Judges objects of the store, and the head that the home keeps, which nobody else writes."""
+    found, home = (
+        registry.heads.judge(tenant, None, unknown, newest),
+        registry.heads.judge(tenant, None, kept),
+    )
+    return found[0] | home[0], found[1] | home[1]
 
 
 def _problem(
     registry: Registry, store: ArtifactStore, tenant: str, artifact_id: str, stored_as: str,
     whole: set[str],
 ) -> str:  # fmt: skip
-    """Why an artifact does not open, empty where it does; one that was resealed since is found."""
+    """Returns why an artifact does not open, or an empty text if it opens.
+
+    An artifact that was resealed after the backup is found under its newer name.
+    """
     try:
         if stored_as in whole:
-            # Opens it.
+            # This opens the key.
             registry.data_keys.rewrapped(tenant, artifact_id, store.read_key(tenant, stored_as))
         else:
             readopt(registry, store, tenant, artifact_id, whole)
@@ -99,32 +117,34 @@ def _problem(
 
 
 def _keep_acceptance(registry: Registry, store: ArtifactStore, tenant: str) -> None:
-    """The newest copy, if it is found after all, would else go on unnoticed."""
+    """Puts the head of the acceptance into the store.
+
+    Without it, nothing would detect that the lost newest copy of the database is used again.
+    """
     try:
         keep_in(store, registry.audit_log.head(tenant))
     except StorageError as error:
         raise StorageError(
-            "the acceptance is in the audit log, and the store did not take its head: repeat the"
+            "the acceptance is in the audit log, but the store did not accept its head: repeat the"
             f" call. {error.message}",
             details=error.details,
         ) from None
 
 
 def _stored(registry: Registry, store: ArtifactStore, tenant: str, names: Sequence[str]) -> int:
-    """Number of the newest row that a head in the store is of, 0 where there is none."""
+    """Returns the number of the newest row with a head in the store; 0 if there is no head."""
     places = {place_in(name): name for name in names}
     passed = places.keys() - set(registry.audit_log.missed(tenant, [*places]))
     for seq, place in sorted(((parse_place(one)[0], one) for one in passed), reverse=True):
         line = store.read_head(places[place], MOST_OF_A_HEAD)
-        if not any(
-            registry.heads.judge(tenant, None, {place: line})
-        ):  # a name alone proves nothing
+        # The head is checked, because its name alone proves nothing.
+        if not any(registry.heads.judge(tenant, None, {place: line})):
             return seq
     return 0
 
 
 def _kept(home: Path, tenant: str) -> tuple[dict[str, str], dict[str, str]]:
-    """The head that the home keeps, by its path; or why it is none."""
+    """Returns the head that the home keeps and, for a damaged head, the problem, each by path."""
     path = home / f"audit-head-{tenant}"
     if not path.exists():
         return {}, {}
@@ -135,9 +155,10 @@ def _kept(home: Path, tenant: str) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _ledgers(registry: Registry, store: ArtifactStore, tenant: str, home: Path) -> dict[str, str]:
+    """Returns what is wrong with the ledgers of a tenant, by dataset."""
     problems, known = {}, set()
     for dataset in registry.ledgers.datasets(tenant):
-        known.add(registry.heads.ledger_name(tenant, dataset))
+        known.update(registry.heads.ledger_names(tenant, dataset))
         try:
             meet_ledger(registry, store, tenant, dataset, KeptHead(home, tenant, dataset).lines)
         except IntegrityError as error:
@@ -145,7 +166,7 @@ def _ledgers(registry: Registry, store: ArtifactStore, tenant: str, home: Path) 
     others = [name for name in store.all_ledger_heads(tenant) if ledger_in(name) not in known]
     for lost in registry.heads.lost_ledgers(tenant, [store.read_head(name) for name in others]):
         problems[lost] = (
-            "it is of a data set that this registry has lost: `tg-tinker privacy book-missing` and"
-            " the data set's name puts its charges back"
+            "this registry has lost the dataset of this ledger: restore its charges with"
+            " `tg-tinker privacy book-missing` and the name of the dataset"
         )
     return problems

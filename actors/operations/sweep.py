@@ -1,11 +1,13 @@
-"""Removes what lies in a store and belongs to no artifact: a save that was killed, a deletion that
-the store refused half-way, a re-encryption that was broken off.
+"""Removes orphans from a store: files that belong to no artifact.
 
-A sweep notes each orphan as it is. One that begins at least `min_age_s` later removes it if it is
-an orphan still and nothing of it has changed. Both times are the store's own: the modification time
-of an object that the sweep writes. A save that is slower than that is decided in the registry
-(`actors.registry.orphans`), where the notes are too: a sweep that was killed is finished by the
-next one.
+Orphans remain after a save that was killed, a deletion that the store refused halfway, or a
+re-encryption that was interrupted.
+
+A sweep records each orphan and its files in the registry (`actors.registry.orphans`). A sweep that
+begins at least `min_age_s` later removes the orphan if it is still an orphan and its files have not
+changed. Both times are times of the store: the modification time of an object that the sweep
+writes. If a save is slower than `min_age_s`, the registry decides whether the save or the sweep
+succeeds. The next sweep finishes a sweep that was killed.
 """
 
 from __future__ import annotations
@@ -25,27 +27,28 @@ from tg_tinker.errors import IntegrityError, StorageError
 from tg_tinker.types import Orphan
 
 _FOLDER = r"(art-[0-9a-f]{27}(?:\.[0-9]+)?)"
-"""An artifact's id; a re-encryption adds a number."""
+"""Matches the id of an artifact; a re-encryption adds a number."""
 
 _OWNED = re.compile(
     rf"a/{_FOLDER}/(?:{re.escape(MANIFEST)}|[A-Za-z0-9_][A-Za-z0-9._-]*\.enc)|keys/{_FOLDER}\.json"
 )
 _CLOCK = "clock"
 _KEPT = (
-    "its artifact has lost its files, and these may be what is left of it: `tg-tinker registry"
-    " accept` finds them after an older database was put back, `tg-tinker artifacts delete --lost`"
+    "an artifact has lost its files, and these may be the remaining ones: after an older database"
+    " was restored, `tg-tinker registry accept` finds them; `tg-tinker artifacts delete --lost`"
     " forgets the artifact"
 )
 _HEADS = ("audit/", "ledgers/")
-"""Signed heads: no artifact's, and never touched."""
+"""Folders of signed heads. They belong to no artifact, and a sweep never removes them."""
 
 
 class _Found(NamedTuple):
-    """Files that belong to nothing, by their names below the tenant's folder.
+    """An orphan: files that belong to no artifact, by their names below the tenant's folder.
 
     Attributes:
-        name: of the artifact that they would be of; a single file's own if it is there.
-        whole: it is an artifact, and nothing else is in its folder.
+        name: the name of the artifact that the files would belong to. For a single left-over file
+            of an existing artifact, it is the name of the file.
+        whole: whether the orphan is a whole artifact folder without any unknown file.
     """
 
     name: str
@@ -65,29 +68,32 @@ class _Found(NamedTuple):
 def sweep_store(
     registry: Registry, root: str, tenant: str, min_age_s: float, dry_run: bool
 ) -> Iterator[Orphan]:
-    """`sweep` of the store at a folder or URI."""
+    """Calls `sweep` with the store at a folder or URI."""
     return sweep(registry, ArtifactStore(root), tenant, min_age_s, dry_run)
 
 
 def sweep(
     registry: Registry, store: ArtifactStore, tenant: str, min_age_s: float, dry_run: bool = False
 ) -> Iterator[Orphan]:
-    """Every orphan of a tenant, as soon as it is dealt with.
+    """Yields every orphan of a tenant, as soon as the sweep has handled it.
 
-    Nothing that an artifact needs is removed, whatever happens meanwhile and wherever this stops.
+    The sweep removes nothing that an artifact needs, whatever happens meanwhile and wherever the
+    sweep stops.
 
     Args:
-        min_age_s: between the beginnings of the two sweeps that must find an orphan the same.
-        dry_run: removes and notes nothing; only writes the object that tells the time.
+        min_age_s: the minimum time between the beginnings of the two sweeps that must find an
+            orphan unchanged.
+        dry_run: removes and records nothing; writes only the object that shows the store's time.
 
     Raises:
-        RollbackError: the store knows more than the registry; nothing was removed.
-        IntegrityError: another registry uses the store, too.
-        StorageError: the store refused to list, or the registry's database refused.
+        RollbackError: heads in the store attest rows that the registry lacks; nothing was removed.
+        IntegrityError: another registry also uses the store; nothing was removed.
+        StorageError: the store could not list its objects, or the registry's database refused.
     """
     _check_heads(registry, store, tenant)
     now, files = _looked(store.objects, tenant)
-    reachable = registry.catalogue.reachable(tenant)  # asked after the listing
+    # Read after the listing, so that an artifact that was saved meanwhile is no orphan.
+    reachable = registry.catalogue.reachable(tenant)
     found, unknown = _judged(files, reachable)
     lost = _lost(files, reachable)
     orphans = [orphan for orphan in found if _id_of(orphan.name) not in lost]
@@ -104,29 +110,36 @@ def sweep(
         elif dry_run:
             yield _told(orphan, "due")
         elif registry.orphans.bury(tenant, orphan.name, len(orphan.files), orphan.size):
-            yield _removed(store.objects, tenant, orphan)  # else it is an artifact by now
+            yield _removed(store.objects, tenant, orphan)  # Otherwise it has become an artifact.
     if not dry_run:
         keep_in(store, registry.audit_log.head(tenant))
 
 
 def _check_heads(registry: Registry, store: ArtifactStore, tenant: str) -> None:
-    """To a registry that was restored from a backup, or to a second one on the same store, what
-    it does not know of would be orphans. Heads of the audit log follow every save."""
+    """Refuses a sweep by a registry that may not know all artifacts of the store.
+
+    A registry that was restored from a backup, or a second registry on the same store, would treat
+    unknown artifacts as orphans. Every save puts a head of the audit log into the store, so the
+    heads show this.
+    """
     if others := compare(registry, store, tenant):
         raise IntegrityError(
-            f"the store has a head of an audit log, {others[0]}, that was not signed here: another"
-            " one uses this store. Nothing was removed; give each registry a store of its own. If"
-            " none does, somebody put that object there: remove it"
+            f"the store has a head of an audit log, {others[0]}, that was not signed here, so"
+            " another registry uses this store, or somebody put the object there. Nothing was"
+            " removed: give each registry its own store. If no other registry uses this store,"
+            " check that object and remove it"
         )
 
 
 def _looked(objects: Objects, tenant: str) -> tuple[float, list[ObjectInfo]]:
-    """The store's time in seconds, and all that it has of a tenant."""
+    """Returns the store's time in seconds, and all objects of the tenant in the store."""
     root = f"t/{tenant}"
     objects.put(f"{root}/{_CLOCK}", b"")
     files = {info.name.removeprefix(f"{root}/"): info for info in objects.list_below(root)}
     if _CLOCK not in files:
-        raise StorageError("the store does not list what was just written to it: try again later")
+        raise StorageError(
+            "the store does not list an object that was just written to it: try again later"
+        )
     now = files.pop(_CLOCK).modified.timestamp()
     return now, [info._replace(name=name) for name, info in files.items()]
 
@@ -134,7 +147,7 @@ def _looked(objects: Objects, tenant: str) -> tuple[float, list[ObjectInfo]]:
 def _judged(
     files: Iterable[ObjectInfo], reachable: set[str]
 ) -> tuple[list[_Found], list[ObjectInfo]]:
-    """Orphans, and files that TG-Tinker does not name so."""
+    """Returns the orphans, and the files whose names TG-Tinker does not use."""
     groups: dict[str, list[ObjectInfo]] = defaultdict(list)
     unknown = []
     for info in files:
@@ -153,7 +166,11 @@ def _judged(
 
 
 def _owner(name: str) -> tuple[str | None, bool]:
-    """What a file is of, None where that is nothing; whether a write that was killed left it."""
+    """Returns the owner of a file, and whether a killed write left the file.
+
+    The owner is the stored name of an artifact, or the clock; None for a name that TG-Tinker does
+    not use.
+    """
     for whole in (name, intended(name)):
         if whole == _CLOCK:
             return _CLOCK, whole != name
@@ -163,8 +180,10 @@ def _owner(name: str) -> tuple[str | None, bool]:
 
 
 def _lost(files: Iterable[ObjectInfo], reachable: Iterable[str]) -> set[str]:
-    """Ids of artifacts that lack their manifest or key under the name that the registry knows: a
-    database that was put back knows one that was resealed since by an older name."""
+    """Returns the ids of artifacts whose manifest or key is not under the name the registry knows.
+
+    After a restore, the database knows a resealed artifact by an older name.
+    """
     names = {info.name for info in files}
     return {
         _id_of(name)
@@ -174,12 +193,15 @@ def _lost(files: Iterable[ObjectInfo], reachable: Iterable[str]) -> set[str]:
 
 
 def _id_of(name: str) -> str:
-    """Of the artifact that a name in the store is of."""
+    """Returns the id of the artifact that a name in the store belongs to."""
     return name.partition(".")[0]
 
 
 def _is_new(orphan: _Found, seen: Seen | None, now: float) -> bool:
-    """Whether its time begins now: not seen so before, or the clock was put back since."""
+    """Returns whether the waiting time of an orphan begins now.
+
+    It does if no sweep has seen the orphan in this form, or if the clock was set back since.
+    """
     if seen is None:
         return True
     return not seen.buried and (seen.fingerprint != orphan.fingerprint or seen.at > now)
@@ -190,7 +212,10 @@ def _is_due(seen: Seen, now: float, min_age_s: float) -> bool:
 
 
 def _removed(objects: Objects, tenant: str, orphan: _Found) -> Orphan:
-    """After its burial. What came since the listing goes too: it is never published."""
+    """Removes an orphan that the registry has marked as buried.
+
+    Files that were added since the listing are removed too: a buried name is never published.
+    """
     root, folder = f"t/{tenant}", f"a/{orphan.name}"
     try:
         for info in orphan.files:

@@ -1,4 +1,4 @@
-"""Artifacts checked: each is opened and read as a run would, and the index held to the log."""
+"""Verifies artifacts: reads each one as a run would, and compares the index with the audit log."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from tg_tinker.errors import TGTinkerError
 def verify(
     registry: Registry, root: str, tenant: str, artifact_id: str | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Reads artifacts again, as `load_state` would, and holds them against the audit log; (id, what
-    is wrong), empty where nothing.
+    """Reads artifacts as `load_state` would, and compares them with the audit log.
 
-    One that is damaged does not keep the others from being checked.
+    Yields (id, problem); the problem is empty if the artifact is correct. After a damaged artifact
+    the check continues with the next one.
 
     Args:
-        artifact_id: one alone. None is all but those that have expired.
+        artifact_id: the artifact to verify; None verifies all that have not expired.
 
     Raises:
-        NotFoundError: there is no such artifact.
+        NotFoundError: the artifact does not exist.
         RollbackError, StorageError: see `rollback.meet`; nothing was read.
     """
     store, reader = ArtifactStore(root), registry.data_keys.reader(tenant)

@@ -1,14 +1,17 @@
-"""A private step, from batch to weight, and attacks on it.
+"""Makes a private step, from the batch to the weights, and attacks it.
 
-- session.py: the whole way, for a reviewer to read in order.
-- plan.py, budget.py: what is missing in a `DPConfig`; what is left, and charges.
-- units.py, poisson.py: whom a row belongs to and who counts; registered units and their draw.
-- layers.py: which layers a private run may have.
-- unit_gradients.py, capture.py: gradients of units, by the fast way or one by one.
-- clipping.py, noise.py: the bound; the noise.
-- accountants.py: the door to the numerical accountants.
-- attacks.py, self_audit.py: what one unit moves, whether noise is noise; all that on the real step.
+- session.py: the whole path of a private step. A reviewer reads it in order.
+- plan.py: derives the values that a `DPConfig` leaves out.
+- budget.py: the remaining budget of a run, and its charges.
+- units.py: the unit that each row belongs to, and the rows of a step that count.
+- poisson.py: the registered units, and the draw of each step.
+- layers.py: the layers that a private run may have.
+- unit_gradients.py, capture.py: the gradient of each unit, by the fast path or row by row.
+- clipping.py, noise.py: the bound on each unit; the noise.
+- accountants.py: the only module that imports the numerical accountants.
+- attacks.py: measures what one unit moves and whether the noise is correct, on the real step.
+- self_audit.py: runs the attacks and reports the results.
 
-It imports `actors.engine` and `actors.registry`. Only here is a private gradient made; the engine
-takes it.
+The package imports `actors.engine` and `actors.registry`. This package alone makes private
+gradients; the engine applies them.
 """

@@ -1,13 +1,17 @@
-"""Epsilon of Poisson-subsampled Gaussian steps: the only door to the numerical accountants.
+"""Computes the epsilon of Poisson-subsampled Gaussian steps.
+
+No other module imports the numerical accountants.
 
     epsilon_after("prv", sigma=1.0, rate=0.01, steps=1000, delta=1e-5)      # 1.84
     tabulate("prv", 1.0, 0.01, 1e-5, limit_epsilon=8.0, max_steps=None)     # ((1, 0.21), ...)
 
-Every value is an upper bound: the smaller of Renyi's (Mironov, Talwar and Zhang 2019,
-arXiv:1908.10530) and, for `prv`, that of Gopi, Lee and Wutschitz 2021, arXiv:2106.02848, or,
-for `pld`, that of Doroshenko et al. 2022, arXiv:2207.04380. Contracts without sampling need
-none of this: see `tg_tinker.records.accounting`. Sigma is in units of the L2 bound of one example;
-one example takes part in a step with probability `rate`, or is a null example.
+Every value is an upper bound, except that those of `prv` and `pld` can be too small at a delta of
+1e-12 or below. The value is the Renyi bound (Mironov, Talwar and Zhang 2019,
+arXiv:1908.10530) or a second bound, whichever is smaller. For `prv` the second bound is that of
+Gopi, Lee and Wutschitz 2021, arXiv:2106.02848; for `pld` it is that of Doroshenko et al. 2022,
+arXiv:2207.04380. Contracts without sampling need no numerical accountant: see
+`tg_tinker.records.accounting`. Sigma is in units of the L2 bound of one example. In each step an
+example takes part with probability `rate`; otherwise a null example takes its place.
 """
 
 from __future__ import annotations
@@ -27,30 +31,39 @@ from tg_tinker.records.accounting import (
 )
 
 Curve = Callable[[int], float]
-"""Steps -> epsilon; infinite where the accountant has no answer."""
+"""Maps steps to epsilon; the epsilon is infinite where the accountant has no answer."""
 
 MAX_STEPS = 1_000_000
-"""Longest table."""
+"""The largest number of steps in a table."""
 
 UNLIMITED_STEPS = 10_000
-"""Length of a table that no budget ends."""
+"""The number of steps in a table that neither a budget nor `max_steps` limits."""
 
 MAX_POINTS = 2**19
-"""Largest grid of the prv accountant: a tenth of a second and 50 MB. Beyond, a wider mesh."""
+"""Points of the largest grid of the prv accountant: 0.1 seconds and 50 MB.
+
+Where more points are needed, the mesh is wider.
+"""
 
 EPSILON_ERROR = 0.01
-"""What the prv accountant adds for its mesh, as in Opacus; at most `MAX_ERROR` on wide ones."""
+"""The error in epsilon that the prv accountant adds for its mesh, as Opacus does.
+
+On wider meshes the error is larger, up to `MAX_ERROR`.
+"""
 
 MAX_ERROR = 0.2
 
 PLD_MESH = 1e-3
-"""Grid of the pld accountant: 0.05 % above the finest one."""
+"""Cell width of the pld accountant's grid: epsilon is 0.05 % above that of the finest grid."""
 
 PLD_POINTS = 2**21
-"""Its largest grid. Beyond, only Renyi's bound is left."""
+"""Points of the largest grid of the pld accountant.
+
+Where more points are needed, only the Renyi bound remains.
+"""
 
 MAX_REACH = 500.0
-"""Largest privacy loss on a grid: its exponential must not overflow."""
+"""The largest privacy loss on a grid: the exponential of the loss must not overflow."""
 
 _ORDERS = (
     *range(2, 17), 18, 20, 22, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 256, 384, 512,
@@ -58,10 +71,12 @@ _ORDERS = (
 
 
 def epsilon_after(accountant: str, sigma: float, rate: float, steps: int, delta: float) -> float:
-    """An upper bound of the epsilon that this many steps cost at this delta.
+    """Returns an upper bound on the epsilon that this many steps cost at this delta; see the module
+    for tiny deltas.
 
     Raises:
-        InvalidRequestError: no such accountant, or `pld` without its optional package.
+        InvalidRequestError: the accountant is unknown, or it is `pld` and its optional package is
+            not installed.
     """
     return _curve(accountant, sigma, rate, delta)(steps)
 
@@ -70,14 +85,15 @@ def tabulate(
     accountant: str, sigma: float, rate: float, delta: float, limit_epsilon: float,
     max_steps: int | None,
 ) -> tuple[tuple[int, float], ...]:  # fmt: skip
-    """Rows (steps, epsilon), both rising; the last is the most steps within `limit_epsilon`.
+    """Returns rows (steps, epsilon) in which steps rise and epsilon never falls.
 
-    Every step up to 16, then 10 % more per row: who looks up a step between two rows takes the
-    next one, which bounds it. Ends at `max_steps` where that comes first; empty if not even one
-    step fits.
+    The table has a row for each step up to 16, then rows about 10 % apart. For a step between two
+    rows, read the next row: its epsilon is an upper bound. The last row has the largest number of
+    steps within `limit_epsilon`, or `max_steps` if that is smaller. The table is empty if not even
+    one step fits.
 
     Raises:
-        InvalidRequestError: as `epsilon_after`.
+        InvalidRequestError: see `epsilon_after`.
     """
     curve = _curve(accountant, sigma, rate, delta)
     end = min(max_steps or (UNLIMITED_STEPS if math.isinf(limit_epsilon) else MAX_STEPS), MAX_STEPS)
@@ -91,7 +107,7 @@ def tabulate(
 
 
 def _last(curve: Curve, fits: int, fails: int, limit: float) -> list[int]:
-    """The most steps within a limit, if that is more than a number known to fit."""
+    """Returns the largest number of steps within `limit`, or nothing if that number is `fits`."""
     more = largest_count(lambda n: curve(fits + n) <= limit, fails - fits - 1)
     return [fits + more] if more else []
 
@@ -104,7 +120,11 @@ def _grid(end: int) -> list[int]:
 
 
 def _rising(rows: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
-    """A bound of more steps bounds fewer: numerical dents are filled from the right."""
+    """Returns the rows with epsilons that never fall.
+
+    A bound on more steps is also a bound on fewer steps. So where a numerical error makes a later
+    epsilon smaller, the rows before it take the smaller epsilon.
+    """
     lowest, rising = math.inf, []
     for count, epsilon in reversed(rows):
         lowest = min(lowest, epsilon)
@@ -116,7 +136,7 @@ def _rising(rows: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
 
 
 def _curve(accountant: str, sigma: float, rate: float, delta: float) -> Curve:
-    """The accountant's epsilon by steps, remembered."""
+    """Returns the accountant's epsilon as a function of steps, which remembers its values."""
     if rate >= 1:
         return lambda steps: gaussian_epsilon(math.sqrt(steps) / sigma, delta)
     makers = {"prv": _prv, "rdp": _rdp, "moments": _rdp, "pld": _pld}
@@ -129,7 +149,7 @@ def _curve(accountant: str, sigma: float, rate: float, delta: float) -> Curve:
     def curve(steps: int) -> float:
         if steps not in known:
             values = [bound(steps) for bound in bounds]
-            # One step's epsilon is exact: a value below it is an accident of numbers, no bound.
+            # `floor` is the exact epsilon of one step. A value below it is a numerical error.
             known[steps] = min([v for v in values if v >= floor], default=math.inf)
         return known[steps]
 
@@ -141,7 +161,10 @@ def _rdp(sigma: float, rate: float, delta: float) -> Curve:
 
 
 def _renyi(sigma: float, rate: float, steps: int, delta: float) -> float:
-    """The best bound over some orders and those near the best, small ones down to an eighth."""
+    """Returns the smallest bound over `_ORDERS` and over orders near the best of them.
+
+    The search refines small orders in steps down to 1/8.
+    """
 
     def bound(order: float) -> float:
         divergence = steps * _divergence(sigma, rate, order)
@@ -157,7 +180,10 @@ def _renyi(sigma: float, rate: float, steps: int, delta: float) -> float:
 
 @lru_cache(maxsize=4096)
 def _divergence(sigma: float, rate: float, order: float) -> float:
-    """Of one step. Opacus has all real orders, ours are the whole ones, to the last digit."""
+    """Returns the Renyi divergence of one step.
+
+    Opacus computes real orders. `subsampled_gaussian_rdp` computes whole orders to the last digit.
+    """
     if order == int(order):
         return subsampled_gaussian_rdp(sigma, rate, int(order))
     from opacus.accountants.analysis.rdp import compute_rdp
@@ -166,7 +192,7 @@ def _divergence(sigma: float, rate: float, order: float) -> float:
 
 
 def _prv(sigma: float, rate: float, delta: float) -> Curve:
-    """Opacus' pieces, on one grid per power of four of steps."""
+    """Returns the prv curve, made of the parts of Opacus, with one grid per power of four steps."""
     import numpy as np
     from opacus.accountants.analysis.prv import compose_heterogeneous
 
@@ -189,9 +215,9 @@ def _prv(sigma: float, rate: float, delta: float) -> Curve:
 
 
 def _discretized(sigma: float, rate: float, delta: float, steps: int) -> tuple[Any, float]:
-    """One step's privacy loss on a grid good for this many, and the error to add for its mesh.
+    """Returns the privacy loss of one step on a grid, and the error to add for the mesh.
 
-    A grid that is good for many steps is so for fewer.
+    The grid is fine enough for this many steps, and so for fewer steps.
 
     Raises:
         ValueError: the grid would be too large or too coarse.
@@ -214,13 +240,13 @@ def _discretized(sigma: float, rate: float, delta: float, steps: int) -> tuple[A
 
 
 def _reach(sigma: float, rate: float, delta_error: float, steps: int) -> float:
-    """Where to cut the privacy loss off (arXiv:2106.02848, remark 5.6), as Opacus does."""
+    """Returns where to truncate the privacy loss (arXiv:2106.02848, remark 5.6), as Opacus does."""
     all_steps = _renyi(sigma, rate, steps, delta_error / 4)
     return 3 + max(all_steps, _renyi(sigma, rate, 1, delta_error / 8 / steps), EPSILON_ERROR)
 
 
 def _mesh(delta_error: float, steps: int) -> float:
-    """Width of a grid's cells per unit of error in epsilon (arXiv:2106.02848, Theorem 5.5)."""
+    """Returns the cell width per unit of error in epsilon (arXiv:2106.02848, Theorem 5.5)."""
     return 1 / math.sqrt(steps * math.log(12 / delta_error) / 2)
 
 
@@ -229,7 +255,8 @@ def _pld(sigma: float, rate: float, delta: float) -> Curve:
         from dp_accounting.pld import privacy_loss_distribution as pld
     except ImportError:
         raise InvalidRequestError(
-            "accountant 'pld' needs Google's dp-accounting: pip install 'tg-tinker[pld]'"
+            "accountant 'pld' needs Google's dp-accounting: install the extra 'pld' (in a clone:"
+            " pip install -e '.[pld]')"
         ) from None
 
     @lru_cache(maxsize=1)

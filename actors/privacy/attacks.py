@@ -1,12 +1,12 @@
-"""Attacks on a private step: what one unit moves, whether the noise is noise, who was in a step.
+"""Attacks a private step: what one unit moves, whether the noise is correct, who was in a step.
 
-Each of `neighbour_replay`, `noise_fit`, `one_run_audit` and `mean_shift` answers with a `Check`.
-They look into sessions of their own, as no client can. How much is attacked, and the report of it,
-is up to `self_audit`.
+`neighbor_replay`, `noise_fit`, `one_run_audit` and `mean_shift` each return a `Check`. They read
+the internal state of their own sessions, which no client can. `self_audit` decides how many steps
+are attacked, and reports the results.
 
 Legend: P trainable values, S rows of a stream, m canaries over all steps, C the L2 bound of a unit
-(`BOUND`), B the public divisor (`DIVISOR`), mu = 1 / sigma. A canary is a made-up unit that an
-attacker looks for.
+(`BOUND`), B the public divisor (`DIVISOR`), mu = 1 / sigma. A canary is an artificial unit that an
+attacker tries to detect.
 """
 
 from __future__ import annotations
@@ -34,15 +34,22 @@ from tg_tinker.data.batch import Example
 BOUND, DIVISOR, DELTA = 0.5, 16, 1e-5
 
 CANARY_STEPS, CANARY_CALLS = 4, 4
-"""Steps with canaries of their own, and the calls of each: a window of one call hides mistakes."""
+"""The number of steps with canaries, and of calls per step: a window of one call hides mistakes.
+
+Each step has its own canaries.
+"""
 
 _REPLAY_SIGMA = 1.5
-_NOISE_STEPS = 4  # in each of two sessions: 1 % of the std is 5 standard errors
+_NOISE_STEPS = 4
+"""Steps in each of two sessions: then 1 % of the standard deviation is 5 standard errors."""
+
 _CONFIDENCE = 0.95
-_GUESSES = (0.02, 0.1, 0.4)  # of all canaries, the surest ones
+_GUESSES = (0.02, 0.1, 0.4)
+"""Parts of all canaries to guess, those with the most certain scores first."""
+
 _TOKENS = 256
 _SURE = 3.5
-"""Standard errors of mu that pass: a sound step fails once in two thousand audits."""
+"""The error of mu that passes, in standard errors: a correct step fails once in 2,000 audits."""
 
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
@@ -50,7 +57,7 @@ Flags = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Check:
-    """One question to the mechanism, its answer, and the figures it rests on."""
+    """A question to the mechanism, with its answer and the figures behind the answer."""
 
     name: str
     passed: bool
@@ -59,7 +66,7 @@ class Check:
 
 
 class Bench:
-    """Makes sessions of one type, each with its own data set in a registry of their own."""
+    """A factory of sessions of one type, each with its own dataset, in a scratch registry."""
 
     def __init__(self, folder: Path, session_type: type[PrivateSession]) -> None:
         self._model = save_tiny_llama(folder / "model", vocab_size=_TOKENS)
@@ -68,7 +75,10 @@ class Bench:
         self._registry = scratch_registry(folder / "home")
 
     def session(self, sigma: float, epsilon: float = 1e4) -> PrivateSession:
-        """SGD at rate 1: the movement of the weights times B is what a step released."""
+        """Returns a new session that uses SGD at rate 1.
+
+        So the movement of the weights in a step, times B, is what the step released.
+        """
         self._made += 1
         config = TrainingConfig(
             model_ref=str(self._model),
@@ -91,7 +101,7 @@ class Bench:
 
 
 def collect(session: PrivateSession, calls: Iterable[Sequence[Example]]) -> torch.Tensor:
-    """float64 [P]: the clipped sum of a new window after these calls."""
+    """Returns float64 [P]: the clipped sum of a new window after these calls."""
     session._open_window()
     for examples in calls:
         session.forward_backward(examples)
@@ -99,7 +109,11 @@ def collect(session: PrivateSession, calls: Iterable[Sequence[Example]]) -> torc
 
 
 def release(session: PrivateSession) -> tuple[torch.Tensor, float]:
-    """float64 [P], what a step releases as seen from outside; and epsilon charged so far."""
+    """Makes a step; returns float64 [P], what it released, and the epsilon charged until then.
+
+    The released values are computed from the weights, as an outsider sees them. The epsilon is NaN
+    if the step has no DP metrics.
+    """
     before = _flat(session._parameters.values())
     metrics = session.optim_step().dp_metrics
     charged = math.nan if metrics is None else metrics.total_epsilon
@@ -122,20 +136,24 @@ _ROWS = [_row(ids) for ids in (
 
 
 _QUIET = (1.0, 600.0, 9000.0)
-"""Factors on the embeddings of all rows but the last, which divide their gradients: the last
-row is one of many, then larger, then 40 C beside rows of C / 10."""
+"""Factors on the embeddings of all rows except the last row.
+
+The gradients of these rows are divided by the factor. The norm of the last row is at first like
+that of many others, then larger, then 40 C beside rows of C / 10.
+"""
 
 
-def neighbour_replay(bench: Bench) -> Check:
-    """The same step with and without a row: the sum, the draws of noise and the divisor.
+def neighbor_replay(bench: Bench) -> Check:
+    """Compares steps with and without each row: the sum, the draws of noise and the divisor.
 
-    Bounded by C(1 + 1e-4), for sums in float32 are rounded.
+    A row may move the sum by C(1 + 1e-4), because sums in float32 are rounded.
     """
     session = bench.session(_REPLAY_SIGMA)
     moved = cut = 0.0
     norms: list[float] = []
     with torch.no_grad():
-        for parameter in session._parameters.values():  # LoRA's B starts at 0, and hides A
+        # LoRA's B starts at 0, so the gradient of A would be 0.
+        for parameter in session._parameters.values():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
     embeddings = session.base.model.get_input_embeddings().weight.data
     loud = embeddings.clone()
@@ -156,9 +174,9 @@ def neighbour_replay(bench: Bench) -> Check:
         "largest_norm": max(norms, default=0.0) / BOUND,
     }  # fmt: skip
     return Check(
-        "neighbour replay",
+        "neighbor replay",
         moved <= 1 + 1e-4 and cut <= 1e-4 and alike,
-        f"Taking out one row moved the clipped sum by up to {moved:.4f} C (allowed: 1), cutting a"
+        f"Removing one row moved the clipped sum by up to {moved:.4f} C (allowed: 1), splitting a"
         f" batch into calls moved it by {cut:.0e} C (allowed: 1e-04), and"
         f" {'one draw of noise and one divisor' if alike else 'not one draw and one divisor'}"
         " served steps with all rows, without one and without any.",
@@ -171,7 +189,12 @@ def _cut(size: int) -> list[list[Example]]:
 
 
 def _replayed_releases(session: PrivateSession) -> tuple[set[int], float]:
-    """Numbers of values drawn for a step, and the largest |released - sum - noise| / (sigma C)."""
+    """Makes steps with all rows, with fewer and without any, and records their noise.
+
+    Returns:
+        The set of the numbers of values drawn for a step, and the largest
+        |released - sum - noise| / (sigma C).
+    """
     drawn: list[torch.Tensor] = []
     noise = session._noise
 
@@ -196,10 +219,11 @@ def _replayed_releases(session: PrivateSession) -> tuple[set[int], float]:
 
 
 def noise_fit(bench: Bench) -> Check:
-    """Steps without rows release noise alone: sigma C in size, normal, and never the same."""
+    """Checks the noise in steps without rows: normal, of size sigma C, and never repeated."""
     sigma = _REPLAY_SIGMA
     steps = []
-    for _ in range(2):  # of one seed: what torch draws from it is the same
+    # Both sessions have the same seed, so noise that torch drew from the seed would be the same.
+    for _ in range(2):
         session = bench.session(sigma)
         for _ in range(_NOISE_STEPS):
             collect(session, [[]])
@@ -219,15 +243,19 @@ def noise_fit(bench: Bench) -> Check:
     return Check(
         "noise fit",
         abs(std - 1) <= 0.01 and fit >= 1e-5 and alone,
-        f"The noise of {len(steps)} steps without rows has {std:.4f} of the std it should have"
-        f" (allowed: 1 % off), is {'normal' if fit >= 1e-5 else 'not normal'} (p = {fit:.2g}), and"
-        f" steps, sessions of one seed and tensors {'share none' if alone else 'share some'}.",
+        f"The noise of {len(steps)} steps without rows has {std:.4f} times the correct standard"
+        f" deviation (allowed error: 1 %) and is {'normal' if fit >= 1e-5 else 'not normal'}"
+        f" (p = {fit:.2g}). Different steps, tensors and sessions with the same seed"
+        f" {'share none' if alone else 'share some'} of the noise.",
         figures,
     )
 
 
 def _correlation(rows: torch.Tensor) -> float:
-    """The largest between any two rows, in standard errors; 0 for rows without variance."""
+    """Returns the largest correlation between two rows, in standard errors.
+
+    Rows without variance have the correlation 0.
+    """
     each = torch.corrcoef(rows).nan_to_num() - torch.eye(len(rows))
     return float(each.triu(1).abs().max()) * math.sqrt(rows.shape[1])
 
@@ -235,10 +263,14 @@ def _correlation(rows: torch.Tensor) -> float:
 def play_canaries(
     bench: Bench, count: int, sigma: float, epsilon: float
 ) -> tuple[Floats, Flags, float]:
-    """Scores [m] of canaries, whether each was in, and the most epsilon a step was charged.
+    """Makes `CANARY_STEPS` real steps, each over a secret half of its canaries.
 
-    Each step has canaries and a data set of its own, so all steps together are as private to a
-    canary as one: the one-run theorem holds for all m.
+    Each step has its own canaries and its own dataset. So all steps together are as private for a
+    canary as one step, and the one-run theorem holds for all m canaries.
+
+    Returns:
+        The scores [m] of the canaries, whether each canary was in its step, and the largest
+        epsilon that a step was charged.
     """
     played = [_play_step(bench, count, sigma, epsilon) for _ in range(CANARY_STEPS)]
     scores, inside, charged = zip(*played, strict=True)
@@ -248,12 +280,16 @@ def play_canaries(
 def _play_step(
     bench: Bench, count: int, sigma: float, epsilon: float
 ) -> tuple[Floats, Flags, float]:
-    """One real step over a secret half of its canaries.
+    """Makes one real step over a secret half of its canaries.
 
-    A canary is a row whose gradient is a direction of its own, far longer than C, orthogonal to
-    all others and spread over all tensors: a row of the discrete cosine transform. Its score is
-    what was released in that direction, in units of C: N(1, sigma) if it was in, else
-    N(0, sigma), whatever the others did.
+    The gradient of each canary has its own direction, a row of the discrete cosine transform. The
+    gradient is far longer than C, orthogonal to all others and spread over all tensors. The score
+    of a canary is the released value in its direction, in units of C. The score is normal with
+    standard deviation sigma. Its mean is 1 if the canary was in the step, and 0 otherwise, whatever
+    the other canaries did.
+
+    Returns:
+        The scores, whether each canary was in the step, and the epsilon charged.
     """
     session = bench.session(sigma, epsilon)
 
@@ -270,8 +306,9 @@ def _play_step(
 
 
 def _directions(session: PrivateSession, stream: FlatStream) -> Tensors:
-    """[S, ...] by name: 100 C times the directions that the rows of a stream number."""
-    first, second = stream.tokens.view(-1, 2).T.numpy()  # of `_row(divmod(number, _TOKENS))`
+    """Returns [S, ...] by name: 100 C times the direction of each canary in a stream."""
+    # The two tokens of a row encode the canary's number: `_row(divmod(number, _TOKENS))`.
+    first, second = stream.tokens.view(-1, 2).T.numpy()
     wanted = np.zeros((stream.size, session.num_trainable), dtype=np.float32)
     wanted[np.arange(stream.size), first * _TOKENS + second] = 100 * BOUND
     flat = torch.from_numpy(fft.idct(wanted, norm="ortho", axis=1, overwrite_x=True))
@@ -286,10 +323,13 @@ def _directions(session: PrivateSession, stream: FlatStream) -> Tensors:
 def one_run_audit(
     scores: Floats, inside: Flags, claimed: float, charged: float
 ) -> tuple[Check, float]:
-    """Guesses who was in, and what epsilon so many right guesses refute.
+    """Guesses which canaries were in, and computes which epsilon the correct guesses refute.
 
-    Steinke, Nasr and Jagielski 2023, arXiv:2305.08846. Several numbers of guesses are tried,
-    each at its share of the error allowed (Bonferroni).
+    The method is that of Steinke, Nasr and Jagielski 2023, arXiv:2305.08846. It tries several
+    numbers of guesses, each with its share of the allowed error (Bonferroni).
+
+    Returns:
+        The check, and the largest lower bound on epsilon.
     """
     order = np.argsort(scores)
     bound, best, right = 0.0, 0, 0
@@ -304,15 +344,19 @@ def one_run_audit(
     check = Check(
         "one-run audit",
         bound <= claimed and charged <= claimed,
-        f"Of {best} guesses who was in, {right} were right: epsilon is at least {bound:.2f} with"
-        f" {_CONFIDENCE:.0%} confidence, claimed are {claimed:g} and charged were {charged:.3g}.",
+        f"Of {best} guesses about who was in, {right} were right. So epsilon is at least"
+        f" {bound:.2f} with {_CONFIDENCE:.0%} confidence; the step claims {claimed:g} and was"
+        f" charged {charged:.3g}.",
         {"bound": bound, "claimed": claimed, "charged": charged, "guesses": best, "right": right},
     )
     return check, bound
 
 
 def epsilon_bound(canaries: int, guesses: int, right: int, delta: float, error: float) -> float:
-    """The largest epsilon that so many right guesses refute, wrongly with probability `error`."""
+    """Returns the largest epsilon that this many correct guesses refute; 0 if they refute none.
+
+    The result exceeds the true epsilon with a probability of at most `error`.
+    """
     low, high = 0.0, 20.0
     if _p_value(canaries, guesses, right, low, delta) >= error:
         return 0.0
@@ -324,10 +368,11 @@ def epsilon_bound(canaries: int, guesses: int, right: int, delta: float, error: 
 
 
 def _p_value(canaries: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
-    """Of at least so many right guesses under (epsilon, delta), at most: their Theorem 5.2.
+    """Returns an upper bound on the probability of at least `right` correct guesses.
 
-    Randomised response, guess by guess, is the worst that epsilon allows; delta may lift i of
-    the guesses at a time, with probability 2 m delta / i.
+    The bound holds under (epsilon, delta): arXiv:2305.08846, Theorem 5.2. The worst case that
+    epsilon allows is randomized response for each guess. Delta may also make i guesses correct at a
+    time, with probability 2 m delta / i.
     """
     rate = 1 / (1 + math.exp(-epsilon))
     lifted = np.arange(1, right + 1)
@@ -337,7 +382,10 @@ def _p_value(canaries: int, guesses: int, right: int, epsilon: float, delta: flo
 
 
 def mean_shift(scores: Floats, inside: Flags, sigma: float) -> tuple[Check, float]:
-    """mu as the scores show it, against 1 / sigma: the sharper test of the size of the noise."""
+    """Compares mu, estimated from the scores, with 1 / sigma; returns the check and the estimate.
+
+    This test of the size of the noise is sharper than the one-run audit.
+    """
     there, away = scores[inside], scores[~inside]
     shift = float(there.mean() - away.mean())
     std = math.sqrt((there.var() * len(there) + away.var() * len(away)) / len(scores))
@@ -346,8 +394,8 @@ def mean_shift(scores: Floats, inside: Flags, sigma: float) -> tuple[Check, floa
     check = Check(
         "mean shift",
         abs(found - mu) <= near,
-        f"Being in moved a canary's score by {found:.3f} standard deviations; 1 / sigma is"
-        f" {mu:.3f} (allowed: {near / mu:.0%} off).",
+        f"Presence in the step moved a canary's score by {found:.3f} standard deviations;"
+        f" 1 / sigma is {mu:.3f} (allowed error: {near / mu:.0%}).",
         {
             "mu_hat": found, "mu": mu, "tolerance": near, "shift": shift, "std": std,
             "standard_error": standard_error(len(scores)),
@@ -357,10 +405,10 @@ def mean_shift(scores: Floats, inside: Flags, sigma: float) -> tuple[Check, floa
 
 
 def standard_error(canaries: int) -> float:
-    """Of mu_hat: the noise's own, in two halves."""
+    """Returns the standard error of `mu_hat` that the noise causes, with half the canaries in."""
     return 2 / math.sqrt(canaries)
 
 
 def tolerance(sigma: float, canaries: int) -> float:
-    """10 % of mu, or what `_SURE` standard errors cannot tell from it."""
+    """Returns the error of mu that passes: 10 % of mu or `_SURE` standard errors, the larger."""
     return max(0.1 / sigma, _SURE * standard_error(canaries))

@@ -1,4 +1,4 @@
-"""The budget of one run, as its session sees it: the data set's key, what is left, charges."""
+"""Gives the session of one run access to its dataset's ledger: the unit key, limits and charges."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ from tg_tinker.records.report import Charge, dataset_of
 
 @dataclass(repr=False)
 class Budget:
-    """One run's way to its data set's ledger. `planned` looks, `open` registers and reserves.
+    """The access of one run to the ledger of its dataset.
+
+    `planned` checks the plan without changing anything. `open` registers the dataset and reserves.
 
     Attributes:
-        key: of the units' hashes; secret, the same for all runs of the data set.
-        known: where the client last saw the ledger end, ``SEQ-HASH``; empty if it never did.
-        last: the same of the last charge.
-        heads: may know from the store that another database is in use.
+        key: the secret key of the unit hashes, the same for all runs of the dataset.
+        known: the last head position of the ledger that the client saw, ``SEQ-HASH``; empty if the
+            client saw none.
+        last: the head position of the ledger after the last charge; empty before the first charge.
+        heads: puts heads of the ledger into the store, and detects there that another database is
+            in use; None without a store.
     """
 
     registry: Registry
@@ -31,7 +35,8 @@ class Budget:
     dataset: str
     run_id: str
     epoch: int
-    plan: tuple[Entry, Entry | None] | None = None  # to open with: the run, a new data set
+    # The entries that `open` writes: that of the run, and that of a new dataset.
+    plan: tuple[Entry, Entry | None] | None = None
     key: bytes = b""
     known: str = ""
     last: str = ""
@@ -42,11 +47,13 @@ class Budget:
         cls, registry: Registry, tenant: str, run_id: str, epoch: int, config: TrainingConfig,
         dtype: str,
     ) -> Budget:  # fmt: skip
-        """The budget of a new run, checked but not taken; or of one that comes back, as agreed.
+        """Returns the budget of a run, before anything is reserved.
+
+        A new run is planned and checked. A restored run keeps the plan that it opened with.
 
         Raises:
-            DPBudgetExceededError: the plan does not fit.
-            InvalidRequestError: it contradicts itself or what the data set was registered with.
+            DPBudgetExceededError: the remaining budget cannot pay for the plan.
+            InvalidRequestError: the plan contradicts itself or the registration of the dataset.
         """
         dataset = dataset_of(config)
         budget = cls(registry, tenant, dataset, run_id, epoch)
@@ -65,11 +72,12 @@ class Budget:
         return budget
 
     def open(self) -> Budget:
-        """Registers the data set where the run is its first, and enters the run. Last of all
-        that a creation does: a run that cannot start must bind no data set.
+        """Opens the account of the run, and registers the dataset if the run is its first.
+
+        This is the last step of a creation: a run that cannot start must not register a dataset.
 
         Raises:
-            DPBudgetExceededError: others took the budget since; nothing was reserved.
+            DPBudgetExceededError: other runs took the budget since `planned`; nothing was reserved.
             InvalidRequestError: see `Ledgers.register`.
         """
         if self.plan is not None:
@@ -88,17 +96,20 @@ class Budget:
         return self
 
     def admit(self, units: Sequence[bytes]) -> set[bytes]:
-        """See `Ledgers.admit`."""
+        """Returns the units that have reached their limit of uses; see `Ledgers.admit`."""
         return self.registry.ledgers.admit(self.tenant, self.dataset, self.run_id, units)
 
     def charge(
         self, units: Iterable[bytes], calls: Sequence[tuple[str, str]] = (), *, noised: bool
     ) -> Charge:
-        """A receipt for one draw of noise, durable. One charge id, used in this call only.
+        """Charges one draw of noise durably, and returns the receipt.
+
+        The charge id is new and is used in this call only.
 
         Raises:
-            LedgerMismatchError: the ledger does not go through what this run or its client saw,
-                or through a head in the store.
+            DPBudgetExceededError: the remaining budget cannot pay; nothing was charged.
+            LedgerMismatchError: the ledger does not contain a head position that this run or its
+                client saw, or a head in the store.
         """
         if self.heads is not None:
             self.heads.check()
@@ -110,6 +121,9 @@ class Budget:
         return charge
 
     def link(self, datasets: Iterable[str]) -> None:
-        """Notes in the ledger what else the weights were trained on, before they are used."""
+        """Records in the ledger the other datasets that the weights were trained on.
+
+        The caller does this before it uses the weights.
+        """
         if others := sorted(set(datasets) - {self.dataset}):
             self.registry.ledgers.link(self.tenant, self.dataset, self.run_id, others)

@@ -1,13 +1,13 @@
-"""Per-unit gradients of LoRA layers, out of the one ordinary backward pass.
+"""Computes the per-unit gradients of LoRA layers in one ordinary backward pass.
 
-A captured layer computes y = x W^T as before. In the backward pass it gives autograd the
-gradient of x and none of W; W's gradient it computes itself, one per unit: the upstream
-gradient times the input over the unit's tokens alone (Goodfellow 2015, arXiv:1510.01799,
-without the norm trick: for T > r tokens the gradients themselves are the cheaper way). Backward
-runs once per layer with no, reentrant or non-reentrant activation checkpointing, which hooks do
-not survive.
+A captured layer computes y = x W^T as before. In the backward pass it gives autograd the gradient
+of x, but no gradient of W. The layer itself computes a gradient of W for each unit: the upstream
+gradient times the input, over the tokens of that unit alone. This is the method of Goodfellow 2015,
+arXiv:1510.01799, without the norm trick: for T > r tokens, the gradients themselves cost less.
+Backward runs once per layer, with no, reentrant or non-reentrant activation checkpointing. Hooks
+would not work with checkpointing.
 
-Legend: T tokens of a stream, U units in it, one behind the other.
+Legend: T tokens of a stream, U units in it, one after another, r the rank of the adapter.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 from actors.engine.gradients import Tensors
-from actors.engine.matmul import Linear, multiply
+from actors.engine.matmul import Linear, by_rows, multiply
 
 
 class Recorder:
-    """Where the captured layers of one model put their gradients."""
+    """A collector of the gradients that the captured layers of one model compute."""
 
     def __init__(self) -> None:
         self._bounds: tuple[int, ...] = ()
@@ -37,7 +37,9 @@ class Recorder:
 
     @contextmanager
     def recording(self, bounds: tuple[int, ...]) -> Iterator[Tensors]:
-        """Captures what is differentiated inside; yields float32 [U, ...] by name.
+        """Captures the gradients of backward passes inside the context.
+
+        Yields a dictionary that the backward passes fill with float32 [U, ...] by parameter name.
 
         Args:
             bounds: U + 1 offsets of the units in the stream, from 0 to T.
@@ -49,19 +51,20 @@ class Recorder:
             self._bounds, self._gradients = (), {}
 
     def add(self, name: str, upstream: torch.Tensor, inputs: torch.Tensor) -> None:
-        """Adds a use of a layer: upstream [1, T, out] and inputs [1, T, in]."""
+        """Adds the gradient of one use of a layer: upstream [T, out], inputs [T, in]."""
         length = self._bounds[-1]
-        if upstream.shape[:-1] != (1, length) or inputs.shape[:-1] != (1, length):
-            raise ValueError(f"{name} does not see the stream as one row of {length} tokens")
-        found = _per_unit(upstream[0], inputs[0], self._bounds).float()
-        if name in self._gradients:  # a layer used twice: gradients of all uses add up
+        if len(inputs) != length:
+            raise ValueError(f"{name} sees {len(inputs)} rows, not the {length} of the stream")
+        found = _per_unit(upstream, inputs, self._bounds).float()
+        # If a layer is used several times, the gradients of all uses add up.
+        if name in self._gradients:
             self._gradients[name] += found
         else:
             self._gradients[name] = found
 
 
 class CapturedLinear(Linear):
-    """A linear layer without bias around the weight of another one."""
+    """A linear layer without bias that uses the weight of another layer."""
 
     def __init__(self, layer: nn.Linear, name: str, recorder: Recorder) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -71,11 +74,14 @@ class CapturedLinear(Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not (self._recorder.active and torch.is_grad_enabled()):
             return super().forward(x)
-        return _Captured.apply(x, self.weight, self._recorder, self._name)  # type: ignore[no-any-return,no-untyped-call]
+        return by_rows(_Captured.apply, x, self.weight, self._recorder, self._name)
 
 
 class _Captured(torch.autograd.Function):
-    """`weight` requires a gradient, so backward comes by even where `x` requires none."""
+    """The product of a captured layer.
+
+    `weight` requires a gradient, so autograd calls `backward` even where `x` requires none.
+    """
 
     @staticmethod
     def forward(
@@ -90,13 +96,16 @@ class _Captured(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         recorder, name = ctx.place
         recorder.add(name, upstream[0], x)
-        # None for the weight: its gradient summed over units must not even exist.
+        # None for the weight: its gradient summed over units must not exist at all.
         for_x = multiply(upstream[0], weight.T) if ctx.needs_input_grad[0] else None
         return for_x, None, None, None
 
 
 def capture(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Recorder | None:
-    """Puts captured layers in place; None if any trainable tensor would not be covered."""
+    """Replaces the adapter layers by captured layers and returns their recorder.
+
+    Returns None, and changes nothing, if a trainable tensor would not be captured.
+    """
     names = {id(parameter): name for name, parameter in parameters.items()}
     found = [
         (parent, child, layer, names[id(layer.weight)])
@@ -113,7 +122,10 @@ def capture(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Recorde
 
 
 def _is_plain_adapter(layer: nn.Linear, name: str | None) -> bool:
-    """A layer whose rule we have. Not a whole layer: it would hold U gradients of its size."""
+    """Returns whether `capture` supports the layer: a LoRA matrix without bias.
+
+    A full weight matrix is not supported, because it would need U gradients of its size.
+    """
     adapter = name is not None and (".lora_A." in name or ".lora_B." in name)
     return adapter and type(layer) in (nn.Linear, Linear) and layer.bias is None
 
@@ -121,7 +133,7 @@ def _is_plain_adapter(layer: nn.Linear, name: str | None) -> bool:
 def _per_unit(
     upstream: torch.Tensor, inputs: torch.Tensor, bounds: tuple[int, ...]
 ) -> torch.Tensor:
-    """[U, out, in]: upstream^T inputs over the tokens of each unit."""
+    """Returns [U, out, in]: upstream^T inputs over the tokens of each unit."""
     sizes = {stop - start for start, stop in pairwise(bounds)}
     if len(sizes) == 1:
         size = sizes.pop()

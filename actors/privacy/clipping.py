@@ -1,10 +1,10 @@
-"""From per-unit gradients to a private gradient: one type per stage, so that none is skipped.
+"""Turns per-unit gradients into a private gradient. Each stage has a type, so none can be skipped.
 
-    UnitGradients.clip(C) -> ClippedSum, which adds up -> privatise -> PrivateGradient
+    UnitGradients.clip(C) -> ClippedSum, which adds up -> privatize -> PrivateGradient
 
-The optimizer of a private run takes nothing but a `PrivateGradient`, which `privatise` alone makes.
-What comes before it must not leave the actor's memory; none of these types has a printable form.
-Whose gradient is whose is settled in `unit_gradients`, that a draw is charged in `session`.
+The optimizer of a private run accepts only a `PrivateGradient`, which `privatize` alone makes.
+The values of the earlier stages must not leave the memory of the actor. Their types have no
+printable form. `unit_gradients` assigns gradients to units; `session` charges each draw of noise.
 
 Legend: U units, each one example or all rows of one id; C the L2 bound of a unit.
 """
@@ -23,27 +23,28 @@ from actors.privacy.noise import standard_normal
 Noise = Callable[[int], torch.Tensor]
 
 _BLOCK = 2**20
-"""Values that get their noise at a time: bounds the float64 copies."""
+"""The number of values that get noise at a time: this bounds the float64 copies."""
 
 _NORMED = 1024
-"""Values whose squares are added in float32."""
+"""The number of values whose squares are added in float32."""
 
 
 @dataclass(repr=False)
 class UnitGradients:
-    """Gradients of whole units, not yet clipped.
+    """The gradients of whole units, before clipping.
 
     Attributes:
-        by_unit: float32 [U, ...] by parameter name: the very values that are normed and summed.
+        by_unit: float32 [U, ...] by parameter name. The norms and the sum use these values.
     """
 
     by_unit: Tensors
 
     def norms(self) -> torch.Tensor:
-        """float64 [U]: each unit's L2 norm over all tensors together.
+        """Returns float64 [U]: the L2 norm of each unit over all tensors together.
 
-        In float32 over a thousand values at a time, in float64 from there on: a float32 norm of
-        28 million values was found 1.6 % too small, and so a unit's part 1.6 % above its bound.
+        The squares of 1,024 values at a time are added in float32, and these sums in float64. In
+        float32 alone, the norm of 28 million values was measured 1.6 % too small, which would let a
+        unit exceed its bound by 1.6 %.
         """
         squares = [
             torch.linalg.vector_norm(block, dim=-1).double().square().sum(1)
@@ -53,23 +54,24 @@ class UnitGradients:
         return torch.stack(squares).sum(0).sqrt()
 
     def clip(self, bound: float) -> ClippedSum:
-        """The sum over units of g * C / max(|g|, C); consumes the gradients.
+        """Returns the sum over units of g * C / max(|g|, C), and consumes the gradients.
 
         Replacing any unit by a null example moves the sum by at most `bound` in L2 (Abadi et
         al. 2016, arXiv:1607.00133), up to rounding in float32. A unit with a NaN, an infinity
-        or an overflowing norm adds exactly zero; so does a unit whose gradient is zero.
+        or an overflowing norm adds exactly zero. So does a unit whose gradient is zero.
         """
         norms = self.norms()
         finite = torch.isfinite(norms)
-        # Not `+ eps` below the bar: the factor must never exceed C / |g|.
+        # The factor must never exceed C / |g|. The denominator is never 0, so it needs no epsilon.
         factors = _rounded_down(torch.where(finite, bound / norms.clamp(min=bound), 0.0))
         sums = {}
         for name in list(self.by_unit):
             tensor = self.by_unit.pop(name)
             if not finite.all():
-                tensor[~finite] = 0  # 0 * NaN would still be NaN
-            # Not one product of factors and gradients: a GPU may be set to make those in TF32,
-            # whose ten bits would let a unit be 0.1 % above its bound.
+                # A factor of 0 is not enough: 0 * NaN is NaN.
+                tensor[~finite] = 0
+            # A matrix product of factors and gradients would be faster. But a GPU may compute it in
+            # TF32, whose ten bits would let a unit exceed its bound by 0.1 %.
             tensor *= factors.to(tensor).view(-1, *[1] * (tensor.ndim - 1))
             sums[name] = tensor.sum(0)
         clipped = torch.where(finite, norms.clamp(max=bound), 0.0)
@@ -79,13 +81,13 @@ class UnitGradients:
 
 @dataclass(repr=False)
 class ClippedSum:
-    """Sum of clipped gradients since the last step. Un-noised: it never leaves the actor.
+    """The sum of the clipped gradients since the last step. It has no noise: it stays in the actor.
 
     Attributes:
         sums: float32 by parameter name.
-        bound: C, the most that one unit may have moved the sum.
-        norms_before, norms_after: of every unit in the sum, before and after clipping.
-        non_finite: units that added zero because their gradient was not finite.
+        bound: C, the largest distance by which one unit may have moved the sum.
+        norms_before, norms_after: the norm of every unit in the sum, before and after clipping.
+        non_finite: the number of units that added zero because their gradient was not finite.
     """
 
     sums: Tensors
@@ -96,7 +98,7 @@ class ClippedSum:
 
     @classmethod
     def zero(cls, parameters: Mapping[str, torch.Tensor], bound: float) -> ClippedSum:
-        """A sum over no unit; it has all tensors, since a step without data is noised too."""
+        """Returns a sum over no unit. It has all tensors: a step without data gets noise too."""
         zeros = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
         return cls(zeros, bound)
 
@@ -105,9 +107,9 @@ class ClippedSum:
         return sum(norm > self.bound for norm in self.norms_before)
 
     def add(self, other: ClippedSum) -> None:
-        """Adds in place; the units of the two must be disjoint, or a unit counts twice."""
+        """Adds in place. The two sums must have no unit in common, or the unit counts twice."""
         if other.bound != self.bound or other.sums.keys() != self.sums.keys():
-            raise ValueError("sums of other bounds or parameters do not add up")
+            raise ValueError("sums with different bounds or parameters do not add up")
         for name, tensor in self.sums.items():
             tensor += other.sums[name]
         self.norms_before += other.norms_before
@@ -115,14 +117,14 @@ class ClippedSum:
         self.non_finite += other.non_finite
 
     def wipe(self) -> None:
-        """Overwrites the sum: dropped windows leave nothing in memory."""
+        """Overwrites the sum with zeros, so that a dropped window leaves nothing in memory."""
         for tensor in self.sums.values():
             tensor.zero_()
         self.sums = {}
 
 
 def _norm_blocks(rows: torch.Tensor) -> Iterator[torch.Tensor]:
-    """[U, blocks, 1024] of rows [U, n], and [U, 1, rest] of what is left of each."""
+    """Yields rows [U, n] as [U, blocks, 1024], and the remaining values as [U, 1, rest]."""
     whole = rows.shape[1] // _NORMED * _NORMED
     if whole:
         yield rows[:, :whole].view(len(rows), whole // _NORMED, _NORMED)
@@ -131,21 +133,25 @@ def _norm_blocks(rows: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _rounded_down(factors: torch.Tensor) -> torch.Tensor:
-    """float32, never above the float64 they come from: for the largest gradients they are
-    denormal, where rounding to nearest would exceed the bound by far more than 1e-7."""
+    """Returns the factors in float32, never above their float64 values.
+
+    For the largest gradients the factors are denormal. Rounded to nearest, they would exceed the
+    bound by far more than 1e-7.
+    """
     nearest = factors.float()
     return torch.where(
         nearest > factors, torch.nextafter(nearest, -torch.ones_like(nearest)), nearest
     )
 
 
-def privatise(
+def privatize(
     total: ClippedSum, *, sigma: float, divisor: float, noise: Noise = standard_normal
 ) -> PrivateGradient:
-    """One draw of noise for the whole sum; consumes and overwrites it.
+    """Returns (sum + noise) / divisor from one draw of noise, and overwrites the sum.
 
-    Added in float64 and rounded once. `divisor` must be public: the expected batch, never the
-    number of units that came. `sigma` 0 is the step without noise that `Ledger` calls unnoised.
+    The noise is added in float64 and the result is rounded once. `divisor` must be public: the
+    expected batch size, never the number of units that came. With `sigma` 0 no noise is added; the
+    ledger records a step of this kind as `unnoised`.
     """
     std = sigma * total.bound
     if not (math.isfinite(std) and divisor > 0):
@@ -160,8 +166,10 @@ def privatise(
 
 
 def _blocks(sums: Tensors) -> Iterator[list[torch.Tensor]]:
-    """Flat views of all values, in order, at most `_BLOCK` values to a list: one draw for many
-    small tensors takes a quarter of the time of a draw for each."""
+    """Yields lists of flat views of all values, in order, with at most `_BLOCK` values per list.
+
+    One draw for many small tensors takes a quarter of the time of one draw for each tensor.
+    """
     block: list[torch.Tensor] = []
     room = _BLOCK
     for tensor in sums.values():

@@ -1,11 +1,11 @@
-"""The plan of one private run: what is missing in a `DPConfig` follows from what budget is left.
+"""Plans one private run: derives the values that a `DPConfig` leaves out from the remaining budget.
 
     plan = plan_run(dp, config, ledger)
     ledger.append(plan.entry(run_id))
 
-A contract counts uses of one unit (participation) or steps (all others). Of the noise
-multiplier and the count one is stated and the other follows, or both are checked. What fits is
-decided by `Ledger.epsilon_with` alone, as when the ledger is charged later.
+A contract counts the uses of one unit (participation) or the steps (all other contracts). If the
+noise multiplier or the count is missing, it follows from the other; if both are stated, they are
+checked. `Ledger.epsilon_with` alone decides what fits, as it does for later charges.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tg_tinker.records.entries import POISSON, Entry
 from tg_tinker.records.ledger import Account, Ledger
 
 USES = 3
-"""Uses of one unit that noise is calibrated for where neither is stated."""
+"""The uses of one unit for which the noise is calibrated if the config states neither."""
 
 NAMES = {
     "participation": "Participation",
@@ -38,19 +38,20 @@ NAMES = {
 }
 
 MOST_COUNTS = 10**7
-"""Largest limit that is looked for."""
+"""The largest limit that the search considers."""
 
 Table = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one run is going to agree to: the ledger's `open` entry without the run's id.
+    """The plan of one run: the `open` entry of the ledger, without the id of the run.
 
     Attributes:
-        limit: most uses of one unit, or steps; None is without limit.
-        planned: how many of them are reserved.
-        message: what the contract allows, and how to do better.
+        limit: the maximum number of uses of one unit, or of steps; None is without limit.
+        planned: the number of uses or steps to reserve.
+        message: what the contract allows, and what would allow more.
+        facts: what the certificate also states; see `_Planner._facts`.
         The others: see `tg_tinker.records.ledger.Account`.
     """
 
@@ -65,7 +66,7 @@ class Plan:
     message: str
 
     def entry(self, run: str) -> Entry:
-        """The body of the `open` entry, as JSON; its facts hold the message, too."""
+        """Returns the body of the `open` entry, as JSON. Its facts also hold the message."""
         return {
             "type": "open", "run": run, "contract": self.contract, "sigma": self.sigma,
             "rate": self.rate, "accountant": self.accountant,
@@ -75,19 +76,20 @@ class Plan:
 
 
 def plan_run(dp: DPConfig, config: TrainingConfig, ledger: Ledger) -> Plan:
-    """The plan of a run that is about to open on this data set.
+    """Returns the plan of a run that is about to open on this dataset.
 
     Raises:
-        InvalidRequestError: a value is missing, contradicts another, or asks for more than the
-            data set was registered with.
-        DPBudgetExceededError: what is left cannot pay; `details["noise_multiplier"]` is the
-            smallest that could, None if there is none.
+        InvalidRequestError: a value is missing, contradicts another value, or asks for more than
+            the dataset was registered with.
+        DPBudgetExceededError: the remaining budget cannot pay for the plan.
+            `details["noise_multiplier"]` is the smallest one that the budget can pay for, or None
+            if there is none.
     """
     return _Planner(dp, config, ledger).plan()
 
 
 class _Planner:
-    """One request, and the questions that a plan asks about it."""
+    """A calculation of the plan for one config and one ledger."""
 
     def __init__(self, dp: DPConfig, config: TrainingConfig, ledger: Ledger) -> None:
         self.dp, self.config, self.ledger = dp, config, ledger
@@ -121,48 +123,56 @@ class _Planner:
         limit, delta, unit = self.ledger.limit, self.ledger.delta, self.ledger.registered["unit"]
         if self.dp.target_epsilon is not None and self.target > limit:
             raise InvalidRequestError(
-                f"target_epsilon {self.target:g} is more than the {limit:g} of the data set: ask"
-                " for less, or for None to take what the data set has"
+                f"target_epsilon {self.target:g} exceeds the {limit:g} of the dataset: lower it, or"
+                " set it to None to use the dataset's epsilon"
             )
         if self.dp.target_delta > delta:
             raise InvalidRequestError(
-                f"target_delta {self.dp.target_delta:g} is more than the {delta:g} of the data set"
+                f"target_delta {self.dp.target_delta:g} exceeds the {delta:g} of the dataset: lower"
+                " it"
             )
         if self.dp.unit != unit:
-            raise InvalidRequestError(f"the data set protects unit={unit!r}, not {self.dp.unit!r}")
+            raise InvalidRequestError(
+                f"the dataset protects unit={unit!r}, not {self.dp.unit!r}: use the dataset's unit"
+            )
         size, what = self.dp.dataset_size or self.batch, "dataset_size"
-        if self.dp.dataset_size is None:  # at least a batch of units is there
+        # Without a size, the rows of a step are the least that the dataset can hold.
+        if self.dp.dataset_size is None:
             what = "the rows of a step"
         if delta * size >= 1:
             raise InvalidRequestError(
-                f"delta {delta:g} must be below 1 / {what} = {1 / size:.3g}, or else whole"
-                " examples may leak: register the data set with a smaller one"
+                f"delta {delta:g} must be below 1 / {what} = {1 / size:.3g}, or the guarantee"
+                " allows whole examples to leak: register the dataset with a smaller delta"
             )
 
     def _check_noise(self) -> None:
         sigma, (least, most) = self.dp.noise_multiplier, SIGMA_RANGE
         if sigma is not None and not least <= sigma <= most:
             raise InvalidRequestError(
-                f"noise_multiplier {sigma:g} is outside {least:g} to {most:g}"
+                f"noise_multiplier {sigma:g} is outside {least:g} to {most:g}: use a value inside"
             )
         if sigma is None and math.isinf(self.epsilon):
             raise InvalidRequestError(
-                "without a limit on epsilon nothing says how much noise: give noise_multiplier,"
+                "without a limit on epsilon the noise cannot be calibrated: give noise_multiplier"
                 " or target_epsilon"
             )
         if sigma is None and not self.by_uses and self.stated is None:
             raise InvalidRequestError(
-                f"sampling={self.contract!r} needs noise_multiplier, or max_steps to calibrate it"
+                f"sampling={self.contract!r} needs noise_multiplier, or max_steps to calibrate it:"
+                " give one"
             )
 
     def _rate(self) -> float:
         size, stated = self.dp.dataset_size, self.dp.sample_rate
         if size is None:
-            raise InvalidRequestError(f"sampling={self.contract!r} needs dataset_size")
+            raise InvalidRequestError(
+                f"sampling={self.contract!r} needs dataset_size: give the number of units"
+            )
         rate = self.batch / size
         if rate > 1:
             raise InvalidRequestError(
-                f"the expected batch of {self.batch} is more than dataset_size={size}"
+                f"the expected batch of {self.batch} exceeds dataset_size={size}: lower batch_size"
+                " or gradient_accumulation_steps"
             )
         if stated is not None and abs(stated - rate) > 1e-9 * rate:
             raise InvalidRequestError(
@@ -177,19 +187,21 @@ class _Planner:
         return Account(self.contract, sigma, self.rate, self.accountant, table, None, 0)
 
     def _fits(self, account: Account, count: int) -> bool:
-        """Whether the data set can pay, and the run alone stays within its own target."""
+        """Returns whether the dataset can pay, and the run alone stays within its own target."""
         if self.ledger.epsilon_with("", count, account) > self.ledger.limit:
             return False
-        if self.poisson:  # its table ends at the target
+        # The table of a Poisson run ends at the target.
+        if self.poisson:
             return bool(account.table) and count <= account.table[-1][0]
         own = gaussian_epsilon(math.sqrt(count) / account.sigma, self.dp.target_delta)
         return own <= self.target
 
     def _table(self, sigma: float) -> Table:
-        """Steps and epsilon of this run alone, as far as its own target."""
+        """Returns steps and epsilon of this run alone, up to its own target."""
         if not self.poisson:
             return ()
-        # Noise for a stated number of steps leaves room for no more; without a limit nothing ends.
+        # Noise that is calibrated for the stated steps allows no more steps. Without a limit on
+        # epsilon, only the stated steps can end the table.
         short = self.dp.noise_multiplier is None or math.isinf(self.epsilon)
         end = self.stated if short else None
         if self.dp.target_delta < self.ledger.delta and math.isfinite(self.target):
@@ -203,10 +215,12 @@ class _Planner:
         return tabulate(self.accountant, sigma, self.rate, delta, epsilon, end)
 
     def _limit(self, account: Account) -> int | None:
-        """Most uses or steps; a stated number of uses, or one that noise was made for, is kept.
+        """Returns the maximum number of uses or steps; None is without limit.
+
+        A stated number of uses, or the number that the noise is calibrated for, is the limit.
 
         Raises:
-            DPBudgetExceededError: what was stated, or a single one, does not fit.
+            DPBudgetExceededError: the stated number, or else a single use or step, does not fit.
         """
         if math.isinf(self.epsilon):
             return self.stated if self.by_uses else None
@@ -220,7 +234,7 @@ class _Planner:
         return largest_count(lambda count: self._fits(account, count), end)
 
     def _planned(self, limit: int | None) -> int:
-        """What to reserve: only for a run that says how far it will go."""
+        """Returns how many uses or steps to reserve: 0 for a run that states no number."""
         steps = self.config.max_steps
         if not self.by_uses:
             return steps or 0
@@ -237,7 +251,10 @@ class _Planner:
         return sigma
 
     def _smallest_sigma(self, count: int, accountant: str) -> float:
-        """The least noise under which this many fit, to 4 digits; infinite if none is enough."""
+        """Returns the smallest sigma, to 4 digits, at which `count` uses or steps fit.
+
+        Returns infinity if no sigma is enough.
+        """
         if not self.poisson:
             return smallest_sigma(lambda sigma: self._is_enough(sigma, count, accountant))
         cheap = smallest_sigma(lambda sigma: self._is_enough(sigma, count, "rdp"))
@@ -259,7 +276,11 @@ class _Planner:
     # --- what to say ---------------------------------------------------------------------------
 
     def _too_much(self, account: Account | None) -> DPBudgetExceededError:
-        """The refusal of what is wanted; without an account no noise at all was enough."""
+        """Returns the error for a plan that does not fit.
+
+        Args:
+            account: the account that does not fit; None if no noise is enough.
+        """
         spent, held = self.ledger.epsilon, self.ledger.epsilon_with("", 0)
         least = self._smallest_sigma(self.wanted, self.accountant) if account else math.inf
         possible = math.isfinite(least)
@@ -267,15 +288,15 @@ class _Planner:
             f"epsilon {self.epsilon:g} (delta {self.dp.target_delta:g}) cannot pay for"
             f" {self._counted(self.wanted)}"
             + (f" at sigma {account.sigma:g}" if account else "")
-            + (f": {spent:.4g} of {self.ledger.limit:g} is spent before" if spent else "")
-            + (f", and clients not closed reserved up to {held:.4g}" if held > spent else "")
+            + (f": {spent:.4g} of {self.ledger.limit:g} is spent already" if spent else "")
+            + (f", and open clients have reserved up to {held:.4g}" if held > spent else "")
             + (f". noise_multiplier={least:g} is the smallest that can" if possible else "")
-            + ("" if possible else ". No noise is enough: train on data that is not spent"),
+            + ("" if possible else ". No noise is enough: train on data whose budget is not spent"),
             details={"noise_multiplier": least if possible else None, "spent": spent},
         )
 
     def _allowed(self, account: Account, limit: int | None) -> str:
-        """The first sentence of the message: what the contract pays for."""
+        """Returns the first sentence of the message: what the contract pays for."""
         name, at = NAMES[self.contract], f"at sigma {account.sigma:g}"
         if limit is None:
             return f"{name}: any number {at}, for epsilon has no limit here."
@@ -286,7 +307,7 @@ class _Planner:
         return f"{name}: {can} {at}, epsilon {total:.3g}{of} (delta {self.ledger.delta:g})."
 
     def _better(self, sigma: float, limit: int | None) -> str:
-        """The second sentence: what would allow more."""
+        """Returns the second sentence of the message: what would allow more."""
         if math.isinf(self.epsilon):
             return "State target_epsilon, or register the data set with an epsilon, to have one."
         more = (limit or 1) + 1 if self.by_uses else 2 * (limit or 1)
@@ -307,7 +328,10 @@ class _Planner:
         return f"Poisson sampling would allow at least {steps} steps" if steps else "Use more noise"
 
     def _poisson_steps(self, sigma: float) -> int:
-        """How many steps the same noise would pay for on drawn samples, by the cheap bound."""
+        """Returns how many Poisson steps the same noise would pay for, by the fast Renyi bound.
+
+        Returns 0 if Poisson sampling is not possible.
+        """
         changes = {"sampling": "poisson", "accountant_type": "rdp", "noise_multiplier": sigma}
         drawn = self.dp.model_copy(update=changes | {"sample_rate": None})
         if self.batch > (drawn.dataset_size or 0):
@@ -325,7 +349,7 @@ class _Planner:
         return "example" if self.dp.unit == "example" else "example_id"
 
     def _facts(self) -> dict[str, Any]:
-        """What the certificate states beside: nothing that depends on data."""
+        """Returns what the certificate also states: values that do not depend on the data."""
         return {
             "bound": self.dp.max_grad_norm,
             "batch": self.batch,
@@ -339,7 +363,10 @@ class _Planner:
 
 
 def _refined(high: float, holds: Callable[[float], bool]) -> float:
-    """Goes down from a number that is enough; each number tried has 4 digits, as the result."""
+    """Returns the smallest number for which `holds` is true, searching downward from `high`.
+
+    Every number that is tried has 4 significant digits, as has the result.
+    """
     low = float(f"{0.9 * high:.4g}")
     while holds(low):
         low, high = float(f"{0.9 * low:.4g}"), low

@@ -1,7 +1,7 @@
-"""Poisson samples: units are registered once, and each step takes exactly the drawn ones.
+"""Draws Poisson samples: units are registered once, and each step takes exactly the drawn units.
 
-`PoissonSampler` draws; `PoissonDraws` is a run's way to it: which units there are, and that each
-draw is paid before it is told. That noise is added once for a draw is left to `session`.
+`PoissonSampler` draws. `PoissonDraws` gives a run access to the sampler: it registers the units and
+charges each draw before anyone sees it. `session` adds noise once for each draw.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from tg_tinker.storage.envelope import keystream
 
 
 class PoissonSampler:
-    """Draws each unit into a step with probability `rate`, on its own, from OS entropy.
+    """A sampler that draws each unit into a step with probability `rate`.
 
-    A draw is charged before anyone sees it, and stays until a step has used it: asking again,
-    registering again or loading other weights gives the same one, and whoever leaves it for
-    another, in a new client or after a crash, has paid for both. It is never saved.
+    The draws of the units are independent and come from operating-system entropy. A draw is charged
+    before anyone sees it, and it stays until a step has used it. Until then, another call of
+    `draw`, another registration and other weights give the same draw. A new client, or a client
+    after a crash, gets a new draw and pays for both. A draw is never saved.
     """
 
     def __init__(self, units: Sequence[bytes], rate: float) -> None:
@@ -35,25 +36,26 @@ class PoissonSampler:
 
     @property
     def paid(self) -> bool:
-        """Whether a draw waits for its step, which needs no budget any more."""
+        """Whether a draw waits for its step. The draw is paid, so the step needs no budget."""
         return self._charge is not None
 
     def draws_from(self, units: Sequence[bytes]) -> bool:
-        """Whether it has these units, and so keeps its draw.
+        """Returns whether the sampler has these units, and so keeps its draw.
 
         Raises:
-            InvalidRequestError: it has others, and a draw of them is open.
+            InvalidRequestError: the sampler has other units, and a draw of them is open.
         """
         if self._drawn is not None and units != self._units:
             raise InvalidRequestError(
-                "a drawn sample waits for its step: pass the same data set, in the same order"
+                "a drawn sample waits for its step: pass the same dataset, in the same order"
             )
         return units == self._units
 
     def draw(self, charge: Callable[[list[bytes]], Charge]) -> list[int]:
-        """Indices of the units of the next step, in order; may be empty.
+        """Returns the indices of the units of the next step, in ascending order; possibly none.
 
-        `charge` makes a new draw durable; what it raises leaves no draw.
+        Args:
+            charge: charges a new draw durably. If it raises an error, there is no draw.
         """
         if self._drawn is None:
             words = np.frombuffer(keystream(8 * len(self._units)), dtype="<u8")
@@ -64,20 +66,20 @@ class PoissonSampler:
         return self._drawn
 
     def check(self, units: set[bytes]) -> None:
-        """Refuses a step whose units are not exactly the draw; the draw stays.
+        """Refuses a step whose units are not exactly the draw. The draw stays.
 
         Raises:
-            InvalidRequestError: nothing was drawn, or rows are missing, added or changed.
+            InvalidRequestError: there is no draw, or rows are missing, added or changed.
         """
         if self._drawn is None or units != {self._units[i] for i in self._drawn}:
             raise InvalidRequestError(
                 "the rows of this step are not the drawn sample, so Poisson accounting would not"
-                " hold for it: pass each batch of tc.poisson_batches(dataset) to forward_backward"
-                " whole, in one step. The step was dropped; the sample waits, and is paid for"
+                " hold for it. The step was dropped; the sample is paid for and still waits: pass"
+                " each batch of tc.poisson_batches(dataset) whole, in one step"
             )
 
     def use(self) -> Charge:
-        """The charge of the draw, which `check` has found right; the next draw is another."""
+        """Returns the charge of the draw and ends the draw; the caller has called `check`."""
         if self._charge is None:
             raise ServiceError("no sample was drawn for this step")
         charge, self._charge, self._drawn = self._charge, None, None
@@ -85,7 +87,7 @@ class PoissonSampler:
 
 
 class PoissonDraws:
-    """The samples of one run, where the server draws them; idle under any other contract."""
+    """The samples of one run under the `poisson` contract. Under other contracts it is not used."""
 
     def __init__(self, budget: Budget, config: TrainingConfig) -> None:
         self._budget = budget
@@ -96,15 +98,15 @@ class PoissonDraws:
 
     @property
     def paid(self) -> bool:
-        """Whether a draw waits for its step, which needs no budget any more."""
+        """Whether a draw waits for its step. The draw is paid, so the step needs no budget."""
         return self._sampler is not None and self._sampler.paid
 
     def register(self, examples: Sequence[Example]) -> list[list[int]]:
-        """Takes the data set that later samples are drawn from; the rows of each of its units.
+        """Registers the units that later samples are drawn from; returns the rows of each unit.
 
         Raises:
-            InvalidRequestError: another contract, not `dataset_size` distinct units, or other
-                units while a draw is open.
+            InvalidRequestError: the run has another contract, the number of distinct units is not
+                `dataset_size`, or the units differ while a draw is open.
         """
         if self._dp.sampling != "poisson":
             raise InvalidRequestError(
@@ -113,12 +115,14 @@ class PoissonDraws:
             )
         rows: dict[bytes, list[int]] = {}
         for index, unit in enumerate(unit_ids(self._budget.key, examples, self._dp.unit)):
-            if self._dp.unit == "id" or unit not in rows:  # a repeated example would add zero
+            # A repeated example is left out, because it would add zero.
+            if self._dp.unit == "id" or unit not in rows:
                 rows.setdefault(unit, []).append(index)
         if len(rows) != self._dp.dataset_size:
             raise InvalidRequestError(
-                f"the data set has {len(rows)} distinct units in {len(examples)} rows,"
-                f" DPConfig(dataset_size={self._dp.dataset_size}) was agreed: they must be equal",
+                f"the dataset has {len(rows)} distinct units in {len(examples)} rows, but the run"
+                f" was created with DPConfig(dataset_size={self._dp.dataset_size}): pass exactly"
+                " that many distinct units",
                 details={"units": len(rows), "rows": len(examples)},
             )
         if self._sampler is None or not self._sampler.draws_from(list(rows)):
@@ -126,34 +130,39 @@ class PoissonDraws:
         return list(rows.values())
 
     def draw(self, step: int) -> list[int]:
-        """The units of the step after `step` completed ones, as indices into what `register`
-        returned.
+        """Returns the units of the next step, as indices into the result of `register`.
 
-        Paid before they are told: a sample that is thrown away to get another costs a step.
+        The draw is paid before anyone sees it, so a sample that is discarded costs a step.
+
+        Args:
+            step: the number of completed steps.
 
         Raises:
-            DPBudgetExceededError: the budget pays for no further sample.
+            InvalidRequestError: no dataset is registered.
+            DPBudgetExceededError: the budget cannot pay for another sample.
         """
         if self._sampler is None:
-            raise InvalidRequestError("register a data set first: use tc.poisson_batches(dataset)")
+            raise InvalidRequestError(
+                "no dataset is registered for Poisson samples: use tc.poisson_batches(dataset)"
+            )
         if self._max_steps is not None and step >= self._max_steps:
             raise DPBudgetExceededError(
-                f"no step is left: all {step} that were planned are made. sample and"
+                f"no step is left: all {step} steps that were planned are made. sample and"
                 " save_state still work"
             )
         return self._sampler.draw(self._pay)
 
     def check(self, units: set[bytes]) -> None:
-        """Refuses a step whose units are not exactly the draw; the draw stays."""
+        """Refuses a step whose units are not exactly the draw; see `PoissonSampler.check`."""
         if self._sampler is None:
             raise InvalidRequestError(
-                "under Poisson sampling the server draws each step: take the batches from"
-                " tc.poisson_batches(dataset)"
+                "under Poisson sampling the server draws the units of each step: take the batches"
+                " from tc.poisson_batches(dataset)"
             )
         self._sampler.check(units)
 
     def use(self) -> Charge:
-        """The charge of the draw, for the step that `check` has found right."""
+        """Returns the charge of the draw and ends the draw; see `PoissonSampler.use`."""
         if self._sampler is None:
             raise ServiceError("no sample was drawn for this step")
         return self._sampler.use()

@@ -1,17 +1,18 @@
-"""An attack on the private step of this installation, the real one, with real charges.
+"""Attacks the private step of this installation: the real step, with real charges.
 
     report = run_audit()
     print(report.verdict)  # no violation found, power 1.00 against noise 20 % too small
 
-Four checks, from exact to statistical: what one row can change, whether the noise is what it
-should be, what an attacker learns from one step, and how far a canary moves it. `attacks` makes
-them; here they are run, one after the other, and reported. A tiny random model will do, for nothing
-depends on what a model knows. Attacked are steps whose unit is the example, under the worst-case
-contract. Not attacked are the accountants, who counts under the other contracts, and whatever lies
-outside of `PrivateSession`.
+The audit makes four checks, from exact to statistical: what one row can change, whether the noise
+is correct, what an attacker learns from one step, and how far a canary moves its score. `attacks`
+has the checks; this module runs them in turn and reports the results. A tiny random model is
+enough, because nothing depends on what a model has learned.
 
-Legend: C the L2 bound of a unit, mu = 1 / sigma. A canary is a made-up unit that an attacker looks
-for.
+The audit attacks steps whose unit is the example, under the worst-case contract. It does not attack
+the accountants, the counting of the other contracts, or anything outside `PrivateSession`.
+
+Legend: C the L2 bound of a unit, mu = 1 / sigma. A canary is an artificial unit that an attacker
+tries to detect.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from actors.privacy.attacks import (
     Bench,
     Check,
     mean_shift,
-    neighbour_replay,
+    neighbor_replay,
     noise_fit,
     one_run_audit,
     play_canaries,
@@ -42,21 +43,26 @@ from actors.privacy.session import PrivateSession
 from tg_tinker.records.accounting import gaussian_mu
 
 MOST_EPSILON = 2.0
-"""Above, the bound of one step stays so far below the claim that it could hardly fail."""
+"""The largest epsilon to audit.
+
+For a larger claim, the bound from one step stays so far below the claim that the check could hardly
+fail.
+"""
 
 LEAST_CANARIES, MOST_CANARIES = 100, 16_384
-"""In one step: at most one for each trainable value of the model."""
+"""The number of canaries in one step: at most one for each trainable value of the model."""
 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What an audit found.
+    """The findings of an audit.
 
     Attributes:
-        canaries: in each of `steps` steps, half of them in.
-        bound: on epsilon from below, at 95 % confidence, of one step.
+        canaries: the number of canaries in each of `steps` steps; about half of them were in.
+        bound: a lower bound on the epsilon of one step, at 95 % confidence.
         mu_hat: how far a canary moved its score, in standard deviations of the score.
-        scores_in, scores_out: of the canaries that were in the step or not, in units of C.
+        scores_in, scores_out: the scores of the canaries that were in the step, and of the others,
+            in units of C.
     """
 
     checks: tuple[Check, ...]
@@ -75,9 +81,13 @@ class AuditReport:
         return all(check.passed for check in self.checks)
 
     def power_against(self, noise: float) -> float:
-        """How probably the mean shift alone shows that only this part of the noise is there.
+        """Returns the probability that the mean shift alone detects noise that is too small.
 
-        By the normal approximation. The noise fit sees an error of 1 %, but in empty steps only.
+        The probability is a normal approximation. The noise fit also detects an error of 1 %, but
+        in empty steps only.
+
+        Args:
+            noise: the size of the actual noise, as a part of the correct size.
         """
         count = self.steps * self.canaries
         wrong = NormalDist(1 / (noise * self.sigma), standard_error(count))
@@ -86,12 +96,12 @@ class AuditReport:
 
     @property
     def power(self) -> float:
-        """Against noise 20 % too small."""
+        """The power against noise that is 20 % too small; see `power_against`."""
         return self.power_against(0.8)
 
     @property
     def power_half(self) -> float:
-        """Against half the noise."""
+        """The power against half the noise; see `power_against`."""
         return self.power_against(0.5)
 
     @property
@@ -102,7 +112,7 @@ class AuditReport:
         return f"no violation found, power {self.power:.2f} against noise 20 % too small"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, without the scores."""
+        """Returns the report as plain values, without the scores."""
         plain = asdict(self) | {
             "checks": [asdict(check) for check in self.checks],
             "passed": self.passed, "verdict": self.verdict,
@@ -118,32 +128,38 @@ def run_audit(
     epsilon: float = 2.0,
     session_type: type[PrivateSession] = PrivateSession,
 ) -> AuditReport:
-    """Attacks private steps on this machine; about ten seconds.
+    """Attacks private steps on this machine, in about ten seconds, and returns the report.
 
     Args:
-        progress: is told what begins.
-        canaries: of each of four steps; the error of `mu_hat` falls with its square root.
+        progress: receives a message when a check begins.
+        canaries: the number of canaries in each of four steps. The error of `mu_hat` falls with the
+            square root of this number.
         epsilon: what one step claims, at delta 1e-5; the noise follows from it.
-        session_type: what is attacked.
+        session_type: the class that is attacked.
 
     Raises:
-        ValueError: too few or too many canaries, or an epsilon that could not be refuted.
+        ValueError: there are too few or too many canaries, or epsilon is not positive or too large
+            to be refuted.
     """
     if not 0 < epsilon <= MOST_EPSILON:
-        raise ValueError(f"epsilon is {epsilon:g}: audit a claim above 0, at most {MOST_EPSILON:g}")
+        raise ValueError(
+            f"epsilon is {epsilon:g}: use a value above 0 and at most {MOST_EPSILON:g}"
+        )
     if not LEAST_CANARIES <= canaries <= MOST_CANARIES:
-        raise ValueError(f"canaries are {canaries}: take {LEAST_CANARIES} to {MOST_CANARIES}")
+        raise ValueError(f"canaries are {canaries}: use {LEAST_CANARIES} to {MOST_CANARIES}")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors this small are only slowed down by more
+    # More threads make tensors of this size slower.
+    torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
             bench = Bench(Path(folder), session_type)
-            progress("neighbour replay: with and without each row")
-            replay = neighbour_replay(bench)
+            progress("neighbor replay: with and without each row")
+            replay = neighbor_replay(bench)
             progress("noise fit: steps without rows")
             noise = noise_fit(bench)
             progress(f"canaries: {CANARY_STEPS} steps with half of {canaries} each")
-            sigma = (1 + 1e-9) / gaussian_mu(epsilon, DELTA)  # rounded up: the ledger is exact
+            # Rounded up, because the ledger checks the exact epsilon.
+            sigma = (1 + 1e-9) / gaussian_mu(epsilon, DELTA)
             scores, inside, charged = play_canaries(bench, canaries, sigma, epsilon)
     finally:
         torch.set_num_threads(threads)

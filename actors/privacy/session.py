@@ -1,10 +1,13 @@
-"""A private run: the whole way from a batch to a weight, for a reviewer to read in order.
+"""Runs private training: the whole path from a batch to the weights. A reviewer reads it in order.
 
-`forward_backward` clips each unit's gradient and adds it to the window. `optim_step` checks and
-charges the budget, adds noise once, and moves the weights. Everything before the noise stays in
-this process. What the other modules guarantee is in their docstrings: `units` (who counts),
-`unit_gradients` (whose gradient is whose), `clipping` (the bound, the noise), `poisson` (the
-server's samples), `tg_tinker.records.ledger` (the budget).
+`forward_backward` clips the gradient of each unit and adds it to the accumulation window.
+`optim_step` checks and charges the budget, adds noise once, and moves the weights. Gradients
+without noise stay in this process. Losses, norms before and after clipping, clip counts, hashes and
+warnings have no noise: they are for the data owner alone and lie outside the guarantee.
+
+The docstrings of the other modules state what these modules guarantee: `units` (which rows count),
+`unit_gradients` (the gradient of each unit), `clipping` (the bound and the noise), `poisson` (the
+samples that the server draws), `tg_tinker.records.ledger` (the budget).
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from actors.engine.model import Base
 from actors.engine.session import Session
 from actors.engine.timing import Stage, stage
 from actors.privacy.budget import Budget
-from actors.privacy.clipping import ClippedSum, privatise
+from actors.privacy.clipping import ClippedSum, privatize
 from actors.privacy.layers import refuse_mixing_layers, silence_dropout
 from actors.privacy.noise import standard_normal
 from actors.privacy.poisson import PoissonDraws
@@ -42,9 +45,10 @@ _MIN_STEPS_TO_JUDGE = 3
 
 
 class PrivateSession(Session):
-    """A session under differential privacy; see `docs/privacy.md` for what that promises."""
+    """A session under differential privacy. `docs/privacy.md` states the guarantee."""
 
-    _noise = staticmethod(standard_normal)  # no argument or setting replaces it
+    # No argument and no setting replaces the noise.
+    _noise = staticmethod(standard_normal)
 
     def __init__(self, base: Base, config: TrainingConfig, budget: Budget) -> None:
         refuse_mixing_layers(base.model)
@@ -65,7 +69,7 @@ class PrivateSession(Session):
 
     @property
     def broken(self) -> bool:
-        """A step was charged and then failed, or as in `Session`."""
+        """Whether a step failed after its charge, or the session is broken as in `Session`."""
         return self._releasing or super().broken
 
     # --- the step ----------------------------------------------------------------------------
@@ -78,13 +82,14 @@ class PrivateSession(Session):
         batch_hash: str | None = None,
         check_cancelled: Callable[[], None] = lambda: None,
     ) -> ForwardBackwardResult:
-        """Loss of a batch and, in train mode, its clipped per-unit gradients in the window.
+        """Returns the loss of a batch; in train mode, adds its clipped gradients to the window.
 
-        A row that cannot or may not count adds zero and is reported; it never raises, so that
-        one row can change the result by its gradient only. The loss is over the rows that count.
+        A row that cannot count, or may not count, adds zero and is reported. It never raises an
+        error, so that a row can change the result only through its gradient. The loss covers the
+        rows that count.
 
         Raises:
-            DPBudgetExceededError: no step, or no use of any of these units, is left.
+            DPBudgetExceededError: no step is left, or none of these units may be used again.
             InvalidRequestError: the call has the wrong shape; nothing was added.
         """
         if not train:
@@ -130,13 +135,14 @@ class PrivateSession(Session):
         )
 
     def optim_step(self, apply_dp_noise: bool = True) -> OptimStepResult:
-        """One private step. Its order is the guarantee.
+        """Makes one private step: check, charge, noise, weights. The guarantee needs this order.
 
         Raises:
-            DPBudgetExceededError: the budget cannot pay; weights, optimizer, ledger and step
-                are as they were.
-            WindowSpoiledError, InvalidRequestError: the same, see the message.
-        Whatever is raised, the window is empty afterwards.
+            DPBudgetExceededError: the budget cannot pay. Weights, optimizer, ledger and step are
+                unchanged.
+            WindowSpoiledError, InvalidRequestError: the step is refused for the reason in the
+                message. Weights, optimizer, ledger and step are unchanged.
+        After any error the window is empty.
         """
         started = time.perf_counter()
         window, spoiled, refusal = self._pending, self._spoiled, self._refusal
@@ -144,7 +150,7 @@ class PrivateSession(Session):
         try:
             self._refuse_step(window, spoiled, refusal)
             with stage(Stage.CHARGE):
-                charge = self._charged(window, apply_dp_noise)  # durable when it returns
+                charge = self._charged(window, apply_dp_noise)
             norm, rate = self._release(window, charge)
         finally:
             window.total.wipe()
@@ -158,7 +164,10 @@ class PrivateSession(Session):
         )
 
     def _charged(self, window: Window, noised: bool) -> Charge:
-        """The step's charge: of its rows now, or that of the sample the server drew for it."""
+        """Returns the durable charge of the step.
+
+        The step is charged now, except under `poisson`, where the draw was charged already.
+        """
         if self.dp.sampling != "poisson":
             return self.budget.charge(window.units, window.calls, noised=noised)
         if noised:
@@ -168,11 +177,14 @@ class PrivateSession(Session):
         return charge
 
     def _release(self, window: Window, charge: Charge) -> tuple[float, float]:
-        """Noise on the whole sum, then the weights. A failure in between ends the session:
-        a second draw for the same sum would be a second, uncharged release."""
+        """Adds noise to the whole sum, then moves the weights; returns norm and learning rate.
+
+        A failure in between ends the session: a second draw of noise for the same sum would be a
+        second release without a charge.
+        """
         self._releasing = True
         with stage(Stage.NOISE):
-            gradient: PrivateGradient = privatise(
+            gradient: PrivateGradient = privatize(
                 window.total, sigma=charge.spend(), divisor=self._divisor, noise=self._noise
             )
         norm, rate = self._move(gradient)
@@ -185,17 +197,18 @@ class PrivateSession(Session):
     # --- state -------------------------------------------------------------------------------
 
     def load(self, state: SessionState) -> tuple[str, ...]:
-        """As in any session; what was trained without privacy is refused unless allowed.
+        """Loads a state as in `Session`; refuses a state without a guarantee unless it is allowed.
 
         Raises:
             LineageError: see `Lineage.refuse_unguarded`.
         """
         self.check_fits(state)
-        self.budget.link(state.lineage.ledgers)  # on record before any weight changes
+        # The link is on record before any weight changes.
+        self.budget.link(state.lineage.ledgers)
         self._pending.total.wipe()
         warnings = super().load(state)
         if self.lineage.guarantee == "none":
-            warnings += ("these weights have no privacy guarantee, and nor will this run's",)
+            warnings += ("these weights have no privacy guarantee, so this run will have none",)
         return warnings
 
     def check_fits(self, state: SessionState) -> None:
@@ -205,8 +218,11 @@ class PrivateSession(Session):
     # --- inside ------------------------------------------------------------------------------
 
     def _seed_dropout(self) -> None:
-        """Afresh for each call and never stored. The masks of a stream follow one another, so a
-        row more shifts those of all behind it: known masks would void the bound of one row."""
+        """Seeds torch from new entropy for each call; the seed is never stored.
+
+        The dropout masks of a stream follow one another, so an additional row shifts the masks of
+        all rows behind it. With known masks, the bound on the effect of one row would not hold.
+        """
         torch.manual_seed(secrets.randbits(63))
 
     def _open_window(self) -> None:
@@ -215,7 +231,7 @@ class PrivateSession(Session):
         self._refusal: DPBudgetExceededError | None = None
 
     def _drop(self, refusal: DPBudgetExceededError) -> None:
-        """Wipes the window; the `optim_step` that is already queued gets the same refusal."""
+        """Wipes the window. An `optim_step` that is already queued raises the same refusal."""
         self._pending.total.wipe()
         self._open_window()
         self._refusal = refusal
@@ -230,7 +246,10 @@ class PrivateSession(Session):
             self.poisson.check(window.units)
 
     def _metrics(self, window: Window, charge: Charge) -> DPMetrics:
-        """Medians over the units of the step; NaN for a step without units, or where hidden."""
+        """Returns the metrics of a step, with medians of the norms over its units.
+
+        The medians are NaN if the step has no units or the metrics are hidden.
+        """
         total = window.total
         shown = self.dp.show_private_metrics and bool(total.norms_before)
         return DPMetrics(
@@ -249,9 +268,9 @@ class PrivateSession(Session):
         return replace(result, loss=math.nan, gradient_hash="", warnings=())
 
     def _judge_batch_size(self, window: Window) -> tuple[str, ...]:
-        """Says that a step had no rows, and once that the divisor is far from those that come."""
+        """Warns of a step without rows, and once if the divisor is far from the rows of a step."""
         if not window.rows and self.dp.sampling != "poisson":
-            return ("no rows came for this step: it moved the weights by noise alone",)
+            return ("this step had no rows: it moved the weights by noise alone",)
         self._rows_per_step.append(window.rows)
         if len(self._rows_per_step) != _MIN_STEPS_TO_JUDGE:
             return ()
@@ -259,9 +278,9 @@ class PrivateSession(Session):
         if self._divisor / 2 <= median <= 2 * self._divisor:
             return ()
         return (
-            f"a step has {median:g} rows (median of {_MIN_STEPS_TO_JUDGE}), batch_size x"
-            f" gradient_accumulation_steps is {self._divisor}: gradients are divided by the latter,"
-            " so the noise is not scaled to your batches. Set batch_size to the rows of a step",
+            f"a step has {median:g} rows (median of {_MIN_STEPS_TO_JUDGE}), but batch_size x"
+            f" gradient_accumulation_steps is {self._divisor}. Gradients are divided by the latter,"
+            " so the noise is not scaled to your batches: set batch_size to the rows of a step",
         )
 
 

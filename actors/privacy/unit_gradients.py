@@ -1,8 +1,8 @@
-"""Whose gradient is whose: backward passes of a private run, unit by unit, and their clipped sum.
+"""Runs the backward passes of a private run, one gradient per unit, and makes their clipped sum.
 
-Rows go in streams; each unit's gradient is clipped once all its rows are in it. The fast way to
-keep units apart is `capture`'s and is probed on each model; what a unit may add is up to
-`clipping`; which rows are passed, and what becomes of the sum, to `session`.
+Rows travel in streams. The gradient of a unit is clipped once it includes all rows of the unit.
+`capture` has the fast path that separates units; each model is probed for it. `clipping` bounds
+what a unit adds. `session` decides which rows are passed, and what happens to the sum.
 
 Legend: U units of a stream, each one example or all rows of one id; S rows of a stream.
 """
@@ -24,18 +24,18 @@ from actors.privacy.clipping import ClippedSum, UnitGradients
 from tg_tinker.data.batch import Example
 
 UNIT_GRADIENT_BYTES = 256 * 2**20
-"""Per-unit gradients held at a time: bounds the rows of a micro-batch."""
+"""Bytes of per-unit gradients in memory at a time: this bounds the rows of a micro-batch."""
 
 
 class UnitBackward:
     """The backward passes of one model that trains privately.
 
     Args:
-        parameters: all that trains, by name.
-        losses: float32 [S], to differentiate: the summed loss of each row of a stream.
+        parameters: all trainable parameters, by name.
+        losses: returns float32 [S] to differentiate: the summed loss of each row of a stream.
 
     Attributes:
-        recorder: the fast way; None where rows go one by one through ordinary autograd.
+        recorder: the fast path; None where rows go one by one through ordinary autograd.
     """
 
     def __init__(
@@ -53,12 +53,16 @@ class UnitBackward:
     def clipped_sum(
         self, groups: list[list[Example]], bound: float, check_cancelled: Callable[[], None]
     ) -> tuple[float, ClippedSum]:
-        """Token-mean loss (NaN without a finite row) and the sum over these units."""
+        """Returns the token-weighted mean loss and the clipped sum over these units.
+
+        Rows whose loss is not finite are left out of the loss. The loss is NaN if no row remains.
+        """
         rows = [example for group in groups for example in group]
         owners = [index for index, group in enumerate(groups) for _ in group]
         total = ClippedSum.zero(self._parameters, bound)
         loss, tokens = 0.0, 0
-        rest: Tensors = {}  # of a unit whose rows go on in the next stream
+        # The gradient of a unit that has more rows in the next stream.
+        rest: Tensors = {}
         self._base.model.train(True)
         try:
             for stream in flat_streams(rows, *self.stream_limits()):
@@ -68,7 +72,8 @@ class UnitBackward:
                 for name, part in rest.items():
                     by_unit[name][0] += part
                 rest = cut_last(by_unit) if owners and owners[0] == here[-1] else {}
-                with stage(Stage.CLIP):  # empties `by_unit`: the next stream makes its own
+                # Clipping empties `by_unit`; the next stream makes another one.
+                with stage(Stage.CLIP):
                     total.add(UnitGradients(by_unit).clip(bound))
                 finite = torch.isfinite(by_row)
                 loss += float(by_row[finite].sum())
@@ -80,10 +85,10 @@ class UnitBackward:
         return (loss / tokens if tokens else math.nan), total
 
     def of_stream(self, stream: FlatStream, owners: list[int]) -> tuple[torch.Tensor, Tensors]:
-        """Summed loss of each row, and float32 [U, ...] by name.
+        """Returns the summed loss of each row, and the gradients as float32 [U, ...] by name.
 
-        Differentiated is each row's mean over its own tokens, so that neither its length nor
-        its neighbours scale it.
+        The mean loss of each row over its own labeled tokens is differentiated. So neither the
+        length of a row nor the other rows scale its gradient.
         """
 
         def backward() -> torch.Tensor:
@@ -93,7 +98,8 @@ class UnitBackward:
                 means.sum().backward()  # type: ignore[no-untyped-call]
             return by_row.detach()
 
-        if self.recorder is None:  # a stream of one row: its gradient is the unit's
+        # Without a recorder a stream has one row, whose gradient is that of its unit.
+        if self.recorder is None:
             by_row = backward()
             taken = take_gradients(self._parameters)
             return by_row, {name: tensor[None] for name, tensor in taken.items()}
@@ -101,13 +107,14 @@ class UnitBackward:
         with self.recorder.recording(bounds) as captured:
             by_row = backward()
         for name, parameter in self._parameters.items():
-            if name not in captured:  # its layer took no part
+            # The layer of a parameter that was not captured took no part.
+            if name not in captured:
                 shape = (len(bounds) - 1, *parameter.shape)
                 captured[name] = torch.zeros(shape, device=parameter.device)
         return by_row, captured
 
     def stream_limits(self) -> tuple[int, int]:
-        """(tokens, rows) of a micro-batch; 0 tokens are one row each."""
+        """Returns the limits of a micro-batch, (tokens, rows); 0 tokens means one row each."""
         if self.recorder is None:
             return 0, 1
         values = sum(parameter.numel() for parameter in self._parameters.values())
@@ -115,15 +122,16 @@ class UnitBackward:
         return MAX_STREAM_TOKENS if self._base.flat else 0, max(1, rows)
 
     def _probed_recorder(self) -> Recorder | None:
-        """The fast way, if it finds on this model what ordinary autograd finds row by row.
+        """Returns the fast path if its gradients on this model equal those of ordinary autograd.
 
-        None for any other trainable set, whose rows go one by one through ordinary autograd:
-        no rule can be missing there, and tied weights are exact.
+        Returns None otherwise. Then the rows go one by one through ordinary autograd, which needs
+        no rule for any layer and is exact for tied weights.
         """
         recorder = capture(self._base.model, self._parameters)
         kept = {name: p.detach().clone() for name, p in self._parameters.items()}
         try:
-            with torch.no_grad():  # B starts at zero, which would hide every gradient of A
+            # B starts at zero, so the gradient of A would be zero.
+            with torch.no_grad():
                 for parameter in self._parameters.values():
                     parameter.add_(torch.randn_like(parameter), alpha=0.02)
             return recorder if recorder and self.captures_rightly(recorder) else None
@@ -134,7 +142,10 @@ class UnitBackward:
                     parameter.grad = None
 
     def captures_rightly(self, recorder: Recorder) -> bool:
-        """Whether it finds for several rows at once what autograd finds for each alone."""
+        """Returns whether the recorder's gradients of several rows at once are correct.
+
+        They are compared with the gradients that autograd computes for each row alone.
+        """
         sizes = (5, 9, 3) if self._base.flat else (9,)
         generator = torch.Generator().manual_seed(0)
         rows = [torch.randint(self._base.vocab_size, (n,), generator=generator) for n in sizes]
@@ -157,13 +168,13 @@ class UnitBackward:
 
 
 def cut_last(by_unit: Tensors) -> Tensors:
-    """Takes away the last unit, whose rows go on in the next stream."""
+    """Removes and returns the last unit, which has more rows in the next stream."""
     last = {name: tensor[-1].clone() for name, tensor in by_unit.items()}
     by_unit.update({name: tensor[:-1] for name, tensor in by_unit.items()})
     return last
 
 
 def unit_bounds(stream: FlatStream, owners: Sequence[int]) -> tuple[int, ...]:
-    """U + 1 offsets of the units of a stream whose rows have these owners, row by row."""
+    """Returns the U + 1 offsets of the units in a stream, given the owner of each row."""
     starts = [i for i, owner in enumerate(owners) if i == 0 or owner != owners[i - 1]]
     return (*(stream.bounds[i] for i in starts), stream.bounds[-1])

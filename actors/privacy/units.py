@@ -1,6 +1,6 @@
-"""Units of privacy: who a row belongs to, and which rows of a step count.
+"""Units of privacy: decides which unit a row belongs to, and which rows of a step count.
 
-How often a unit may be used is the ledger's, which units a Poisson step has is `poisson`'s.
+The ledger decides how often a unit may be used. `poisson` draws the units of a Poisson step.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ UNIT_BYTES = 16
 
 
 def unit_ids(key: bytes, examples: Sequence[Example], unit: str) -> list[bytes]:
-    """Each row's unit as a keyed hash: without the data set's key nobody can look for a row.
+    """Returns the unit of each row as a keyed hash.
+
+    Without the key of the dataset, nobody can test whether a hash belongs to a given row.
 
     Args:
-        unit: ``example``, a distinct sequence of input ids, or ``id``, all rows of an id.
+        unit: ``example``, a distinct sequence of input ids, or ``id``, all rows of one id.
 
     Raises:
-        InvalidRequestError: a row without an id where ids are the unit.
+        InvalidRequestError: the unit is ``id`` and a row has no id.
     """
     if unit == "id":
         require_ids(examples)
@@ -43,24 +45,27 @@ def _content(example: Example, unit: str) -> bytes:
 
 
 def row_defect(example: Example, vocab_size: int, context_length: int) -> str | None:
-    """Why a row of a private run contributes zero instead of raising: an error would tell."""
+    """Returns why a row of a private run contributes zero, or None if the row counts.
+
+    A defect never raises an error, so that a row can change the result only through its gradient.
+    """
     kept = example.labels[example.labels != IGNORED]
     ids = np.concatenate([example.input_ids, kept])
     if len(example.input_ids) > context_length:
         return "too long"
     if ((ids < 0) | (ids >= vocab_size)).any():
         return "out of vocabulary"
-    return None if example.num_labelled else "nothing labelled"
+    return None if example.num_labeled else "nothing labeled"
 
 
 @dataclass(repr=False)
 class Window:
-    """What a private step has collected.
+    """The accumulation window of a private step: everything since the last `optim_step`.
 
     Attributes:
         total: the clipped sum.
-        units: all units of the step, those that contributed zero included.
-        rows: rows that were passed.
+        units: all units of the step, including the units that contributed zero.
+        rows: the number of rows that were passed, including the rows that contributed zero.
         calls: (batch hash, gradient hash) of each call.
     """
 
@@ -73,11 +78,15 @@ class Window:
         self, examples: Sequence[Example], units: Sequence[bytes], at_limit: set[bytes],
         vocab_size: int, context_length: int, whole_units: bool,
     ) -> tuple[list[list[Example]], set[bytes], Counter[str]]:  # fmt: skip
-        """Rows that count, unit by unit; the units they take up; how many rows do not count.
+        """Decides which rows of a call count.
 
-        A unit may come once in a window: all its rows in one call when `whole_units` (the unit
-        is an id), a single row otherwise. Later rows of it add zero, so that it moves the sum
-        by C at most.
+        A unit may appear once in a window. If `whole_units` is true (the unit is an id), all its
+        rows come in one call; otherwise the unit has a single row. Later rows of the unit add zero,
+        so that the unit moves the sum by at most C.
+
+        Returns:
+            The rows that count, grouped by unit; the units that this call uses up, including units
+            whose rows all have a defect; the number of rows that do not count, by reason.
         """
         groups: dict[bytes, list[Example]] = {}
         taken: set[bytes] = set()

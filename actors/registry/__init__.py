@@ -1,23 +1,29 @@
-"""Runs, artifacts, ledgers, audit logs and API keys in one database that outlives every cluster.
+"""Holds runs, artifacts, ledgers, audit logs and API keys in one database that outlives every
+cluster.
 
-- registry.py: the registry: parts over one database. Start here; actor.py is its Ray shell.
-- runs.py: who acts for a run, how far it is, what it comes back from.
-- catalogue.py, artifacts.py, orphans.py: which artifacts there are; changes of them; what a sweep
-  remembers of a store.
-- ledgers.py, book.py, uses.py, plausibility.py: check and charge in one transaction; ledgers as
-  stored; uses of units; asserted samples.
-- audit_log.py: a row in the transaction of what it records.
-- heads.py, rollback.py, head_keeper.py: an older or another database is noticed by the signed heads
-  in a store; the head that a run keeps there.
-- deletions.py: artifacts against the audit log.
-- data_keys.py, key_names.py: who is given a data key; tenant keys by more than their names.
-- api_keys.py: API keys of HTTP clients, as hashes; where an expired one is refused.
+- registry.py: the registry, a set of parts over one database. Start here. actor.py is its Ray
+  actor.
+- runs.py: which actor owns a run, the run's last step, and the artifact it is restored from.
+- catalogue.py, artifacts.py, orphans.py: reading the index of artifacts; changing the index; what a
+  sweep remembers of a store.
+- ledgers.py, book.py, uses.py, plausibility.py: checking and charging in one transaction; how
+  ledgers are stored; counting the uses of units; testing a sample that the owner asserts.
+- audit_log.py, request_rows.py: audit rows, each in the transaction of the change it records;
+  limiting the rows about requests.
+- lookups.py: finding artifacts and runs by name; noting lookups of what another tenant owns.
+- heads.py, rollback.py, head_keeper.py: detecting an older or different database by the signed
+  heads in a store; writing the heads of a run's ledger to the store.
+- deletions.py: comparing the index of artifacts with the audit log.
+- data_keys.py, key_names.py: who receives a data key; recognizing the keys of a home.
+- home_keys.py: rotating the signing key and the secrets beside the keyring.
+- api_keys.py, grants.py: API keys of HTTP clients, stored as hashes; refusing an expired key;
+  refusing rows that this registry did not write, or that were put back.
 - schema.py: all tables.
-- revisions.py, upgrade.py, migrations/: which release's tables those are; a database brought here.
-- database.py, postgres.py: the door to the database, SQLite or PostgreSQL.
-- group_commit.py: calls of many clients in turn, those that wait in one transaction.
-- backup.py, scratch.py: all rows in one SQLite file, and back; a registry that is thrown away.
+- revisions.py, upgrade.py, migrations/: the revision of a database's tables; upgrading a database.
+- database.py, postgres.py: access to the database, SQLite or PostgreSQL.
+- group_commit.py: running the calls of many clients in order; waiting calls share a transaction.
+- backup.py, scratch.py: copying all rows to one SQLite file and back; a temporary registry.
 
-It imports `actors.storage`, `actors.process` and the SDK's records, never the engine. How privacy
-is computed is left to `actors.privacy`; files of artifacts are written by `actors.artifacts`.
+The package imports `actors.storage`, `actors.process` and the SDK's records, never the engine.
+`actors.privacy` computes privacy, and `actors.artifacts` writes the files of artifacts.
 """

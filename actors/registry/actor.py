@@ -1,44 +1,50 @@
-"""The Ray shell of the registry: one detached actor per namespace, on the head node.
+"""The Ray actor of the registry: one detached actor per namespace, on the head node.
 
-Killed, it comes back by itself: all it knows is in its database. It also makes the transport key,
-under which everything travels between clients and actors, and hands it out by small inline calls.
-The key is derived from the signing key, which lies on disk, and from a random value among the
-arguments that Ray keeps for a restart, which does not: so it is the same after a restart, ends
-with the cluster, and follows from neither of the two alone.
+Ray restarts the actor if it is killed, and the actor finds all its state in the database. The actor
+also creates the transport key, which seals everything that travels between clients and actors, and
+hands it out in small inline calls. The key is derived from two values: the secret `transport`,
+which is on disk, and a random value, which is not. Ray keeps the random value among the arguments
+for a restart, and the version of the secret among its keys and values. Therefore the key is the
+same after a restart and a rotation, ends with the cluster, and cannot be derived from one of the
+two values alone.
 """
 
 from __future__ import annotations
 
+import hashlib
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.experimental import internal_kv
 
 from actors.process import harden, reply_of, settle_heap
 from actors.registry.group_commit import GroupCommit
 from actors.registry.registry import Registry
-from actors.storage import signing
+from actors.storage.secrets import TRANSPORT, Secrets
 from tg_tinker.cluster.messages import Reply
 from tg_tinker.cluster.named_actors import REGISTRY_NAME
 from tg_tinker.cluster.ray_calls import ask_again
-from tg_tinker.errors import InvalidRequestError
+from tg_tinker.errors import InvalidRequestError, StorageError
 from tg_tinker.storage.databases import check_database
-from tg_tinker.storage.envelope import derive_key, open_payload, seal_payload
+from tg_tinker.storage.envelope import open_payload, seal_payload
 from tg_tinker.storage.keyrings import place_of
 
 MOST_WAITING = 64
-"""Calls that the actor has taken; others wait in Ray."""
+"""The number of calls that the actor accepts at a time. Further calls wait in Ray."""
 
 HEAD_NODE = {"node:__internal_head__": 0.001}
-"""There are the database's file, the keyring, and the environment that has its password."""
+"""The resource that pins the actor to the head node. The database file, the keyring and the
+environment with the database password are there."""
 
 
 @ray.remote(  # type: ignore[call-overload]
     num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=MOST_WAITING
 )
 class RegistryActor:
-    """Answers sealed calls, see `GroupCommit`."""
+    """An actor that answers sealed calls; see `GroupCommit`."""
 
     def __init__(self, database: str, keyring: str, audit_keys: str, life: str, sole: bool) -> None:
         harden()
@@ -55,28 +61,53 @@ class RegistryActor:
         return reply_of(self._key)
 
     def call(self, sealed: bytes) -> bytes:
-        """Calls a method of a part of `Registry`: (`PART.METHOD`, arguments) in, a `Reply` out."""
+        """Calls a method of a part of `Registry`. Takes the sealed pair (`PART.METHOD`, arguments),
+        and returns a sealed `Reply`."""
         reply = self._calls.take(open_payload(self._key(), sealed))
         return seal_payload(self._key(), reply)
 
     def _key(self) -> bytes:
-        if not self._known_key:  # here, so that a damaged signing key is a typed error
-            purpose = f"tg-tinker transport v1\n{self._life}".encode()
-            self._known_key = derive_key(signing.load(self._places[2]), purpose)
+        # Not in the constructor, so that a damaged file of keys is a typed error.
+        if not self._known_key:
+            purpose = _purpose(self._life)
+            keys = Secrets(self._places[2]).keys(TRANSPORT, purpose)
+            self._known_key = _of_cluster(keys, purpose)
         return self._known_key
 
 
-def start(namespace: str, database: str, keyring: str, audit_keys: str, sole: bool) -> Any:
-    """The registry actor of a namespace: the running one, or a new one on this database.
+def _purpose(life: str) -> bytes:
+    return f"tg-tinker transport v1\n{life}".encode()
 
-    Args:
-        database: a URL without a password, see `check_database`.
-        keyring: a path or ``env:NAME``, never a key: Ray keeps arguments in clear.
-        audit_keys: folder of the keys that sign heads of audit logs.
-        sole: see `Registry`.
+
+def _of_cluster(keys: Mapping[int, bytes], purpose: bytes) -> bytes:
+    """Returns the key of the version that this cluster began with: clients and actors that run have
+    its key. The control store of the cluster, which ends with it, remembers the version.
 
     Raises:
-        InvalidRequestError: the running one has another database or keyring.
+        StorageError: The version was retired.
+    """
+    name = b"tg-tinker transport version " + hashlib.sha256(purpose).hexdigest().encode()
+    internal_kv._internal_kv_put(name, str(next(iter(keys))).encode(), overwrite=False)
+    version = int(internal_kv._internal_kv_get(name))
+    if version not in keys:
+        raise StorageError(
+            f"version {version} of the secret {TRANSPORT!r}, which this cluster began with, was"
+            " retired: end the cluster and its programs, and start it again"
+        )
+    return keys[version]
+
+
+def start(namespace: str, database: str, keyring: str, audit_keys: str, sole: bool) -> Any:
+    """Returns the registry actor of a namespace: the running one, or a new one on this database.
+
+    Args:
+        database: A URL without a password; see `check_database`.
+        keyring: A path or ``env:NAME``, never a key: Ray keeps arguments in clear.
+        audit_keys: The folder of the keys that sign heads.
+        sole: See `Registry`.
+
+    Raises:
+        InvalidRequestError: The running actor has another database or keyring.
     """
     actor = RegistryActor.options(  # type: ignore[attr-defined]
         name=REGISTRY_NAME, namespace=namespace, lifetime="detached", get_if_exists=True,
@@ -86,8 +117,8 @@ def start(namespace: str, database: str, keyring: str, audit_keys: str, sole: bo
     )  # fmt: skip
     if not ask_again(actor.serves, database, keyring):
         raise InvalidRequestError(
-            f"the service in namespace {namespace!r} runs on another database or keyring: give"
-            " `database` and `keyring` (or TG_TINKER_DATABASE, _KEYRING and _HOME) as"
-            " it was started with, or choose another namespace"
+            f"the service in namespace {namespace!r} runs on another database or keyring: pass"
+            " the `database` and `keyring` that it was started with (or set TG_TINKER_DATABASE,"
+            " TG_TINKER_KEYRING and TG_TINKER_HOME as then), or choose another namespace"
         )
     return actor

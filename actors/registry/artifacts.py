@@ -1,8 +1,8 @@
-"""Artifacts entered, resealed and deleted: each change is one transaction with its row of the audit
-log. `catalogue` says what there is.
+"""Publishes, reseals and deletes artifacts: each change is one transaction with its audit row.
 
-A name in the store is given out once: two that reseal at the same time never meet in a folder,
-and what one of them left behind is nobody's.
+`catalogue` reads which artifacts exist. A name in the store is given out only once. Two callers
+that reseal an artifact at the same time therefore never write to the same folder, and a folder that
+one of them leaves behind belongs to no artifact.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import sqlalchemy as sa
 
 from actors.registry.audit_log import SDK, AuditWriter, Details
 from actors.registry.catalogue import (
-    LIVING,
     Catalogue,
     digest_of,
     label_rows,
@@ -22,16 +21,17 @@ from actors.registry.catalogue import (
     row_of,
 )
 from actors.registry.database import Database
+from actors.registry.lookups import owned
 from actors.registry.orphans import refuse_buried
 from actors.registry.runs import check_epoch
 from actors.registry.schema import ARTIFACTS, LABELS, RUNS
 from actors.storage.key_providers import KeyProvider
-from tg_tinker.errors import InvalidRequestError, StorageError
+from tg_tinker.errors import InvalidRequestError, NotFoundError, StorageError
 from tg_tinker.types import ArtifactInfo
 
 
 class Artifacts:
-    """The part of the registry that changes what artifacts there are."""
+    """The part of the registry that changes which artifacts exist."""
 
     def __init__(
         self, database: Database, writer: AuditWriter, catalogue: Catalogue, keyring: KeyProvider
@@ -44,15 +44,15 @@ class Artifacts:
         size_bytes: int, include_optimizer: bool, manifest: bytes, key_id: str,
         labels: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        """Enters an artifact whose files are all in the store; a repeat changes nothing.
+        """Adds an artifact whose files are all in the store. A repeat changes nothing.
 
         Args:
-            key_id: of the tenant key that its data key is wrapped under.
-            labels: that it is born with.
+            key_id: The id of the tenant key that wraps the artifact's data key.
+            labels: The labels of the new artifact.
 
         Raises:
-            ActorLostError: the run has a newer actor; this one may publish nothing.
-            StorageError: a sweep removes its files, or its tenant key was retired meanwhile.
+            ActorLostError: The run has a newer actor; this actor may publish nothing.
+            StorageError: A sweep removes the files, or the tenant key was retired meanwhile.
         """
         who = f"{run_id}@{epoch}"
         with (
@@ -80,25 +80,29 @@ class Artifacts:
             self._writer.note(tx, tenant, who, "artifact.save", artifact_id, details)
 
     def note_loaded(self, tenant: str, run_id: str, epoch: int, artifact_id: str) -> None:
-        """From now on a lost actor of this run comes back from an artifact that it has loaded.
+        """Records that a run has loaded an artifact: from now on a lost actor of the run is
+        restored from it.
 
         Raises:
-            ActorLostError: the run has a newer actor.
+            ActorLostError: The run has a newer actor.
+            NotFoundError: The tenant never had such an artifact.
         """
         with self._database.change() as tx:
             check_epoch(tx, tenant, run_id, epoch)
+            if owned(tx, ARTIFACTS, tenant, artifact_id) is None:
+                raise NotFoundError(f"no artifact {artifact_id!r} of this tenant")
             _comes_back_from(tx, run_id, artifact_id)
 
     def publish_copy(
         self, tenant: str, source_id: str, artifact_id: str, size_bytes: int, manifest: bytes,
         key_id: str,
     ) -> ArtifactInfo:  # fmt: skip
-        """Enters a copy whose files are all in the store: of the same run, step and time of saving.
-        A repeat changes nothing.
+        """Adds a copy whose files are all in the store, with the run, step and saving time of its
+        source. A repeat changes nothing.
 
         Raises:
-            NotFoundError: the source was deleted meanwhile, or has expired.
-            StorageError: see `publish`.
+            NotFoundError: The source was deleted meanwhile, or has expired.
+            StorageError: See `publish`.
         """
         with self._database.change() as tx:
             if _is_entered(tx, tenant, artifact_id, artifact_id, manifest):
@@ -122,18 +126,19 @@ class Artifacts:
         return self._catalogue.get(tenant, artifact_id)
 
     def _refuse_retired(self, key_id: str) -> None:
-        """A key that was retired counted the artifacts under it before this one was entered."""
+        """Refuses a key that was retired: its retirement counted the artifacts under it before this
+        one was added."""
         if key_id not in self._keyring.key_ids:
             raise StorageError(
-                f"tenant key {key_id!r} was retired while the artifact was saved, and nothing opens"
-                " it any more: save again"
+                f"tenant key {key_id!r} was retired while the artifact was saved, and nothing can"
+                " open the artifact: save again"
             )
 
     def delete(self, tenant: str, artifact_id: str, event: str = "artifact.delete") -> str:
-        """Marks it deleted, for good: an old copy of its files is refused from now on.
+        """Marks an artifact as deleted for good: from now on an old copy of its files is refused.
 
         Returns:
-            The name of what is to be removed from the store.
+            The name of the files to remove from the store.
         """
         this = ARTIFACTS.c.id == artifact_id
         with self._database.change() as tx:
@@ -146,7 +151,7 @@ class Artifacts:
     # --- resealing ---------------------------------------------------------------------------
 
     def begin_reseal(self, tenant: str, artifact_id: str) -> str:
-        """A name in the store that nothing had before, for the new files."""
+        """Returns a name in the store, for the new files, that was never given out before."""
         with self._database.change() as tx:
             given = row_of(tx, tenant, artifact_id).names_given + 1
             this = ARTIFACTS.c.id == artifact_id
@@ -157,18 +162,18 @@ class Artifacts:
         self, tenant: str, artifact_id: str, before: str, stored_as: str, size_bytes: int,
         manifest: bytes, key_id: str,
     ) -> ArtifactInfo:  # fmt: skip
-        """From now on the artifact is what lies under another name, complete and checked. A repeat
-        changes nothing.
+        """Switches an artifact to files under another name, which are complete and checked. A
+        repeat changes nothing.
 
         Args:
-            before: the name whose files were resealed.
-            key_id: of the tenant key that the new data key is wrapped under.
+            before: The name whose files were resealed.
+            key_id: The id of the tenant key that wraps the new data key.
 
         Raises:
-            NotFoundError: it was deleted meanwhile, or has expired.
-            InvalidRequestError: somebody else has resealed it, or rotated the tenant key: under an
-                older one it would be lost when that is retired.
-            StorageError: a sweep removes the new files.
+            NotFoundError: The artifact was deleted meanwhile, or has expired.
+            InvalidRequestError: Somebody else has resealed the artifact, or has rotated the tenant
+                key. An artifact under an older tenant key would be lost when that key is retired.
+            StorageError: A sweep removes the new files.
         """
         with (
             self._writer.refusals(tenant, SDK, "artifact.reseal", artifact_id),
@@ -178,13 +183,13 @@ class Artifacts:
                 return self._catalogue.get(tenant, artifact_id)
             if openable_row(tx, tenant, artifact_id).stored_as != before:
                 raise InvalidRequestError(
-                    f"artifact {artifact_id} was resealed by somebody else at the same time: it is"
-                    " under a fresh key; repeat the call for another one"
+                    f"artifact {artifact_id} was resealed by somebody else at the same time: it"
+                    " already has a fresh key; repeat the call if you want another one"
                 )
             if key_id != self._keyring.primary:
                 raise InvalidRequestError(
-                    f"the tenant key was rotated while artifact {artifact_id} was resealed: it is"
-                    " as it was; repeat the call"
+                    f"the tenant key was rotated while artifact {artifact_id} was resealed: the"
+                    " artifact is unchanged; repeat the call"
                 )
             refuse_buried(tx, tenant, stored_as)
             _switch(tx, self._writer, tenant, artifact_id, stored_as, size_bytes, manifest)
@@ -195,8 +200,8 @@ def adopt(
     tx: sa.Connection, writer: AuditWriter, tenant: str, artifact_id: str, stored_as: str,
     size_bytes: int, manifest: bytes,
 ) -> None:  # fmt: skip
-    """`Artifacts.finish_reseal` of files that a lost database knew, and whose manifest the caller
-    has verified. The artifact is not opened, so it may have expired."""
+    """Runs `Artifacts.finish_reseal` for files that a lost database knew. The caller has verified
+    their manifest. The artifact may have expired, because it is not opened."""
     given = max(row_of(tx, tenant, artifact_id).names_given, _number(stored_as))
     this = ARTIFACTS.c.id == artifact_id
     tx.execute(ARTIFACTS.update().where(this).values(names_given=given))
@@ -222,17 +227,19 @@ def _comes_back_from(tx: sa.Connection, run_id: str, artifact_id: str) -> None:
 def _is_entered(
     tx: sa.Connection, tenant: str, artifact_id: str, stored_as: str, manifest: bytes
 ) -> bool:
-    """Whether these very files are the artifact already, and only the answer was lost."""
-    this = (ARTIFACTS.c.id == artifact_id, ARTIFACTS.c.tenant == tenant, *LIVING)
-    files = (ARTIFACTS.c.stored_as == stored_as, ARTIFACTS.c.manifest_sha256 == digest_of(manifest))
-    return tx.execute(sa.select(ARTIFACTS.c.id).where(*this, *files)).first() is not None
+    """Returns whether these very files are the artifact already: then only the reply was lost."""
+    row = owned(tx, ARTIFACTS, tenant, artifact_id, new=True)
+    if row is None or row.deleted_at is not None:
+        return False
+    return (row.stored_as, row.manifest_sha256) == (stored_as, digest_of(manifest))
 
 
 def _number(stored_as: str) -> int:
-    """Of the name that a resealed artifact has in the store."""
+    """Returns the number in the name that a resealed artifact has in the store."""
     return int(stored_as.rpartition(".")[2])
 
 
 def _now() -> float:
-    """In whole microseconds, which a `datetime` holds: who lists up to one's time leaves it out."""
+    """Returns the time in whole microseconds, as a `datetime` holds it. A query up to the time of
+    an artifact then leaves that artifact out."""
     return round(time.time(), 6)

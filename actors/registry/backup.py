@@ -1,7 +1,8 @@
-"""The registry's rows in one SQLite file, and back into an empty database of either kind.
+"""Copies the registry's rows into one SQLite file, and back into an empty database of either kind.
 
-A backup is itself a registry's database. So one way serves both kinds, moves a registry from one
-to the other, and takes a plain copy of `registry.db` as well. Keys are no part of it.
+A backup is itself a registry database. Therefore one procedure serves both kinds of database, moves
+a registry from one kind to the other, and also takes a plain copy of `registry.db`. A backup
+contains neither the keyring nor the signing key.
 """
 
 from __future__ import annotations
@@ -31,23 +32,27 @@ from tg_tinker.storage.databases import REVISION, SQLITE
 from tg_tinker.storage.files import sync
 
 Reached = list[tuple[str, str, str]]
-"""(tenant, ``ledger of NAME`` or ``audit log``, ``SEQ-HASH``): where each chain ends."""
+"""Where each chain ends: (tenant, ``ledger of NAME`` or ``audit log``, ``SEQ-HASH``)."""
 
 _ROWS = 1000
-"""Read and written at a time."""
+"""The number of rows that are read and written at a time."""
 
 _SUFFIXES = ("", "-journal", "-wal", "-shm")
-"""Of a database's name, for all files that SQLite makes of it."""
+"""The suffixes of all files that SQLite makes for a database."""
 
 
 def backup(database: str, path: Path) -> Reached:
-    """Writes one state of a registry into a new file of mode 0600; durable when it returns.
+    """Writes one consistent state of a registry into a new file of mode 0600, which is durable on
+    return.
 
-    A registry of an older release becomes a backup of that release.
+    A registry of an older release gives a backup of that release.
+
+    Returns:
+        Where each chain ends.
 
     Raises:
-        InvalidRequestError: the file exists.
-        StorageError: the database or the disk refuses; no file is left.
+        InvalidRequestError: The file exists.
+        StorageError: The database or the disk fails; no file is left.
     """
     with (
         closing(Database(database, looks_only=True, other_revisions=True)) as registry,
@@ -57,7 +62,8 @@ def backup(database: str, path: Path) -> Reached:
 
 
 def write_backup(old: sa.Connection, path: Path) -> Reached:
-    """`backup` of what a transaction sees."""
+    """Writes a backup of what a transaction sees, and returns where each chain ends; see
+    `backup`."""
     with _new_file(path) as partial:
         engine = sa.create_engine(
             sa.URL.create("sqlite", database=str(partial)), hide_parameters=True
@@ -73,16 +79,19 @@ def write_backup(old: sa.Connection, path: Path) -> Reached:
 
 
 def restore(path: Path, database: str) -> Reached:
-    """Puts a backup into a database without rows, all of it or nothing; a missing SQLite file is
-    made. A backup of an older release is upgraded on the way.
+    """Restores a backup into a database without rows, completely or not at all. Makes a missing
+    SQLite file, and upgrades a backup of an older release.
+
+    Returns:
+        Where each chain ends.
 
     Raises:
-        InvalidRequestError: there is no such backup, or the database has rows.
-        StorageError: the backup is damaged or of a newer release, or the database refuses; it is as
-            it was.
+        InvalidRequestError: The backup does not exist, or the database has rows.
+        StorageError: The backup is damaged or of a newer release, or the database fails. The
+            database is as it was.
     """
     if not path.is_file():
-        raise InvalidRequestError(f"there is no backup {path}")
+        raise InvalidRequestError(f"there is no backup {path}: name a file that exists")
     there = f"file:{quote(str(path.absolute()))}?mode=ro"
     engine = sa.create_engine(
         SQLITE, creator=lambda: sqlite3.connect(there, uri=True), hide_parameters=True
@@ -102,7 +111,7 @@ def restore(path: Path, database: str) -> Reached:
 
 
 def _remake_tables(new: sa.Connection, revision: str) -> None:
-    """Tables without rows become those of an older release; the fencing token stays."""
+    """Replaces tables without rows by the tables of an older release; keeps the fencing token."""
     token = new.execute(sa.select(OWNER.c.fencing_token)).scalar_one()
     METADATA.drop_all(new)
     VERSIONS.drop(new)
@@ -112,8 +121,10 @@ def _remake_tables(new: sa.Connection, revision: str) -> None:
 
 
 def _copy(old: sa.Connection, new: sa.Connection) -> None:
-    """Every table, those that others refer to first; whose turn it is belongs to each database."""
-    there = _tables(old).keys()  # the first release made some tables when it needed them
+    """Copies every table, referenced tables first. The fencing token is not copied: it belongs to
+    each database."""
+    # Some may be missing: the first release made some tables only when it needed them.
+    there = _tables(old).keys()
     for table in _tables(new).values():
         if table.name != OWNER.name and table.name in there:
             for rows in old.execute(sa.select(table)).mappings().partitions(_ROWS):
@@ -121,7 +132,8 @@ def _copy(old: sa.Connection, new: sa.Connection) -> None:
 
 
 def _tables(connection: sa.Connection) -> dict[str, sa.Table]:
-    """Our tables of a database as it has them, for statements to any database."""
+    """Returns the registry's tables as a database has them, in types that every kind of database
+    accepts."""
     found, names = sa.MetaData(), {*sa.inspect(connection).get_table_names()}
     found.reflect(connection, only=sorted(METADATA.tables.keys() & names))
     for table in found.sorted_tables:
@@ -143,7 +155,7 @@ def _reached(connection: sa.Connection) -> Reached:
 
 
 def _last(connection: sa.Connection, table: sa.Table, *chain: str) -> list[sa.Row[tuple[object]]]:
-    """The newest row of each chain."""
+    """Returns the newest row of each chain."""
     of_chain = [table.c[name] for name in chain]
     newest = sa.select(*of_chain, sa.func.max(table.c.seq).label("seq")).group_by(*of_chain)
     ends = newest.subquery()
@@ -155,8 +167,8 @@ def _refuse_rows(new: sa.Connection) -> None:
     for table in METADATA.sorted_tables:
         if table is not OWNER and _has_rows(new, table):
             raise InvalidRequestError(
-                f"the database has rows already (table {table.name}): restore into an empty one."
-                " Nothing was changed"
+                f"the database has rows already (table {table.name}): restore into an empty"
+                " database. Nothing was changed"
             )
 
 
@@ -167,9 +179,10 @@ def _has_rows(connection: sa.Connection, table: sa.Table) -> bool:
 
 
 def _check_whole(old: sa.Connection, path: Path) -> str:
-    """The revision of a backup that can be read to its end."""
+    """Checks that a backup can be read to its end, and returns its revision."""
     try:
-        old.exec_driver_sql("BEGIN")  # the file may be that of a registry in use
+        # One state of the file, which may belong to a registry in use.
+        old.exec_driver_sql("BEGIN")
         sound = old.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
         revision = revision_of(old) if sound else None
         names = {*sa.inspect(old).get_table_names()} if sound else set()
@@ -179,22 +192,24 @@ def _check_whole(old: sa.Connection, path: Path) -> str:
         raise _damaged(path)
     if revision is None or (revision == REVISION and (missing := METADATA.tables.keys() - names)):
         raise StorageError(
-            f"{path} is no backup of a registry, it has no table"
-            f" {min(missing) if revision else OWNER.name}: use another one; nothing was changed"
+            f"{path} is no backup of a registry, because it has no table"
+            f" {min(missing) if revision else OWNER.name}: use another backup; nothing was changed"
         )
     refuse_newer(revision)
     try:
         for table in _tables(old).values():
             for _ in old.execute(sa.select(table)).partitions(_ROWS):
                 pass
-    except (sa.exc.DatabaseError, sa.exc.NoSuchTableError):  # of another that it refers to
+    except (sa.exc.DatabaseError, sa.exc.NoSuchTableError):
+        # NoSuchTableError: a table refers to a missing one.
         raise _damaged(path) from None
     return revision
 
 
 @contextmanager
 def _blamed(path: Path) -> Iterator[None]:
-    """Rows that can be none of a registry are the backup's fault, not the database's."""
+    """Reports rows that no registry can have as damage of the backup, not as a failure of the
+    database."""
     try:
         yield
     except (sa.exc.IntegrityError, sa.exc.DataError, IntegrityError):
@@ -202,19 +217,21 @@ def _blamed(path: Path) -> Iterator[None]:
     except sa.exc.StatementError as error:
         if isinstance(error, sa.exc.DBAPIError):
             raise
-        raise _damaged(path) from None  # a value of another type than its column's
+        # A value has another type than its column.
+        raise _damaged(path) from None
 
 
 def _damaged(path: Path) -> StorageError:
     return StorageError(
-        f"{path} is no backup of a registry, or it is damaged: use another one; nothing was changed"
+        f"{path} is no backup of a registry, or it is damaged: use another backup; nothing was"
+        " changed"
     )
 
 
 @contextmanager
 def _made(database: str) -> Iterator[None]:
-    """A missing SQLite file, which goes again if nothing was restored: an empty registry would
-    begin anew."""
+    """Makes a missing SQLite file, and removes it again if nothing was restored: an empty file
+    would be opened as a new registry."""
     if not database.startswith(f"{SQLITE}/"):
         yield
         return
@@ -233,7 +250,8 @@ def _made(database: str) -> Iterator[None]:
 
 @contextmanager
 def _new_file(path: Path) -> Iterator[Path]:
-    """A file beside it that becomes it, whole, unless something fails."""
+    """Yields a hidden file beside `path`, which becomes `path` once it is complete and durable. If
+    anything fails, no file is left."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         os.close(os.open(partial, os.O_CREAT | os.O_EXCL, 0o600))
@@ -242,7 +260,7 @@ def _new_file(path: Path) -> Iterator[Path]:
         path.hardlink_to(partial)
         sync(path.parent)
     except FileExistsError:
-        raise InvalidRequestError(f"{path} exists: name a file that does not") from None
+        raise InvalidRequestError(f"{path} exists: name a file that does not exist") from None
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from None
     finally:
@@ -254,6 +272,7 @@ def _files_of(database: Path) -> list[Path]:
 
 
 def _remove(files: Sequence[Path]) -> None:
-    """Exactly these: the backup, or another one, may lie beside them as `registry.db.bak`."""
+    """Removes exactly these files: the backup, or another one, may be beside them as
+    `registry.db.bak`."""
     for file in files:
         file.unlink(missing_ok=True)

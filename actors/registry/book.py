@@ -1,7 +1,7 @@
-"""Ledgers as the database keeps them: replayed, appended to, and the keys of their units.
+"""Stores ledgers in the database, replays them, extends them, and keeps the keys of their units.
 
-`ledgers` decides what may be entered; here is only how. Each call works within a transaction of
-its caller.
+`ledgers` decides which entries are allowed; this module stores them. Each call works within a
+transaction of its caller.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from actors.registry.audit_log import SDK, AuditWriter
 from actors.registry.schema import DATASETS, ENTRIES
 from actors.storage.key_providers import KeyProvider
+from actors.storage.keyring import parse_wrapped
 from tg_tinker.errors import IntegrityError, NotFoundError
 from tg_tinker.records.entries import Entry
 from tg_tinker.records.ledger import Ledger
@@ -26,20 +27,23 @@ _EVENTS = {
     "unnoised": "budget.charge", "fall_back": "budget.fall_back", "release": "budget.release",
     "link": "budget.link", "book": "budget.book",
 }  # fmt: skip
-"""Type of a ledger's entry -> what the audit log calls it: every entry has its row."""
+"""The event in the audit log for each type of ledger entry. Every entry has a row there."""
 
 _NOTED = ("run", "epoch", "charge", "count", "limit", "planned")
 
 
 class Book:
-    """All ledgers of a database. Each is kept in memory, too, and used while its head is stored."""
+    """All ledgers of a database. A ledger is also kept in memory, and used as long as its head is
+    the stored head."""
 
     def __init__(self, writer: AuditWriter, keyring: KeyProvider) -> None:
         self._writer, self._keyring = writer, keyring
-        self._ledgers: dict[tuple[str, str], Ledger] = {}  # derived; checked by head on each use
+        # A cache: each use compares the head with the stored head.
+        self._ledgers: dict[tuple[str, str], Ledger] = {}
 
     def ledger(self, connection: sa.Connection, tenant: str, dataset: str) -> Ledger:
-        """The ledger as stored: from memory if its head is the stored one, else replayed."""
+        """Returns the ledger as stored: from memory if its head is the stored head, otherwise
+        replayed."""
         last = (
             sa.select(ENTRIES.c.hash)
             .where(ENTRIES.c.tenant == tenant, ENTRIES.c.dataset == dataset)
@@ -57,8 +61,8 @@ class Book:
         ledger = self.ledger(connection, tenant, dataset)
         if not ledger.length:
             raise NotFoundError(
-                f"no data set {dataset!r}: service.register_dataset makes one, and so does the"
-                " first private client that names it"
+                f"no dataset {dataset!r}: register it with service.register_dataset, or create a"
+                " private client that names it"
             )
         return ledger
 
@@ -74,15 +78,16 @@ class Book:
         return [json.loads(text) for text in connection.execute(query).scalars()]
 
     def has(self, connection: sa.Connection, tenant: str, dataset: str, body: Entry) -> bool:
-        """Whether the ledger has an entry with this content."""
+        """Returns whether the ledger has an entry with this content."""
         wanted = json.loads(json.dumps(body))
         return any(found | wanted == found for found in self.stored(connection, tenant, dataset))
 
     def append(
         self, tx: sa.Connection, tenant: str, dataset: str, ledger: Ledger, body: Entry, who: str
     ) -> Entry:
-        """Applies an entry, stores and audits it. Should the transaction fail later, the ledger
-        in memory is ahead of the stored head, and the next use replays it."""
+        """Applies an entry, stores it, adds its audit row, and returns the entry. If the
+        transaction fails later, the ledger in memory is ahead of the stored head, and the next use
+        replays it."""
         entry = ledger.append(body)
         tx.execute(
             ENTRIES.insert().values(
@@ -98,7 +103,7 @@ class Book:
         return entry
 
     def new_dataset(self, tx: sa.Connection, tenant: str, dataset: str) -> None:
-        """A key for the hashes of its units."""
+        """Stores a new dataset with a fresh key for the hashes of its units."""
         key = self._keyring.wrap(new_key(), context_of(tenant, dataset, "unit key"))
         values = {"tenant": tenant, "id": dataset, "wrapped_key": json.dumps(key)}
         tx.execute(DATASETS.insert().values(values))
@@ -113,15 +118,15 @@ class Book:
         query = sa.select(DATASETS.c.wrapped_key).where(
             DATASETS.c.tenant == tenant, DATASETS.c.id == dataset
         )
-        wrapped = json.loads(connection.execute(query).scalar_one())
+        wrapped = parse_wrapped(connection.execute(query).scalar_one().encode())
         return self._keyring.unwrap(wrapped, context_of(tenant, dataset, "unit key"))
 
     def evidence(
         self, tx: sa.Connection, tenant: str, dataset: str, run_id: str,
         calls: Sequence[tuple[str, str]],
     ) -> str:  # fmt: skip
-        """HMACs of a step's hashes under a key of the run: a plain hash would be a test of
-        membership for whoever reads the database."""
+        """Returns HMACs of a step's hashes under a key of the run. A plain hash would let whoever
+        reads the database test membership."""
         key = hmac.digest(self.unit_key(tx, tenant, dataset), run_id.encode(), hashlib.sha256)
         sealed = [
             [hmac.new(key, part.encode(), hashlib.sha256).hexdigest() for part in call]
@@ -132,25 +137,25 @@ class Book:
     def check_places(
         self, connection: sa.Connection, tenant: str, known: Mapping[str, Iterable[str]]
     ) -> None:
-        """Refuses places, by data set, that its ledger does not go through."""
+        """Refuses head positions, by dataset, that are not on the chain of that dataset's
+        ledger."""
         for dataset, places in known.items():
             ledger = self.ledger(connection, tenant, dataset)
             for place in places:
                 ledger.check_place(place, dataset)
 
     def rewrap_unit_keys(self, tx: sa.Connection) -> dict[str, str]:
-        """Wraps the keys of all data sets under the keyring's primary key; those that do not open
-        stay as they are. Why they do not, by ``data set TENANT/NAME``."""
+        """Wraps the keys of all datasets under the keyring's primary key. A key that cannot be
+        unwrapped stays as it is. Returns the reason for each of these keys, by ``dataset
+        TENANT/NAME``."""
         problems = {}
         for row in tx.execute(sa.select(DATASETS)).all():
             context = context_of(row.tenant, row.id, "unit key")
             this = (DATASETS.c.tenant == row.tenant, DATASETS.c.id == row.id)
             try:
-                key = self._keyring.unwrap(json.loads(row.wrapped_key), context)
+                key = self._keyring.unwrap(parse_wrapped(row.wrapped_key.encode()), context)
             except IntegrityError as error:
-                problems[f"data set {row.tenant}/{row.id}"] = error.message
-            except ValueError:
-                problems[f"data set {row.tenant}/{row.id}"] = "its stored key is damaged"
+                problems[f"dataset {row.tenant}/{row.id}"] = error.message
             else:
                 again = json.dumps(self._keyring.wrap(key, context))
                 tx.execute(DATASETS.update().where(*this).values(wrapped_key=again))

@@ -1,7 +1,9 @@
-"""The catalogue of artifacts: which there are, where their files lie, until when they may be
-opened, and under which labels. `artifacts` enters, reseals and deletes them.
+"""Reads the index of artifacts: which exist, where their files are, when they expire, and their
+labels.
 
-    id          for ever; what callers name, and what sealed files and wrapped key are bound to
+`artifacts` publishes, reseals and deletes artifacts.
+
+    id          never changes; callers name it, and sealed files and wrapped key are bound to it
     stored_as   name of the folder and the key file in the store: the id, `ID.2` once resealed, ...
 """
 
@@ -17,34 +19,36 @@ import sqlalchemy as sa
 
 from actors.registry.audit_log import SDK, AuditWriter, Details
 from actors.registry.database import Database
-from actors.registry.schema import ARTIFACTS, LABELS
+from actors.registry.lookups import owned
+from actors.registry.schema import ARTIFACTS, LABELS, RUNS
 from tg_tinker.errors import ActorLostError, IntegrityError, InvalidRequestError, NotFoundError
 from tg_tinker.labels import check_labels
 from tg_tinker.types import ArtifactInfo, ArtifactQuery
 
 NEVER = "never"
-"""What the audit log has in the place of a time where an artifact does not expire."""
+"""The text that the audit log has instead of a time if an artifact does not expire."""
 
 EXPIRED = "artifact_expired"
-"""The code of the `NotFoundError` that refuses to open one."""
+"""The code of the `NotFoundError` that refuses to open an expired artifact."""
 
 _ORDER = (ARTIFACTS.c.created_at, ARTIFACTS.c.id)
 
 
 class Catalogue:
-    """The part of the registry that answers what artifacts there are."""
+    """The part of the registry that knows which artifacts exist."""
 
     def __init__(self, database: Database, writer: AuditWriter) -> None:
         self._database, self._writer = database, writer
 
     def get(self, tenant: str, artifact_id: str) -> ArtifactInfo:
-        """One that is not deleted; it may have expired."""
+        """Returns an artifact that is not deleted; it may have expired."""
         with self._database.reading() as connection:
             row = row_of(connection, tenant, artifact_id)
             return _info(row, _labels_of(connection, [row.id]))
 
     def openable(self, tenant: str, artifact_id: str) -> ArtifactInfo:
-        """The same; raises NotFoundError, code `artifact_expired`, where its time is over."""
+        """Returns an artifact that is neither deleted nor expired. Raises NotFoundError, with code
+        `artifact_expired` for an expired one."""
         with self._database.reading() as connection:
             row = openable_row(connection, tenant, artifact_id)
             return _info(row, _labels_of(connection, [row.id]))
@@ -52,7 +56,7 @@ class Catalogue:
     def find(
         self, tenant: str, query: ArtifactQuery = ArtifactQuery()  # noqa: B008 - it is frozen
     ) -> list[ArtifactInfo]:  # fmt: skip
-        """Those of a tenant that fit and are not deleted, oldest first."""
+        """Returns a tenant's artifacts that match the query and are not deleted, oldest first."""
         with self._database.reading() as connection:
             found = (
                 sa.select(ARTIFACTS)
@@ -65,28 +69,31 @@ class Catalogue:
             return [_info(row, labels) for row in connection.execute(found)]
 
     def all(self) -> list[tuple[str, str, str]]:
-        """(tenant, id, name in the store) of every artifact that is not deleted."""
+        """Returns (tenant, id, name in the store) of every artifact that is not deleted."""
         query = sa.select(ARTIFACTS.c.tenant, ARTIFACTS.c.id, ARTIFACTS.c.stored_as)
         with self._database.reading() as connection:
             rows = connection.execute(query.where(*LIVING))
             return [(row.tenant, row.id, row.stored_as) for row in rows]
 
     def entries(self, tenant: str) -> dict[str, tuple[str, str]]:
-        """Manifest digest and expiry, as the audit log has them, of those not deleted, by id."""
+        """Returns manifest digest and expiry, in the audit log's notation, of artifacts that are
+        not deleted; by id."""
         query = sa.select(ARTIFACTS).where(ARTIFACTS.c.tenant == tenant, *LIVING)
         with self._database.reading() as connection:
             rows = connection.execute(query.order_by(*_ORDER))
             return {row.id: (row.manifest_sha256, _until(row.expires_at)) for row in rows}
 
     def gone(self, artifact_ids: Sequence[str]) -> list[str]:
-        """Those of any tenant that nothing may open (any more): deleted, expired or unknown."""
+        """Returns those ids, of any tenant, that nothing may open: deleted, expired or unknown
+        artifacts."""
         known = sa.select(ARTIFACTS.c.id).where(ARTIFACTS.c.id.in_(artifact_ids), *LIVING)
         with self._database.reading() as connection:
             there = set(connection.execute(known.where(_unexpired())).scalars())
         return [artifact_id for artifact_id in artifact_ids if artifact_id not in there]
 
     def check_manifest(self, tenant: str, artifact_id: str, manifest: bytes) -> None:
-        """Refuses a manifest that is not the published one, or of a deleted or expired artifact."""
+        """Refuses a manifest that is not the published one, or that belongs to a deleted or expired
+        artifact."""
         with self._database.reading() as connection:
             row = openable_row(connection, tenant, artifact_id)
         if digest_of(manifest) != row.manifest_sha256:
@@ -95,28 +102,29 @@ class Catalogue:
             )
 
     def stored_as(self, tenant: str, artifact_id: str) -> str:
-        """The name under which its files and its wrapped key lie in the store."""
+        """Returns the name under which the artifact's files and its wrapped key are in the
+        store."""
         with self._database.reading() as connection:
             return str(row_of(connection, tenant, artifact_id).stored_as)
 
     def reachable(self, tenant: str) -> set[str]:
-        """Names of folders in the store, and of wrapped keys, that artifacts need."""
+        """Returns the names of folders and wrapped keys in the store that artifacts need."""
         query = sa.select(ARTIFACTS.c.stored_as).where(ARTIFACTS.c.tenant == tenant, *LIVING)
         with self._database.reading() as connection:
             return set(connection.execute(query).scalars())
 
     def reaches(self, tenant: str, name: str) -> bool:
-        """Whether `reachable` has this name."""
+        """Returns whether `reachable` contains this name."""
         with self._database.reading() as connection:
             return reaches(connection, tenant, name)
 
     # --- labels and expiry -------------------------------------------------------------------
 
     def set_labels(self, tenant: str, artifact_id: str, labels: Mapping[str, str]) -> ArtifactInfo:
-        """Puts these labels in the place of those that it has. The audit log says how many.
+        """Replaces all labels of an artifact. The audit log records their number only.
 
         Raises:
-            InvalidRequestError: see `check_labels`.
+            InvalidRequestError: See `check_labels`.
         """
         check_labels(labels)
         rows = label_rows(artifact_id, labels)
@@ -129,10 +137,11 @@ class Catalogue:
         return self.get(tenant, artifact_id)
 
     def set_expiry(self, tenant: str, artifact_id: str, when: datetime | None) -> ArtifactInfo:
-        """Until when it may be opened, by the registry's clock; None is for ever.
+        """Sets the time until which an artifact may be opened, by the registry's clock. None means
+        forever.
 
         Raises:
-            InvalidRequestError: a time that is past.
+            InvalidRequestError: The time is past.
         """
         moment = None if when is None else when.timestamp()
         if moment is not None and moment <= time.time():
@@ -148,7 +157,7 @@ class Catalogue:
         return self.get(tenant, artifact_id)
 
     def expired(self, tenant: str) -> list[str]:
-        """Ids of those whose time is over and that are still there."""
+        """Returns the ids of artifacts that have expired and are not deleted, oldest first."""
         query = sa.select(ARTIFACTS.c.id).where(
             ARTIFACTS.c.tenant == tenant, *LIVING, sa.not_(_unexpired())
         )
@@ -160,13 +169,15 @@ LIVING = (ARTIFACTS.c.deleted_at.is_(None),)
 
 
 def resume_point(connection: sa.Connection, run: Any) -> tuple[str | None, int]:
-    """The artifact that a run comes back from, and its step; (None, 0) is the base model.
+    """Returns the artifact from which a run is restored, and its step; (None, 0) means the base
+    model.
 
-    What it saved or loaded last. Where that is gone, the newest that it saved: of a run that went
-    on from an artifact the base model is not the beginning.
+    It is the artifact that the run saved or loaded last. If that artifact is gone, it is the newest
+    one that the run saved. A run that continued from an artifact never restarts from the base
+    model.
 
     Raises:
-        ActorLostError: nothing is left that it can come back from.
+        ActorLostError: No artifact is left from which the run can be restored.
     """
     if run.resume_from is None:
         return None, 0
@@ -176,17 +187,19 @@ def resume_point(connection: sa.Connection, run: Any) -> tuple[str | None, int]:
         if (step := connection.execute(query).scalar()) is not None:
             return artifact_id, int(step)
     raise ActorLostError(
-        f"{run.id} cannot come back: the artifacts that it saved or loaded are deleted or expired."
-        " service.set_expiry(id, None), or `tg-tinker artifacts expire --never ID`, opens one that"
-        " has expired again; else create a new client",
+        f"{run.id} cannot be restored: the artifacts that it saved or loaded are deleted or"
+        " expired. service.set_expiry(id, None), or `tg-tinker artifacts expire --never ID`, makes"
+        " an expired artifact usable again; otherwise create a new client",
         details={"epoch": run.epoch},
     )
 
 
 def last_artifact(connection: sa.Connection, run_id: str) -> str | None:
-    """What a run comes back from: saved last among those that may be opened.
+    """Returns the id of the artifact that a run saved last and that may be opened; None if there is
+    none.
 
-    A copy counts by when its source was saved: copying an early state loses no steps.
+    A copy counts by the time at which its source was saved, so copying an early state loses no
+    steps.
     """
     return connection.execute(_LAST, {"run": run_id, "now": time.time()}).scalar_one_or_none()
 
@@ -196,7 +209,7 @@ def _unexpired(now: Any = None) -> sa.ColumnElement[bool]:
     return sa.or_(ARTIFACTS.c.expires_at.is_(None), ARTIFACTS.c.expires_at > now)
 
 
-# Made once, see `runs`; at the end, since it needs the conditions above.
+# Built once, see `runs`. It is here because it needs the conditions above.
 _LAST = (
     sa.select(ARTIFACTS.c.id)
     .where(ARTIFACTS.c.run_id == sa.bindparam("run"), *LIVING, _unexpired(sa.bindparam("now")))
@@ -206,12 +219,9 @@ _LAST = (
 
 
 def row_of(connection: sa.Connection, tenant: str, artifact_id: str) -> Any:
-    query = sa.select(ARTIFACTS).where(
-        ARTIFACTS.c.id == artifact_id, ARTIFACTS.c.tenant == tenant, *LIVING
-    )
-    row = connection.execute(query).one_or_none()
-    if row is None:
-        raise NotFoundError(f"no artifact {artifact_id!r}: service.list_artifacts() names them")
+    row = owned(connection, ARTIFACTS, tenant, artifact_id)
+    if row is None or row.deleted_at is not None:
+        raise NotFoundError(f"no artifact {artifact_id!r}: service.list_artifacts() lists them")
     return row
 
 
@@ -219,7 +229,7 @@ def openable_row(connection: sa.Connection, tenant: str, artifact_id: str) -> An
     row = row_of(connection, tenant, artifact_id)
     if row.expires_at is not None and row.expires_at <= time.time():
         raise NotFoundError(
-            f"artifact {artifact_id} expired at {_at(row.expires_at)} and is not opened any more:"
+            f"artifact {artifact_id} expired at {_at(row.expires_at)} and can no longer be opened:"
             " service.set_expiry(id, None), or `tg-tinker artifacts expire --never"
             f" {artifact_id}`, keeps it; service.delete_expired(), or `tg-tinker artifacts delete"
             " --expired`, removes it",
@@ -233,6 +243,7 @@ def _conditions(
 ) -> list[sa.ColumnElement[bool]]:
     found: list[sa.ColumnElement[bool]] = []
     if query.run is not None:
+        owned(connection, RUNS, tenant, query.run)
         found.append(ARTIFACTS.c.run_id == query.run)
     if query.label is not None:
         name, value = query.label
@@ -245,14 +256,13 @@ def _conditions(
     if query.older_than is not None:
         found.append(ARTIFACTS.c.created_at < query.older_than.timestamp())
     if query.after is not None:
-        place = connection.execute(
-            sa.select(*_ORDER).where(
-                ARTIFACTS.c.id == query.after, ARTIFACTS.c.tenant == tenant
-            )  # deleted ones too: a page may end with one that is deleted before the next is read
-        ).one_or_none()
+        # Deleted artifacts count too: the last one of a page may be deleted before the next page.
+        place = owned(connection, ARTIFACTS, tenant, query.after)
         if place is None:
-            raise NotFoundError(f"no artifact {query.after!r} ever: `after` is the last one's id")
-        found.append(sa.tuple_(*_ORDER) > sa.tuple_(*place))
+            raise NotFoundError(
+                f"no artifact {query.after!r} ever existed: `after` is an artifact's id"
+            )
+        found.append(sa.tuple_(*_ORDER) > sa.tuple_(place.created_at, place.id))
     return found
 
 
@@ -261,7 +271,7 @@ def label_rows(artifact_id: str, labels: Mapping[str, str]) -> list[dict[str, st
 
 
 def _labels_of(connection: sa.Connection, artifact_ids: Any) -> dict[str, dict[str, str]]:
-    """Of some artifacts, or of those that a query selects."""
+    """Returns the labels of some artifacts, or of those that a query selects; by id."""
     found: dict[str, dict[str, str]] = {}
     query = sa.select(LABELS).where(LABELS.c.artifact_id.in_(artifact_ids))
     for row in connection.execute(query.order_by(LABELS.c.name)):
@@ -294,14 +304,8 @@ def _at(moment: float) -> str:
     return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds")
 
 
-def tenant_of_artifact(connection: sa.Connection, artifact_id: str) -> str | None:
-    """Returns the owner's tenant, or None if the artifact never existed; a deleted one has one."""
-    query = sa.select(ARTIFACTS.c.tenant).where(ARTIFACTS.c.id == artifact_id)
-    return connection.execute(query).scalar()
-
-
 def reaches(connection: sa.Connection, tenant: str, name: str) -> bool:
-    """Whether an artifact of this tenant needs the folder of this name in the store."""
+    """Returns whether an artifact of this tenant needs the folder of this name in the store."""
     query = sa.select(ARTIFACTS.c.id).where(
         ARTIFACTS.c.tenant == tenant, ARTIFACTS.c.stored_as == name, *LIVING
     )

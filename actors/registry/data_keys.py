@@ -1,92 +1,101 @@
-"""Data keys of artifacts: who is given one, and under which tenant key it is wrapped.
+"""Gives out the data keys of artifacts, and wraps them under tenant keys.
 
-The only place where the keyring opens a data key. A capability says who asks.
+The keyring opens data keys only for this module. A capability names the client that asks.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import sqlalchemy as sa
 
 from actors.registry.artifacts import adopt
-from actors.registry.audit_log import ANYONE, SDK, AuditWriter
+from actors.registry.audit_log import SDK, AuditWriter
 from actors.registry.book import Book
-from actors.registry.catalogue import Catalogue, tenant_of_artifact
+from actors.registry.catalogue import Catalogue
 from actors.registry.database import Database
 from actors.registry.heads import Heads
 from actors.registry.key_names import KeyNames
+from actors.registry.lookups import ANYONE, exists, owned
+from actors.registry.request_rows import Request
 from actors.registry.runs import check_epoch
-from actors.registry.schema import RUNS
+from actors.registry.schema import ARTIFACTS, RUNS
 from actors.storage.capabilities import KEEPER, READER, RUN, Capability, Issuer
 from actors.storage.key_providers import KeyProvider
+from actors.storage.keyring import parse_wrapped
 from actors.storage.manifest import DATA_KEY, Manifest
-from tg_tinker.errors import AccessDeniedError, IntegrityError, InvalidRequestError, StorageError
+from actors.storage.secrets import Secrets
+from tg_tinker.errors import AccessDeniedError, IntegrityError, InvalidRequestError
 from tg_tinker.storage.envelope import context_of, new_key, unwrap_key, wrap_key
 from tg_tinker.storage.keyrings import check_key_id
 
 
 class DataKeys:
-    """The part of the registry that gives out data keys, and keeps their wrappings."""
+    """The part of the registry that gives out data keys, and wraps them."""
 
     def __init__(
         self, database: Database, writer: AuditWriter, book: Book, catalogue: Catalogue,
-        heads: Heads, key_names: KeyNames, keyring: KeyProvider, signing_key: bytes,
+        heads: Heads, key_names: KeyNames, keyring: KeyProvider, secrets: Secrets,
     ) -> None:  # fmt: skip
         self._database, self._writer, self._book = database, writer, book
         self._catalogue, self._heads = catalogue, heads
         self._key_names, self._keyring = key_names, keyring
-        self._issuer = Issuer(signing_key)
+        self._issuer = Issuer(secrets)
         self._holding_key = new_key()
 
     def capability(self, tenant: str, run_id: str, epoch: int) -> Capability:
-        """For the training actor that is started under an epoch just claimed.
+        """Returns the capability of the training actor that starts in an epoch that was just
+        claimed.
 
         Raises:
-            NotFoundError: this tenant has no such run.
-            ActorLostError: it was claimed again since.
+            NotFoundError: The tenant has no such run.
+            ActorLostError: The run was claimed again since.
         """
         with self._database.reading() as connection:
             check_epoch(connection, tenant, run_id, epoch)
         return self._issuer.issue(RUN, tenant, f"{run_id}@{epoch}")
 
     def reader(self, tenant: str, who: str = SDK) -> Capability:
-        """For whoever only reads; `who` is how the audit log names it.
+        """Returns the capability of a client that only reads. The audit log names the client `who`.
 
         Raises:
             InvalidRequestError: `who` has the form of an actor's name.
         """
         if "@" in who:
-            raise InvalidRequestError("a reader does not call itself RUN@EPOCH: an actor does")
+            raise InvalidRequestError(
+                "the name of a reader contains no @: RUN@EPOCH names an actor"
+            )
         return self._issuer.issue(READER, tenant, who)
 
     def keeper(self, tenant: str) -> Capability:
-        """For whoever copies artifacts and seals them anew; reads, too."""
+        """Returns the capability of a client that copies and reseals artifacts; it may read,
+        too."""
         return self._issuer.issue(KEEPER, tenant, SDK)
 
     def new(self, shown: Capability, artifact_id: str, store: str) -> tuple[bytes, bytes]:
-        """A fresh data key, and its wrapped form as stored beside an artifact to be.
+        """Returns a fresh data key for a new artifact, and its wrapped form as stored beside the
+        artifact.
 
-        A keeper is also given one for an artifact that is there: it is to be sealed anew.
+        A keeper may also ask for an existing artifact, in order to reseal it.
 
         Args:
-            store: root of the store that it is for, which `rollback.meet` was called with.
+            store: The root of the artifact's store, with which `Heads.meet_store` was called.
 
         Raises:
-            AccessDeniedError: a reader's capability; or the artifact is there already; or the
-                store was not met.
-            ActorLostError: the run has a newer actor.
-            NotFoundError: a keeper's artifact is deleted, expired, or of another tenant.
+            AccessDeniedError: The capability is forged or is a reader's; or the artifact exists
+                already; or the log was not compared with the store.
+            ActorLostError: The run has a newer actor.
+            NotFoundError: A keeper's artifact is deleted, expired, or of another tenant.
         """
-        with self._admitted(shown, "artifact.save", artifact_id) as owner:
+        with self._admitted(shown, "artifact.save", artifact_id) as exists:
             if shown.kind == READER:
-                raise AccessDeniedError("a reader makes no artifacts: the actor of a run does")
-            if owner is not None:
+                raise AccessDeniedError("a reader makes no artifacts: only the actor of a run does")
+            if exists:
                 if shown.kind != KEEPER:
                     raise AccessDeniedError(
-                        "there is an artifact of this id: a new one needs its own"
+                        "there is an artifact of this id: a new artifact needs a new id"
                     )
                 self._catalogue.openable(shown.tenant, artifact_id)
             self._heads.refuse_unmet(shown.tenant, store)
@@ -95,83 +104,90 @@ class DataKeys:
             return key, json.dumps(wrapped).encode()
 
     def open(self, shown: Capability, artifact_id: str, wrapped: bytes, store: str) -> bytes:
-        """The data key of an artifact that exists.
+        """Returns the data key of an artifact that exists.
 
         Args:
-            store: root of the store that it is in, which `rollback.meet` was called with.
+            store: The root of the artifact's store, with which `Heads.meet_store` was called.
 
         Raises:
-            NotFoundError: the artifact is unknown, deleted, expired, or of another tenant.
-            AccessDeniedError: the capability is forged, or the store was not met.
-            ActorLostError: it is of a run that has a newer actor.
-            IntegrityError: the wrapped key is of another artifact or keyring.
+            NotFoundError: The artifact is unknown, deleted, expired, or of another tenant.
+            AccessDeniedError: The capability is forged, or the log was not compared with the store.
+            ActorLostError: The capability is of a run that has a newer actor.
+            IntegrityError: The wrapped key belongs to another artifact or keyring.
         """
         tenant = shown.tenant
-        with self._admitted(shown, "artifact.load", artifact_id) as owner:
-            if owner not in (None, tenant):  # its owner learns of it, the other learns nothing
-                self._note_stranger(owner, "artifact.load", artifact_id)
+        with self._admitted(shown, "artifact.load", artifact_id):
             self._catalogue.openable(tenant, artifact_id)
             self._heads.refuse_unmet(tenant, store)
             context = context_of(tenant, artifact_id, DATA_KEY)
-            key = self._keyring.unwrap(_stored(wrapped), context)
-            with self._database.change() as tx:  # before the key is out
+            key = self._keyring.unwrap(parse_wrapped(wrapped), context)
+            # Recorded before the key is given out.
+            with self._database.change() as tx:
                 self._writer.note(tx, tenant, shown.who, "artifact.load", artifact_id)
             return key
 
     def adopt(
         self, tenant: str, artifact_id: str, stored_as: str, manifest: bytes, wrapped: bytes
     ) -> None:
-        """An artifact is from now on what lies under another name, which was resealed by a database
-        that is lost. Only what the holder of its data key sealed counts: nobody who writes to the
-        store can put another in its place, and all its sealings have one content.
+        """Switches an artifact to files under another name, which a lost database had resealed.
+        Only files that the holder of the artifact's data key sealed are accepted. A person who can
+        only write to the store cannot put other files in their place, and all sealings of an
+        artifact have the same content.
 
         Raises:
-            IntegrityError: it is none of this artifact's, or of no key of this keyring.
-            NotFoundError: it is deleted.
+            IntegrityError: The files are not this artifact's, or no key of this keyring opens them.
+            NotFoundError: The artifact is deleted.
         """
+        key, _ = self._opened(tenant, artifact_id, wrapped)
         parsed = Manifest.parse(manifest, tenant, artifact_id)
-        context = context_of(tenant, artifact_id, DATA_KEY)
-        parsed.verify(self._keyring.unwrap(_stored(wrapped), context))
+        parsed.verify(key)
         size = len(manifest) + sum(file.size for file in parsed.files.values())
         with self._database.change() as tx:
             adopt(tx, self._writer, tenant, artifact_id, stored_as, size, manifest)
 
     @contextmanager
-    def _admitted(self, shown: Capability, event: str, artifact_id: str) -> Iterator[str | None]:
-        """Around what needs a genuine capability of today; a refusal inside is noted, too.
-        Yields the owner's tenant, or None if the artifact never existed."""
+    def _admitted(self, shown: Capability, event: str, artifact_id: str) -> Iterator[bool]:
+        """Admits an operation only with a genuine capability that is still valid, and records a
+        refusal that is raised inside. Yields whether an artifact of this id exists or existed."""
         with self._database.reading() as connection:
-            owner = tenant_of_artifact(connection, artifact_id)
+            new = event == "artifact.save"
+            mine = owned(connection, ARTIFACTS, shown.tenant, artifact_id, new=new) is not None
+            there = mine or exists(connection, ARTIFACTS, artifact_id)
         if not self._issuer.genuine(shown):
-            if (concerned := owner or self._known_tenant(shown.tenant)) is not None:
-                self._note_stranger(concerned, event, artifact_id if owner else "")
+            if mine or self._known_tenant(shown.tenant):
+                subject, code = artifact_id if mine else "", AccessDeniedError.code
+                self._database.requests.ask(Request(shown.tenant, ANYONE, event, subject, code))
             raise AccessDeniedError(
-                "this capability was not issued here: data keys are given to the actor of a run"
-                " and to readers that this registry knows"
+                "this capability was not issued here: this registry gives data keys only to"
+                " actors and readers with a capability that it issued"
             )
-        # What a reader calls an artifact may be any text.
-        subject = artifact_id if owner or shown.kind == RUN else ""
+        # A reader may name any text as an artifact, so an unknown id is not recorded.
+        subject = artifact_id if there or shown.kind == RUN else ""
         with self._writer.refusals(shown.tenant, shown.who, event, subject):
             if shown.kind == RUN:
                 run_id, _, epoch = shown.who.rpartition("@")
                 with self._database.reading() as connection:
                     check_epoch(connection, shown.tenant, run_id, int(epoch))
-            yield owner
+            yield there
 
-    def _note_stranger(self, tenant: str | None, event: str, subject: str) -> None:
-        with suppress(StorageError):  # the refusal itself is what the caller must learn
-            self._writer.note_refusal(str(tenant), ANYONE, event, subject, AccessDeniedError.code)
-
-    def _known_tenant(self, tenant: str) -> str | None:
-        """The tenant itself, if it has a run."""
+    def _known_tenant(self, tenant: str) -> bool:
+        """Returns whether a tenant has a run."""
         query = sa.select(RUNS.c.tenant).where(RUNS.c.tenant == tenant).limit(1)
         with self._database.reading() as connection:
-            return connection.execute(query).scalar()
+            return connection.execute(query).first() is not None
+
+    def _opened(self, tenant: str, artifact_id: str, wrapped: bytes) -> tuple[bytes, bytes]:
+        """Returns a data key of an artifact, and the context that it is wrapped in. The artifact
+        may have been deleted meanwhile."""
+        with self._database.reading() as connection:
+            owned(connection, ARTIFACTS, tenant, artifact_id)
+        context = context_of(tenant, artifact_id, DATA_KEY)
+        return self._keyring.unwrap(parse_wrapped(wrapped), context), context
 
     def rotate(self, tenant: str, used: Sequence[str] = ()) -> str:
-        """A fresh primary key of the keyring, for all that is wrapped from now on, the keys of
-        data sets among it; its id, which no other key of this registry ever had, and none of
-        `used`. `operations.keys.rewrap` is for the artifacts."""
+        """Makes a fresh primary key for everything that is wrapped from now on, and rewraps the
+        keys of datasets. Returns its id, which no other key of this registry ever had and which is
+        not in `used`. `operations.keys.rewrap` rewraps the keys of artifacts."""
         name = self._keyring.rotate([*self._key_names.noted(), *used])
         self.rewrap_unit_keys()
         with self._database.change() as tx:
@@ -179,32 +195,35 @@ class DataKeys:
         return name
 
     def rewrap_unit_keys(self) -> dict[str, str]:
-        """Wraps the keys of all data sets under the primary key, once all keys of the keyring are
-        noted: it may have been rotated elsewhere. Why some do not open, by name."""
-        self._key_names.recognise()
+        """Wraps the keys of all datasets under the primary key, after recording all keys of the
+        keyring, which may have been rotated elsewhere. Returns, by name, the reasons why some
+        cannot be unwrapped."""
+        self._key_names.recognize()
         with self._database.change() as tx:
             return self._book.rewrap_unit_keys(tx)
 
     def rewrapped(self, tenant: str, artifact_id: str, wrapped: bytes) -> bytes | None:
-        """The same data key under the primary key; None where it is already."""
-        context = context_of(tenant, artifact_id, DATA_KEY)
-        key = self._keyring.unwrap(_stored(wrapped), context)  # its name alone proves nothing
+        """Returns the same data key wrapped under the primary key; None if it is wrapped under it
+        already."""
+        # Unwrapped in any case: the key id alone proves nothing.
+        key, context = self._opened(tenant, artifact_id, wrapped)
         if self.key_of(wrapped) == self._keyring.primary:
             return None
         return json.dumps(self._keyring.wrap(key, context)).encode()
 
     def held(self, tenant: str, artifact_id: str, wrapped: bytes) -> bytes:
-        """The same data key for `rewrapped_held` of this registry alone, until it ends: not to be
-        stored."""
-        context = context_of(tenant, artifact_id, DATA_KEY)
-        key = self._keyring.unwrap(_stored(wrapped), context)
+        """Returns the same data key in a form that only `rewrapped_held` of this registry object
+        opens, as long as it lives. Do not store it."""
+        key, context = self._opened(tenant, artifact_id, wrapped)
         return wrap_key(self._holding_key, key, context)
 
     def rewrapped_held(
         self, tenant: str, artifact_id: str, held: bytes, under: str
     ) -> bytes | None:
-        """What `held` gave under the primary key, though no other form of it may be left; None
-        where that is `under`."""
+        """Returns a data key from `held`, wrapped under the primary key, even if no other form of
+        it is left. Returns None if `under` is the primary key."""
+        with self._database.reading() as connection:
+            owned(connection, ARTIFACTS, tenant, artifact_id)
         if under == self._keyring.primary:
             return None
         context = context_of(tenant, artifact_id, DATA_KEY)
@@ -212,16 +231,18 @@ class DataKeys:
         return json.dumps(wrapped).encode()
 
     def retire(self, tenant: str, key_id: str, wrapped_under: Mapping[str, str]) -> None:
-        """Forgets a key that nothing needs.
+        """Forgets a tenant key that nothing needs.
 
         Args:
-            wrapped_under: id of the tenant key that opens it, by the name in the store of every
-                artifact of all tenants, as whoever calls has just read them there.
+            wrapped_under: The id of the tenant key that opens each artifact, by its name in the
+                store, for all artifacts of all tenants. The caller has just read these ids in the
+                store.
 
         Raises:
-            InvalidRequestError: it is in use, the primary one, or unknown; or an artifact was
-                saved since the keys were read.
-            IntegrityError: the key of a data set does not open: its keyring may need this one.
+            InvalidRequestError: The key is in use, primary or unknown; or an artifact was saved
+                after the ids were read.
+            IntegrityError: The key of a dataset cannot be unwrapped, so it may need this tenant
+                key.
         """
         check_key_id(key_id)
         in_use = [*wrapped_under.values()].count(key_id)
@@ -232,41 +253,32 @@ class DataKeys:
             )
         if problems := self.rewrap_unit_keys():
             raise IntegrityError(
-                f"nobody can tell which key opens that of {', '.join(problems)}: put the newest"
-                " keyring, or the database's backup, back; nothing was changed"
+                f"it is unknown which tenant key opens the key of {', '.join(problems)}: restore"
+                " the newest keyring, or a backup of the database; nothing was changed"
             )
-        with self._database.change() as tx:  # a save is entered before it, or finds the key gone
+        # In this transaction: a save is recorded before it, or finds that the key is gone.
+        with self._database.change() as tx:
             if not wrapped_under.keys() >= {name for _, _, name in self._catalogue.all()}:
                 raise InvalidRequestError(
-                    f"an artifact was saved meanwhile, maybe under key {key_id!r}: it was not"
+                    f"an artifact was saved meanwhile, maybe under key {key_id!r}: the key was not"
                     " retired; repeat the call"
                 )
             self._writer.note(tx, tenant, SDK, "key.retire", key_id)
-            self._keyring.retire(key_id)  # last: where it fails there is no row
+            # Last, so that no row is written if it fails.
+            self._keyring.retire(key_id)
 
     def key_ids(self) -> list[str]:
-        """Of the keyring, oldest first."""
+        """Returns the ids of the keyring's keys, oldest first."""
         return self._keyring.key_ids
 
     def key_of(self, wrapped: bytes) -> str:
-        """Id of the key that a stored data key is wrapped under."""
-        return str(_stored(wrapped).get("key_id"))
+        """Returns the id of the tenant key that a stored data key names as its wrapping key."""
+        return parse_wrapped(wrapped)["key_id"]
 
     def key_info(self) -> tuple[str, str]:
-        """Id of the wrapping key, and its provider."""
+        """Returns the id of the primary key, and its provider."""
         return self._keyring.primary, self._keyring.provider
 
     def missing_keys(self) -> list[str]:
-        """See `KeyNames.missing`: the keyring is an older copy."""
+        """Returns the keys that an older copy of the keyring lacks; see `KeyNames.missing`."""
         return self._key_names.missing()
-
-
-def _stored(wrapped: bytes) -> dict[str, str]:
-    """A wrapped data key as the keyring takes it."""
-    try:
-        found = json.loads(wrapped)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or json.dumps(found).encode() != wrapped:
-        raise IntegrityError("a stored data key is damaged: put its backup back")
-    return found

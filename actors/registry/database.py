@@ -1,14 +1,13 @@
-"""The registry's database: its engine, its transactions, and what it refuses, as typed errors.
+"""Opens the registry's database, runs its transactions, and reports its failures as typed errors.
 
-Every change is one transaction that locks and reads the one row of `registry` first. So changes
-come one after the other, whoever makes them: on SQLite the transaction is immediate anyway, on
-PostgreSQL the row is the lock, and what is read after it is what was committed last. Serialisable
-transactions would need every change to be repeatable from outside; this needs nothing of it.
+Every change is one transaction that first locks and reads the single row of the table `registry`.
+Therefore changes run one after the other, whoever makes them. On SQLite the transaction is
+immediate anyway. On PostgreSQL the row is the lock, and reads that follow it see the last commit.
+Serializable transactions would require that callers can repeat every change; this lock does not.
 
-The row's fencing token fences: a registry that finds another one than it began with changes
-nothing.
-Changes that follow one another may share a transaction, see `together`.
-Parameters never show in errors. Tables are in `schema`.
+The row holds a fencing token. A registry that finds another token than the one it started with
+changes nothing. Consecutive changes may share a transaction; see `together`. Errors never show
+parameters. The tables are in `schema`.
 """
 
 from __future__ import annotations
@@ -22,21 +21,25 @@ from typing import Any
 import sqlalchemy as sa
 
 from actors.registry import postgres
+from actors.registry.request_rows import RequestRows
 from actors.registry.revisions import check_revision, create_tables
 from actors.registry.schema import OWNER
 from tg_tinker.errors import StorageError
 from tg_tinker.storage.databases import SQLITE
 
 _NOT_OURS = ("42501", "42P01")
-"""SQLSTATE of a missing privilege and of a lost table: PostgreSQL calls both defects of ours."""
+"""The SQLSTATE codes of a missing privilege and of a missing table. Neither is a defect of this
+program, although PostgreSQL reports both in the class of such defects."""
 
 REPLACED = "replaced"
-"""`details["reason"]` of the `StorageError` of a registry that another one has fenced."""
+"""`details["reason"]` of the `StorageError` that a fenced registry raises."""
 
 DAMAGED = "damaged"
-"""The same of the `StorageError` of a file that is none of SQLite's, or no whole one."""
+"""`details["reason"]` of the `StorageError` for a file that is no SQLite database, or an incomplete
+one."""
 
 _REMEMBERED = "what to remember once this change is durable"
+_REQUESTS = "the requests whose rows wait"
 _BROKEN = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
 _DURABLE = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON")
 
@@ -45,7 +48,7 @@ _OWN = sa.select(OWNER.c.fencing_token).with_for_update()
 
 @dataclass
 class _Group:
-    """Changes that share a transaction, which begins with the first of them."""
+    """Changes that share one transaction. The transaction begins with the first change."""
 
     ends: ExitStack = field(default_factory=ExitStack)
     tx: sa.Connection | None = None
@@ -54,28 +57,32 @@ class _Group:
 
 
 class Database:
-    """One database, opened.
+    """An open database.
 
     Attributes:
-        engine: of changes; for tests and `close`.
-        looks_only: whether the database, its tables and its mode stay as they are: a change raises
-            StorageError.
+        engine: The engine for changes; for tests and `close`.
+        looks_only: Whether the database, its tables and its journal mode stay as they are. A change
+            then raises StorageError.
+        requests: The requests that need rows in the audit log.
     """
 
     def __init__(
         self, database: str, *, looks_only: bool = False, other_revisions: bool = False
     ) -> None:
-        """
+        """Opens a database. Creates missing tables unless `looks_only` or `other_revisions` is set.
+
         Args:
-            other_revisions: it may be of another release, or have no tables yet: for who copies or
-                upgrades it, and changes nothing else.
+            other_revisions: Accepts a database of another release, or one without tables. This is
+                for callers that copy or upgrade the database and change nothing else.
 
         Raises:
-            StorageError: of another release; damaged; or it does not exist.
+            StorageError: The database is of another release, is damaged, or does not exist.
         """
         self.looks_only = looks_only
         self._group: _Group | None = None
-        check = _check_of(database)  # opening makes a -wal
+        self.requests = RequestRows()
+        # Before the database is opened, because opening creates a -wal file.
+        check = _check_of(database)
         self.engine, self._reader = _opened(database, looks_only)
         with self.reading() as connection:
             if check and connection.exec_driver_sql(check).scalar() != "ok":
@@ -94,15 +101,16 @@ class Database:
             self._token = _token(tx)
 
     def close(self) -> None:
-        """Ends all connections."""
+        """Closes all connections."""
         self.engine.dispose()
 
     @contextmanager
     def change(self) -> Iterator[sa.Connection]:
-        """One transaction, as exclusive as an immediate one of SQLite.
+        """Runs one change in a transaction, as exclusive as an immediate transaction of SQLite.
 
         Raises:
-            StorageError: another registry has taken over; or see `typed_refusal`.
+            StorageError: Another registry has taken over, or the database failed; see
+                `typed_refusal`.
         """
         with self._transaction() as tx:
             remembered: list[Callable[[], None]] = []
@@ -129,14 +137,17 @@ class Database:
     def _begun(self) -> Iterator[sa.Connection]:
         with self.engine.begin() as connection:
             self._check_own(connection)
+            connection.info[_REQUESTS] = self.requests
             yield connection
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
-        """What was committed; within `together` also what its changes have made so far."""
+        """Yields a connection that sees committed rows. Within `together`, it also sees the changes
+        made so far."""
         with typed_refusal():
             if (group := self._group) is None or group.tx is None:
                 with self._reader.connect() as connection:
+                    connection.info[_REQUESTS] = self.requests
                     yield connection
                 return
             with _spoiling(group):
@@ -144,11 +155,12 @@ class Database:
 
     @contextmanager
     def upgrading(self) -> Iterator[sa.Connection]:
-        """One transaction that may change tables, and that nobody else's change comes between.
-        Foreign keys are not looked at inside: `check_references` is for its end."""
+        """Runs one transaction that may change tables; no other change runs meanwhile. SQLite
+        checks no foreign keys inside: call `check_references` at the end."""
         with typed_refusal(), self.engine.connect() as connection:
             on_sqlite = connection.dialect.name == "sqlite"
-            if on_sqlite:  # before it begins: SQLite ignores it within a transaction
+            # Before the transaction begins: SQLite ignores this setting within one.
+            if on_sqlite:
                 connection.connection.cursor().execute("PRAGMA foreign_keys=OFF")
             try:
                 with connection.begin():
@@ -160,19 +172,27 @@ class Database:
                     connection.connection.cursor().execute("PRAGMA foreign_keys=ON")
 
     def check_references(self, tx: sa.Connection) -> None:
-        """At the end of `upgrading`; PostgreSQL looks at each statement.
+        """Checks foreign keys at the end of `upgrading`. PostgreSQL checks them at each statement.
 
         Raises:
-            StorageError: a row refers to one that is not there.
+            StorageError: A row refers to a missing row.
         """
         if tx.dialect.name == "sqlite" and tx.exec_driver_sql("PRAGMA foreign_key_check").first():
             raise StorageError(
-                "the registry's database has rows that refer to others which are not there: it was"
-                " not upgraded. Put a backup back with `tg-tinker registry restore`"
+                "the registry's database has rows that refer to missing rows: it was not upgraded."
+                " Restore a backup with `tg-tinker registry restore`"
             )
 
+    def once_durable(self, then: Callable[[], None]) -> None:
+        """Calls `then` once the changes made so far are durable: at once, or at the end of
+        `together` unless it fails."""
+        if self._group is None:
+            then()
+        else:
+            self._group.then.append(then)
+
     def fence_others(self) -> None:
-        """From now on registries that were opened earlier change nothing."""
+        """Fences registries that were opened earlier: they can change nothing from now on."""
         with self.change() as tx:
             tx.execute(OWNER.update().values(fencing_token=self._token + 1))
         self._token += 1
@@ -181,17 +201,23 @@ class Database:
         now = tx.execute(_OWN).scalar()
         if now != self._token:
             raise StorageError(
-                f"another registry has taken over this database (fencing token {now}, this one has"
-                f" {self._token}): nothing was changed. Use the cluster that was started last;"
-                " if that one has ended, restart this one",
+                f"another registry has taken over this database (its fencing token is {now}, that"
+                f" of this registry is {self._token}): nothing was changed. Use the cluster that"
+                " was started last; if that cluster has ended, restart this one",
                 details={"reason": REPLACED},
             )
 
 
 def once_durable(tx: sa.Connection, then: Callable[[], None]) -> None:
-    """Calls `then` once the change `tx` is durable, never if it is undone: for what a process
-    remembers of its changes."""
+    """Calls `then` once the change `tx` is durable, and never if the change is undone. Processes
+    use this for what they remember of their changes."""
     tx.info[_REMEMBERED].append(then)
+
+
+def requests_of(connection: sa.Connection) -> RequestRows:
+    """Returns the requests that need rows, of the process that reads or changes."""
+    found: RequestRows = connection.info[_REQUESTS]
+    return found
 
 
 def _call_all(remembered: list[Callable[[], None]]) -> None:
@@ -201,12 +227,13 @@ def _call_all(remembered: list[Callable[[], None]]) -> None:
 
 @contextmanager
 def together(database: Database) -> Iterator[None]:
-    """Until it ends, the changes are one transaction; then they are durable. One that is refused
-    is undone alone. For a database that one thread uses.
+    """Runs the changes inside in one transaction, which becomes durable at the end. A refused
+    change is undone alone. Only one thread may use the database.
 
     Raises:
-        StorageError: a statement failed, and nothing was changed; or the end did, and nobody knows.
-            Nothing that was learnt inside may be told to anybody.
+        StorageError: A statement failed, and nothing was changed; or the commit failed, and it is
+            unknown whether anything was changed. In both cases the results obtained inside must not
+            be reported to anyone.
     """
     group = database._group = _Group()
     try:
@@ -220,9 +247,11 @@ def together(database: Database) -> Iterator[None]:
 
 @contextmanager
 def _spoiling(group: _Group) -> Iterator[None]:
-    """After a statement that failed nobody knows which of those before it the database keeps:
-    SQLite may have ended the transaction, PostgreSQL undoes it when it is told to commit."""
-    _refuse_spoiled(group)  # outside of any transaction a change would be durable at once
+    """Marks the group as spoiled when a statement fails. It is then unknown which earlier
+    statements the database keeps: SQLite may have ended the transaction, and PostgreSQL undoes it
+    at the commit."""
+    # The transaction may have ended: a further change would be durable at once.
+    _refuse_spoiled(group)
     try:
         yield
     except sa.exc.DBAPIError:
@@ -232,12 +261,16 @@ def _spoiling(group: _Group) -> Iterator[None]:
 
 def _refuse_spoiled(group: _Group) -> None:
     if group.spoiled:
-        raise StorageError("another call's statement failed, and the transaction with it: repeat")
+        raise StorageError(
+            "a statement of another call failed, and the shared transaction with it: repeat this"
+            " call"
+        )
 
 
 @contextmanager
 def typed_refusal() -> Iterator[None]:
-    """A full disk, a lost server, a damaged database become a typed error without their texts."""
+    """Turns a full disk, a lost server or a damaged database into a typed error without the text of
+    the database."""
     try:
         yield
     except sa.exc.DBAPIError as error:
@@ -247,19 +280,19 @@ def typed_refusal() -> Iterator[None]:
         defect = isinstance(error, sa.exc.IntegrityError | sa.exc.ProgrammingError)
         if defect and state not in _NOT_OURS:
             raise
-        lost = " The server was lost: whether a change was made is not known." * (
+        lost = " The connection was lost: whether a change was made is not known." * (
             error.connection_invalidated
         )
         raise StorageError(
             f"the registry's database refused ({type(error.orig).__name__}"
-            f"{f', SQLSTATE {state}' if state else ''}).{lost} Check that it runs and is"
-            " whole, its disk, that no other program holds it, and that its user may create and"
-            " change tables"
+            f"{f', SQLSTATE {state}' if state else ''}).{lost} Check that the database runs and"
+            " is undamaged, that its disk is not full, that no other program locks it, and that"
+            " its user may create and change tables"
         ) from None
 
 
 def _opened(database: str, looks_only: bool) -> tuple[sa.Engine, sa.Engine]:
-    """The engine of changes, and that of reading."""
+    """Returns the engine for changes and the engine for reading."""
     if not database.startswith(SQLITE):
         engine = postgres.open_engine(database)
         reader = postgres.reading(engine)
@@ -270,10 +303,12 @@ def _opened(database: str, looks_only: bool) -> tuple[sa.Engine, sa.Engine]:
 
 
 def _check_of(database: str) -> str:
-    """What to ask SQLite, whose file others may copy, cut and mix, before anything else.
+    """Returns the statement that checks a SQLite database before anything else reads it; empty for
+    PostgreSQL.
 
-    A -wal that is there may be of another copy. That shows only where tables and indexes are
-    compared: 0.26 s for 100 MB. After a clean end, 0.06 s.
+    Others may copy, cut or mix the files of SQLite. A -wal file that exists may belong to another
+    copy. Only the full check, which compares tables with indexes, detects that: 0.26 s for 100 MB.
+    After a clean end there is no -wal file, and the quick check takes 0.06 s.
     """
     if not database.startswith(SQLITE):
         return ""
@@ -283,32 +318,33 @@ def _check_of(database: str) -> str:
 
 def _damaged() -> StorageError:
     return StorageError(
-        "the registry's database is damaged, or lies beside the -wal of another copy. Move"
-        " registry.db, registry.db-wal and registry.db-shm out of the way, and put a backup back"
+        "the registry's database is damaged, or is beside the -wal file of another copy. Move"
+        " registry.db, registry.db-wal and registry.db-shm to another folder, then restore a backup"
         " with `tg-tinker registry restore`",
         details={"reason": DAMAGED},
     )
 
 
 def _token(tx: sa.Connection) -> int:
-    """That of a registry that is opened now."""
+    """Returns the fencing token for a registry that opens the database now."""
     if tx.execute(_OWN).scalar() is None:
         tx.execute(OWNER.insert().values(id=1, fencing_token=0))
     return int(tx.execute(_OWN).scalar_one())
 
 
 def _prepare_sqlite(engine: sa.Engine, database: str, pragmas: Sequence[str]) -> None:
-    """Immediate transactions; the file must exist (`home.create`)."""
+    """Makes all transactions of changes immediate. The file must exist; see `home.create`."""
     path = Path(database.removeprefix("sqlite:///"))
     if not path.exists():
         raise StorageError(
-            f"the registry {path} does not exist: put its backup back, or run `tg-tinker init` in"
-            " a new home. A new registry would forget every run"
+            f"the registry {path} does not exist: restore its backup, or run `tg-tinker init` in"
+            " a new home. A new registry knows none of the earlier runs"
         )
 
     @sa.event.listens_for(engine, "connect")
     def _connected(connection: Any, record: Any) -> None:
-        connection.isolation_level = None  # SQLAlchemy's `begin` below says BEGIN, not sqlite3
+        # The listener for `begin` below sends BEGIN, so sqlite3 must not.
+        connection.isolation_level = None
         for pragma in pragmas:
             connection.execute(f"PRAGMA {pragma}")
 

@@ -1,5 +1,8 @@
-"""Artifacts against the audit log: who can write to the database can undo a deletion there, and
-cannot do so in a log whose heads others keep."""
+"""Compares the index of artifacts with the audit log.
+
+Somebody who can write to the database can undo a deletion in the index. That is impossible in a log
+whose heads others keep.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from tg_tinker.records.audit_log import AuditRow, parse_rows
 
 
 class Entry(NamedTuple):
-    """What is said of an artifact: by the index of artifacts, or by the log.
+    """The state of an artifact according to the index of artifacts, or according to the audit log.
 
     Attributes:
-        manifest: SHA-256, hex; empty where it was removed.
-        expires_at: as rows have it.
-        row: number of the row that said the one or the other last; 0 in the index.
+        manifest: The SHA-256 of the manifest, hex; empty if the artifact was removed.
+        expires_at: The expiry, in the notation of audit rows.
+        row: The number of the last row about manifest or expiry; 0 in the index.
     """
 
     manifest: str
@@ -26,16 +29,17 @@ class Entry(NamedTuple):
 
 
 def differences(registry: Registry, tenant: str) -> dict[str, str]:
-    """What the log says otherwise of artifacts that are there, by id."""
+    """Returns where the log contradicts the index about artifacts that exist; by id of the
+    artifact."""
     told, found = _told(registry, tenant), {}
     for artifact_id, (manifest, expires_at) in registry.catalogue.entries(tenant).items():
         said = told.get(artifact_id, Entry(""))
         if not said.manifest:
             how = f"was deleted at row {said.row}" if said.row else "was never saved"
-            found[artifact_id] = f"the audit log says that it {how}: the database was changed"
+            found[artifact_id] = f"the audit log records that it {how}: the database was changed"
         elif (manifest, expires_at) != (said.manifest, said.expires_at):
             what = "expiry" if manifest == said.manifest else "manifest"
-            how = f"row {said.row} of the audit log has another {what} of it"
+            how = f"row {said.row} of the audit log has another {what} for it"
             found[artifact_id] = f"{how}: the database was changed"
     return found
 

@@ -1,5 +1,7 @@
-"""Signed heads of one ledger, put into the artifact store beside training: out of reach of who puts
-a database back."""
+"""Puts signed heads of one ledger into the artifact store while training runs.
+
+Somebody who replaces the database, but cannot change the store, leaves these heads in place.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +16,25 @@ from tg_tinker.errors import LedgerMismatchError, StorageError, TGTinkerError
 from tg_tinker.records.heads import LedgerHead
 
 EVERY = 8
-"""Charges of a run from one head in the store to the next."""
+"""The number of charges of a run from one head in the store to the next."""
 
 MOST = 512
-"""Entries from before a charge that its result carries, at most, while the store fails."""
+"""The largest number of earlier entries that the result of a charge carries while the store
+fails."""
 
 _log = logging.getLogger("tg_tinker")
 
 
 class HeadKeeper:
-    """Puts the heads of one run's ledger into the store, beside training.
+    """A writer that puts the heads of one run's ledger into the store while the run trains.
 
-    A store that does not answer holds up no step. What it misses goes with the next head. With
-    each head that it writes it looks for those of others: two databases may be in use at once.
+    A store that does not answer delays no step. The next head carries the entries that the store
+    has missed. With each head that it writes, the keeper also looks for the heads of others,
+    because two databases may be in use at once.
 
     Attributes:
-        newest: the head after the last charge, a line; empty before the first.
-        problem: why the store has no newer head; empty where all is well.
+        newest: The head after the last charge, as one line; empty before the first charge.
+        problem: Why the store has no newer head; empty if all is well.
     """
 
     def __init__(
@@ -38,7 +42,6 @@ class HeadKeeper:
     ) -> None:  # fmt: skip
         self._registry, self._store = registry, ArtifactStore(root)
         self._who, self._ledger = who, (tenant, dataset)
-        self._name = registry.heads.ledger_name(tenant, dataset)
         self._stored = self._meet()
         self._charges = 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="ledger-heads")
@@ -47,12 +50,14 @@ class HeadKeeper:
         self.newest, self.problem = "", ""
 
     def check(self) -> None:
-        """Before each charge. Raises LedgerMismatchError once the store has another chain."""
+        """Raises LedgerMismatchError once the store has shown a head of another chain. Call it
+        before each charge."""
         if self._mismatch is not None:
             raise self._mismatch.with_traceback(None)
 
     def charged(self) -> None:
-        """After each charge. Never raises: the step is made."""
+        """Keeps the head after a charge, and starts writing it if a write is due. Call it after
+        each charge. Never raises: the step is already made."""
         with suppress(TGTinkerError):
             self.newest = self._registry.heads.ledger_head(*self._ledger, self._after())
         due = self._charges % EVERY == 0
@@ -61,22 +66,23 @@ class HeadKeeper:
         self._charges += 1
 
     def _after(self) -> int:
-        """The entry after which a result has them: all that the store lacks, up to a bound."""
+        """Returns the number of the entry after which a result carries entries: all that the store
+        lacks, up to `MOST`."""
         last = LedgerHead.parse(self.newest).seq if self.newest else 0
         return max(self._stored, last - MOST)
 
     def keep(self, timeout_s: float | None = None) -> None:
-        """Returns when the store has the present head.
+        """Writes the current head, and returns when the store has it.
 
         Raises:
-            StorageError: it refuses.
-            TimeoutError: it has not answered within `timeout_s`.
+            StorageError: The store rejects the head.
+            TimeoutError: The store has not answered within `timeout_s` seconds.
         """
         try:
             self._writer.submit(self._write).result(timeout_s)
         except StorageError as error:
             raise StorageError(
-                f"the head of the ledger was not stored, training is not affected: {error.message}",
+                f"the head of the ledger was not stored; training is not affected: {error.message}",
                 details=error.details,
             ) from None
 
@@ -85,25 +91,27 @@ class HeadKeeper:
             self._write()
         except TGTinkerError as error:
             self.problem = (
-                "the artifact store did not take or show heads of the ledger, so an older database"
-                f" would not be noticed by it: {error.message}"
+                "heads of the ledger could not be written to the artifact store or read there, so"
+                f" the store would not reveal an older database: {error.message}"
             )
             _log.warning("%s", self.problem)
 
     def _write(self) -> None:
         head = LedgerHead.parse(self._registry.heads.ledger_head(*self._ledger, self._stored))
         if head.seq > self._stored:
-            self._store.write_ledger_head(head.tenant, self._name, head.place, head.line())
+            self._store.write_ledger_head(head.tenant, head.ledger, head.place, head.line())
             self._stored = head.seq
         self._look()
         self.problem = ""
 
     def _look(self) -> None:
-        """Only after writing: of two that write and look at once, one sees the other's head."""
+        """Looks for the heads of others, always after writing: if two keepers write and look at
+        once, at least one of them sees the head of the other."""
         try:
             self._meet()
         except LedgerMismatchError as error:
-            self._mismatch = error  # what is paid for may still be saved
+            # `check` raises it before the next charge: steps already paid for may still be saved.
+            self._mismatch = error
             _log.warning("%s", error.message)
 
     def _meet(self) -> int:

@@ -1,53 +1,73 @@
-"""Ledgers and audit logs against the heads that are known of them: an older or another database is
-noticed before it charges, opens, saves or removes anything.
+"""Compares ledgers and audit logs with the signed heads that stores and homes keep.
 
-A head that the store or a home keeps must lie on the chain that it is of. A restored copy of the
-database has the signing key of today, so only heads that were signed here are evidence; anybody who
-can write to the store can put others there. Heads of ledgers carry the entries before them, sealed
-for this registry alone: so the end of a ledger that was lost with its database can be put back,
-entry by entry.
+In this way an older or a different database is detected before it charges, opens, saves or removes
+anything. A head that a store or a home keeps must be on the chain it belongs to. A restored copy of
+the database uses the same signing key, so only heads that were signed here are evidence: anybody
+who can write to the store can put other objects there. A head of a ledger carries the entries
+before it, sealed for this registry alone. With them, the end of a ledger that was lost with its
+database can be restored, entry by entry.
 
-Where a call takes a `dataset`, the chain is its ledger; None is the tenant's audit log.
+Where a call takes a `dataset`, the chain is the ledger of that dataset. None means the audit log of
+the tenant.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from typing import Any, TypeVar
 
 from actors.registry.audit_log import SDK, AuditLog, AuditWriter
 from actors.registry.book import Book
 from actors.registry.database import Database
+from actors.registry.lookups import owned
+from actors.registry.schema import ARTIFACTS
+from actors.storage.secrets import ENTRIES, PSEUDONYMS, Secrets
+from actors.storage.signing import SigningKey
+from actors.storage.store import MOST_OF_A_HEAD, ArtifactStore, place_in
 from tg_tinker.errors import AccessDeniedError, IntegrityError, LedgerMismatchError, RollbackError
 from tg_tinker.records.audit_log import ACCEPT
-from tg_tinker.records.entries import CHAIN, Entry, is_place, place_of
+from tg_tinker.records.entries import CHAIN, Entry, is_place, parse_place, place_of
 from tg_tinker.records.heads import AuditHead, LedgerHead, SignedHead
 from tg_tinker.records.ledger import Ledger
-from tg_tinker.storage.envelope import context_of, derive_key, public_key_of, seal, unseal
+from tg_tinker.storage.envelope import context_of, seal, unseal
+
+_Head = TypeVar("_Head", bound=SignedHead)
+
+InTurn = Callable[[Callable[[], Any]], Any]
+"""Runs work that uses the database among the other calls of the registry. A store may be slow, so
+it is read outside of them."""
 
 _NAME, _ENTRIES = "ledger pseudonym", "ledger entries"
+_REPLACED = (
+    "a signing key signed this head that was replaced since: whoever has the old key may have made"
+    " it after the rotation. Remove it"
+)
 
 
 class Heads:
-    """The part of the registry that states heads of ledgers, and holds all chains against heads."""
+    """The part of the registry that signs heads of ledgers, and compares all chains with heads."""
 
     def __init__(
         self, database: Database, writer: AuditWriter, audit_log: AuditLog, book: Book,
-        signing_key: bytes,
+        signing: SigningKey, secrets: Secrets,
     ) -> None:  # fmt: skip
         self._database, self._writer = database, writer
-        self._audit_log, self._book, self._signing_key = audit_log, book, signing_key
-        # In memory, on purpose: a database that is put back under a new process is held anew.
+        self._audit_log, self._book = audit_log, book
+        self._signing, self._secrets = signing, secrets
+        self._open_store = ArtifactStore
+        self._in_turn: InTurn = lambda work: work()
+        # Only in memory: a new process, which may have a restored database, compares again.
         self._met: set[tuple[str, str]] = set()
 
     # --- any chain ---------------------------------------------------------------------------
 
     def unknown(self, tenant: str, dataset: str | None, places: Sequence[str]) -> list[str]:
-        """Those places, ``SEQ-HASH``, that the chain neither goes through nor accepts the loss of,
-        or that are none."""
+        """Returns the head positions, ``SEQ-HASH``, that are not on the chain and whose loss is not
+        accepted. Malformed positions are among them."""
         if dataset is None:
             return self._audit_log.unknown(tenant, places)
         with self._database.reading() as connection:
@@ -55,49 +75,103 @@ class Heads:
         return [place for place in places if not (is_place(place) and ledger.goes_through(place))]
 
     def judge(
-        self, tenant: str, dataset: str | None, lines: Mapping[str, str]
+        self, tenant: str, dataset: str | None, lines: Mapping[str, str], newest: str = ""
     ) -> tuple[dict[str, SignedHead], dict[str, str]]:
-        """Of objects by name: heads of this chain that it does not go through, and why others are
-        no heads of it."""
-        heads: dict[str, SignedHead] = {}
-        others: dict[str, str] = {}
-        for name, line in lines.items():
-            try:
-                heads[name] = self._authentic(tenant, dataset, line)
-            except IntegrityError as error:
-                others[name] = error.message
-        places = [head.place for head in heads.values()]
-        unknown = set(self.unknown(tenant, dataset, places)) if places else set()
-        return {name: head for name, head in heads.items() if head.place in unknown}, others
+        """Returns the authentic heads of this chain that it does not contain, and the reasons why
+        other objects are no heads of it; both by name of the object.
 
-    def meet(
-        self, tenant: str, dataset: str | None, store: str, lines: Mapping[str, str],
-        kept: Sequence[str] = (), who: str = SDK,
-    ) -> dict[str, str]:  # fmt: skip
-        """Holds a chain against objects of a store that may be heads of it, and against heads that
-        the caller keeps. The audit log has then met the store.
+        A head that a replaced signing key signed counts only as long as the same store has no head
+        by the key of today: whoever has the replaced key may have made it since.
 
         Args:
-            store: its root.
-            lines: what all objects hold whose names the chain does not know, by name.
-            kept: heads of a ledger, a line each.
-            who: asks, for the audit log.
+            lines: The contents of objects of one store.
+            newest: The content of the newest object of that store that may be a head of what the
+                chain contains; if a ledger has none, of what the audit log contains.
+        """
+        heads, others = self._sorted(tenant, dataset, lines)
+        places = [head.place for head in heads.values()]
+        unknown = set(self.unknown(tenant, dataset, places)) if places else set()
+        found = {name: head for name, head in heads.items() if head.place in unknown}
+        of_today = self._by_newest(found.values())
+        if len(of_today) < len(found) and (of_today or self._is_of_today(tenant, newest)):
+            others |= {name: _REPLACED for name, head in found.items() if head not in of_today}
+        return {name: head for name, head in found.items() if name not in others}, others
+
+    def strangers(
+        self, tenant: str, dataset: str | None, lines: Mapping[str, str]
+    ) -> dict[str, str]:  # fmt: skip
+        """Returns the reasons why objects are no heads of this chain by any key that this home ever
+        had, by name."""
+        return self._sorted(tenant, dataset, lines)[1]
+
+    def meet_ledger(
+        self, tenant: str, dataset: str, lines: Mapping[str, str], kept: Sequence[str] = (),
+        who: str = SDK, newest: str = "",
+    ) -> dict[str, str]:  # fmt: skip
+        """Compares a ledger with objects of a store that may be its heads, and with heads that the
+        caller keeps.
+
+        Args:
+            lines: The contents of all objects whose names state a position that the ledger does not
+                know, by name.
+            kept: Heads of the ledger, one line each.
+            who: The name of the caller, for the audit log.
+            newest: See `judge`.
 
         Returns:
-            Why an object is no head of this chain, by its name. Those count for nothing.
+            The reasons why objects are no heads of this ledger, by name. These objects are ignored.
 
         Raises:
-            RollbackError: the audit log does not go through one of the heads.
-            LedgerMismatchError: the ledger is behind one of them, or another chain.
-            IntegrityError: a kept head is damaged, of another ledger, or not signed here.
+            LedgerMismatchError: The ledger is behind one of the heads, or is another chain.
+            IntegrityError: A kept head is damaged, belongs to another ledger, or was not signed
+                here.
         """
-        event = "registry.check" if dataset is None else "ledger.check"
-        with self._writer.refusals(tenant, who, event, dataset or ""):
+        with self._writer.refusals(tenant, who, "ledger.check", dataset):
             held = [self._authentic(tenant, dataset, line) for line in kept]
-            missing, others = self.judge(tenant, dataset, lines)
-            if dataset is not None:
-                self._check_places(tenant, {dataset: [h.place for h in [*missing.values(), *held]]})
-                return others
+            missing, others = self.judge(tenant, dataset, lines, newest)
+            self._check_places(tenant, {dataset: [h.place for h in [*missing.values(), *held]]})
+        return others
+
+    # --- the audit log -----------------------------------------------------------------------
+
+    def meet_store(self, tenant: str, store: str, who: str = SDK) -> dict[str, str]:
+        """Compares the audit log with all its heads in a store, which from then on counts as
+        compared. This process lists and reads the heads itself, so no caller can leave one out.
+
+        Args:
+            store: The root of the store.
+            who: The name of the caller, for the audit log.
+
+        Returns:
+            The reasons why objects are no heads of this log, by name. These objects are ignored.
+
+        Raises:
+            RollbackError: One of the heads is not on the audit log.
+            StorageError: The store does not answer, and the comparison must not be skipped.
+        """
+        there = self._open_store(store)
+        names = {name: place_in(name) for name in there.audit_heads(tenant)}
+        unknown = self._in_turn(lambda: set(self.unknown(tenant, None, [*names.values()])))
+        lines = {
+            name: there.read_head(name, MOST_OF_A_HEAD)
+            for name, place in names.items()
+            if place in unknown
+        }
+        known = [name for name, place in names.items() if place not in unknown]
+        newest = ""
+        if lines and known:  # It matters only beside heads that the log does not know.
+            last = max(known, key=lambda name: parse_place(names[name])[0])
+            newest = there.read_head(last, MOST_OF_A_HEAD)
+        others: dict[str, str] = self._in_turn(
+            lambda: self._hold(tenant, store, lines, newest, who)
+        )
+        return others
+
+    def _hold(
+        self, tenant: str, store: str, lines: Mapping[str, str], newest: str, who: str
+    ) -> dict[str, str]:  # fmt: skip
+        with self._writer.refusals(tenant, who, "registry.check", ""):
+            missing, others = self.judge(tenant, None, lines, newest)
             end = self._writer.end(tenant)
             if missing:
                 raise _rolled_back(*max(missing.items(), key=lambda item: item[1].seq), end[0])
@@ -105,38 +179,39 @@ class Heads:
         self._met.add((tenant, store))
         return others
 
-    # --- the audit log -----------------------------------------------------------------------
-
     def met(self, tenant: str, store: str) -> bool:
-        """Whether this process has met a store, and the log has lost nothing that it saw of it."""
+        """Returns whether this process has compared the log with a store, and the log has lost no
+        row that the process has seen."""
         reached = self._writer.reached.get(tenant)
         if reached is None or self._audit_log.unknown(tenant, [place_of(*reached)]):
             self._met = {one for one in self._met if one[0] != tenant}
             return False
-        # Another process may have gone on.
+        # Another process may have added rows.
         self._writer.reached[tenant] = max(reached, self._writer.end(tenant))
         return (tenant, store) in self._met
 
     def refuse_unmet(self, tenant: str, store: str) -> None:
-        """Where a data key is handed out, so that nobody can forget to ask.
+        """Refuses a store with which the audit log was not compared. It is called where data keys
+        are handed out, so that no caller can forget the comparison.
 
         Raises:
-            AccessDeniedError: the store was not met.
+            AccessDeniedError: The log was not compared with the store.
         """
         if not self.met(tenant, store):
             raise AccessDeniedError(
-                "the registry was not held against the heads in this store since it started, or"
+                "the registry was not compared with the heads in this store since it started, or"
                 " its database changed meanwhile: repeat the call"
             )
 
     def accept(self, tenant: str, lines: Sequence[str]) -> int:
-        """Accepts the loss of the rows these heads attest: from now on they count as known.
+        """Accepts the loss of the rows these heads attest: from now on the heads count as known.
 
         Returns:
-            Number of the row that says so; 0, and no row, where the log knows them all.
+            The number of the row that records this. If the log knows all heads, 0, and no row is
+            added.
 
         Raises:
-            IntegrityError: one is no head of this log.
+            IntegrityError: One of the lines is no head of this log.
         """
         with self._writer.refusals(tenant, SDK, ACCEPT, ""):
             places = {self._authentic(tenant, None, line).place for line in lines}
@@ -148,31 +223,52 @@ class Heads:
     # --- ledgers -----------------------------------------------------------------------------
 
     def ledger_name(self, tenant: str, dataset: str) -> str:
-        """A ledger's pseudonym, 64 hex digits: the store shall not learn names of data sets.
+        """Returns the pseudonym of a ledger, 64 hex digits: the store must not learn the names of
+        datasets.
 
-        Made from the signing key, which never changes: not from the database, which may be the
-        one that lost the data set, nor from the keyring, which rotates.
+        The pseudonym is derived from a secret that is in no database, because the database may be
+        the one that lost the dataset.
         """
-        return self._ledger_key(tenant, dataset, _NAME).hex()
+        return self.ledger_names(tenant, dataset)[0]
+
+    def ledger_names(self, tenant: str, dataset: str) -> list[str]:
+        """Returns all pseudonyms under which a store may have heads of a ledger, the newest
+        first."""
+        purpose = context_of(tenant, dataset, _NAME)
+        return [key.hex() for key in self._secrets.keys(PSEUDONYMS, purpose).values()]
 
     def ledger_head(self, tenant: str, dataset: str, after: int) -> str:
-        """The present head of a ledger as a line, with its entries after entry `after`."""
+        """Returns the current head of a ledger as one line, with the entries after entry
+        `after`."""
         with self._database.reading() as connection:
             ledger = self._book.known(connection, tenant, dataset)
             entries = self._book.stored(connection, tenant, dataset, after)
-        key, context = self._sealing(tenant, dataset)
+        context = context_of(tenant, dataset, _ENTRIES)
+        key = self._secrets.newest(ENTRIES, context)
         sealed = base64.b64encode(seal(key, json.dumps(entries).encode(), context)).decode()
         name, now = self.ledger_name(tenant, dataset), datetime.now(UTC).isoformat()
         head = LedgerHead(tenant, name, ledger.length - 1, ledger.head, now, sealed)
-        return head.signed(self._signing_key).line()
+        return head.signed(self._signing.private()).line()
+
+    def signed_again(self, tenant: str, dataset: str, line: str) -> str:
+        """Returns a head that the ledger goes through, signed by the signing key of today.
+
+        Raises:
+            IntegrityError: The line is no such head.
+            LedgerMismatchError: The ledger does not go through it.
+        """
+        head = self._ledger_head(tenant, dataset, line)
+        self._check_places(tenant, {dataset: [head.place]})
+        return head.signed(self._signing.private()).line()
 
     def lost_ledgers(self, tenant: str, lines: Sequence[str]) -> list[str]:
-        """Pseudonyms of ledgers of a tenant that there are heads of, signed here, among these."""
-        found, public_key = set(), public_key_of(self._signing_key)
+        """Returns the pseudonyms of those ledgers of a tenant that have a head, signed here, among
+        these lines."""
+        found, publics = set(), self._signing.publics()
         for line in lines:
             with suppress(IntegrityError):
                 head = LedgerHead.parse(line)
-                head.check(public_key)
+                head.check(*publics)
                 found |= {head.ledger} if head.tenant == tenant else set()
         return sorted(found)
 
@@ -182,40 +278,50 @@ class Heads:
         """Refuses an artifact whose ledgers were ahead of the current ones, or have forked.
 
         Args:
-            places: where each ledger ended when the artifact was saved, by data set.
+            places: The position at which each ledger ended when the artifact was saved, by dataset.
 
         Raises:
-            LedgerMismatchError: see `meet`.
+            LedgerMismatchError: See `meet_ledger`.
         """
-        with self._writer.refusals(tenant, who, "artifact.load", artifact_id):
+        with self._database.reading() as connection:
+            found = owned(connection, ARTIFACTS, tenant, artifact_id)
+        subject = "" if found is None else artifact_id
+        with self._writer.refusals(tenant, who, "artifact.load", subject):
             self._check_places(tenant, {dataset: [place] for dataset, place in places.items()})
 
     def book_missing(self, tenant: str, dataset: str, lines: Sequence[str]) -> int:
-        """Puts the lost end of a ledger back from heads; how many of its charges.
+        """Restores the lost end of a ledger from heads, and returns the number of restored charges.
 
-        Every entry is the lost one to the byte, so nothing is charged twice and nothing less than
-        was spent. Runs that appear in them are closed: which units they used is not in a ledger.
+        Every restored entry equals the lost entry to the byte. Therefore nothing is charged twice,
+        and no less is charged than was spent. Runs that appear in restored entries are closed,
+        because a ledger does not record which units they used.
 
         Raises:
-            LedgerMismatchError: an entry before one of the heads is in none of them, or the
-                ledger went on from an earlier one; nothing was changed.
-            IntegrityError: see `meet`; nothing was changed.
+            LedgerMismatchError: An entry before one of the heads is in none of the heads, or the
+                ledger has forked; nothing was changed.
+            IntegrityError: See `meet_ledger`; nothing was changed.
         """
         with (
             self._writer.refusals(tenant, SDK, "budget.book", dataset),
             self._database.change() as tx,
         ):
             heads = [self._ledger_head(tenant, dataset, line) for line in lines]
-            entries = [entry for head in heads for entry in self._entries(dataset, head)]
+            of_today = self._by_newest(heads)
+            ordered = [*(head for head in heads if head not in of_today), *of_today]
+            entries = [entry for head in ordered for entry in self._entries(dataset, head)]
             following = {entry["prev"]: entry for entry in entries}
+            # Whoever has a replaced key could add charges behind the last head that counts.
+            heads = of_today or heads
+            end = max((head.seq for head in heads), default=-1)
             ledger = self._book.ledger(tx, tenant, dataset)
             if not ledger.length and ledger.head in following:
                 self._book.new_dataset(tx, tenant, dataset)
             booked: list[Entry] = []
-            while (lost := following.get(ledger.head)) is not None:
+            while ledger.length <= end and (lost := following.get(ledger.head)) is not None:
                 body = {name: value for name, value in lost.items() if name not in CHAIN}
                 booked.append(self._book.append(tx, tenant, dataset, ledger, body, SDK))
-            for head in heads:  # also finds an entry that came out otherwise than it was
+            # This also detects a restored entry that differs from the lost one.
+            for head in heads:
                 _check_booked(ledger, head, dataset)
             if runs := sorted({entry["run"] for entry in booked if "run" in entry}):
                 body = {"type": "book", "runs": runs}
@@ -224,19 +330,42 @@ class Heads:
 
     # --- inside ------------------------------------------------------------------------------
 
+    def _sorted(
+        self, tenant: str, dataset: str | None, lines: Mapping[str, str]
+    ) -> tuple[dict[str, SignedHead], dict[str, str]]:
+        """Returns the authentic heads of this chain, and why other objects are none; by name."""
+        heads: dict[str, SignedHead] = {}
+        others: dict[str, str] = {}
+        for name, line in lines.items():
+            try:
+                heads[name] = self._authentic(tenant, dataset, line)
+            except IntegrityError as error:
+                others[name] = error.message
+        return heads, others
+
+    def _is_of_today(self, tenant: str, line: str) -> bool:
+        """Returns whether a line is a head of this tenant that the signing key of today signed."""
+        for kind in (AuditHead, LedgerHead):
+            with suppress(IntegrityError):
+                head = kind.parse(line)
+                head.check(self._signing.public())
+                return head.tenant == tenant
+        return False
+
     def _authentic(self, tenant: str, dataset: str | None, line: str) -> SignedHead:
-        """A head of this chain that was signed here. Raises IntegrityError for anything else."""
+        """Returns a head of this chain that was signed here. Raises IntegrityError for anything
+        else."""
         if dataset is None:
-            return AuditHead.authentic(line, tenant, public_key_of(self._signing_key))
+            return AuditHead.authentic(line, tenant, *self._signing.publics())
         return self._ledger_head(tenant, dataset, line)
 
     def _ledger_head(self, tenant: str, dataset: str, line: str) -> LedgerHead:
         head = LedgerHead.parse(line)
-        head.check(public_key_of(self._signing_key))
-        if (head.tenant, head.ledger) != (tenant, self.ledger_name(tenant, dataset)):
+        head.check(*self._signing.publics())
+        if head.tenant != tenant or head.ledger not in self.ledger_names(tenant, dataset):
             raise IntegrityError(
-                f"a head that is kept for data set {dataset!r} is of another ledger: it was moved"
-                " here"
+                f"a head that is kept for dataset {dataset!r} belongs to another ledger: it was"
+                " moved here"
             )
         return head
 
@@ -245,46 +374,53 @@ class Heads:
             self._book.check_places(connection, tenant, known)
 
     def _entries(self, dataset: str, head: LedgerHead) -> list[Entry]:
-        key, context = self._sealing(head.tenant, dataset)
-        entries: list[Entry] = json.loads(unseal(key, base64.b64decode(head.entries), context))
-        return entries
+        context = context_of(head.tenant, dataset, _ENTRIES)
+        newest, *older = self._secrets.keys(ENTRIES, context).values()
+        sealed = base64.b64decode(head.entries)
+        for key in older:
+            with suppress(IntegrityError):
+                return list[Entry](json.loads(unseal(key, sealed, context)))
+        return list[Entry](json.loads(unseal(newest, sealed, context)))
 
-    def _sealing(self, tenant: str, dataset: str) -> tuple[bytes, bytes]:
-        """Key and context of the entries in a head."""
-        key = self._ledger_key(tenant, dataset, _ENTRIES)
-        return key, context_of(tenant, dataset, _ENTRIES)
-
-    def _ledger_key(self, tenant: str, dataset: str, purpose: str) -> bytes:
-        return derive_key(self._signing_key, context_of(tenant, dataset, purpose))
+    def _by_newest(self, heads: Iterable[_Head]) -> list[_Head]:
+        """Returns those of these heads that the signing key of today signed."""
+        found, public_key = [], self._signing.public()
+        for head in heads:
+            with suppress(IntegrityError):
+                head.check(public_key)
+                found.append(head)
+        return found
 
 
 def _rolled_back(name: str, head: SignedHead, end: int) -> RollbackError:
-    where = "it has another row there" if head.seq <= end else f"it ends at row {end}"
+    where = "has another row there" if head.seq <= end else f"ends at row {end}"
     return RollbackError(
         f"the store has a head of row {head.seq} of the audit log of tenant {head.tenant}, {name},"
-        f" that this registry does not know, {where}: its database is an older copy, or another"
-        " one was in use meanwhile."
-        " Nothing was opened or changed. Put the newest copy of the database back; if it is lost,"
-        " `tg-tinker registry check` tells what is missing, and `tg-tinker registry accept` goes"
-        " on without it",
+        f" but the log in this registry {where}: its database is an older copy, or another"
+        " database was in use meanwhile."
+        " Nothing was opened or changed. Restore the newest copy of the database. If that copy is"
+        " lost, `tg-tinker registry check` lists what is missing, and `tg-tinker registry accept`"
+        " continues without it",
         details={"object": name, "row": head.seq, "last_row": end},
     )
 
 
 def _check_booked(ledger: Ledger, head: LedgerHead, dataset: str) -> None:
-    """`Ledger.check_place`, whose advice is to book what is missing: that was just tried."""
+    """Runs `Ledger.check_place`, but gives other advice: `Ledger.check_place` advises to book what
+    is missing, which has just failed."""
     try:
         ledger.check_place(head.place, dataset)
     except LedgerMismatchError as error:
         reason = (
-            f"has {ledger.length} entries, entry {head.seq} is known, and the heads that are left"
-            " do not reach from one to the other: put back those that were removed from the store"
+            f"has {ledger.length} entries, but entry {head.seq} is known, and the remaining heads"
+            " do not contain all entries between: restore the heads that were removed from the"
+            " store"
             if error.details["behind"]
-            else f"forked: its entry {head.seq} is not the one that is known. Two databases went on"
-            " from one, and nothing can join them"
+            else f"forked: its entry {head.seq} differs from the known one. Two copies of the"
+            " database were changed separately, and nothing can join them"
         )
         raise LedgerMismatchError(
-            f"the ledger of data set {dataset!r} {reason}. Nothing was booked: put the newest copy"
-            " of the database back, or go on with another data set",
+            f"the ledger of dataset {dataset!r} {reason}. Nothing was charged or changed: restore"
+            " the newest copy of the database, or continue with another dataset",
             details=error.details,
         ) from None

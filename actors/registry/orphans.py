@@ -1,8 +1,8 @@
-"""What a sweep remembers, in the registry: orphans it saw in a store, and those it removes.
+"""Stores what a sweep remembers: the orphans that it saw in a store, and those that it removes.
 
-An orphan that is to be removed is buried first, in the transaction that makes sure that it is
-none of the artifacts. `artifacts` enters no buried name, in its own transaction. So of a
-sweep and a slow save exactly one gets its way, and whoever comes second knows.
+Before an orphan is removed, it is buried, in the transaction that verifies that it belongs to no
+artifact. `artifacts` refuses a buried name, in the transaction that would publish it. Therefore
+exactly one of a sweep and a slow save succeeds, and the one that comes second learns of it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Seen(NamedTuple):
     """An orphan as a sweep found it.
 
     Attributes:
-        fingerprint: of its files' names, sizes and times.
-        at: when it was first so, in seconds by the store's clock.
-        buried: it is being removed, and its name is never published.
+        fingerprint: The fingerprint of its files' names, sizes and times.
+        at: When it first had this fingerprint, in seconds by the store's clock.
+        buried: Whether it is being removed; its name is then never published.
     """
 
     fingerprint: str
@@ -34,36 +34,39 @@ class Seen(NamedTuple):
 
 
 class Orphans:
-    """The part of the registry that remembers what lies in a store and belongs to nothing."""
+    """The part of the registry that remembers files in a store that belong to no artifact."""
 
     def __init__(self, database: Database, writer: AuditWriter) -> None:
         self._database, self._writer = database, writer
 
     def of(self, tenant: str) -> dict[str, Seen]:
-        """What earlier sweeps saw, by name."""
+        """Returns the orphans that earlier sweeps saw, by name."""
         query = sa.select(ORPHANS).where(ORPHANS.c.tenant == tenant)
         with self._database.reading() as connection:
             rows = connection.execute(query)
             return {row.name: Seen(row.fingerprint, row.seen_at, row.buried) for row in rows}
 
     def note(self, tenant: str, fingerprints: Mapping[str, str], now: float) -> None:
-        """Remembers orphans as they are at `now`, in seconds by the store's clock.
+        """Records orphans as they are at `now`, in seconds by the store's clock.
 
-        One that is never asked for again does no harm: it counts with the same fingerprint only.
+        A record that no sweep asks for again does no harm: it counts only with the same
+        fingerprint.
         """
         this = (ORPHANS.c.tenant == tenant, ORPHANS.c.name == sa.bindparam("called"))
         with self._database.change() as tx:
             buried = sa.select(ORPHANS.c.name).where(ORPHANS.c.tenant == tenant, ORPHANS.c.buried)
-            graves = set(tx.execute(buried).scalars())  # another sweep's, dug just now
+            # Another sweep may have buried some of them meanwhile.
+            graves = set(tx.execute(buried).scalars())
             for name in fingerprints.keys() - graves:
                 tx.execute(ORPHANS.delete().where(*this), {"called": name})
                 values = {"tenant": tenant, "name": name, "fingerprint": fingerprints[name]}
                 tx.execute(ORPHANS.insert().values(seen_at=now, buried=False, **values))
 
     def bury(self, tenant: str, name: str, files: int, size_bytes: int) -> bool:
-        """Decides that an orphan is removed: from now on nothing of its name is published.
+        """Decides that an orphan is removed: from now on its name is never published. Returns True.
 
-        False, and nothing is decided, if it has become an artifact or no sweep has seen it.
+        Returns False, and decides nothing, if the orphan has become an artifact or no sweep has
+        seen it.
         """
         this = (ORPHANS.c.tenant == tenant, ORPHANS.c.name == name)
         with self._database.change() as tx:
@@ -78,16 +81,16 @@ class Orphans:
 
 
 def refuse_buried(tx: sa.Connection, tenant: str, name: str) -> None:
-    """For whoever makes a folder reachable, in the same transaction.
+    """Refuses a buried name. It runs in the transaction that makes a folder reachable.
 
     Raises:
-        StorageError: a sweep removes its files.
+        StorageError: A sweep removes the files of this name.
     """
     this = (ORPHANS.c.tenant == tenant, ORPHANS.c.name == name)
     if tx.execute(sa.select(ORPHANS.c.buried).where(*this)).scalar():
         raise StorageError(
-            "a sweep took the new files of this artifact for left over, as nothing was added"
-            " for longer than its min_age, and removes them: nothing else is affected. Repeat"
-            " the call, and sweep with a larger min_age",
+            "a sweep removes the new files of this artifact, because none was added for longer"
+            " than its min_age: nothing else is affected. Repeat the call, and sweep with a larger"
+            " min_age",
             details={"reason": "swept"},
         )

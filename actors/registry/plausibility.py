@@ -1,8 +1,8 @@
-"""Does a sequence of batches look like the Poisson sample that its owner asserts?
+"""Tests whether a sequence of batches looks like the Poisson sample that its owner asserts.
 
-The tests are one-sided: true Poisson batches fail with a chance of about one in a million per
-run, whereas fixed-size batches and shuffled epochs fail after some steps. Passing proves
-nothing; the certificate names the owner as who vouches.
+The tests are one-sided. True Poisson batches fail with a probability of about one in a million per
+run. Fixed-size batches and shuffled epochs fail after some steps. Passing proves nothing: the
+certificate names the owner as the one who asserts the sample.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ import math
 from collections.abc import Sequence
 
 MAX_SCORE = 6.0
-"""Standard deviations; a true sample exceeds them with probability 2e-9 per test."""
+"""The largest deviation in standard deviations. A true sample exceeds it with probability 2e-9 per
+test."""
 
 _MIN_STEPS = 20
 
 
 def looks_drawn(sizes: Sequence[int], distinct: int, size: int, rate: float) -> bool:
-    """False if these batches of distinct units are no Poisson sample of `size` units.
+    """Returns False if these batches of distinct units cannot be a Poisson sample of `size` units.
 
     Args:
-        sizes: units in each batch so far, empty batches included.
-        distinct: different units in all of them together.
-        size: units of the data set N.
-        rate: q, the asserted chance of a unit to be in a batch.
+        sizes: The number of units in each batch so far, empty batches included.
+        distinct: The number of different units in all batches together.
+        size: The number N of units of the dataset.
+        rate: q, the asserted probability that a unit is in a batch.
     """
     steps, mean, variance = len(sizes), size * rate, size * rate * (1 - rate)
     if any(abs(count - mean) > MAX_SCORE * math.sqrt(variance) + MAX_SCORE for count in sizes):
@@ -34,15 +35,19 @@ def looks_drawn(sizes: Sequence[int], distinct: int, size: int, rate: float) -> 
 
 
 def _sizes_vary(sizes: Sequence[int], mean: float, variance: float) -> bool:
-    """Batches of one size have no variance: the scaled sum of squares is far below its mean."""
-    score = sum((count - mean) ** 2 for count in sizes) / variance  # about chi-square, `n` degrees
-    cubed = math.cbrt(score / len(sizes))  # Wilson and Hilferty 1931: about normal
+    """Returns False for batches of one size: without variance, the scaled sum of squares is far
+    below its mean."""
+    # About chi-square with `len(sizes)` degrees of freedom.
+    score = sum((count - mean) ** 2 for count in sizes) / variance
+    # About normal (Wilson and Hilferty 1931).
+    cubed = math.cbrt(score / len(sizes))
     spread = 2 / (9 * len(sizes))
     return abs(cubed - (1 - spread)) <= MAX_SCORE * math.sqrt(spread)
 
 
 def _units_repeat(distinct: int, steps: int, size: int, rate: float) -> bool:
-    """Epochs without repetition reach more different units than independent draws would."""
+    """Returns False for epochs without repetition: they reach more different units than independent
+    draws would."""
     reached = 1 - (1 - rate) ** steps
     spread = math.sqrt(size * reached * (1 - reached))
     return abs(distinct - size * reached) <= MAX_SCORE * spread + 1

@@ -1,7 +1,7 @@
-"""PostgreSQL as the registry's database: how it is reached, and what it must promise.
+"""Connects to PostgreSQL as the registry's database, and checks what the server guarantees.
 
-A charge that was acknowledged must outlast the server's machine, so the settings that decide it
-are looked at on every new connection. The library, psycopg, comes with the extra `postgres`.
+An acknowledged charge must survive a crash of the server's machine. Therefore every new connection
+checks the settings that decide this. The driver, psycopg, comes with the extra `postgres`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tg_tinker.errors import StorageError
 from tg_tinker.storage.databases import check_database
 
 OLDEST = 14
-"""Major version of the server."""
+"""The oldest major version of the server that is supported."""
 
 NEEDED = {
     "fsync": ("on",),
@@ -23,11 +23,12 @@ NEEDED = {
     "server_encoding": ("UTF8",),
     "transaction_read_only": ("off",),
 }
-"""Setting of the server -> what it may be."""
+"""The values that each setting of the server may have."""
 
 _SETTINGS = ", ".join(f"current_setting('{name}')" for name in ("server_version_num", *NEEDED))
 
-# A frozen registry in the middle of a change holds the one lock: its server ends it first.
+# A registry that freezes during a change holds the only lock. The server ends its transaction
+# before others stop waiting for the lock.
 _LIMITS = {
     "lock_timeout": "30s",
     "statement_timeout": "60s",
@@ -36,6 +37,8 @@ _LIMITS = {
 _CONNECTION = {
     "application_name": "tg-tinker",
     "client_encoding": "utf8",
+    # Else PGHOSTADDR would replace the URL's host, perhaps by one that is reached in clear.
+    "hostaddr": "",
     "keepalives_idle": 30,
     "tcp_user_timeout": 30_000,
     "options": " ".join(f"-c {name}={value}" for name, value in _LIMITS.items()),
@@ -44,10 +47,11 @@ _CONNECT_S = 10
 
 
 def open_engine(url: str) -> sa.Engine:
-    """An engine whose connections are looked over first, and again after the server was away.
+    """Returns an engine that checks the settings on each new connection, and replaces lost
+    connections.
 
     Raises:
-        InvalidRequestError: see `check_database`.
+        InvalidRequestError: See `check_database`.
         StorageError: psycopg is not installed.
     """
     check_database(url)
@@ -58,26 +62,27 @@ def open_engine(url: str) -> sa.Engine:
         )
     except ImportError:
         raise StorageError(
-            "PostgreSQL needs psycopg, which is not installed here: pip install"
-            " 'tg-tinker[postgres]' (in a clone: pip install -e '.[postgres]') on the head node"
+            "PostgreSQL needs psycopg, which is not installed here: install the extra 'postgres'"
+            " (in a clone: pip install -e '.[postgres]') on the head node"
         ) from None
     sa.event.listen(engine, "connect", _check)
     return engine
 
 
 def reading(engine: sa.Engine) -> sa.Engine:
-    """The same, for transactions that see one state of the database and change nothing."""
+    """Returns the engine for transactions that see one state of the database and change nothing."""
     return engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
 
 
 def hold_for_opening(tx: sa.Connection) -> None:
-    """Nobody else opens this database before `tx` ends: it may have no table to lock yet."""
+    """Keeps everyone else from opening this database until `tx` ends. The lock is an advisory lock,
+    because the database may have no table to lock yet."""
     tx.execute(sa.select(sa.func.pg_advisory_xact_lock(0x7467_7469_6E6B)))
 
 
 def hold_for_upgrade(tx: sa.Connection) -> None:
-    """The same, and nobody else changes a row: changes begin with that of `registry`. It may take
-    longer than a change: a backup is written meanwhile."""
+    """Keeps everyone else from opening or changing this database: each change locks the row of
+    `registry` first. Lifts the time limit, because a backup is written meanwhile."""
     hold_for_opening(tx)
     tx.execute(sa.text("SET LOCAL idle_in_transaction_session_timeout = 0"))
     if sa.inspect(tx).has_table("registry"):
@@ -89,12 +94,13 @@ def _check(connection: Any, record: Any) -> None:
     connection.rollback()
     if int(version) < OLDEST * 10_000:
         raise StorageError(
-            f"the registry's database is PostgreSQL {int(version) // 10_000}: use {OLDEST} or newer"
+            f"the registry's database is PostgreSQL {int(version) // 10_000}: use version {OLDEST}"
+            " or newer"
         )
     for (name, allowed), found in zip(NEEDED.items(), settings, strict=True):
         if found not in allowed:
             raise StorageError(
                 f"the registry's database has {name} = {found}, it must be {' or '.join(allowed)}:"
-                " with any other a charge that was acknowledged can be lost, or text cannot be"
-                " stored. Change it for the server, or choose another database"
+                " with another value, acknowledged charges can be lost, or writing fails. Change"
+                " the setting of the server, or choose another database"
             )

@@ -1,8 +1,9 @@
-"""The revision of a database's tables: looked up, refused where it is another's, and changed.
+"""Reads the revision of a database's tables, refuses other releases, and runs revisions.
 
-Alembic runs the files of `migrations` in order and keeps the number of the last in the database.
-Left to itself it commits after each of them on SQLite; here it is handed a connection that is in a
-transaction already, so a process that is killed anywhere leaves the old database or the new one.
+Alembic runs the files of `migrations` in order, and stores the number of the last one in the
+database. By default it commits after each file on SQLite. Here it receives a connection with a
+transaction already open, so a process that is killed at any point leaves the old database or the
+new one.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ VERSIONS = sa.Table(
     sa.Column("version_num", sa.String(32), nullable=False),
     sa.PrimaryKeyConstraint("version_num", name=f"{REVISION_TABLE}_pkc"),
 )
-"""As Alembic makes it, under a name that no other program's has."""
+"""Alembic's table, under a name that no other program uses."""
 
 _FOLDER = Path(__file__).with_name("migrations")
 
 
 def revision_of(connection: sa.Connection) -> str | None:
-    """The revision of a database; None where it has no tables yet.
+    """Returns the revision of a database; None if the database has no tables yet.
 
     Raises:
-        StorageError: it was made before the first release whose homes are upgraded; or what it has
-            on record is damaged.
+        StorageError: The database was made before the first release whose homes can be upgraded, or
+            its stored revision is damaged.
     """
     names = {*sa.inspect(connection).get_table_names()}
     if VERSIONS.name in names:
@@ -39,7 +40,7 @@ def revision_of(connection: sa.Connection) -> str | None:
         if len(found) != 1 or not found[0]:
             raise StorageError(
                 f"the registry's database is damaged: its table {VERSIONS.name} must have one row,"
-                f" and has {len(found)}. Put a backup back with `tg-tinker registry restore`"
+                f" and has {len(found)}. Restore a backup with `tg-tinker registry restore`"
             )
         return str(found[0])
     if not names & METADATA.tables.keys():
@@ -49,10 +50,11 @@ def revision_of(connection: sa.Connection) -> str | None:
 
 
 def check_revision(connection: sa.Connection) -> None:
-    """Refuses a database of another release: each statement could fail in a way of its own.
+    """Refuses a database of another release, whose statements could fail one by one in unclear
+    ways.
 
     Raises:
-        StorageError: it is older, or newer; nothing was changed.
+        StorageError: The database is older or newer; nothing was changed.
     """
     found = revision_of(connection)
     if found in (None, REVISION):
@@ -60,8 +62,9 @@ def check_revision(connection: sa.Connection) -> None:
     if found in known_revisions():
         raise StorageError(
             f"the registry's database is of an older release of TG-Tinker (revision {found}, this"
-            f" one has {REVISION}), and nothing was changed: `tg-tinker registry upgrade` writes a"
-            " backup and brings it here. Stop the programs of the older release first",
+            f" release has {REVISION}), and nothing was changed. Stop the programs of the older"
+            " release, then run `tg-tinker registry upgrade`, which writes a backup and upgrades"
+            " the database",
             details={"reason": "older", "revision": found},
         )
     refuse_newer(found)
@@ -72,15 +75,15 @@ def refuse_newer(found: str | None) -> None:
     if found is None or found in known_revisions():
         return
     raise StorageError(
-        f"the registry's database is of a newer release of TG-Tinker (revision {found}, this one"
-        f" has {REVISION}), and nothing was changed: use that release, or put the backup back that"
-        " was written before the upgrade",
+        f"the registry's database is of a newer release of TG-Tinker (revision {found}, this"
+        f" release has {REVISION}), and nothing was changed: use the newer release, or restore the"
+        " backup that was written before the upgrade",
         details={"reason": "newer", "revision": found},
     )
 
 
 def create_tables(tx: sa.Connection) -> None:
-    """What a database of this release, or one without any table, lacks of its tables."""
+    """Creates the missing tables of a database that is of this release or has no tables."""
     is_new = revision_of(tx) is None
     METADATA.create_all(tx)
     if is_new:
@@ -89,10 +92,10 @@ def create_tables(tx: sa.Connection) -> None:
 
 
 def run_revisions(tx: sa.Connection, to: str = REVISION) -> None:
-    """All revisions after the one that a database has, up to `to`, within a transaction.
+    """Runs all revisions after the database's own, up to `to`, within a transaction.
 
     Raises:
-        StorageError: the database has one that this release does not know.
+        StorageError: The database has a revision that this release does not know.
     """
     from alembic.config import Config
     from alembic.runtime.environment import EnvironmentContext
@@ -113,7 +116,7 @@ def run_revisions(tx: sa.Connection, to: str = REVISION) -> None:
 
 
 def known_revisions() -> set[str]:
-    """Numbers of the revisions of this release."""
+    """Returns the numbers of the revisions in this release."""
     return {file.name[1:5] for file in _FOLDER.glob("r[0-9][0-9][0-9][0-9]_*.py")}
 
 
@@ -125,6 +128,6 @@ def _refuse_before_first(connection: sa.Connection, names: set[str]) -> None:
         if missing := {*TABLES.tables[name].columns.keys()} - found:
             raise StorageError(
                 "the registry was made by an older version of TG-Tinker than can be upgraded (table"
-                f" {name} has no {', '.join(sorted(missing))}): it is as it was. Use that version"
-                " with it, or begin a new home with TG_TINKER_HOME"
+                f" {name} has no {', '.join(sorted(missing))}): nothing was changed. Use that older"
+                " version, or choose a new home with TG_TINKER_HOME"
             )

@@ -1,4 +1,4 @@
-"""Runs in the registry: who acts for one, how far it is, and where it comes back from."""
+"""Stores runs: which actor owns a run, its last step, and the artifact it is restored from."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from actors.registry.audit_log import SDK, AuditWriter
 from actors.registry.book import Book
 from actors.registry.catalogue import last_artifact, resume_point
 from actors.registry.database import Database
+from actors.registry.lookups import owned
 from actors.registry.schema import RUNS
 from tg_tinker.config import TrainingConfig
 from tg_tinker.errors import ActorLostError, NotFoundError
 from tg_tinker.records.report import dataset_of
 from tg_tinker.types import CLOSED, NOT_STARTED, PARKED, TrainingClientInfo
 
-# Made once: SQLAlchemy takes longer to put a statement together than the database to run it.
+# Built once: building a statement in SQLAlchemy takes longer than running it in the database.
 _RUN = sa.select(RUNS).where(RUNS.c.id == sa.bindparam("run"))
 _SET = RUNS.update().where(RUNS.c.id == sa.bindparam("run"))
 _BECAME = {"active": "run.resume", "completed": "run.complete", "failed": "run.fail"}
 
 
 class Runs:
-    """The part of the registry that knows runs, and which actor is the newest of each."""
+    """The part of the registry that knows runs, and the newest actor of each run."""
 
     def __init__(self, database: Database, writer: AuditWriter, book: Book) -> None:
         self._database, self._writer, self._book = database, writer, book
 
     def create(self, tenant: str, config: str) -> str:
-        """A new run id; its epoch is 0 until an actor claims it."""
+        """Creates a run and returns its id; its epoch is 0 until an actor claims the run."""
         run_id = f"tc-{secrets.token_hex(8)}"
         with self._database.change() as tx:
             tx.execute(
@@ -47,22 +48,23 @@ class Runs:
         return run_id
 
     def claim(self, run_id: str, after: int | None = None) -> int:
-        """The next epoch of a run: from now on the actors of earlier ones can publish nothing, and
-        the run is at the step that it comes back in.
+        """Claims the next epoch of a run, and returns it. From now on the actors of earlier epochs
+        can publish nothing. The run's step becomes that of the artifact from which it is restored.
 
         Args:
-            after: the epoch that whoever claims has found without an actor. Of two that bring a
-                run back at once, one gets it.
+            after: The epoch that the caller found without an actor. If two callers restore a run at
+                once, only one of them gets it.
 
         Raises:
-            ActorLostError: somebody else claimed it since, or its artifacts are gone.
+            ActorLostError: Somebody else has claimed the run since, or its artifacts are gone.
         """
         this = RUNS.c.id == run_id
         with self._database.change() as tx:
             run = tx.execute(sa.select(RUNS).where(this)).one()
             if after is not None and run.epoch != after:
                 raise ActorLostError(
-                    f"{run_id} was taken over by somebody else: reach its new actor"
+                    f"{run_id} was taken over by somebody else: use get_training_client to reach"
+                    " its new actor"
                 )
             epoch, (_, step) = run.epoch + 1, resume_point(tx, run)
             tx.execute(RUNS.update().where(this).values(epoch=epoch, step=step, ended=None))
@@ -73,15 +75,16 @@ class Runs:
         self, run_id: str, epoch: int, step: int, status: str,
         calls: Sequence[tuple[str, str]] | None = None, left_out: int = 0,
     ) -> bool:  # fmt: skip
-        """Notes how far a run is; an actor of an earlier epoch is ignored, and so is a repeat.
+        """Records the step and status of a run. A call from an actor of an earlier epoch is
+        ignored, and so is a repeat.
 
         Args:
-            calls: (batch hash, gradient hash) of each call of the step that was just completed;
-                the audit log gets their HMACs. None where no step was made.
-            left_out: steps just before this one that the actor has no hashes of any more.
+            calls: The batch hash and gradient hash of each call of the step that was just
+                completed; the audit log gets their HMACs. None means that no step was made.
+            left_out: The number of steps just before this one whose hashes the actor no longer has.
 
         Returns:
-            Whether it is the run's newest actor.
+            Whether the caller is the run's newest actor.
         """
         who = f"{run_id}@{epoch}"
         with self._database.change() as tx:
@@ -99,17 +102,17 @@ class Runs:
         return run is not None and run.epoch == epoch
 
     def park(self, run_id: str, epoch: int) -> None:
-        """The run has no actor until it is asked for; the one that says so can do nothing more.
-        Again it changes nothing.
+        """Parks a run: it has no actor until somebody asks for it. The actor that calls this can do
+        nothing more. A repeat changes nothing.
 
         Raises:
-            ActorLostError: the run has a newer actor.
+            ActorLostError: The run has a newer actor.
         """
         this = RUNS.c.id == run_id
         with self._database.change() as tx:
             run = tx.execute(sa.select(RUNS).where(this)).one()
             if (run.epoch, run.ended) == (epoch + 1, PARKED):
-                return  # only the answer was lost
+                return  # A repeat: only the reply was lost.
             check_epoch(tx, run.tenant, run_id, epoch)
             tx.execute(RUNS.update().where(this).values(epoch=epoch + 1, ended=PARKED))
             self._writer.note(
@@ -117,10 +120,10 @@ class Runs:
             )
 
     def finish(self, run_id: str, epoch: int, status: str) -> None:
-        """Ends a run as `completed` or `failed`; its last actor can note nothing more, and what it
-        planned and has not used of a budget is free.
+        """Ends a run as `completed` or `failed`. Its last actor can record nothing more, and the
+        budget that the run reserved and has not used is released.
 
-        Nothing happens to a run that is parked, or that a newer actor has taken over since.
+        Nothing happens to a run that is parked, or that a newer actor has claimed.
         """
         this = (RUNS.c.id == run_id, RUNS.c.epoch == epoch)
         with self._database.change() as tx:
@@ -137,23 +140,23 @@ class Runs:
                 self._book.release(tx, run.tenant, dataset_of(config), run_id)
 
     def get(self, tenant: str, run_id: str) -> tuple[TrainingClientInfo, str]:
-        """A run and its configuration as JSON.
+        """Returns a run, and its configuration as JSON.
 
         Raises:
-            NotFoundError: this tenant has no such run.
+            NotFoundError: The tenant has no such run.
         """
         with self._database.reading() as connection:
             row = _run(connection, tenant, run_id)
             return _info(connection, row), row.config
 
     def resume_point(self, tenant: str, run_id: str) -> tuple[str | None, int]:
-        """The artifact that a run without an actor comes back from, and its step; None is the base
-        model with the seed of the run, where it began.
+        """Returns the artifact from which a run without an actor is restored, and its step. None
+        and 0 mean the base model with the run's seed, where it began.
 
         Raises:
-            NotFoundError: this tenant has no such run.
-            ActorLostError: it cannot come back: its artifacts are gone, or it was closed, or never
-                started, without one.
+            NotFoundError: The tenant has no such run.
+            ActorLostError: The run cannot be restored: its artifacts are gone; or it was closed, or
+                never started, and has saved none.
         """
         with self._database.reading() as connection:
             run = _run(connection, tenant, run_id)
@@ -166,32 +169,30 @@ class Runs:
             return resume_point(connection, run)
 
     def of(self, tenant: str) -> list[TrainingClientInfo]:
-        """All runs of a tenant, oldest first."""
+        """Returns all runs of a tenant, oldest first."""
         query = sa.select(RUNS).where(RUNS.c.tenant == tenant).order_by(RUNS.c.created_at)
         with self._database.reading() as connection:
             return [_info(connection, row) for row in connection.execute(query)]
 
 
 def check_epoch(tx: sa.Connection, tenant: str, run_id: str, epoch: int) -> None:
-    """Refuses an actor that is not its run's newest one."""
-    current = tx.execute(
-        sa.select(RUNS.c.epoch).where(RUNS.c.id == run_id, RUNS.c.tenant == tenant)
-    ).scalar()
-    if current is None:
+    """Refuses an actor that is not the newest actor of its run."""
+    run = owned(tx, RUNS, tenant, run_id)
+    if run is None:
         raise NotFoundError(f"no training client {run_id!r} of this tenant")
-    if current != epoch:
+    if run.epoch != epoch:
         raise ActorLostError(
-            f"this actor (epoch {epoch}) was replaced by epoch {current}: it may not charge,"
-            " publish or load; use get_training_client to reach the new one"
+            f"this actor (epoch {epoch}) was replaced by epoch {run.epoch}: it may not charge,"
+            " publish or load; use get_training_client to reach the new actor"
         )
 
 
 def _run(connection: sa.Connection, tenant: str, run_id: str) -> Any:
-    """The row of a tenant's run."""
-    row = connection.execute(_RUN, {"run": run_id}).one_or_none()
-    if row is None or row.tenant != tenant:
+    """Returns the row of a tenant's run."""
+    row = owned(connection, RUNS, tenant, run_id)
+    if row is None:
         raise NotFoundError(
-            f"no training client {run_id!r}: service.list_training_clients() names them"
+            f"no training client {run_id!r}: service.list_training_clients() lists them"
         )
     return row
 

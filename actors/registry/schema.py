@@ -1,7 +1,7 @@
-"""All tables of the registry, as this release has them.
+"""The tables of the registry in this release.
 
-Names of tables and columns are stored in every home: a change here is a revision in `migrations`,
-which `upgrade` runs over a database of an older release. Nothing else changes tables.
+Every home stores the names of tables and columns. A change here is a new revision in `migrations`,
+which `upgrade` runs on a database of an older release. Nothing else changes tables.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ OWNER = sa.Table(
     "registry",
     METADATA,
     sa.Column("id", sa.Integer, sa.CheckConstraint("id = 1"), primary_key=True),
-    sa.Column("fencing_token", sa.Integer, nullable=False),  # see `Database`
+    # See `Database`.
+    sa.Column("fencing_token", sa.Integer, nullable=False),
 )
 
 RUNS = sa.Table(
@@ -27,8 +28,10 @@ RUNS = sa.Table(
     sa.Column("epoch", sa.Integer, nullable=False),
     sa.Column("step", sa.Integer, nullable=False),
     sa.Column("created_at", sa.Float, nullable=False),
-    sa.Column("ended", sa.String),  # why it has no actor on purpose; null while it should have one
-    sa.Column("resume_from", sa.String),  # artifact saved or loaded last; null is the base model
+    # Why the run has no actor on purpose; null while it should have an actor.
+    sa.Column("ended", sa.String),
+    # The artifact that was saved or loaded last; null means the base model.
+    sa.Column("resume_from", sa.String),
 )
 
 ARTIFACTS = sa.Table(
@@ -42,8 +45,10 @@ ARTIFACTS = sa.Table(
     sa.Column("include_optimizer", sa.Boolean, nullable=False),
     sa.Column("manifest_sha256", sa.String, nullable=False),
     sa.Column("stored_as", sa.String, nullable=False),
-    sa.Column("names_given", sa.Integer, nullable=False),  # of folders, the id among them
-    sa.Column("saved_at", sa.Float, nullable=False),  # of a copy: when its source was saved
+    # The number of folder names given to the artifact, its id included.
+    sa.Column("names_given", sa.Integer, nullable=False),
+    # For a copy: when its source was saved.
+    sa.Column("saved_at", sa.Float, nullable=False),
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("expires_at", sa.Float),
     sa.Column("deleted_at", sa.Float),
@@ -122,6 +127,8 @@ API_KEYS = sa.Table(
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("expires_at", sa.Float),
     sa.Column("revoked_at", sa.Float),
+    # See `grants`; null in a row of revision 0002 that has none yet.
+    sa.Column("mac", sa.String),
 )
 
 KEYS = sa.Table(
@@ -129,5 +136,6 @@ KEYS = sa.Table(
     METADATA,
     sa.Column("id", sa.String, primary_key=True),
     sa.Column("fingerprint", sa.String, nullable=False),
-    sa.Column("place", sa.Integer, nullable=False),  # in the order in which they were first seen
+    # The position in the order in which the keys were first seen.
+    sa.Column("place", sa.Integer, nullable=False),
 )

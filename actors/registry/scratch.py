@@ -1,6 +1,7 @@
-"""A registry in a home of its own, for audits and measurements, which leave nothing behind.
+"""Makes a temporary registry in a home of its own, for audits and measurements that leave nothing
+behind.
 
-What makes the folder also removes it.
+The code that makes the folder also removes it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,6 @@ from actors.storage import home
 
 
 def scratch_registry(place: Path) -> Registry:
-    """Of a new home at `place`, with a keyring of its own."""
+    """Returns the registry of a new home at `place`, with a keyring of its own."""
     home.create(place)
     return Registry(f"sqlite:///{place / home.DATABASE}", place / home.KEYRING)

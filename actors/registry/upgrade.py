@@ -1,4 +1,4 @@
-"""A database of an older release brought to this one, after a backup of it was written."""
+"""Upgrades a database of an older release to this release, after writing a backup."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ from tg_tinker.storage.databases import REVISION
 
 
 def upgrade(database: str, backup: Path) -> tuple[str, str]:
-    """Writes a backup, then brings a database to the revision of this release.
+    """Writes a backup, then upgrades a database to the revision of this release.
 
-    Both are one transaction, which no other change comes between: the backup is what was upgraded,
-    to the row. Killed anywhere, it leaves the old database or the new one.
+    Both happen in one transaction without any other change in between: the backup equals, row by
+    row, the database that was upgraded. A process that is killed at any point leaves the old
+    database or the new one.
 
     Args:
-        database: its URL.
-        backup: a file that does not exist yet; `registry restore` takes it. Not written where the
-            database is of this release already, or has no tables, and removed where it is not
-            upgraded.
+        database: The URL of the database.
+        backup: A file that does not exist yet; `registry restore` takes it. It is not written if
+            the database is of this release already or has no tables, and it is removed if the
+            upgrade fails.
 
     Returns:
-        The revisions before and after; the same where there was nothing to do.
+        The revisions before and after; equal if there was nothing to do.
 
     Raises:
-        InvalidRequestError: the backup exists.
-        StorageError: it is of a newer release, or a disk or a server refuses; the database is as it
-            was.
+        InvalidRequestError: The backup exists.
+        StorageError: The database is of a newer release, or a disk or a server fails; the database
+            is as it was.
     """
     with closing(Database(database, other_revisions=True)) as opened, opened.upgrading() as tx:
         before = revision_of(tx)
-        if before in (None, REVISION):  # somebody else may have come first
+        # Another process may have upgraded it meanwhile.
+        if before in (None, REVISION):
             return REVISION, REVISION
         refuse_newer(before)
         write_backup(tx, backup)

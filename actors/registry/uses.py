@@ -1,5 +1,7 @@
-"""How often each unit of a run was used: what the contracts of participation and of an asserted
-sample are held against, within the transaction of a charge."""
+"""Counts how often each unit of a run was used, within the transaction of a charge.
+
+The contracts of participation and of an asserted sample are checked against these counts.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,13 @@ from tg_tinker.records.accounting import gaussian_epsilon, largest_count
 from tg_tinker.records.entries import Entry
 from tg_tinker.records.ledger import Account
 
-_IN_AT_A_TIME = 5_000  # bound variables of one statement
+_IN_AT_A_TIME = 5_000
+"""The number of bound variables in one statement."""
 
 
 def count_uses(tx: sa.Connection, account: Account, run_id: str, units: Sequence[bytes]) -> int:
-    """What the contract counts after this step; notes the units' uses where it needs them."""
+    """Returns the contract's count after this step, and records the uses of units if the contract
+    needs them."""
     if account.contract in ("worst_case", "poisson"):
         return account.count + 1
     uses = uses_of(tx, run_id, units)
@@ -39,8 +43,9 @@ def count_uses(tx: sa.Connection, account: Account, run_id: str, units: Sequence
 
 
 def refuted(tx: sa.Connection, account: Account, run_id: str, size: int) -> Entry | None:
-    """Count and limit of a run whose asserted sample, with this step of it, does not look like
-    one: all its steps are counted by participation from here on. None if it does, or is none."""
+    """Returns count and limit for a run whose asserted sample, this step included, does not look
+    like a sample: from now on participation counts all its steps. Returns None if it looks like a
+    sample, or if the run asserts none."""
     if account.contract != "client_poisson":
         return None
     sizes = sa.select(CHARGES.c.size).where(CHARGES.c.run_id == run_id)
@@ -52,7 +57,8 @@ def refuted(tx: sa.Connection, account: Account, run_id: str, size: int) -> Entr
 
 
 def _own_uses(account: Account, used: int) -> int | None:
-    """How many uses the run's own target pays for; None without one, and never below those made."""
+    """Returns how many uses the run's own target pays for, at least those already made. Returns
+    None if the run has no target."""
     target, delta = account.facts["target_epsilon"], account.facts["target_delta"]
     if target is None:
         return None
@@ -63,7 +69,7 @@ def _own_uses(account: Account, used: int) -> int | None:
 
 
 def uses_of(connection: sa.Connection, run_id: str, units: Iterable[bytes]) -> dict[bytes, int]:
-    """Uses of those units that were used before."""
+    """Returns the number of uses of those units that were used before."""
     wanted = list(units)
     found: dict[bytes, int] = {}
     for start in range(0, len(wanted), _IN_AT_A_TIME):
@@ -75,7 +81,7 @@ def uses_of(connection: sa.Connection, run_id: str, units: Iterable[bytes]) -> d
 
 
 def _units_and_most_used(connection: sa.Connection, run_id: str) -> tuple[int, int]:
-    """How many units a run has used, and how often the most used one."""
+    """Returns how many units a run has used, and how often it used the most used unit."""
     query = sa.select(sa.func.count(), sa.func.max(USES.c.uses)).where(USES.c.run_id == run_id)
     distinct, most = connection.execute(query).one()
     return distinct, most or 0

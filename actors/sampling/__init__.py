@@ -1,12 +1,13 @@
-"""Many requests at once on one base model, each with weights of its own.
+"""Samples many requests at once on one base model, each with its own weights.
 
 - engine.py: continuous batching, token in and token out.
-- requests.py: requests, their tokens, and whose turn it is.
-- drawing.py: one token from one row of logits.
+- requests.py: requests, their tokens, and the scheduling of waiting requests.
+- drawing.py: drawing one token from one row of logits.
+- grammar.py: which tokens may come next in a JSON text that matches a schema.
 - adapters.py: LoRA adapters side by side.
-- text.py: prompts, chunks and samples over tokens.
-- snapshots.py: weights of a run at one step, on their way to where they are sampled from.
+- text.py: from prompts to tokens, and from tokens to chunks and samples.
+- snapshots.py: the weights of a run at one step, as they travel to the sampler.
 
-It imports `actors.engine` and the messages of `tg_tinker.cluster`. It opens no artifact and knows
-no client: `serve_app` says which weights are meant, and who may ask.
+The package imports `actors.engine` and the messages of `tg_tinker.cluster`. It opens no artifact
+and handles no client: `serve_app` selects the weights and decides who may use them.
 """

@@ -1,4 +1,4 @@
-"""Many LoRA adapters side by side on one base model: each row of a stream uses its own, or none.
+"""Runs many LoRA adapters on one base model: each row of a stream uses its own adapter, or none.
 
     bank = AdapterBank(base.model)
     bank.add(Adapter("run@7", adapter_config, weights))
@@ -7,8 +7,8 @@
     with bank.routed([index, 0], [(40, index)]):  # two single tokens, then a piece of 40
         base.model(...)
 
-Adapters never change: other weights have another name. Legend: T tokens of the stream, A adapters
-there is room for, r the largest rank among them; index 0 is "no adapter" and holds zeros.
+Adapters never change: different weights have a different name. Index 0 means "no adapter" and
+holds zeros. Legend: T tokens of the stream, A adapters that fit, r the largest rank among them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from tg_tinker.errors import InvalidRequestError, NotFoundError, QueueFullError
 
 MOST_BYTES = 2 * 2**30
-"""Of resident adapters, unless told otherwise; those in use are never dropped."""
+"""The default limit for the bytes of resident adapters. Adapters in use are never dropped."""
 
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 
@@ -33,7 +33,7 @@ class Adapter:
     """LoRA weights by PEFT's names, and their `adapter_config.json`.
 
     Attributes:
-        name: of these very weights, such as ``run@step``.
+        name: a unique name for these weights, such as ``run@step``.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Adapter:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The bytes of the weights."""
         return sum(tensor.nbytes for tensor in self.weights.values())
 
     @property
@@ -50,10 +50,13 @@ class Adapter:
         return int(self.config["r"])
 
     def layers(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """(A [r, in], B [out, r]) by the model's names of its layers; B holds alpha / r.
+        """Returns (A [r, in], B [out, r]) by the model's layer names.
+
+        B includes the factor alpha / r.
 
         Raises:
-            InvalidRequestError: it trains something beside LoRA matrices, or of another kind.
+            InvalidRequestError: if the adapter has tensors other than LoRA matrices, or is not
+                plain LoRA.
         """
         unknown = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "use_rslora")
                    if self.config.get(key)]  # fmt: skip
@@ -61,7 +64,7 @@ class Adapter:
         if unknown or others:
             raise InvalidRequestError(
                 f"adapter {self.name} cannot share a base model with others: it has"
-                f" {(unknown + others)[0]}, where A and B matrices of one rank are served"
+                f" {(unknown + others)[0]}, but only A and B matrices of one rank are supported"
             )
         scale = self.config["lora_alpha"] / self.rank
         return {
@@ -80,7 +83,7 @@ class _Resident:
 
 
 class AdapterBank:
-    """The adapters that are resident, least recently used first. One thread calls."""
+    """The resident adapters, least recently used first. Only one thread may call it."""
 
     def __init__(self, model: torch.nn.Module, most_bytes: int = MOST_BYTES) -> None:
         self._model = model
@@ -95,27 +98,27 @@ class AdapterBank:
 
     @property
     def names(self) -> list[str]:
-        """Of those that are resident."""
+        """The names of the resident adapters."""
         return [*self._resident]
 
     @property
     def size(self) -> int:
-        """Bytes of all resident adapters, before they are padded to one rank."""
+        """The bytes of all resident adapters, before they are padded to one rank."""
         return self.resident[1]
 
     @property
     def resident(self) -> tuple[int, int]:
-        """How many there are, and their bytes."""
+        """The number of resident adapters, and their bytes."""
         sizes = [resident.size for resident in self._resident.values()]
         return len(sizes), sum(sizes)
 
     @torch.inference_mode()
     def add(self, adapter: Adapter) -> None:
-        """Makes it resident, in place of others that nobody uses where there is no room.
+        """Makes an adapter resident. Drops unused adapters if the limit requires it.
 
         Raises:
-            InvalidRequestError: it does not fit the model, or is no plain LoRA.
-            QueueFullError: all that are resident are in use.
+            InvalidRequestError: if the adapter does not fit the model, or is not plain LoRA.
+            QueueFullError: if the adapter does not fit beside the adapters in use.
         """
         if adapter.name in self:
             return
@@ -131,16 +134,20 @@ class AdapterBank:
         self._resident[adapter.name] = _Resident(index, adapter.size)
 
     def pin(self, name: str | None) -> None:
-        """Keeps it resident until as many `release`s; nothing to do for None."""
+        """Keeps an adapter resident until `release` is called as often. Does nothing for None.
+
+        Raises:
+            NotFoundError: if the adapter is not resident.
+        """
         if name is None:
             return
         if name not in self:
             raise NotFoundError(f"adapter {name} is not resident: load it first")
-        self._resident[name] = self._resident.pop(name)  # now the latest used
+        self._resident[name] = self._resident.pop(name)  # now the most recently used
         self._resident[name].users += 1
 
     def index(self, name: str | None) -> int:
-        """Of a pinned adapter, for `routed`."""
+        """Returns the index of a pinned adapter, for `routed`; 0 for None."""
         return 0 if name is None else self._resident[name].index
 
     def release(self, name: str | None) -> None:
@@ -148,25 +155,42 @@ class AdapterBank:
             self._resident[name].users -= 1
 
     def drop(self, name: str) -> None:
-        """Forgets an adapter that nobody uses."""
+        """Drops an adapter that is not in use."""
         resident = self._resident.pop(name)
         for layer in self._layers.values():
             layer.clear(resident.index)
 
     def forget(self, name: str) -> None:
-        """Drops an adapter if it is here and nobody uses it."""
+        """Drops an adapter if it is resident and not in use."""
         if name in self and not self._resident[name].users:
             self.drop(name)
 
     @contextmanager
     def routed(self, rows: Sequence[int], pieces: Sequence[tuple[int, int]]) -> Iterator[None]:
-        """For the forwards inside: the adapter of each of the first tokens, then (size, adapter)
-        of the pieces that follow."""
+        """Sets the adapters that forward passes inside the block use.
+
+        Args:
+            rows: the adapter index of each of the first tokens.
+            pieces: (size, adapter index) of each piece that follows.
+        """
         self.route = Route.of(rows, pieces)
         try:
             yield
         finally:
             self.route = Route()
+
+    @contextmanager
+    def alone(self, place: int) -> Iterator[None]:
+        """Inside `routed`, sets the adapter of a pass over the sequence of one token of the stream.
+
+        Args:
+            place: the place of the token in the stream.
+        """
+        whole, self.route = self.route, self.route.alone(place)
+        try:
+            yield
+        finally:
+            self.route = whole
 
     # --- inside ------------------------------------------------------------------------------
 
@@ -186,8 +210,8 @@ class AdapterBank:
             self.drop(name)
         if self.size + size > self._most:
             raise QueueFullError(
-                f"an adapter of {size / 1e6:.1f} MB does not fit beside those in use: try again in"
-                " a moment"
+                f"an adapter of {size / 1e6:.1f} MB does not fit beside the adapters in use: try"
+                " again in a moment"
             )
 
     def _grow(self, room: int, rank: int) -> None:
@@ -210,19 +234,21 @@ class AdapterBank:
 
 @dataclass(frozen=True)
 class Route:
-    """Which adapter the tokens of a stream use.
+    """The adapters that the tokens of a stream use.
 
     Attributes:
-        runs: (start, stop, index) of neighbours with the same adapter.
-        rows: the adapters of the first R tokens where they differ; else None.
+        runs: (start, stop, index) of neighboring tokens with the same adapter; a stop of None
+            means all tokens from the start.
+        rows: the adapter indices of the first R tokens if they differ; else None.
     """
 
-    runs: tuple[tuple[int, int, int], ...] = ()
+    runs: tuple[tuple[int, int | None, int], ...] = ()
     rows: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, rows: Sequence[int], pieces: Sequence[tuple[int, int]]) -> Route:
-        runs, start = [], len(rows)
+        runs: list[tuple[int, int | None, int]] = []
+        start = len(rows)
         mixed = len(set(rows)) > 1
         if rows and not mixed:
             runs.append((0, start, rows[0]))
@@ -231,9 +257,17 @@ class Route:
             start += size
         return cls(tuple(run for run in runs if run[2]), tuple(rows) if mixed else None)
 
+    def alone(self, place: int) -> Route:
+        """Returns the route of a stream in which all tokens use the adapter of one of these."""
+        if self.rows is not None and place < len(self.rows):
+            index = self.rows[place]
+        else:
+            index = next((i for start, stop, i in self.runs if start <= place < (stop or 0)), 0)
+        return Route(((0, None, index),)) if index else Route()
+
 
 class _Adapted(torch.nn.Module):
-    """A linear layer of the base model and what the adapters add to it."""
+    """A linear layer of the base model, with the A and B matrices of the adapters."""
 
     inner: torch.nn.Module
     weight: torch.Tensor
@@ -241,10 +275,16 @@ class _Adapted(torch.nn.Module):
     def __init__(self, inner: torch.nn.Module, bank: AdapterBank) -> None:
         super().__init__()
         self.inner = inner
-        self.weight = inner.weight  # type: ignore[assignment]  # some architectures look at a layer's dtype
-        self._bank = (bank,)  # a tuple: no submodule
+        self._bank = (bank,)  # a tuple, which torch does not register as a submodule
         self._down = self._up = self.weight.new_zeros(0, 0, 0)  # [A, r, in], [A, r, out]
         self._gathered: tuple[tuple[int, ...], torch.Tensor, torch.Tensor] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Returns the inner layer's attribute: some models look at a weight or bias of a layer."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.inner(x)
@@ -261,8 +301,11 @@ class _Adapted(torch.nn.Module):
         return added.view(y.shape)
 
     def _of(self, rows: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B of each row. Kept from step to step: copying them takes longer than their
-        products, and the rows seldom change."""
+        """Returns A and B of each row: [R, r, in] and [R, r, out].
+
+        They are kept from step to step, because copying them takes longer than the products, and
+        the rows seldom change.
+        """
         if self._gathered is None or self._gathered[0] != rows:
             index = torch.tensor(rows, device=self._down.device)
             self._gathered = rows, self._down[index], self._up[index]
@@ -293,7 +336,7 @@ class _Adapted(torch.nn.Module):
 
     @property
     def _sides(self) -> tuple[int, int]:
-        """(in, out): transformers' Conv1D stores its weight the other way round."""
+        """The layer's sizes (in, out). transformers' Conv1D stores its weight transposed."""
         rows, columns = self.weight.shape
         return (columns, rows) if isinstance(self.inner, torch.nn.Linear) else (rows, columns)
 

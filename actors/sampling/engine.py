@@ -1,28 +1,32 @@
-"""The sampling engine: many requests at once on one base model, token in and token out.
+"""Runs the sampling engine: many requests at once on one base model, token in and token out.
 
     engine = SlotEngine(base)
     engine.submit(TokenRequest(prompt, params, deliver))
     while engine.step():
         pass
 
-A step is one forward over a flat stream that holds one token of each sequence that is being
-extended and pieces of the prompts that wait; so nobody waits for a batch to end, and a long
-prompt delays the others by a piece at a time. It knows no text and has no lock: one thread calls.
-Which token is drawn is up to `drawing`, whose weights a row uses to `adapters`.
+A step is one forward pass over a flat stream. The stream holds one token of each sequence that is
+being extended, and pieces of the prompts that are still being read. So no request waits for a batch
+to end, and a long prompt delays the others by one piece at a time (or by one pass of at most
+`WHOLE_PROMPT` tokens, where the model cannot read pieces). The engine processes no text and
+has no lock, so only one thread may call it. `drawing` draws tokens; `adapters` selects the weights
+of a row.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
 import torch
 
 from actors.engine.model import Base, next_token_logits
-from actors.engine.slots import Layout, Piece, Slots
+from actors.engine.slots import Piece
 from actors.sampling.adapters import AdapterBank
-from actors.sampling.drawing import draw, penalised, uniform
-from actors.sampling.requests import Load, RunningSequence, Token, TokenRequest, Turns
+from actors.sampling.drawing import draw, penalized, uniform
+from actors.sampling.grammar import Grammar
+from actors.sampling.requests import SLOTS, Load, RunningSequence, Token, TokenRequest, Top, Turns
 from tg_tinker.errors import (
     InternalError,
     InvalidRequestError,
@@ -30,31 +34,30 @@ from tg_tinker.errors import (
     QueueFullError,
     TGTinkerError,
 )
-from tg_tinker.sampling import NOT_SAMPLED
-
-SLOTS = 8
-"""Sequences that run at a time, unless told otherwise."""
 
 PROMPT_TOKENS = 64
-"""Prompt tokens of a step beside sequences that run: bounds how long those wait for a token."""
+"""The prompt tokens of a step while sequences run, which bounds their wait for the next token."""
 
 PROMPT_TOKENS_ALONE = 512
-"""The same while no sequence runs."""
+"""The prompt tokens of a step while no sequence runs."""
+
+WHOLE_PROMPT = 4096
+"""The maximum prompt tokens of a model that must read each prompt in one pass: all others wait."""
+
+_NOT_A_NUMBER = "the model's output is not a number: load an earlier artifact"
 
 
 class SlotEngine:
-    """See the module.
+    """An engine with continuous batching, as the module describes.
 
     Attributes:
-        adapters: those that requests may name.
+        adapters: the adapters that requests may name.
     """
 
     def __init__(self, base: Base, slots: int = SLOTS) -> None:
-        if not base.flat:
-            raise InvalidRequestError(NOT_SAMPLED)
+        self._slots = base.sequences(slots)
         self.adapters = AdapterBank(base.model)
         self._base = base
-        self._slots = Slots(slots, base.device)
         self._free = list(range(slots))
         self._waiting = Turns()
         self._running: list[RunningSequence] = []
@@ -63,29 +66,43 @@ class SlotEngine:
         """Queues a request.
 
         Raises:
-            InvalidRequestError: it can never run; nothing was queued.
-            NotFoundError: its adapter is not resident.
+            InvalidRequestError: if the request can never run. Nothing was queued.
+            NotFoundError: if its adapter is not resident. Nothing was queued.
         """
         prompt, params = request.prompt, request.params
         context, vocab = self._base.context_length, self._base.vocab_size
         if len(prompt) + params.max_tokens > context:
             raise InvalidRequestError(
                 f"a prompt of {len(prompt)} tokens and max_tokens={params.max_tokens} exceed the"
-                f" context of {context}: use at most {max(0, context - len(prompt))} max_tokens, or"
-                " a shorter prompt"
+                f" context of {context} tokens: use at most {max(0, context - len(prompt))}"
+                " max_tokens, or a shorter prompt"
             )
         if not prompt or not all(0 <= token < vocab for token in prompt):
-            raise InvalidRequestError(f"a prompt needs tokens, each in [0, {vocab})")
+            raise InvalidRequestError(
+                f"the prompt is empty or has a token outside [0, {vocab}): pass at least one token,"
+                " each within these bounds"
+            )
+        if params.logit_bias and max(params.logit_bias) >= vocab:
+            raise InvalidRequestError(
+                f"logit_bias has a token outside [0, {vocab}): pass the ids of this model's tokens",
+                details={"parameter": "logit_bias"},
+            )
+        if self._slots.whole_prompts and len(prompt) > WHOLE_PROMPT:
+            raise InvalidRequestError(
+                f"this model reads a prompt in one pass, of at most {WHOLE_PROMPT} tokens, and the"
+                f" prompt has {len(prompt)}: shorten it"
+            )
         if params.num_completions > self._slots.count:
             raise InvalidRequestError(
-                f"{params.num_completions} completions do not fit into {self._slots.count} slots"
+                f"{params.num_completions} completions do not fit into {self._slots.count} slots:"
+                " ask for fewer completions"
             )
-        self.adapters.pin(request.adapter)  # from now on, lest it leave while this waits
+        self.adapters.pin(request.adapter)  # now, so that it is not dropped while this waits
         request.submitted_at = time.monotonic()
         self._waiting.append(request)
 
     def submit_all(self, requests: Sequence[TokenRequest]) -> None:
-        """All of them, or none when one is refused."""
+        """Queues all requests, or none if one is refused."""
         try:
             for request in requests:
                 self.submit(request)
@@ -95,8 +112,10 @@ class SlotEngine:
             raise
 
     def cancel(self, request: TokenRequest, index: int | None = None) -> None:
-        """Ends a request, or a completion of it that has begun, before the next step; nothing
-        more is delivered. Safe for one that has ended."""
+        """Ends a request before the next step, or only its completion `index`, if that has begun.
+
+        The engine delivers nothing more for it. The call is safe for a request that has ended.
+        """
         if index is None and self._waiting.remove(request):
             self.adapters.release(request.adapter)
         for sequence in [*self._running]:
@@ -114,7 +133,7 @@ class SlotEngine:
         return Load(self._slots.count - free, free, len(self._waiting), *self.adapters.resident)
 
     def end_all(self, problem: str) -> None:
-        """Ends everything that runs or waits, with an error; safe when the device is dead."""
+        """Ends every running and waiting request with an error. Safe if the device has failed."""
         requests = dict.fromkeys([*(s.request for s in self._running), *self._waiting])
         self._start_anew()
         self._waiting = Turns()
@@ -122,10 +141,11 @@ class SlotEngine:
             request.deliver(Token(error=InternalError(problem)))
 
     def step(self) -> bool:
-        """One forward and one token for every sequence that is ready; False if nothing was left.
+        """Runs one forward pass and draws one token for every sequence that is ready.
 
-        A request whose outputs are not numbers ends with an error. When the forward itself
-        fails, all that run do, and the engine goes on with empty slots.
+        Returns False if there was nothing to do. A request whose outputs are not numbers ends with
+        an error. If the forward pass itself fails, all running requests end with an error, and the
+        engine continues with empty slots.
         """
         self._admit()
         extended = sorted((s for s in self._running if not s.reading), key=lambda s: s.slot)
@@ -142,14 +162,17 @@ class SlotEngine:
     # --- inside ------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """A request gets all its slots at once; none overtakes the one whose turn it is."""
+        """Starts waiting requests while slots are free.
+
+        A request gets all its slots at once. No request overtakes the next one in the queue.
+        """
         while self._waiting and self._waiting.next.params.num_completions <= len(self._free):
             request = self._waiting.take()
             try:
                 self._slots.reserve(len(request.prompt) + request.params.max_tokens)
-            except (MemoryError, RuntimeError):  # of this request alone
+            except (MemoryError, RuntimeError):  # affects this request alone
                 self.adapters.release(request.adapter)
-                problem = "there is no memory for a sequence of this length: ask for fewer tokens"
+                problem = "there is no memory for a sequence this long: ask for fewer tokens"
                 request.deliver(Token(error=QueueFullError(problem)))
                 continue
             request.waited_s = time.monotonic() - request.submitted_at
@@ -162,8 +185,9 @@ class SlotEngine:
         room = PROMPT_TOKENS if beside_others else PROMPT_TOKENS_ALONE
         pieces = []
         for sequence in self._running:
-            size = min(room, len(sequence.request.prompt) - sequence.read)
-            if size > 0:
+            left = len(sequence.request.prompt) - sequence.read
+            if left and room > 0:
+                size = left if self._slots.whole_prompts else min(room, left)
                 pieces.append((sequence, Piece(sequence.slot, sequence.read, size)))
                 room -= size
         return pieces
@@ -171,9 +195,11 @@ class SlotEngine:
     def _advance(
         self, extended: list[RunningSequence], pieces: list[tuple[RunningSequence, Piece]]
     ) -> None:
-        """The forward, then a token for each extended sequence and each prompt that is read."""
-        layout = Layout(
-            self._slots, [(s.slot, s.stored) for s in extended], [piece for _, piece in pieces]
+        """Runs the forward pass, then draws a token for each sequence with a fully read prompt."""
+        layout = self._slots.layout(
+            [(s.slot, s.stored) for s in extended],
+            [piece for _, piece in pieces],
+            self.adapters.alone,
         )
         tokens = [s.generated[-1] for s in extended]
         wanted = list(range(len(extended)))  # tokens of the stream whose logits are needed
@@ -194,35 +220,49 @@ class SlotEngine:
             found, at = rows[at : at + count], at + count
             sequence.read = piece.stop
             self._score_prompt(sequence, piece, found)
-            if not sequence.reading:
+            if not sequence.reading and sequence.request.params.max_tokens == 0:
+                self._deliver_scores(sequence)
+            elif not sequence.reading:
                 ready = ready + (forked := self._fork(sequence))
                 logits.append(found[-1:].expand(len(forked), -1))
         if ready:
             self._extend(ready, torch.cat(logits))
 
     def _fork(self, sequence: RunningSequence) -> list[RunningSequence]:
-        """The other completions of a prompt that was just read: copies of its slot."""
+        """Starts the other completions of a fully read prompt as copies of its slot.
+
+        Returns all completions of the prompt.
+        """
         others = []
         for index, slot in enumerate(sequence.reserved, start=1):
             self._slots.copy(sequence.slot, slot, sequence.read)
             other = RunningSequence(sequence.request, index, slot, sequence.read)
             other.prompt_logprobs = sequence.prompt_logprobs
+            other.prompt_top = sequence.prompt_top
             others.append(other)
         sequence.reserved = []
         self._running += others
         return [sequence, *others]
 
     def _score_prompt(self, sequence: RunningSequence, piece: Piece, logits: torch.Tensor) -> None:
-        """Adds the log-probabilities of the tokens that follow those of the piece."""
+        """Records the log-probability of the prompt token after each token of the piece.
+
+        The alternatives come from the same numbers, so that a token that is the most probable one
+        has exactly the log-probability of the first alternative.
+
+        Args:
+            logits: [size of the piece, V].
+        """
         if not sequence.request.params.prompt_logprobs:
             return
         following = sequence.request.prompt[piece.start + 1 : piece.stop + 1]
         ids = torch.tensor(following, device=logits.device).long()
         rows = torch.log_softmax(logits[: len(following)].float(), dim=-1)
         sequence.prompt_logprobs += rows.gather(1, ids[:, None])[:, 0].tolist()
+        sequence.prompt_top += _most_probable(rows, sequence.request.params.top_logprobs)
 
     def _extend(self, ready: list[RunningSequence], logits: torch.Tensor) -> None:
-        """One token for each of these sequences from its row of logits [R, V]."""
+        """Draws and delivers a token for each of these sequences, from its row of logits [R, V]."""
         logits = logits.float()
         logprobs = torch.log_softmax(logits, dim=-1)
         best = logits.argmax(-1).tolist()
@@ -236,18 +276,24 @@ class SlotEngine:
         chosen = logprobs.gather(1, index)[:, 0].tolist()
         for row, sequence in enumerate(ready):
             if sequence not in self._running:
-                continue  # an earlier completion of its request ended it
+                continue  # an earlier completion of the same request has ended it
             if not usable[row]:
-                problem = "the model's output is not a number: load an earlier artifact"
-                self._refuse(sequence.request, NonFiniteError(problem))
+                problem = sequence.grammar.error if sequence.grammar else None
+                self._refuse(sequence.request, problem or NonFiniteError(_NOT_A_NUMBER))
                 continue
-            top = self._most_probable(sequence, logprobs[row])
+            wanted = sequence.request.params.top_logprobs
+            top = _most_probable(logprobs[row : row + 1], wanted)[0] if wanted else ()
             self._deliver(sequence, drawn[row], chosen[row], top)
 
     def _choose(self, sequence: RunningSequence, logits: torch.Tensor, best: int) -> int | None:
-        """A token, or None where this request's own parameters leave none to draw."""
+        """Returns a token, or None if the request's own parameters leave no token to draw."""
         request, params = sequence.request, sequence.request.params
-        scores = penalised(logits, request.prompt, sequence.generated, params)
+        scores = penalized(logits, request.prompt, sequence.generated, params)
+        if sequence.grammar is not None:
+            allowed = sequence.grammar.allowed(len(scores))
+            if allowed is None:
+                return None
+            scores = scores.masked_fill(~torch.from_numpy(allowed).to(scores.device), -math.inf)
         if scores is logits and params.temperature == 0:
             return best
         if not torch.isfinite(scores.max()):
@@ -255,21 +301,7 @@ class SlotEngine:
         place = request.number, request.first + sequence.index, len(sequence.generated)
         return draw(scores, params, uniform(request.seed, *place))
 
-    def _most_probable(
-        self, sequence: RunningSequence, logprobs: torch.Tensor
-    ) -> tuple[tuple[int, float], ...]:
-        if not sequence.request.params.top_logprobs:
-            return ()
-        found = logprobs.topk(min(sequence.request.params.top_logprobs, len(logprobs)))
-        return tuple(zip(found.indices.tolist(), found.values.tolist(), strict=True))
-
-    def _deliver(
-        self,
-        sequence: RunningSequence,
-        token_id: int,
-        logprob: float,
-        top: tuple[tuple[int, float], ...],
-    ) -> None:
+    def _deliver(self, sequence: RunningSequence, token_id: int, logprob: float, top: Top) -> None:
         params = sequence.request.params
         sequence.generated.append(token_id)
         reason = None
@@ -277,14 +309,29 @@ class SlotEngine:
             reason = "stop"
         elif token_id in self._base.eos_ids:
             reason = "eos"
+        elif _completes(sequence.grammar, token_id):
+            reason = "stop"
         elif len(sequence.generated) == params.max_tokens:
             reason = "length"
-        first = params.prompt_logprobs and len(sequence.generated) == 1
-        prompt = (float("nan"), *sequence.prompt_logprobs) if first else None
+        first = len(sequence.generated) == 1
+        prompt, prompt_top = _scores(sequence) if first else (None, None)
         if reason is not None:
             self._end(sequence)
-        token = Token(sequence.index, token_id, logprob, top, prompt, reason)
+        token = Token(sequence.index, token_id, logprob, top, prompt, prompt_top, reason)
         sequence.request.deliver(token)
+
+    def _deliver_scores(self, sequence: RunningSequence) -> None:
+        """Ends a request that draws nothing, once its prompt is read."""
+        request = sequence.request
+        if any(map(math.isnan, sequence.prompt_logprobs)):
+            self._refuse(request, NonFiniteError(_NOT_A_NUMBER))
+            return
+        prompt, prompt_top = _scores(sequence)
+        self._end(sequence)
+        for index in range(request.params.num_completions):
+            request.deliver(
+                Token(index, prompt=prompt, prompt_top=prompt_top, finish_reason="length")
+            )
 
     def _end(self, sequence: RunningSequence) -> None:
         self._running.remove(sequence)
@@ -298,17 +345,45 @@ class SlotEngine:
         request.deliver(Token(error=error))
 
     def _fail(self, problem: str) -> None:
-        """Ends all that run."""
+        """Ends all running requests with an error."""
         requests = dict.fromkeys(sequence.request for sequence in self._running)
         self._start_anew()
         for request in requests:
             request.deliver(Token(error=InternalError(problem)))
 
     def _start_anew(self) -> None:
-        """Nothing runs. The slots are made anew, not cleared: they may be half-written, and
-        whatever failed would fail again in them."""
+        """Stops everything that runs and creates new slots.
+
+        The old slots are not cleared, because they may be half-written and could cause the same
+        failure again.
+        """
         for request in dict.fromkeys(sequence.request for sequence in self._running):
             self.adapters.release(request.adapter)
         self._running = []
-        self._slots = Slots(self._slots.count, self._base.device)
+        self._slots = self._base.sequences(self._slots.count)
         self._free = list(range(self._slots.count))
+
+
+def _completes(grammar: Grammar | None, token_id: int) -> bool:
+    """Appends a token to the text that follows a schema, if any; returns whether it is complete."""
+    if grammar is not None:
+        grammar.push(token_id)
+    return grammar is not None and grammar.complete
+
+
+def _most_probable(logprobs: torch.Tensor, count: int) -> list[Top]:
+    """Returns the `count` most probable tokens of each row of log-probabilities [R, V]."""
+    if not count:
+        return []
+    found = logprobs.topk(min(count, logprobs.shape[1]))
+    rows = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    return [tuple(zip(tokens, values, strict=True)) for tokens, values in rows]
+
+
+def _scores(sequence: RunningSequence) -> tuple[tuple[float, ...] | None, tuple[Top, ...] | None]:
+    """Returns `Token.prompt` and `Token.prompt_top`, as the request asks for them."""
+    params = sequence.request.params
+    if not params.prompt_logprobs:
+        return None, None
+    top = ((), *sequence.prompt_top) if params.top_logprobs else None
+    return (math.nan, *sequence.prompt_logprobs), top

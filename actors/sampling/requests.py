@@ -1,6 +1,7 @@
-"""What goes in and out of the sampling engine: requests, tokens, its load; and whose turn it is.
+"""Defines the input and output of the sampling engine: requests, tokens and load; queues requests.
 
-Plain values without a model: the engine runs them, `text` makes them of prompts and texts of them.
+These are plain values without a model. The engine runs requests. `text` makes requests from
+prompts, and text from tokens.
 """
 
 from __future__ import annotations
@@ -10,8 +11,15 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, field
 
+from actors.sampling.grammar import Grammar
 from tg_tinker.errors import TGTinkerError
 from tg_tinker.sampling import SamplingParams
+
+Top = tuple[tuple[int, float], ...]
+"""The most probable tokens at a place, best first, as (token, logprob)."""
+
+SLOTS = 8
+"""The default number of sequences that run at a time."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -19,36 +27,45 @@ class Token:
     """One more token of a completion, or the end of its request.
 
     Attributes:
-        index: which completion of the request.
-        logprob: under the model's own distribution, before penalties and temperature.
-        top: the most probable tokens there, best first, as (token, logprob).
-        prompt: with the first token of each completion and `prompt_logprobs`: the log-probability
-            of each prompt token after those before it; NaN for the first.
-        finish_reason: `length`, `eos`, `stop` (a stop token) or None while it grows.
-        error: why the whole request ended; then nothing else is set.
+        index: the number of the completion within the request.
+        token_id: the id; -1 where a request scores its prompt and draws nothing.
+        logprob: the log-probability of the token in nats, under the model's own distribution,
+            before penalties and temperature.
+        top: the most probable tokens at this position.
+        prompt: the log-probability of each prompt token given the tokens before it; NaN for the
+            first. It is set only with the first token of a completion, if `prompt_logprobs` is
+            requested.
+        prompt_top: the most probable tokens at each position of the prompt, none at the first. It
+            is set with `prompt`, if `top_logprobs` is requested too.
+        finish_reason: `length`, `eos`, `stop` (a stop token), or None while the completion grows.
+        error: why the whole request ended. Then no other field is set.
     """
 
     index: int = 0
     token_id: int = -1
     logprob: float = 0.0
-    top: tuple[tuple[int, float], ...] = ()
+    top: Top = ()
     prompt: tuple[float, ...] | None = None
+    prompt_top: tuple[Top, ...] | None = None
     finish_reason: str | None = None
     error: TGTinkerError | None = None
 
 
 @dataclass(repr=False, eq=False)
 class TokenRequest:
-    """`params.num_completions` completions of one prompt.
+    """A request for `params.num_completions` completions of one prompt.
 
     Attributes:
-        deliver: called in the engine's thread with each `Token`; it must be quick.
-        adapter: name of a resident LoRA adapter, or None for the base model.
-        number, first: which prompt of its call, and the index of its first completion among those
-            of that prompt: with the seed they fix all draws.
-        owner: whose turns it shares: owners get slots by turns, whatever each has asked for.
-        seed: of all its draws; drawn here when `params` has none.
-        waited_s: from `submit` to a slot; set by the engine.
+        deliver: the function that the engine's thread calls with each `Token`; it must be quick.
+        adapter: the name of a resident LoRA adapter, or None for the base model.
+        number: the index of the prompt in its call.
+        first: the index of the first completion of this request among those of the prompt. Seed,
+            `number` and `first` determine all draws.
+        owner: the name under which the request is scheduled. Owners get slots in turn, whatever
+            the number of their requests.
+        grammar: the empty text that every completion begins with, if `params` has a schema.
+        seed: the seed of all draws of the request; random if `params` has none.
+        waited_s: the seconds from `submit` to a slot; the engine sets it.
     """
 
     prompt: list[int]
@@ -58,6 +75,7 @@ class TokenRequest:
     first: int = 0
     adapter: str | None = None
     owner: str = ""
+    grammar: Grammar | None = None
     seed: int = field(init=False)
     waited_s: float = field(init=False, default=0.0)
     submitted_at: float = field(init=False, default=0.0)
@@ -69,7 +87,7 @@ class TokenRequest:
 
 @dataclass(frozen=True)
 class Load:
-    """How full an engine is: slots, requests that wait for some, resident adapters."""
+    """The load of an engine: used and free slots, waiting requests, resident adapters."""
 
     running: int
     free: int
@@ -84,7 +102,7 @@ class Load:
 
 @dataclass(repr=False, eq=False)
 class RunningSequence:
-    """A completion in its slot; while the prompt is read, the one that stands for all."""
+    """A completion in its slot. While the prompt is read, it represents all completions."""
 
     request: TokenRequest
     index: int
@@ -92,7 +110,12 @@ class RunningSequence:
     read: int = 0  # prompt tokens in the slot
     generated: list[int] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_top: list[Top] = field(default_factory=list)
     reserved: list[int] = field(default_factory=list)  # slots of the other completions
+    grammar: Grammar | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.grammar = self.request.grammar and self.request.grammar.copy()
 
     @property
     def reading(self) -> bool:
@@ -100,12 +123,12 @@ class RunningSequence:
 
     @property
     def stored(self) -> int:
-        """Tokens whose keys and values are in the slot."""
+        """The number of tokens whose keys and values are in the slot."""
         return self.read + max(0, len(self.generated) - 1)
 
 
 class Turns:
-    """Requests that wait: those of an owner in their order, owners by turns."""
+    """A queue of waiting requests: first in, first out for each owner; the owners take turns."""
 
     def __init__(self) -> None:
         self._of: OrderedDict[str, deque[TokenRequest]] = OrderedDict()
@@ -124,7 +147,7 @@ class Turns:
         self._of.setdefault(request.owner, deque()).append(request)
 
     def take(self) -> TokenRequest:
-        """The next; its owner is the last now."""
+        """Removes and returns the next request, and moves its owner to the end."""
         request = self.next
         self.remove(request)
         if request.owner in self._of:
@@ -132,7 +155,7 @@ class Turns:
         return request
 
     def remove(self, request: TokenRequest) -> bool:
-        """False if it does not wait."""
+        """Removes a request. Returns False if the request is not waiting."""
         waiting = self._of.get(request.owner, ())
         if request not in waiting:
             return False

@@ -1,14 +1,14 @@
-"""Weights of a run at one step, as they travel to where they are sampled from.
+"""Captures the weights of a run at one step, in a form that travels to the sampler.
 
-How many are kept, and how they are sent, is up to those who take and fetch them.
+The callers of `take` and `opened` decide how many snapshots are kept and how they are sent. Both
+load torch; the rest of the module does not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import safetensors.torch
 
 from tg_tinker.cluster.messages import SnapshotRef
 from tg_tinker.config import LoRAConfig
@@ -21,24 +21,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Snapshot:
-    """Trained tensors by stored name. They never change under a name.
+    """The trained tensors of a run at one step. The tensors under one name never change.
 
     Attributes:
-        name: unique for these weights.
-        base: digest of the base model they were trained on.
-        lora_config: of the run; None after full fine-tuning.
-        adapter_config: PEFT's, where there is one.
+        name: a unique name for these weights.
+        base: the digest of the base model on which the weights were trained.
+        files: the digests of that model's kinds of files; None for weights of older versions.
+        weights: the trained tensors by stored name.
+        lora_config: the configuration of the run's adapter; None after full fine-tuning.
+        adapter_config: PEFT's configuration; None after full fine-tuning.
     """
 
     name: str
     base: str
+    files: Mapping[str, str] | None
     weights: Tensors
     lora_config: LoRAConfig | None
     adapter_config: dict[str, Any] | None
 
     @property
     def shared(self) -> bool:
-        """Whether it can share a base model with others: LoRA matrices and nothing else."""
+        """Whether it can share a base model with others, because it is LoRA matrices alone."""
         return shares_base(self.lora_config)
 
 
@@ -47,11 +50,14 @@ def shares_base(lora: LoRAConfig | None) -> bool:
 
 
 def take(session: Session, reference: SnapshotRef) -> dict[str, Any]:
-    """A copy in a form that travels: bytes and plain values."""
+    """Returns a copy of the session's weights in a form that travels: bytes and plain values."""
+    import safetensors.torch
+
     state = session.live_state(include_optimizer=False)
     return {
         "name": reference.name,
         "base": session.base.digest,
+        "files": dict(session.base.identity.files),
         "weights": safetensors.torch.save(state.weights),
         "lora_config": session.config.lora_config,
         "adapter_config": state.adapter_config,
@@ -59,10 +65,13 @@ def take(session: Session, reference: SnapshotRef) -> dict[str, Any]:
 
 
 def of_state(name: str, state: SessionState, lora: LoRAConfig | None) -> Snapshot:
-    """The weights of a saved state."""
-    return Snapshot(name, state.geometry["base"], state.weights, lora, state.adapter_config)
+    """Returns the weights of a saved state as a snapshot."""
+    base, files = state.geometry["base"], state.geometry.get("files")
+    return Snapshot(name, base, files, state.weights, lora, state.adapter_config)
 
 
 def opened(carried: dict[str, Any]) -> Snapshot:
-    """The inverse of `take`."""
+    """Returns the snapshot that `take` captured."""
+    import safetensors.torch
+
     return Snapshot(**(carried | {"weights": safetensors.torch.load(carried["weights"])}))

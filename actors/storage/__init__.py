@@ -1,14 +1,15 @@
-"""Keys, and where ciphertext lies: a store never sees a key, nor clear text.
+"""Holds keys, and stores ciphertext: a store never sees a key or clear text.
 
-- home.py: the home directory, made once.
+- home.py: the home directory, created once.
 - keyring.py, key_providers.py: the text of a keyring; who holds the tenant key.
-- capabilities.py: what a client shows to be given a data key.
-- signing.py: the key that signs heads, and its public half.
+- capabilities.py: what a client presents to receive a data key.
+- signing.py: the key that signs heads, its public half, and how it followed older keys.
+- secrets.py: the secrets that everything else is derived from, each with versions.
 - store.py: sealed files of artifacts, the manifest last.
-- manifest.py: what an artifact consists of.
-- objects.py, bucket.py, filesystems.py: what every store can do, and a folder; buckets; the door
-  to pyarrow's file systems.
+- manifest.py: the description of an artifact's files.
+- objects.py, bucket.py, filesystems.py: the interface of every store, and a local folder; buckets;
+  access to pyarrow's filesystems.
 
-It imports `tg_tinker.storage` and `tg_tinker.records`. Which artifacts there are is left to
-`actors.registry`, what is in them to `actors.artifacts`.
+The package imports `tg_tinker.storage` and `tg_tinker.records`. `actors.registry` decides which
+artifacts exist, and `actors.artifacts` decides what they contain.
 """

@@ -1,4 +1,4 @@
-"""Objects in a bucket: S3 and what speaks it, Google Cloud Storage, Azure, HDFS."""
+"""Stores objects in a bucket: S3 and compatible stores, Google Cloud Storage, Azure, HDFS."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ T = TypeVar("T")
 
 
 class Bucket:
-    """Objects below a prefix. What may pass is tried again with jitter, the rest is not.
+    """Objects below a prefix of a bucket.
 
-    Every operation asks for the same result when it is repeated, so a lost reply does no harm.
+    An operation is retried with jitter if its failure may be temporary. Every operation asks for
+    the same result when it is repeated, so a lost reply does no harm.
     """
 
     def __init__(self, location: Location, policy: RetryPolicy) -> None:
@@ -52,7 +53,8 @@ class Bucket:
         try:
             return self._repeat("write", name, lambda: upload(path, content), attempts)
         except BaseException:
-            if not whole:  # what is whole is the old or the new object, and worth keeping
+            # A `put` of whole content leaves the old or the new object, which is worth keeping.
+            if not whole:
                 with suppress(*failures()):
                     self._files.delete_file(path)
             raise
@@ -100,7 +102,7 @@ class Bucket:
     # --- one attempt -----------------------------------------------------------------------------
 
     def _upload(self, path: str, content: Content) -> int:
-        """Writes an object and asks the store for its size."""
+        """Writes an object, and compares its size in the store with the size that was sent."""
         size = 0
         # Without `compression=None` a name that ends in .gz would be compressed.
         stream = self._files.open_output_stream(path, compression=None)
@@ -109,8 +111,8 @@ class Bucket:
                 stream.write(piece)
                 size += memoryview(piece).nbytes
         except BaseException:
-            # arrow cannot abort (apache/arrow#40502): leaving the stream, and even dropping it,
-            # publishes what was written so far. So it ends now, and `put` deletes the object.
+            # arrow cannot abort (apache/arrow#40502): leaving or dropping the stream publishes what
+            # was written so far. Therefore it is closed now, and `put` deletes the object.
             with suppress(*failures()):
                 stream.close()
             raise
@@ -120,7 +122,7 @@ class Bucket:
         return size
 
     def _replace(self, path: str, content: Content) -> int:
-        """The same in one step on Azure, where opening an object for writing empties it."""
+        """Writes an object in one step on Azure, where opening an object for writing empties it."""
         aside = f"{path}.{secrets.token_hex(4)}"
         try:
             size = self._upload(aside, content)
@@ -143,10 +145,11 @@ class Bucket:
         return size
 
     def _delete_folder(self, path: str) -> None:
-        # By listing: on Azure a folder `a/b` beside `a/b-c` is there, and is said not to be. And
-        # only if it is there: its absence has no error of its own on gs.
+        # The listing decides whether the folder exists: Azure reports a folder `a/b` beside `a/b-c`
+        # as missing, and gs has no error of its own for a missing folder.
         if files_below(self._files, path):
-            with suppress(FileNotFoundError):  # gs looks for a marker object after the last one
+            # On gs the library looks for a marker object after it has deleted the last object.
+            with suppress(FileNotFoundError):
                 self._files.delete_dir(path)
 
     # --- inside ----------------------------------------------------------------------------------
@@ -156,7 +159,8 @@ class Bucket:
 
     @cached_property
     def _files(self) -> Any:
-        """The filesystem, once its bucket was seen: some stores make a missing one on upload."""
+        """The filesystem, after a check that its bucket exists: some stores create a missing bucket
+        on upload."""
         filesystem = open_filesystem(self._location, self._policy)
         if self._location.bucket and not bucket_exists(filesystem, self._location.bucket):
             raise NoBucketError
@@ -165,7 +169,7 @@ class Bucket:
     def _repeat(
         self, action: str, name: str, once: Callable[[], T], attempts: int | None = None
     ) -> T:
-        """An operation, tried again while its failure may pass."""
+        """Runs an operation, and retries it while its failure may be temporary."""
         retrying = Retrying(
             stop=stop_after_attempt(attempts or self._policy.attempts)
             | stop_before_delay(self._policy.deadline_s),
@@ -176,7 +180,8 @@ class Bucket:
         try:
             return retrying(once)
         except FileNotFoundError:
-            if action == "write":  # the bucket went away
+            # The bucket was removed.
+            if action == "write":
                 raise _refusal(action, name, NoBucketError(), 1) from None
             raise NotFoundError(f"{name} is not in the store") from None
         except failures() as error:

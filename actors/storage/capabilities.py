@@ -1,8 +1,9 @@
-"""Capabilities: what a client shows the registry to be given a data key.
+"""Capabilities: what a client presents to the registry to receive a data key.
 
-A capability names one client: the training actor of a run in one epoch, or a reader. The registry
-signs it with a key of its own and keeps no list, so it outlives a restart. Whoever shows it is
-who the audit log names. It says nothing of tenant keys.
+A capability names one client: the training actor of a run in one epoch, a reader, or a keeper. Each
+reader and each keeper gets a capability that no other client has. The registry signs a capability
+with a key of its own and keeps no list, so a capability stays valid after a restart. The audit log
+records the client that the capability names. A capability does not depend on tenant keys.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import secrets
 from dataclasses import dataclass, field
 
-from tg_tinker.storage.envelope import derive_key
+from actors.storage.secrets import CAPABILITIES, Secrets
 
 RUN, READER, KEEPER = "run", "reader", "keeper"
+_PURPOSE = b"tg-tinker capabilities v1"
 
 
 @dataclass(frozen=True)
@@ -22,37 +25,46 @@ class Capability:
     """What one client may do.
 
     Attributes:
-        kind: `RUN` makes artifacts of its run and reads those of its tenant; `READER` reads;
-            `KEEPER` reads, copies and seals anew.
-        tenant: whose artifacts.
-        who: ``RUN@EPOCH``, or a reader as the audit log names it.
-        tag: HMAC-SHA256 of the rest. A secret: who knows it can act as this client.
+        kind: `RUN` makes artifacts of its run and reads its tenant's artifacts; `READER` reads;
+            `KEEPER` reads, copies and reseals.
+        tenant: The tenant whose artifacts the client may use.
+        who: ``RUN@EPOCH``, or the name of a reader in the audit log.
+        tag: HMAC-SHA256 of the other fields. It is a secret: whoever knows it can act as this
+            client.
+        serial: A random text that distinguishes readers and keepers of the same name; empty for a
+            run, whose `who` is unique.
     """
 
     kind: str
     tenant: str
     who: str
     tag: bytes = field(repr=False)
+    serial: str = ""
 
 
 class Issuer:
-    """Makes capabilities, and knows its own again.
+    """Makes capabilities, and recognizes those that it made.
 
     Args:
-        secret: of the registry alone, and lasting. Not a tenant key: one may be retired while an
-            actor that was started under it still trains.
+        secrets: The secrets of the registry. An actor that trains for days keeps its capability
+            when the secret is rotated, until the older versions are retired.
     """
 
-    def __init__(self, secret: bytes) -> None:
-        self._key = derive_key(secret, b"tg-tinker capabilities v1")
+    def __init__(self, secrets: Secrets) -> None:
+        self._secrets = secrets
 
     def issue(self, kind: str, tenant: str, who: str) -> Capability:
-        return Capability(kind, tenant, who, self._tag(kind, tenant, who))
+        serial = "" if kind == RUN else secrets.token_hex(16)
+        key = self._secrets.newest(CAPABILITIES, _PURPOSE)
+        return Capability(kind, tenant, who, _tag(key, kind, tenant, who, serial), serial)
 
     def genuine(self, shown: Capability) -> bool:
-        """Whether it was issued here, and nothing of it was changed."""
-        return hmac.compare_digest(self._tag(shown.kind, shown.tenant, shown.who), shown.tag)
+        """Returns whether a capability was issued here and is unchanged."""
+        stated = shown.kind, shown.tenant, shown.who, shown.serial
+        keys = self._secrets.keys(CAPABILITIES, _PURPOSE).values()
+        return any(hmac.compare_digest(_tag(key, *stated), shown.tag) for key in keys)
 
-    def _tag(self, kind: str, tenant: str, who: str) -> bytes:
-        # JSON, so that no two triples are one text.
-        return hmac.digest(self._key, json.dumps([kind, tenant, who]).encode(), hashlib.sha256)
+
+def _tag(key: bytes, *stated: str) -> bytes:
+    # JSON, so that different fields always give different texts.
+    return hmac.digest(key, json.dumps(stated).encode(), hashlib.sha256)

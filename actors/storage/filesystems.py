@@ -1,7 +1,7 @@
-"""The door to pyarrow's filesystems: how each is opened, and what its errors mean.
+"""Opens pyarrow's filesystems, and interprets their errors.
 
-Credentials and endpoints come from the environment of the process, never from arguments: a
-pickled filesystem holds its secrets in clear.
+Credentials and endpoints come from the environment of the process, never from arguments: a pickled
+filesystem contains its secrets in clear.
 
     s3      AWS_ACCESS_KEY_ID ..., profiles, instance roles; AWS_REGION or AWS_DEFAULT_REGION;
             AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL for a store that is not Amazon's
@@ -23,11 +23,12 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from tg_tinker.errors import InvalidRequestError
+from tg_tinker.hosts import stays_here
 from tg_tinker.storage.stores import Location
 
 REQUESTS = 3
-"""How often the library sends a request of s3: a part of a large object fails alone. More would
-outlast any deadline, as its pauses double."""
+"""How often the library sends an s3 request: a part of a large object can fail alone. A larger
+number would exceed any deadline, because the pauses double."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,13 @@ class RetryPolicy:
     """How long a store may take.
 
     Attributes:
-        connect_s: seconds until a connection stands; s3 only.
-        request_s: seconds without a byte after which a request failed (s3; some six more while
-            it sends), or for which the library repeats one (gs). On abfss and hdfs the libraries'
-            own limits hold.
-        attempts: of an operation. Within one, the library repeats a request (`REQUESTS`, s3).
-        deadline_s: seconds after which no further attempt of an operation begins.
+        connect_s: Seconds until a connection is established; s3 only.
+        request_s: On s3, seconds without a byte after which a request fails; about six more while
+            it sends. On gs, seconds during which the library repeats a request. On abfss and hdfs
+            the limits of the libraries apply.
+        attempts: The number of attempts of an operation. Within an attempt on s3, the library
+            repeats each request (`REQUESTS`).
+        deadline_s: Seconds after which no further attempt of an operation begins.
     """
 
     connect_s: float = 5.0
@@ -53,11 +55,11 @@ class RetryPolicy:
 
 
 def open_filesystem(location: Location, policy: RetryPolicy) -> Any:
-    """A `pyarrow.fs.FileSystem` that creates no bucket. Only hdfs connects here.
+    """Returns a `pyarrow.fs.FileSystem` that creates no bucket. Only hdfs connects here.
 
     Raises:
-        InvalidRequestError: a variable of the environment is malformed.
-        OSError: no connection (hdfs).
+        InvalidRequestError: An environment variable is malformed.
+        OSError: There is no connection (hdfs).
     """
     from pyarrow import fs
 
@@ -68,15 +70,18 @@ def open_filesystem(location: Location, policy: RetryPolicy) -> Any:
                 connect_timeout=policy.connect_s,
                 request_timeout=policy.request_s,
                 retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=REQUESTS),
-                allow_delayed_open=True,  # a small object is one request: old or new, never part
+                # A small object is one request: the store has the old or the new one, never a part.
+                allow_delayed_open=True,
                 **_s3_endpoint(),
             )
         case "gs":
+            _keep_from_proxies("CLOUD_STORAGE_EMULATOR_ENDPOINT")
             return fs.GcsFileSystem(
                 anonymous="CLOUD_STORAGE_EMULATOR_ENDPOINT" in os.environ,
                 retry_time_limit=timedelta(seconds=max(1.0, policy.request_s)),
             )
         case "abfss":
+            _keep_from_proxies("AZURE_STORAGE_SERVICE_ENDPOINT")
             account, _, domain = location.host.partition(".dfs.")
             return fs.AzureFileSystem(
                 account,
@@ -106,7 +111,8 @@ def _azure_endpoint(domain: str) -> dict[str, str]:
 
 
 def _endpoint(variable: str) -> tuple[str, str] | None:
-    """Scheme and `host:port` of an address in the environment, None where there is none."""
+    """Returns scheme and `host:port` of an address in the environment; None if the variable is not
+    set."""
     address = os.environ.get(variable)
     if not address:
         return None
@@ -114,13 +120,29 @@ def _endpoint(variable: str) -> tuple[str, str] | None:
     plain = parts.scheme in ("http", "https") and parts.netloc and "@" not in parts.netloc
     if not plain or parts.path.strip("/") or parts.query:
         raise InvalidRequestError(
-            f"the environment's {variable} is no address of the form https://HOST:PORT"
+            f"the environment's {variable} is not an address: set it in the form https://HOST:PORT"
         )
     return parts.scheme, parts.netloc
 
 
+def _keep_from_proxies(variable: str) -> None:
+    """Exempts a store on this machine from the proxies that the environment names.
+
+    Under gs and abfss, libcurl would send requests with their token to such a proxy. Arrow has no
+    setting for that, but libcurl reads `no_proxy` for each request. s3 uses none of these proxies.
+    """
+    try:
+        host = urlsplit(os.environ.get(variable, "")).hostname or ""
+    except ValueError:
+        return
+    exempt = os.environ.get("no_proxy", os.environ.get("NO_PROXY", ""))
+    if stays_here(host) and exempt != "*" and host not in exempt.split(","):
+        os.environ["no_proxy"] = ",".join(filter(None, (exempt, host)))
+
+
 def _azure_key() -> str | None:
-    """The account's key. One that is not base64 would end the whole process inside pyarrow."""
+    """Returns the key of the account; None if it is not set. Refuses a key that is not base64,
+    which would end the whole process inside pyarrow."""
     key = os.environ.get("AZURE_STORAGE_KEY")
     try:
         base64.b64decode(key or "", validate=True)
@@ -139,7 +161,7 @@ def bucket_exists(filesystem: Any, bucket: str) -> bool:
 
 
 def files_below(filesystem: Any, path: str) -> list[Any]:
-    """A `pyarrow.fs.FileInfo` for each object below a folder, at any depth."""
+    """Returns a `pyarrow.fs.FileInfo` for each object below a folder, at any depth."""
     from pyarrow.fs import FileSelector
 
     selector = FileSelector(path, recursive=True, allow_not_found=True)
@@ -147,10 +169,11 @@ def files_below(filesystem: Any, path: str) -> list[Any]:
 
 
 def folders_in(filesystem: Any, path: str) -> list[str]:
-    """Names of the folders directly in a folder."""
+    """Returns the names of the folders directly in a folder."""
     from pyarrow.fs import FileSelector, FileType
 
-    if filesystem.type_name == "gcs":  # arrow shows no folder there that has no object of its own
+    # On gs arrow lists no folder that has no object of its own.
+    if filesystem.type_name == "gcs":
         below = (info.path.removeprefix(f"{path}/") for info in files_below(filesystem, path))
         return list({name.partition("/")[0] for name in below if "/" in name})
     found = filesystem.get_file_info(FileSelector(path, allow_not_found=True))
@@ -161,37 +184,37 @@ def folders_in(filesystem: Any, path: str) -> list[str]:
 
 
 class NoBucketError(OSError):
-    """The bucket was looked for and is not there."""
+    """The error for a bucket that does not exist."""
 
 
 class SizeDiffersError(OSError):
-    """The store holds another number of bytes than it was sent."""
+    """The error for an object whose size in the store differs from what was sent."""
 
 
 class Cause(NamedTuple):
-    """What an error of a store comes down to."""
+    """The meaning of a store's error."""
 
-    reason: str  # a stable name for programs
+    reason: str  # A stable name for programs.
     text: str
     remedy: str
-    may_pass: bool  # whether to try again
+    may_pass: bool  # Whether to try again.
 
 
 NO_BUCKET = Cause(
-    "no_bucket", "there is no such bucket", "create it, which TG-Tinker never does, and", False
+    "no_bucket", "there is no such bucket", "create it (TG-Tinker never does), and", False
 )
 DENIED = Cause(
     "access_denied", "access denied",
-    "check the credentials in the environment of the actors, which must allow to list, read, write"
-    " and delete below the prefix, and", False,
+    "check the credentials in the environment of the actors, which must permit listing, reading,"
+    " writing and deleting below the prefix, and", False,
 )  # fmt: skip
 NO_LIBRARY = Cause(
     "no_library", "libjvm or libhdfs cannot be loaded",
     "install Java and Hadoop, set JAVA_HOME, HADOOP_HOME and CLASSPATH, and", False,
 )  # fmt: skip
 TRUNCATED = Cause(
-    "size_differs", "it holds another number of bytes than it was sent",
-    "check what lies between here and the store, and", True,
+    "size_differs", "it has another number of bytes than it was sent",
+    "check the network and any proxy between here and the store, and", True,
 )  # fmt: skip
 
 _KNOWN = {
@@ -208,16 +231,15 @@ _CODE = re.compile(r"AWS Error (\w+(?: \(HTTP status \d+\))?)|Status\((\w+)|Azur
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What operations of a filesystem raise."""
+    """Returns the exception types that operations of a filesystem raise."""
     from pyarrow import ArrowException
 
     return (OSError, ArrowException)
 
 
 def cause_of(error: BaseException) -> Cause:
-    """Why an operation failed. The error's own text is never repeated: it names URLs, on Azure
-    with the token in them.
-    """
+    """Returns why an operation failed. The error's own text is never repeated: it contains URLs, on
+    Azure with the token."""
     if isinstance(error, NoBucketError):
         return NO_BUCKET
     if isinstance(error, SizeDiffersError):

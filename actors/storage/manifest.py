@@ -1,11 +1,12 @@
-"""What an artifact consists of: a JSON file in clear, authenticated as a whole.
+"""Describes the files of an artifact: JSON in clear, authenticated as a whole.
 
     {"algorithm": ..., "artifact": ..., "commitment": ..., "files": {NAME: {"sha256", "size"}, ...},
      "format": 1, "tag": ..., "tenant": ...}
 
-`commitment` fixes the data key (`envelope.commitment`), sizes and hashes are of the sealed files,
-and `tag` is HMAC-SHA256 over the rest under a key derived from the data key. So who cannot open the
-artifact cannot describe it otherwise: not leave out a file, nor put one of another artifact in.
+`commitment` fixes the data key (`envelope.commitment`). Sizes and hashes are those of the sealed
+files. `tag` is HMAC-SHA256 over the other fields, under a key derived from the data key. Therefore
+somebody who cannot open the artifact cannot describe it differently: for example, leave out a file,
+or insert a file of another artifact.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tg_tinker.storage.envelope import (
 )
 
 DATA_KEY = "data key"
-"""What the context of a wrapped data key has in place of a file's name."""
+"""The text that the context of a wrapped data key has in place of a file name."""
 
 _FIELDS = {"algorithm", "artifact", "commitment", "files", "format", "tag", "tenant"}
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -37,7 +38,7 @@ _MOST_FILES = 1000
 
 @dataclass(frozen=True)
 class SealedFile:
-    """Size in bytes and SHA-256 of a sealed file."""
+    """The size in bytes and the SHA-256 of a sealed file."""
 
     size: int
     sha256: str
@@ -45,7 +46,7 @@ class SealedFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """See the module."""
+    """The description of an artifact's files; see the module."""
 
     tenant: str
     artifact_id: str
@@ -54,27 +55,28 @@ class Manifest:
     tag: str = ""
 
     def to_bytes(self, key: bytes) -> bytes:
-        """The file, with its tag under the data key."""
+        """Returns the content of the manifest file, with the tag under the data key."""
         described = self._described()
         return _canonical(described | {"tag": _tag(key, described)})
 
     def verify(self, key: bytes) -> None:
-        """Raises IntegrityError unless this is the key that it commits to, whose holder made it."""
+        """Raises IntegrityError unless the manifest commits to this data key and was written under
+        it."""
         context = context_of(self.tenant, self.artifact_id, DATA_KEY)
         check_commitment(key, context, bytes.fromhex(self.commitment))
         self.check(key)
 
     def check(self, key: bytes) -> None:
-        """Raises IntegrityError unless the holder of this data key wrote it."""
+        """Raises IntegrityError unless a holder of this data key wrote the manifest."""
         if not hmac.compare_digest(_tag(key, self._described()), self.tag):
             raise self._damaged("it was not written under the artifact's key")
 
     @classmethod
     def parse(cls, content: bytes, tenant: str, artifact_id: str) -> Manifest:
-        """Of this artifact, written exactly as `to_bytes` writes.
+        """Returns the manifest of this artifact from exactly the bytes that `to_bytes` writes.
 
         Raises:
-            IntegrityError: anything else.
+            IntegrityError: The content is anything else.
         """
         try:
             given = json.loads(content)
@@ -89,7 +91,9 @@ class Manifest:
         if not same or not found._well_formed() or given.keys() != _FIELDS:
             raise IntegrityError(f"the manifest of artifact {artifact_id} is damaged")
         if (found.tenant, found.artifact_id) != (tenant, artifact_id):
-            raise IntegrityError(f"the manifest of artifact {artifact_id} is of another one")
+            raise IntegrityError(
+                f"the manifest of artifact {artifact_id} belongs to another artifact"
+            )
         return found
 
     def _well_formed(self) -> bool:

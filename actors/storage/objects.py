@@ -1,7 +1,7 @@
-"""What every store can do, and the local folder that does it.
+"""The interface of every store, and the local folder that implements it.
 
-A store keeps named objects: whole byte strings under names whose components are joined by `/`.
-What the bytes mean, and that they are sealed, is not known here.
+A store keeps named objects: whole byte strings under names whose components are joined by `/`. This
+module does not know what the bytes mean, or that they are sealed.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from tg_tinker.storage.stores import check_name, shown
 
 Piece = bytes | bytearray | memoryview
 Content = bytes | Iterable[Piece]
-"""An object's bytes, whole or in pieces. A piece is used before the next one is asked for."""
+"""The bytes of an object, whole or in pieces. A piece is used before the next one is requested."""
 
 SMALL = 2**20
-"""Bytes. What is given whole and no larger is replaced in one step on every store but `hdfs`."""
+"""Bytes. Content that is given whole and is no larger is replaced in one step on every store but
+`hdfs`."""
 
 
 WRITE_BACK = 32 * 2**20
-"""Bytes of a file on a local disk after which the disk begins to write them."""
+"""Bytes of a file on a local disk after which the system is asked to write them to the disk."""
 
 
 class ObjectInfo(NamedTuple):
@@ -39,68 +40,76 @@ class ObjectInfo(NamedTuple):
 
 
 class Objects(Protocol):
-    """Named objects in one place. Any thread may call; a repeated call does no harm.
+    """Named objects in one location. Any thread may call the methods; a repeated call does no harm.
 
-    Every method raises InvalidRequestError for a name that is none (`check_name`), and
-    StorageError, which says what to do, when the store refuses or does not answer.
+    Every method raises InvalidRequestError for a name that `check_name` refuses. It raises
+    StorageError, which says what to do, when the store fails or does not answer.
     """
 
     def put(self, name: str, content: Content) -> int:
-        """Writes an object durably, and returns its size in bytes, which the store confirmed.
+        """Writes an object durably, and returns its size in bytes, which the store has confirmed.
 
-        An object that exists is replaced: in one step on a local folder, and elsewhere if it is
-        given whole and `SMALL`. What is larger or comes in pieces goes under a name of its own:
-        when it fails, the name is removed as far as possible, and a crash may leave part of it.
-        The pieces are gone through once per attempt; an iterator has one attempt only.
+        An existing object is replaced. The replacement is one step on a local folder, and on other
+        stores if the content is given whole and is at most `SMALL`. Larger content, and content in
+        pieces, must go under a name of its own: after a failure the name is removed as far as
+        possible, and a crash may leave part of the object. Each attempt iterates over the pieces
+        once; an iterator therefore allows one attempt only.
         """
 
     def create(self, name: str, content: bytes) -> bool:
-        """Writes an object unless there is one: False when there is, which stays as it was.
+        """Writes an object unless it exists. Returns False if it exists; that object stays as it
+        was.
 
-        Of several callers at once exactly one wins on a local folder. Elsewhere the library
-        knows no conditional write (apache/arrow#44281): two that look at the same moment both
-        write, and the later one's bytes stay.
+        If several callers create an object at once on a local folder, exactly one of them succeeds.
+        On other stores the library has no conditional write (apache/arrow#44281): two callers that
+        look at the same moment both write, and the bytes of the later one stay.
         """
 
     def read(self, name: str, most: int | None = None) -> bytes:
-        """The content, of which anybody who can write to the store may be the author.
+        """Returns the content, which anybody who can write to the store may have written.
 
         Args:
-            most: bytes that it may have; more are not taken into memory.
+            most: The largest number of bytes allowed. No more than one byte above it is read into
+                memory.
 
         Raises:
-            NotFoundError: there is none.
-            IntegrityError: it is longer than `most`.
+            NotFoundError: The object does not exist.
+            IntegrityError: The object is longer than `most`.
         """
 
     def size(self, name: str) -> int:
-        """Bytes. Raises NotFoundError when there is none."""
+        """Returns the size in bytes. Raises NotFoundError if the object does not exist."""
 
     def list_below(self, folder: str = "") -> list[ObjectInfo]:
-        """All objects below a folder at any depth, by name; none if there is no such folder.
+        """Returns all objects below a folder at any depth, sorted by name; none if the folder does
+        not exist.
 
-        A name that `check_name` refuses, so none of ours, is told as text for a terminal (`shown`).
-        Of a local folder only plain files are objects.
+        A name that `check_name` refuses, and that TG-Tinker therefore never gave, is returned as
+        text that is safe for a terminal (`shown`). In a local folder only plain files are objects.
 
-        On a local folder also what a killed `put` left, or one under way: the last component of
-        such a name begins with a dot, and no other method takes it but `delete` and `delete_all`.
+        In a local folder the list includes what a killed `put` left, or what a running `put`
+        writes. The last component of such a name begins with a dot. Only `delete` and `delete_all`
+        accept such a name.
         """
 
     def list_folders(self, folder: str) -> list[str]:
-        """Names of the folders directly in a folder; none if there is no such folder."""
+        """Returns the names of the folders directly in a folder; none if the folder does not
+        exist."""
 
     def delete(self, name: str) -> None:
-        """Removes an object, or what a killed `put` left; none there is fine."""
+        """Removes an object, or what a killed `put` left of it. Does nothing if the object does not
+        exist."""
 
     def delete_all(self, folder: str) -> None:
-        """Removes all objects below a folder; none there is fine."""
+        """Removes all objects below a folder. Does nothing if there are none."""
 
 
 class LocalFolder:
-    """Objects as files: written hidden, synchronised, renamed, the folder synchronised.
+    """Objects as files: each is written under a hidden name, synchronized and renamed, and then its
+    folder is synchronized.
 
-    Nothing is retried: after a failed fsync the pages may be gone (PostgreSQL, 2018), and a full
-    disk stays full. Folders that it makes have mode 0700.
+    Nothing is retried: after a failed fsync the pages may be lost (PostgreSQL, 2018), and a full
+    disk stays full. New folders have mode 0700.
     """
 
     def __init__(self, root: Path) -> None:
@@ -164,21 +173,23 @@ class LocalFolder:
         return self._below(check_name(name))
 
     def _below(self, name: str) -> Path:
-        """A link could lead out of the store: what is deleted or written would be another's."""
+        """Returns the path of a name. Refuses a symbolic link, which could lead out of the store: a
+        write or a deletion would then hit other files."""
         path = self._root
         for part in name.split("/"):
             path = path / part
             if path.is_symlink():
                 raise StorageError(
-                    f"{path.relative_to(self._root)} in the store is a symbolic link, which nobody"
-                    " here made: it is not followed. Look where it leads, and remove it"
+                    f"{path.relative_to(self._root)} in the store is a symbolic link, which"
+                    " TG-Tinker never makes: it is not followed. Look where it leads, and remove it"
                 )
         return path
 
     def _infos(self, folder: Path) -> Iterator[ObjectInfo]:
         for parent, _, names in os.walk(folder, onerror=_unless_gone):
             for path in (Path(parent) / name for name in names):
-                with suppress(FileNotFoundError):  # deleted or renamed meanwhile
+                # The file may be deleted or renamed meanwhile.
+                with suppress(FileNotFoundError):
                     state = path.lstat()
                     if stat.S_ISREG(state.st_mode):
                         name = shown(path.relative_to(self._root).as_posix())
@@ -187,7 +198,8 @@ class LocalFolder:
 
     @contextmanager
     def _written(self, path: Path, content: Content) -> Iterator[tuple[Path, int]]:
-        """A hidden, durable file beside `path` and its size; gone afterwards unless renamed."""
+        """Yields a hidden, durable file beside `path`, and its size. The file is removed afterwards
+        unless it was renamed."""
         _make_folder(path.parent)
         partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         size = begun = 0
@@ -206,40 +218,45 @@ class LocalFolder:
 
 
 def _begin_write_back(descriptor: int, start: int, length: int) -> None:
-    """Has the system write what is in its cache while the next pieces are made, not at fsync only.
+    """Asks the system to write its cache to the disk while the next pieces are made, and not only
+    at fsync.
 
-    Linux then drops from the cache what is written already: a saved file is rarely read soon.
+    Linux then drops from its cache what is already written, because a saved file is rarely read
+    soon.
     """
-    with suppress(OSError, AttributeError):  # a hint; macOS has none
+    # It is only a hint, which macOS does not have.
+    with suppress(OSError, AttributeError):
         os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
 
 
 def _opened(path: Path) -> BinaryIO:
-    """A file to read; what was put in its place waits for no writer."""
+    """Opens a file for reading. If a pipe has replaced the file, opening does not wait for a
+    writer."""
     _refuse_special(path.stat())
     return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
 
 
 def _refuse_special(state: os.stat_result) -> None:
-    """A folder, a pipe, a socket or a device, which may have no end, is no object."""
+    """Refuses a folder, a pipe, a socket or a device as an object: reading a device may never
+    end."""
     if not stat.S_ISREG(state.st_mode):
         raise FileNotFoundError
 
 
 def within(content: bytes, name: str, most: int | None) -> bytes:
-    """The content itself. Raises IntegrityError where it is longer than it may be."""
+    """Returns the content itself. Raises IntegrityError if it is longer than `most` bytes."""
     if most is not None and len(content) > most:
         raise IntegrityError(
-            f"{name} in the store is longer than what was put there ({most} bytes at most): put"
-            " its backup back, or remove it"
+            f"{name} in the store is longer than what was put there ({most} bytes at most):"
+            " restore its backup, or remove it"
         )
     return content
 
 
 def intended(name: str) -> str:
-    """The object that a `put` was about to write, of what it left when it was killed (`.NAME.x` on
-    a local folder, `NAME.x` on Azure, x being 8 hex digits). Any other name is itself.
-    """
+    """Returns the name of the object that a killed `put` was about to write. The `put` has left
+    `.NAME.x` in a local folder, or `NAME.x` on Azure, where x is 8 hex digits. Any other name is
+    returned as it is."""
     folder, slash, last = name.rpartition("/")
     partial = re.fullmatch(r"\.?(.+)\.[0-9a-f]{8}", last)
     return f"{folder}{slash}{partial[1]}" if partial else name
@@ -250,7 +267,7 @@ def pieces_of(content: Content) -> Iterable[Piece]:
 
 
 def _make_folder(path: Path) -> None:
-    """Each new folder is made durable in the one above it."""
+    """Makes a folder and those above it. Each new folder is made durable in its parent."""
     if not path.is_dir():
         _make_folder(path.parent)
         path.mkdir(mode=0o700, exist_ok=True)
@@ -264,7 +281,7 @@ def _unless_gone(error: OSError) -> None:
 
 @contextmanager
 def _typed(action: str, name: str) -> Iterator[None]:
-    """Errors of the disk become ours, without the paths of this machine."""
+    """Turns errors of the disk into typed errors without the paths of this machine."""
     try:
         yield
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:

@@ -1,13 +1,13 @@
-"""The actor of a run: its order, its operations, what it saves.
+"""Holds the training actor of a run: the order of calls, the operations and the saves.
 
-- actor.py: the Ray shell, which owns the run's CPUs and GPUs. Start here.
-- call_journal.py: calls in order, repeats, cancellation; it knows no operation.
-- worker.py: the operations of one run, a plain class.
-- place.py: whose run it is, and where it saves.
-- saving.py: saves: begun, carried into the store, made by themselves.
-- step_notes.py: what the registry is told of each step.
-- storage_actor.py: the actor that carries artifacts into the store.
-- warm_process.py: a process kept warm for the next run.
+- actor.py: the Ray actor, which owns the CPUs and GPUs of the run. Start here.
+- call_journal.py: the order of calls, repeats and cancellation; it knows no operation.
+- worker.py: the operations of one run, in a plain class.
+- place.py: the tenant, run and epoch of an actor, and where it saves.
+- saving.py: saves that a client asks for, and automatic saves.
+- step_notes.py: reports each step to the registry.
+- storage_actor.py: the actor that writes artifacts into the store.
+- warm_process.py: a process that is kept warm for the next run.
 
-It imports all of `actors` but the operations, which do not import it either.
+The package imports all of `actors` except the operations, which do not import this package either.
 """

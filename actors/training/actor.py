@@ -1,8 +1,9 @@
-"""The Ray shell of one training client: it owns the client's CPUs and GPUs for as long as it lives.
+"""Runs one training client in a Ray actor, which owns its CPUs and GPUs while it lives.
 
-Training calls run one at a time in the order they were sent. The control group answers beside
-them at once: counters, the journal, the list of cancelled calls. What waits for a step to end has
-a group of its own, copies of the weights among it: an actor whose control group is taken is silent.
+Training calls run one at a time, in the order in which they were sent. Meanwhile the control group
+answers at once: counters, the journal, the list of canceled calls. Methods that wait for a step to
+end, such as copies of the weights, have groups of their own: an actor whose control group is busy
+does not answer.
 """
 
 from __future__ import annotations
@@ -36,15 +37,19 @@ if TYPE_CHECKING:
     from actors.training.worker import Worker
 
 PIECE = 8 * 2**20
-"""Bytes of an object of a sealed file: to hand over smaller ones costs more than to seal them."""
+"""Bytes per object of a sealed file: the transfer of smaller objects costs more than sealing."""
 
 SETTLE_S = 30.0
-"""How long a client that closes waits for the registry to hear of its last step, and for the store
-to take the ledger's head."""
+"""Seconds that a closing client waits for the registry to record its last step.
+
+It waits as long again for the store to take the head of the ledger.
+"""
 
 IDLE_S = 10.0
-"""Without a call for so long, memory is handed back; the next step takes a tenth more. Longer than
-most loops take to prepare a batch."""
+"""Seconds without a call after which the actor releases memory; the next step takes 10 % longer.
+
+This is longer than most loops take to prepare a batch.
+"""
 
 _control = ray.method(concurrency_group="control")
 _weights = ray.method(concurrency_group="weights")
@@ -57,7 +62,7 @@ _sealing = ray.method(concurrency_group="sealing")
     concurrency_groups={"control": 4, "answers": 4, "weights": 4, "sealing": 4, "saved": 16},
 )
 class TrainingActor:
-    """See the module. `load` comes first; everything else is refused until it has returned."""
+    """The Ray actor of one run; see the module. Until `load` returns, operations are refused."""
 
     def __init__(
         self, namespace: str, tenant: str, run_id: str, epoch: int, config: str, store: str,
@@ -82,13 +87,15 @@ class TrainingActor:
     # --- training, in order ------------------------------------------------------------------
 
     def load(self) -> bytes:
-        """Loads the model, and the artifact that a lost run comes back from; the reply is a
-        `ModelInfo`."""
+        """Loads the model, and the artifact that a lost run is restored from.
+
+        Returns a sealed reply with a `ModelInfo`.
+        """
         self._loading = reply_of(self._load)
         return seal_payload(self._key, self._loading)
 
     def call(self, sealed: bytes) -> bytes:
-        """One sealed `Request` in, one sealed `Reply` out."""
+        """Runs one sealed `Request` and returns a sealed `Reply`."""
         request: Request = open_payload(self._key, sealed)
         self._used = time.monotonic()
         reply = self._calls.run(request, self._run)
@@ -105,12 +112,12 @@ class TrainingActor:
 
     @_control
     def progress(self, heard: int) -> list[str]:
-        """What was said of loading after the first `heard` remarks."""
+        """Returns the messages about loading, without the first `heard` messages."""
         return self._said[heard:]
 
     @_control
     def description(self) -> bytes | None:
-        """What `load` answered, for a second client of the same run; None while loading."""
+        """Returns the reply of `load`, for a second client of the same run; None while loading."""
         self._used = time.monotonic()
         return None if self._loading is None else seal_payload(self._key, self._loading)
 
@@ -128,19 +135,19 @@ class TrainingActor:
 
     @_weights
     def snapshot(self, name: str) -> bytes:
-        """Weights that the operation `snapshot` kept, for a sampler: into the object store."""
+        """Returns the sealed weights that the operation `snapshot` kept, for a sampler."""
         self._used = time.monotonic()
         return self._answered(reply_of(lambda: self._ready_worker().taken(name)))
 
     @_weights
     def latest(self) -> bytes:
-        """A `SnapshotRef` of the weights after the last completed step."""
+        """Returns a sealed `SnapshotRef` of the weights after the last completed step."""
         self._used = time.monotonic()
         return self._answered(reply_of(lambda: self._ready_worker().latest()))
 
     @_sealing
     def sealed_file(self, artifact_id: str, name: str) -> Iterator[bytes]:
-        """A file that is being saved, sealed, for the storage actor."""
+        """Yields a file that is being saved, sealed and in pieces, for the storage actor."""
         joined = bytearray()
         for part in self._ready_worker().saver.drafts[artifact_id].parts(name):
             joined += part
@@ -151,22 +158,25 @@ class TrainingActor:
 
     @_sealing
     def manifest(self, artifact_id: str) -> bytes:
-        """Of a draft whose files were all read."""
+        """Returns the manifest of a draft. All files of the draft must have been read before."""
         return self._ready_worker().saver.drafts[artifact_id].manifest()
 
     @ray.method(concurrency_group="saved")
     def saved(self, request_id: str) -> bytes:
-        """Waits until a call of `save_state` is durable; the reply is a `SaveStateResult`."""
+        """Waits until a call of `save_state` is durable; returns a sealed `SaveStateResult`."""
         begun = self._calls.wait(request_id)
         return self._answered(reply_of(lambda: self._saved(begun)))
 
     @_weights
     def settle(self) -> bool:
-        """Returns once the registry has heard of the last completed step, and the store has the
-        ledger's head; false where the registry has not."""
+        """Waits until the registry has the last completed step and the store the ledger's head.
+
+        Returns False if the registry has not recorded the step in time.
+        """
         told = self._notes.settle(SETTLE_S)
         if self._worker is not None and self._worker.heads is not None:
-            with suppress(TGTinkerError, TimeoutError):  # the run ends well without
+            # A run can end without a head in the store.
+            with suppress(TGTinkerError, TimeoutError):
                 self._worker.heads.keep(SETTLE_S)
         return told
 
@@ -176,12 +186,15 @@ class TrainingActor:
 
     @ray.method(concurrency_group="answers")
     def stored(self, request_id: str) -> bytes | None:
-        """The reply to a call whose answer was lost on the way, if it is still remembered."""
+        """Returns the stored reply to a call whose answer was lost.
+
+        Returns None if there is no stored reply, or if the save that the call started is not done.
+        """
         reply = self._calls.stored(request_id)
         if reply is not None and isinstance(reply.value, Saving):
             begun = reply
             reply = reply_of(lambda: self._saved(begun, wait=False))
-            if reply == Reply():  # it goes on
+            if reply == Reply():  # The save is not done.
                 return None
         return None if reply is None else self._answered(reply)
 
@@ -194,27 +207,36 @@ class TrainingActor:
         self._refuse_replaced()
         if request.operation == "park" and not self._notes.settle(SETTLE_S):
             raise StorageError(
-                "the registry could not be told of the last steps, so the run is not parked: the"
-                " notes of them would end with its actor. See that its database takes changes"
+                "the registry has not recorded the last steps, so the run is not parked: its actor"
+                " would end before they are recorded. Check that the registry's database accepts"
+                " changes, then park again"
             )
         try:
             return worker.run(request, check_cancelled)
         finally:
             if request.operation in ("optim_step", "load_state"):
-                self._record()  # before it asks: a step that is known already gets no row
+                # Before the reply is sent: `ask` would make the step known to the registry, and a
+                # known step gets no row.
+                self._record()
 
     def _answered(self, reply: Reply) -> bytes:
-        """A reply that was just made or found, sealed; once another actor has the run, none of this
-        one: it may have been frozen meanwhile, or ever since."""
+        """Returns the reply, sealed, or a refusal if another actor has taken over the run.
+
+        This actor may have been frozen since the reply was made, or before.
+        """
         refusal = reply_of(self._refuse_replaced)
         return seal_payload(self._key, reply if refusal.error is None else refusal)
 
     def _refuse_replaced(self) -> None:
-        if self._worker is None or self._worker.parked:  # what it gave up by itself stays true
+        # The replies of a run that parked itself stay valid.
+        if self._worker is None or self._worker.parked:
             return
         self._notes.ask()
         if self._notes.replaced:
-            raise ActorLostError(f"this actor (epoch {self._epoch}) was replaced by a newer one")
+            raise ActorLostError(
+                f"this actor (epoch {self._epoch}) was replaced by a newer one: get a new client"
+                " with service.get_training_client"
+            )
 
     def _load(self) -> Any:
         self._set_progress("importing torch and transformers")
@@ -234,10 +256,12 @@ class TrainingActor:
         if self._resume is not None:
             self._set_progress(f"loading artifact {self._resume}")
             loaded = worker.load_state(lambda: None, self._resume)
-            info = replace(info, warnings=loaded.warnings)
-        if self._epoch > 1:  # it may be behind the last one
+            info = replace(info, warnings=(*info.warnings, *loaded.warnings))
+        # A restored run may be behind the last step that the registry knows.
+        if self._epoch > 1:
             self._notes.note(worker.session.step, worker.status)
-        self._worker = worker  # now, so that nobody samples from the beginning meanwhile
+        # Set after the artifact is loaded, so that nobody samples from the initial weights.
+        self._worker = worker
         if parsed.resources.park_after_minutes is not None:
             after_s = 60 * parsed.resources.park_after_minutes
             self._used = time.monotonic()
@@ -248,8 +272,7 @@ class TrainingActor:
         return info
 
     def _while_idle(self) -> None:
-        """Hands memory that the last calls have freed back to the system, for other clients. Tells
-        the registry again what it has refused."""
+        """Returns freed memory to the system for other clients, and sends refused notes again."""
         from actors.engine.memory import give_back
 
         warm_process.leave_spare()
@@ -263,7 +286,7 @@ class TrainingActor:
                 given_back = used
 
     def _park_when_idle(self, after_s: float) -> None:
-        """Sends `park` to itself, in line with the calls of others; refused, it tries later."""
+        """Sends `park` to this actor, in order with the calls of clients; retries if refused."""
         myself = ray.get_runtime_context().current_actor
         for number in itertools.count():
             while (left := self._used + after_s - time.monotonic()) > 0:
@@ -281,17 +304,20 @@ class TrainingActor:
 
     def _ready_worker(self) -> Worker:
         if self._worker is None:
-            raise ServiceError("the model is not loaded: the client's creation failed or goes on")
+            raise ServiceError(
+                "the model is not loaded: wait until the client is created, or create it again if"
+                " the creation failed"
+            )
         return self._worker
 
     def _with_head(self, reply: Reply) -> Reply:
-        """The reply, with the head of the ledger for the client to keep."""
+        """Returns the reply with the newest head of the ledger, for the client to keep."""
         if self._worker is None or self._worker.heads is None:
             return reply
         return replace(reply, ledger_head=self._worker.heads.newest)
 
     def _record(self) -> None:
-        """Tells the registry how far the run is, without waiting for it."""
+        """Reports the progress of the run to the registry, without waiting for the registry."""
         worker = self._ready_worker()
         self._notes.note(worker.session.step, worker.status, worker.take_step())
 
@@ -300,11 +326,11 @@ def start(
     namespace: str, tenant: str, run_id: str, epoch: int, config: str, store: str, home: str,
     registry: Any, capability: bytes, resume: str | None, resources: ResourceConfig,
 ) -> Any:  # fmt: skip
-    """A new training actor under the run's name and epoch.
+    """Starts and returns a training actor under the name and epoch of the run.
 
     Args:
-        capability: sealed: Ray keeps arguments in clear.
-        resume: the artifact to come back from; None is the beginning of the run.
+        capability: the capability, sealed because Ray keeps arguments in plaintext.
+        resume: the artifact to restore from; None starts the run from the beginning.
     """
     return TrainingActor.options(  # type: ignore[attr-defined]
         name=f"{run_id}@{epoch}",

@@ -1,6 +1,6 @@
-"""Calls of one actor: their order, their repeats, their cancellation.
+"""Keeps the calls of one actor in order, answers repeats and records cancellations.
 
-It knows no operation; what becomes of a call is up to the function that it is run with.
+The journal knows no operation. The function that is passed to `CallJournal.run` does the work.
 """
 
 from __future__ import annotations
@@ -15,37 +15,46 @@ from tg_tinker.cluster.messages import NOT_YET, OUT_OF_TURN, Reply, Request
 from tg_tinker.errors import ActorLostError, FutureCancelledError, ServiceError
 
 PATIENCE_S = 60.0
-"""How long a call is waited for, before it is asked for again. Its client may have ended before it
-sent it again, or it was refused; and a thread waits."""
+"""How long `wait` waits for a call that has not arrived; after that the client asks again.
+
+The call may never arrive: its client may have ended, or the call was refused. A thread of the actor
+waits meanwhile.
+"""
 
 Check = Callable[[], None]
 Run = Callable[[Request, Check], Any]
 
 KEPT_REPLIES = 2000
-"""Of one client object; more than the calls that may wait on it: nothing pending is forgotten
-because another one is busy."""
+"""Replies that are kept for each client object.
+
+The number exceeds the calls that may be pending on one client object. So no pending reply is
+forgotten because another client is busy.
+"""
 
 KEPT_HANDLES = 64
-"""Client objects whose replies are kept: those that have called last."""
+"""The number of client objects whose replies are kept: those that called most recently."""
 
 
 class CallJournal:
-    """Runs each request once; a repeat gets the stored reply.
+    """A journal that runs each request once and answers a repeat with the stored reply.
 
-    `run` and `admit` belong to the training thread. `cancel` and `stored` may be called from any
-    thread meanwhile.
+    Only the training thread calls `run` and `admit`. Any thread may call `cancel`, `wait` and
+    `stored` at the same time.
     """
 
     def __init__(self, epoch: int) -> None:
         self._epoch = epoch
-        self._next: dict[str, int] = {}  # never forgotten, or an old call would be run again
+        # The next sequence number of each handle. If one were forgotten, an old call would run
+        # again.
+        self._next: dict[str, int] = {}
         self._replies: dict[str, Reply] = {}
-        self._kept: OrderedDict[str, deque[str]] = OrderedDict()  # request ids of each handle
+        # The request ids of each handle.
+        self._kept: OrderedDict[str, deque[str]] = OrderedDict()
         self._cancelled: OrderedDict[str, None] = OrderedDict()
         self._replied = threading.Condition()
 
     def run(self, request: Request, work: Run) -> Reply:
-        """The reply to a request, from `work` or, for a repeat, from memory."""
+        """Returns the reply to a request, from `work` or, for a repeat, from memory."""
         known = self._replies.get(request.request_id)
         if known is not None:
             return known
@@ -63,7 +72,12 @@ class CallJournal:
         return reply
 
     def admit(self, request: Request) -> None:
-        """Refuses a call of another epoch, and one whose predecessor has not arrived yet."""
+        """Checks the epoch and the sequence number of a call, and expects the next number.
+
+        Raises:
+            ActorLostError: the call belongs to another epoch.
+            ServiceError: an earlier call of the same handle has not arrived.
+        """
         if request.epoch != self._epoch:
             raise ActorLostError(
                 f"this client belongs to epoch {request.epoch}, the actor to {self._epoch}: get a"
@@ -72,15 +86,15 @@ class CallJournal:
         expected = self._next.get(request.handle, 0)
         if request.sequence != expected:
             raise ServiceError(
-                f"call {request.sequence} of this client arrived where {expected} was due: an"
-                " earlier call was lost; get a new client with service.get_training_client",
+                f"call {request.sequence} of this client arrived where {expected} was due, so an"
+                " earlier call was lost: get a new client with service.get_training_client",
                 code=OUT_OF_TURN,
                 details={"due": expected},
             )
         self._next[request.handle] = expected + 1
 
     def cancel(self, request_id: str) -> bool:
-        """Asks a call to stop; false if it has answered already."""
+        """Requests that a call stops; returns False if the call is answered already."""
         if request_id in self._replies:
             return False
         self._cancelled[request_id] = None
@@ -90,10 +104,10 @@ class CallJournal:
 
     def check_cancelled(self, request_id: str) -> None:
         if request_id in self._cancelled:
-            raise FutureCancelledError("the call was cancelled before it changed anything")
+            raise FutureCancelledError("the call was canceled before it changed anything")
 
     def wait(self, request_id: str, timeout_s: float = PATIENCE_S) -> Reply:
-        """The reply to a request that has arrived or will; an error once it has not for so long."""
+        """Waits for a request and returns its reply; after `timeout_s`, returns an error reply."""
         with self._replied:
             if self._replied.wait_for(lambda: request_id in self._replies, timeout_s):
                 return self._replies[request_id]
@@ -116,4 +130,4 @@ class CallJournal:
 
 
 def _not_yet(request_id: str) -> None:
-    raise ServiceError(f"call {request_id} has not come yet: ask again", code=NOT_YET)
+    raise ServiceError(f"call {request_id} has not arrived yet: ask again", code=NOT_YET)

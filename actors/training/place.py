@@ -1,4 +1,4 @@
-"""Which run a training actor has, where its things lie, and what lets it have data keys."""
+"""Describes the run of a training actor, its locations, and its right to data keys."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from actors.storage.capabilities import Capability
 
 @dataclass(frozen=True)
 class Place:
-    """Of one run under one epoch.
+    """The identity and the locations of one run under one epoch.
 
     Attributes:
-        store: where its artifacts lie.
-        model_cache: where converted base models lie.
-        capability: what the registry gives data keys for.
+        store: the location of the run's artifacts.
+        model_cache: the folder of converted base models.
+        capability: what the actor shows to the registry to get data keys.
     """
 
     tenant: str
@@ -27,5 +27,5 @@ class Place:
 
     @property
     def actor(self) -> str:
-        """The actor by name, as records have it."""
+        """The name of the actor in records, ``RUN@EPOCH``."""
         return f"{self.run_id}@{self.epoch}"

@@ -1,7 +1,7 @@
-"""States of a run on their way to artifacts: those asked for, and those that a run saves by itself.
+"""Turns states of a run into artifacts: saves that a client asks for, and automatic saves.
 
-Training waits for the copy of its state only; sealing, storing and entering it go on beside. What
-an artifact is made of is up to `actors.artifacts.publish`, what a state is to the engine.
+Training waits only until its state is copied. Sealing, storing and registering the copy run beside
+training. `actors.artifacts.publish` defines the artifact; the engine defines the state.
 """
 
 from __future__ import annotations
@@ -31,14 +31,17 @@ from tg_tinker.storage.envelope import Buffer
 from tg_tinker.types import ArtifactQuery, SaveStateResult
 
 MOST_COPIES = 2
-"""States that are copied and not saved yet: the next save waits, and training with it."""
+"""The maximum number of states that are copied but not saved yet.
+
+A further save that a client asks for waits, and training waits with it.
+"""
 
 KEPT_SAVES = 64
-"""Outcomes of saves that can be asked for."""
+"""The number of saves whose outcome is kept."""
 
 
 class Schedule:
-    """Says after which steps a run saves itself."""
+    """The schedule of automatic saves."""
 
     def __init__(
         self, config: CheckpointConfig, clock: Callable[[], float] = time.monotonic
@@ -49,11 +52,11 @@ class Schedule:
         self.begin_at(0)
 
     def begin_at(self, step: int) -> None:
-        """The state of this step was just saved, or loaded: the next one is counted from it."""
+        """Counts to the next automatic save from this step, which was just saved or loaded."""
         self._step, self._time = step, self._clock()
 
     def due(self, step: int) -> bool:
-        """Whether to save after this step."""
+        """Returns whether to save after this step."""
         by_steps = self._steps is not None and step - self._step >= self._steps
         return by_steps or (
             self._seconds is not None and self._clock() - self._time >= self._seconds
@@ -61,13 +64,13 @@ class Schedule:
 
 
 class Saver:
-    """Saves the states of one run, in the order in which it was asked.
+    """A queue that saves the states of one run in the order of the calls.
 
-    `begin`, `after_step` and `begin_at` belong to the training thread, all else to any.
+    The training thread calls `begin`, `after_step` and `begin_at`; any thread may call the rest.
 
     Attributes:
-        drafts: states that are being saved, by artifact id; their files are read from here.
-        problem: of the last automatic save; empty once one has succeeded.
+        drafts: states that are being saved, by artifact id; the storage actor reads their files.
+        problem: the error of the last automatic save; empty once an automatic save has succeeded.
     """
 
     def __init__(
@@ -83,7 +86,8 @@ class Saver:
         self._keep = config.keep
         self._write = write
         self._schedule = Schedule(config)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saving")  # in the order of calls
+        # One thread, so that saves run in the order of the calls.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saving")
         self._saves: OrderedDict[str, Future[SaveStateResult]] = OrderedDict()
         self._copies = threading.Semaphore(MOST_COPIES)
 
@@ -91,15 +95,18 @@ class Saver:
         self, session: Session, include_optimizer: bool, metadata: dict[str, Any],
         labels: Mapping[str, str] | None = None,
     ) -> Saving:  # fmt: skip
-        """Copies the state and goes on; waits while as many copies as may be in memory are on
-        their way already."""
+        """Copies the state, starts to save the copy and returns.
+
+        Waits for an earlier save while memory already holds `MOST_COPIES` copies.
+        """
         self._copies.acquire()
         try:
             state = session.live_state(include_optimizer)
             checkpoint = Checkpoint(state, metadata, datetime.now(UTC))
             files, shown = to_files(checkpoint), self._place.capability
             draft = Draft(self._registry, self._store, shown, files)
-            self.drafts[draft.artifact_id] = draft  # before the thread may look for it
+            # Before the thread starts, because it looks for the draft.
+            self.drafts[draft.artifact_id] = draft
             saving = self._thread.submit(self._publish, draft, checkpoint, labels)
         except BaseException:
             self._copies.release()
@@ -111,11 +118,16 @@ class Saver:
         return Saving(draft.artifact_id)
 
     def outcome(self, saving: Saving, wait: bool = True) -> SaveStateResult | None:
-        """What became of a save; None while it goes on, unless told to wait."""
+        """Returns the outcome of a save; waits for it, or returns None while the save runs.
+
+        Raises:
+            NotFoundError: the outcome is no longer kept.
+            TGTinkerError: the save failed with this error.
+        """
         found = self._saves.get(saving.artifact_id)
         if found is None:
             raise NotFoundError(
-                f"it is not known any more whether {saving.artifact_id} was saved: see"
+                f"the outcome of saving {saving.artifact_id} is no longer kept: see"
                 " service.list_artifacts()"
             )
         return found.result() if wait or found.done() else None
@@ -123,12 +135,15 @@ class Saver:
     # --- by itself ---------------------------------------------------------------------------
 
     def begin_at(self, step: int) -> None:
-        """The state of this step was loaded: the next automatic save is counted from it."""
+        """Counts to the next automatic save from this step, whose state was loaded."""
         self._schedule.begin_at(step)
 
     def after_step(self, session: Session) -> None:
-        """Saves if that is due: all but the copy goes on beside training, and no step waits for it
-        or fails with it."""
+        """Makes an automatic save if one is due.
+
+        Everything except the copy runs beside training. No step waits for an automatic save or
+        fails with it.
+        """
         if not self._schedule.due(session.step) or not self._copies.acquire(blocking=False):
             return
         step = session.step
@@ -144,8 +159,10 @@ class Saver:
             saving.add_done_callback(lambda _: self._copies.release())
 
     def prune(self) -> None:
-        """Deletes what the run saved by itself beyond the newest ones to keep. Artifacts that were
-        given other labels since are not among them."""
+        """Deletes the automatic saves of the run, except for the newest ones to keep.
+
+        Artifacts whose automatic label was replaced are not deleted.
+        """
         place, (label,) = self._place, AUTOMATIC.items()
         query = ArtifactQuery(run=place.run_id, label=label)
         for info in self._registry.catalogue.find(place.tenant, query)[: -self._keep]:
@@ -163,23 +180,26 @@ class Saver:
 
     @contextmanager
     def _beside_training(self, step: int) -> Iterator[None]:
-        """Around an automatic checkpoint: what fails, be it memory, is a warning of a later step.
-        This one was made and paid for."""
+        """Turns a failure of an automatic checkpoint, even of memory, into a warning.
+
+        A later step returns the warning. The present step does not fail: it was made and paid for.
+        """
         try:
             yield
         except Exception as error:
             said = error.message if isinstance(error, TGTinkerError) else type(error).__name__
             self.problem = (
-                f"the automatic checkpoint of step {step} failed, training goes on: {said}"
+                f"the automatic checkpoint of step {step} failed, training continues: {said}"
             )
 
     def _publish(
         self, draft: Draft, checkpoint: Checkpoint, labels: Mapping[str, str] | None = None
     ) -> SaveStateResult:
-        """Seals, stores and enters it, beside training."""
+        """Seals, stores and registers an artifact, beside training."""
         place, state = self._place, checkpoint.state
         try:
-            if self._heads is not None:  # first: what an artifact was saved under is on record
+            # First, so that the store has the ledger head that the artifact was saved under.
+            if self._heads is not None:
                 self._heads.keep()
             size, encryption = publish(
                 self._registry, self._store, draft, run_id=place.run_id, epoch=place.epoch,
@@ -187,7 +207,7 @@ class Saver:
                 write=self._write,
             )  # fmt: skip
         finally:
-            del self.drafts[draft.artifact_id]  # and the copy with it
+            del self.drafts[draft.artifact_id]  # This also releases the copy.
         return SaveStateResult(
             draft.artifact_id, size, encryption, checkpoint.metadata, checkpoint.timestamp
         )

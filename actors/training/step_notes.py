@@ -1,7 +1,7 @@
-"""What a training actor tells the registry of its run: each step once, in order, beside training.
+"""Reports the steps of a run to the registry: each step once, in order, beside training.
 
-No answer waits for it, except after a silence. While the registry or its database refuses, what it
-has not heard waits here, and is told before anything newer.
+No reply to a client waits for these reports, except after a silence of the registry. While the
+registry or its database refuses, the notes wait here. They are sent before any newer note.
 """
 
 from __future__ import annotations
@@ -14,19 +14,23 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 
 StepCalls = list[tuple[str, str]]
-"""(batch hash, gradient hash) of each call of a step."""
+"""The (batch hash, gradient hash) of each call of a step."""
 
 MOST_WAITING = 4000
-"""Notes that are kept until the registry takes them. Only a run without privacy gets so far: where
-the database refuses, nothing can be charged."""
+"""The number of notes that are kept until the registry takes them.
+
+Only a run without privacy reaches it: while the database refuses, no step can be charged.
+"""
 
 ASK_AFTER_S = 10.0
-"""Without an answer of the registry, after which an actor asks whether it still has its run. Less
-than the silence after which another takes the run over (`Cluster.silent_s`): who was frozen for so
-long asks."""
+"""Seconds without an answer of the registry after which an actor asks whether it still has its run.
+
+The value is below the silence after which another actor takes the run over (`Cluster.silent_s`). So
+an actor that was frozen for that long asks before it continues.
+"""
 
 ANSWER_S = 5.0
-"""How long it waits to be told, twice. A registry that says nothing ends no training."""
+"""Seconds to wait for each of two answers. A registry that does not answer ends no training."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,10 @@ class _Note:
 
 
 class StepNotes:
-    """Notes of one actor. `note` belongs to the training thread, all else to any.
+    """The notes of one actor. The training thread calls `note`; any thread may call the rest.
 
     Attributes:
-        replaced: the registry has said that another actor has the run.
+        replaced: whether the registry has reported that another actor has the run.
     """
 
     def __init__(self, record: Callable[[int, str, StepCalls | None, int], bool]) -> None:
@@ -51,21 +55,23 @@ class StepNotes:
         """
         self.replaced = False
         self._record = record
-        # Of the last question with an answer. The clock goes on while the process is stopped.
+        # The time of the last request that was answered. The clock runs while the process is
+        # stopped.
         self._asked = time.monotonic()
         self._newest = _Note(0, "active", None)
         self._waiting: deque[_Note] = deque()
         self._told = 0
-        self._ends = threading.Lock()  # of the queue: both are moved
+        # Guards both ends of the queue.
+        self._ends = threading.Lock()
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="noting")
         self._sent: Future[None] = Future()
         self._sent.set_result(None)
 
     def note(self, step: int, status: str, calls: StepCalls | None = None) -> None:
-        """Tells how far the run is, after what waits.
+        """Queues a note of the run's progress behind the waiting notes, and starts to send them.
 
         Args:
-            calls: of the step that was just completed; None where no step was made.
+            calls: the hashes of the step that was just completed; None if no step was made.
         """
         with self._ends:
             self._newest = _Note(step, status, calls)
@@ -73,33 +79,38 @@ class StepNotes:
         self.send()
 
     def ask(self) -> None:
-        """Brings `replaced` up to date if the registry has answered nothing lately."""
-        for _ in range(2):  # what comes first may be an answer from before a freeze
+        """Updates `replaced` if the registry has not answered for `ASK_AFTER_S`."""
+        # Twice, because the first answer may be one from before a freeze.
+        for _ in range(2):
             if time.monotonic() - self._asked <= ASK_AFTER_S:
                 return
-            with self._ends:  # not how far the run is now: a step that is known gets no row
+            # Repeats the newest note. A note of the present step would make the step known to the
+            # registry, and a known step gets no row.
+            with self._ends:
                 self._append(replace(self._newest, calls=None))
             self.send()
             wait([self._sent], ANSWER_S)
-        self._asked = time.monotonic()  # given up: training goes on until the next silence
+        # Without an answer, training continues until the next silence.
+        self._asked = time.monotonic()
 
     def send(self) -> None:
-        """Tries to tell what waits. A try that has not begun yet will tell it all."""
+        """Starts to send the waiting notes, unless an attempt that has not begun will send them."""
         if self._sent.running() or self._sent.done():
             self._sent = self._sender.submit(self._send)
 
     def settle(self, timeout_s: float) -> bool:
-        """Tries once more; whether the registry has heard of everything that waits now by then."""
+        """Tries once more, and returns whether the registry has taken all notes that wait now."""
         with self._ends:
             due = self._told + len(self._waiting)
         self.send()
         wait([self._sent], timeout_s)
-        return self._told >= due or not self._waiting  # others may have come meanwhile
+        # Newer notes may have been added meanwhile.
+        return self._told >= due or not self._waiting
 
     def _append(self, note: _Note) -> None:
         last = self._waiting[-1] if self._waiting else None
         if last is not None and note.calls is None and _place(last) == _place(note):
-            return  # calls that fail change nothing, and there may be any number of them
+            return  # Calls that fail change nothing, and there may be any number of these calls.
         full = len(self._waiting) >= MOST_WAITING
         if full and last is not None and None not in (last.calls, note.calls):
             self._waiting.pop()
@@ -107,9 +118,10 @@ class StepNotes:
         self._waiting.append(note)
 
     def _send(self) -> None:
-        """Tells what waits until something is refused, which then stays the first."""
+        """Sends the waiting notes in order; a note that is refused stays first in the queue."""
         while self._waiting:
-            first, asked = self._waiting[0], time.monotonic()  # before: a freeze from now on counts
+            # The time is taken before the request, so that a freeze from now on counts.
+            first, asked = self._waiting[0], time.monotonic()
             newest = self._record(first.step, first.status, first.calls, first.left_out)
             with self._ends:
                 self._waiting.popleft()
@@ -117,7 +129,8 @@ class StepNotes:
                 if not newest:
                     self.replaced = True
                     self._waiting.clear()
-            self._asked = asked  # last: who sees it fresh looks at `replaced`
+            # Last, because a thread that sees a recent time relies on `replaced`.
+            self._asked = asked
 
 
 def _place(note: _Note) -> tuple[int, str]:

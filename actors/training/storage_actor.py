@@ -1,7 +1,8 @@
-"""Carries artifacts from training actors into the store: one actor for a namespace.
+"""Carries artifacts from training actors into the store, with one actor for each namespace.
 
-It pulls sealed parts out of the actor that seals them. So they pass through Ray's object store as
-ciphertext, this actor owns them there, and no more of them wait than the store can take.
+The storage actor pulls sealed parts from the training actor that seals them. So the parts pass
+through Ray's object store as ciphertext, the storage actor owns them there, and only a few parts of
+a file wait to be written.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ from tg_tinker.cluster.ray_calls import ask
 from tg_tinker.errors import ActorLostError, ClusterUnavailableError, StorageError
 
 if TYPE_CHECKING:
-    from actors.artifacts.publish import Draft  # which loads SQLAlchemy: this actor starts without
+    # For types only: it loads SQLAlchemy, which this actor does not need.
+    from actors.artifacts.publish import Draft
 
 NAME = "tg_tinker.storage"
 _AHEAD = 4
-"""Objects of a file that are sealed and not written yet."""
+"""The maximum number of sealed objects of a file that wait to be written."""
 
 
 class _Pulled:
-    """A sealed file of a draft in another actor; sealed anew whenever it is read anew."""
+    """A sealed file of a draft in another actor. Each iteration seals the file again."""
 
     def __init__(self, source: Any, artifact_id: str, name: str) -> None:
         self._source, self._arguments = source, (artifact_id, name)
@@ -42,7 +44,7 @@ class _Pulled:
     num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=8
 )
 class StorageActor:
-    """Knows no key. What it writes is at rest when it answers."""
+    """An actor that writes artifacts and has no key. A write is durable when the actor replies."""
 
     def __init__(self) -> None:
         harden()
@@ -57,7 +59,7 @@ class StorageActor:
         key: bytes,
         source: Any,
     ) -> Reply:
-        """Files, wrapped key and manifest of a draft that `source` holds."""
+        """Writes the files, the wrapped key and the manifest of a draft in the actor `source`."""
         files = {name: _Pulled(source, artifact_id, name) for name in names}
         return reply_of(
             lambda: ArtifactStore(root).write_artifact(
@@ -68,7 +70,10 @@ class StorageActor:
 
 
 def writer(namespace: str, root: str) -> Any:
-    """`artifacts.Write` by the storage actor, for the training actor that calls this."""
+    """Returns an `actors.artifacts.publish.Write` for the training actor that calls this function.
+
+    The storage actor does the writing.
+    """
     actor = StorageActor.options(  # type: ignore[attr-defined]
         name=NAME,
         namespace=namespace,
@@ -82,10 +87,11 @@ def writer(namespace: str, root: str) -> Any:
         arguments = root, draft.tenant, draft.artifact_id, draft.names, draft.wrapped_key, myself
         try:
             written: Reply = ask(actor.write, *arguments)
-        except (ActorLostError, ClusterUnavailableError):  # neither is what this run's caller lost
+        # To the caller of this run, either error would mean that the training actor was lost.
+        except (ActorLostError, ClusterUnavailableError):
             raise StorageError(
-                "the storage actor was lost while it wrote, or is on its way back: nothing was"
-                " saved; save again"
+                "the storage actor was lost while it wrote, or is restarting, so nothing was"
+                " saved: save again"
             ) from None
         written.unwrap()
 

@@ -1,9 +1,10 @@
-"""A process kept warm: the next training actor of a node finds its libraries imported.
+"""Keeps a process warm, so that the next training actor of a node finds its libraries imported.
 
-An actor that has loaded its model asks its node for one worker process more, with the environment
-that its own has. That process imports what training needs and waits, and Ray gives it to the next
-actor of this environment, from whatever program. Ray has no public call for it: where its inner
-one is missing or fails, the next actor imports by itself, as the first one does.
+An actor that has loaded its model asks its node for one more worker process, with the same
+environment. This spare process imports what training needs, and waits. Ray gives it to the next
+actor of this environment, from whatever program. Ray has no public call for this. Where the
+internal call is missing or fails, the next actor imports the libraries itself, as the first one
+does.
 """
 
 from __future__ import annotations
@@ -17,51 +18,59 @@ from typing import Any
 import ray
 from ray._private import ray_constants
 
-from actors.process import SPIN, forget_keyrings, harden
+from actors.process import SPIN, collections_paused, forget_keyrings, harden
 
 KEEP_S = 600
-"""For so long a spare process stays in any case; afterwards while Ray has CPUs free."""
+"""Seconds that a spare process is kept in any case; after that, it is kept while CPUs are free."""
 
 LEAST_BYTES = 2 * 2**30
-"""Of free memory, else there is no spare: it holds about 0.3 GB."""
+"""Free bytes of memory that a spare process requires. The process itself holds about 0.3 GB."""
 
 ENVIRONMENT: dict[str, Any] = {
     "env_vars": {ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.warm", **SPIN}
 }
-"""Of every training actor."""
+"""The runtime environment of every training actor."""
 
 COLD: dict[str, Any] = {"env_vars": {ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR: ""}}
-"""Of actors that a training actor starts, which would inherit its environment."""
+"""The runtime environment of actors that a training actor starts.
+
+Without it, they would inherit the environment of the training actor.
+"""
 
 _imports: threading.Thread | None = None
 
 
 def warm() -> None:
-    """Runs when a process starts, before anyone has a use for it: imports in the background."""
+    """Imports the libraries in the background; Ray calls this function when a process starts."""
     global _imports
-    harden()  # torch reads its environment once
+    # First, because torch reads its environment once.
+    harden()
     forget_keyrings()
     _imports = threading.Thread(target=_import, name="imports", daemon=True)
     _imports.start()
 
 
 def imported() -> None:
-    """Returns once the libraries are there."""
+    """Returns once the libraries are imported."""
     if _imports is not None:
         _imports.join()
     _import()
     with suppress(Exception):
-        _mark().unlink(missing_ok=True)  # this process may be the spare one
+        _mark().unlink(missing_ok=True)  # This process may have been the spare one.
 
 
 def _import() -> None:
-    import actors.training.worker  # noqa: F401
+    with collections_paused():
+        import actors.training.worker  # noqa: F401
 
 
 def leave_spare() -> None:
-    """Asks this node for a spare process, unless one was asked for that nobody has taken yet.
-    Whether one comes does not matter to the caller."""
-    from actors.engine.memory import host_memory  # which loads torch: programs import this file too
+    """Asks this node for a spare process, unless one waits or is starting already.
+
+    A failure has no effect on the caller.
+    """
+    # Imported here because it loads torch, and programs import this file too.
+    from actors.engine.memory import host_memory
 
     if host_memory() > LEAST_BYTES:
         with suppress(Exception):
@@ -70,20 +79,24 @@ def leave_spare() -> None:
 
 
 def _mark() -> Path:
-    """Of this node: there while a spare process waits, or is on its way."""
+    """Returns this node's marker file, which exists while a spare process waits or is starting."""
     node: Any = ray._private.worker.global_worker.node
     here = ray.get_runtime_context().get_node_id()
     return Path(node.get_session_dir_path()) / f"tg_tinker_spare_{here}"
 
 
 def _first_to_ask(mark: Path) -> bool:
-    """Clients that load at once would leave one each, 0.3 GB for ten minutes."""
+    """Returns whether no spare process was requested yet, and marks the request.
+
+    Without the mark, clients that load at the same time would leave one process each, with 0.3 GB
+    for ten minutes.
+    """
     try:
         mark.touch(exist_ok=False)
     except FileExistsError:
         if time.time() - mark.stat().st_mtime < KEEP_S:
             return False
-        mark.touch()  # Ray has ended it since
+        mark.touch()  # Ray has ended that process since.
     return True
 
 
@@ -97,7 +110,7 @@ def _ask_for_spare() -> None:
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     (node,) = (one for one in nodes if one["NodeID"] == here.get_node_id())
     request = messages.PrestartWorkersRequest(num_workers=1, keep_alive_duration_secs=KEEP_S)
-    # The very text: Ray compares it when it looks for a process for an actor.
+    # The exact text, because Ray compares it when it looks for a process for an actor.
     request.runtime_env_info.serialized_runtime_env = here.get_runtime_env_string()
     address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
     with init_grpc_channel(address) as channel:

@@ -1,7 +1,7 @@
-"""One run: the operations on its session. A plain class; Ray is in its shell, `actor`.
+"""Implements the operations of one run in a plain class. `actor` wraps the class in a Ray actor.
 
-Each public method named in `TRAINING_OPERATIONS` is one operation of the API. How a state becomes
-an artifact, at once or by itself, is up to `saving`.
+Each public method that `TRAINING_OPERATIONS` names is one operation of the API. `saving` turns
+states into artifacts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from actors.artifacts.adapters import imported
 from actors.artifacts.fetch import fetch
 from actors.artifacts.publish import Write, write
+from actors.engine.caches import Way
 from actors.engine.checkpoint import SessionState, from_files
 from actors.engine.loading import Progress
 from actors.engine.memory import check_room
@@ -43,6 +44,7 @@ from tg_tinker.errors import (
 )
 from tg_tinker.labels import AUTOMATIC
 from tg_tinker.records.report import dataset_of
+from tg_tinker.sampling import NOT_SAMPLED, SAMPLED_SLOWLY
 from tg_tinker.types import (
     ForwardBackwardResult,
     LoadStateResult,
@@ -53,15 +55,22 @@ from tg_tinker.types import (
 Check = Callable[[], None]
 
 SNAPSHOTS, WHOLE_SNAPSHOTS = 8, 2
-"""Kept for samplers to fetch: of adapters, and of whole models."""
+"""The numbers of snapshots that are kept for samplers: of adapters, and of whole models."""
+
+_WARNINGS: dict[Way | None, tuple[str, ...]] = {
+    None: (NOT_SAMPLED,),
+    Way.WHOLE: (SAMPLED_SLOWLY,),
+}
+"""What a new client says of the way in which its model is sampled."""
 
 
 class Worker:
     """The operations of one training client.
 
     Attributes:
-        parked: it has given its run up.
-        saver: what makes artifacts of its states; it may be asked from any thread.
+        heads: puts heads of the ledger into the store; None if the run is not private.
+        parked: whether the worker has saved its run and given it up.
+        saver: turns states into artifacts; any thread may call its `outcome`.
     """
 
     def __init__(
@@ -71,12 +80,15 @@ class Worker:
         self._place = place
         self._registry = registry
         self._store = ArtifactStore(place.store)
-        meet(registry, self._store, place.tenant, place.actor)  # else it would find out at a save
-        keep_newest(registry, self._store, place.tenant)  # an older database would not know it
+        # The registry is compared with the store now, not at the first save.
+        meet(registry, self._store, place.tenant, place.actor)
+        # An older copy of the database lacks the row of this head, and so is detected.
+        keep_newest(registry, self._store, place.tenant)
         self._threads = use_threads(config.resources.num_threads)
         self._budget: Budget | None = None
         self.heads: HeadKeeper | None = None
-        if config.private:  # before the model: a plan that cannot be paid is refused at once
+        # Before the model is loaded, so that a plan that the budget cannot pay is refused at once.
+        if config.private:
             progress("planning the privacy budget")
             dtype = compute_dtype(config.dtype)
             self.heads = HeadKeeper(
@@ -90,13 +102,17 @@ class Worker:
             check_room=partial(check_room, config),
         )  # fmt: skip
         self._snapshots: OrderedDict[str, dict[str, Any]] = OrderedDict()
-        self._changing = threading.Lock()  # held while weights change or are copied
+        # Held while weights change or are copied.
+        self._changing = threading.Lock()
         self.saver = Saver(place, registry, self._store, self.heads, config.checkpoints, write)
         self.parked = False
-        self._generation = 0  # of the weights: rises whenever they may have changed
-        self._failure: TGTinkerError | None = None  # of the last step, not told to a sample yet
-        self._calls: list[tuple[str, str]] = []  # hashes of the open window's calls
-        self._stepped: list[tuple[str, str]] | None = None  # those of a step not recorded yet
+        # Counts how often the weights may have changed.
+        self._generation = 0
+        # The failure of the last step, until a sample has raised it.
+        self._failure: TGTinkerError | None = None
+        # The hashes of the calls in the open window, and those of a step that is not recorded yet.
+        self._calls: list[tuple[str, str]] = []
+        self._stepped: list[tuple[str, str]] | None = None
         progress("preparing the trainable weights")
         self.session = (
             Session(base, config)
@@ -105,7 +121,7 @@ class Worker:
         )
 
     def run(self, request: Request, check_cancelled: Check) -> Any:
-        """One operation by name, with its arguments."""
+        """Runs the operation that the request names, and returns its result."""
         if request.operation not in TRAINING_OPERATIONS:
             raise AttributeError(request.operation)
         if self._budget is not None:
@@ -122,14 +138,19 @@ class Worker:
             dtype=str(base.dtype).removeprefix("torch."),
             device=str(base.device),
             flat_stream=base.flat,
+            sampling="" if base.sampling is None else base.sampling.value,
             num_threads=self._threads,
+            warnings=_WARNINGS.get(base.sampling, ()),
         )
 
     def tokenizer_files(self) -> dict[str, bytes]:
         return self.session.base.tokenizer_files()
 
     def take_step(self) -> list[tuple[str, str]] | None:
-        """Hashes of the calls of the step just completed, once: each step is recorded once."""
+        """Returns the call hashes of the step that was just completed, or None if there is none.
+
+        The hashes are returned once, because each step is recorded once.
+        """
         stepped, self._stepped = self._stepped, None
         return stepped
 
@@ -174,9 +195,10 @@ class Worker:
         return drawn
 
     def snapshot(self, check_cancelled: Check) -> SnapshotRef:
-        """The weights as they are, kept for whoever samples from them.
+        """Keeps the present weights for samplers, and returns a reference to them.
 
-        Raises what the last step failed with, once: the sample was meant to see that step.
+        Raises the error of the last step once if the step failed, because the sample was meant to
+        use the weights after that step.
         """
         check_cancelled()
         if self._failure is not None:
@@ -185,7 +207,7 @@ class Worker:
         return self.latest()
 
     def latest(self) -> SnapshotRef:
-        """The weights after the last completed step, from any thread."""
+        """Returns a reference to the weights after the last completed step, from any thread."""
         with self._changing:
             return self._kept()
 
@@ -194,7 +216,7 @@ class Worker:
         version = f"{place.run_id}@{self.session.step}"
         reference = SnapshotRef(
             f"{version}.{place.epoch}.{self._generation}", version,
-            place.actor, shares_base(lora),
+            place.actor, shares_base(lora), place.tenant,
         )  # fmt: skip
         if reference.name not in self._snapshots:
             kept = SNAPSHOTS if reference.shared else WHOLE_SNAPSHOTS
@@ -204,33 +226,37 @@ class Worker:
         return reference
 
     def taken(self, name: str) -> dict[str, Any]:
-        """A snapshot, from any thread."""
+        """Returns the tensors of a snapshot, from any thread.
+
+        Raises:
+            NotFoundError: the snapshot is no longer kept.
+        """
         found = self._snapshots.get(name)
         if found is None:
-            raise NotFoundError("the weights of this sample are gone already: sample again")
+            raise NotFoundError("the weights for this sample are no longer kept: sample again")
         return found
 
     def save_state(
         self, check_cancelled: Check, include_optimizer: bool, metadata: dict[str, Any]
     ) -> Saving:
-        """Copies the state and goes on; `Saver.outcome` waits until it is durable and entered.
+        """Copies the state and returns. `Saver.outcome` waits until the artifact is durable.
 
-        Waits while as many copies as may be in memory are on their way already.
+        Waits for an earlier save while memory already holds `saving.MOST_COPIES` copies.
         """
         check_cancelled()
         return self.saver.begin(self.session, include_optimizer, metadata)
 
     def park(self, check_cancelled: Check) -> None:
-        """Saves all and gives the run up: what is called from now on is for another actor.
+        """Saves the state and gives up the run. Another actor serves all later calls.
 
         Raises:
-            InvalidRequestError: gradients wait for their step; nothing was changed.
+            InvalidRequestError: gradients or a paid sample wait for their step. Nothing changed.
         """
         check_cancelled()
         if self.session.pending:
             raise InvalidRequestError(
-                "gradients, or a sample that is paid for, wait for their optim_step, and no"
-                " artifact holds them: finish the step, then park"
+                "gradients, or a sample that is paid for, wait for their optim_step, and an"
+                " artifact cannot hold them: finish the step, then park"
             )
         place = self._place
         self.saver.outcome(self.saver.begin(self.session, True, {}, AUTOMATIC))
@@ -241,7 +267,7 @@ class Worker:
             self.saver.prune()
 
     def load_state(self, check_cancelled: Check, artifact_id: str) -> LoadStateResult:
-        """Reads and verifies everything, then changes the session in one go."""
+        """Reads and verifies the whole artifact, then changes the session in one step."""
         check_cancelled()
         files = fetch(self._registry, self._store, self._place.capability, artifact_id)
         checkpoint = from_files(files)
@@ -256,11 +282,12 @@ class Worker:
         )
 
     def load_adapter(self, check_cancelled: Check, config: dict[str, Any], weights: bytes) -> None:
-        """Takes over an adapter from elsewhere, as PEFT's files; see `imported` for refusals."""
+        """Loads an adapter from PEFT files made elsewhere; see `imported` for refusals."""
         check_cancelled()
         state = imported(config, weights, self.session.live_state(include_optimizer=False))
-        self.session.check_fits(state)  # what is refused was not imported
-        # Before a weight changes: an import that cannot be noted does not happen.
+        # Checked before the import is recorded, because a refused adapter is not imported.
+        self.session.check_fits(state)
+        # Recorded before a weight changes: an import that cannot be recorded does not happen.
         self._registry.audit_log.record_import(
             self._place.tenant, self._place.actor, self._place.run_id
         )
@@ -269,7 +296,7 @@ class Worker:
     # --- inside ------------------------------------------------------------------------------
 
     def _told(self, result: OptimStepResult) -> OptimStepResult:
-        """A step's result, with what stands in the way of checkpoints and the ledger's head."""
+        """Returns the result with warnings about failed checkpoints and missing ledger heads."""
         self._note_charge()
         problems = (self.saver.problem, self.heads.problem if self.heads is not None else "")
         return replace(result, warnings=(*result.warnings, *filter(None, problems)))
@@ -279,7 +306,7 @@ class Worker:
             self.heads.charged()
 
     def _take_over(self, state: SessionState) -> tuple[str, ...]:
-        """All of a state or nothing; returns warnings."""
+        """Loads a whole state or nothing, and returns the warnings."""
         with self._changing:
             self._generation += 1
             warnings = self.session.load(state)
@@ -297,5 +324,5 @@ class Worker:
 
     @property
     def broken(self) -> bool:
-        """A step failed halfway: only a new actor may go on."""
+        """Whether a step failed halfway. Then only a new actor may continue the run."""
         return self.session.broken

@@ -1,4 +1,4 @@
-"""Server-sent events (WHATWG HTML, section 9.2): chunks as lines, and a pulse while none comes."""
+"""Writes server-sent events (WHATWG HTML, section 9.2), with a pulse while there is no chunk."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ from typing import Any, TypeVar
 from serve_app.http.refusals import error_event
 
 PULSE_S = 10.0
-"""A stream that is silent for this long says so: proxies close what seems dead."""
+"""Seconds without a chunk after which a stream sends a pulse: proxies close silent connections."""
 
 _PULSE = ": still here\n\n"
 _T = TypeVar("_T")
 
 
 async def lines(
-    first: _T | None,
-    rest: AsyncIterator[_T | None],
-    event: Callable[[_T], dict[str, Any]],
+    first: str | None,
+    rest: AsyncIterator[str | None],
     last: Callable[[], dict[str, Any] | None],
 ) -> AsyncIterator[str]:
-    """`data:` lines of all items of `with_pulse`; then `last()`, where it is something, and
-    `[DONE]`. An error after the first line is an event, too, and the end."""
-    yield _PULSE if first is None else line(event(first))
+    """Yields the items of `with_pulse`, which are lines, then `last()` if not None, then `[DONE]`.
+
+    An error after the first line becomes an event and ends the stream.
+
+    Args:
+        first: the first item, which the caller has taken; None is a pulse.
+    """
+    yield _PULSE if first is None else first
     try:
         async for item in rest:
-            yield _PULSE if item is None else line(event(item))
+            yield _PULSE if item is None else item
     except Exception as error:
         yield line(error_event(error))
         return
@@ -40,7 +44,10 @@ async def lines(
 async def with_pulse(
     items: AsyncGenerator[_T, None], every_s: float = PULSE_S
 ) -> AsyncGenerator[_T | None, None]:
-    """The items, and None whenever none came for so long. Leaving it early ends `items`."""
+    """Yields the items, and None whenever no item came for `every_s` seconds.
+
+    If the caller leaves early, `items` ends.
+    """
     async with aclosing(items):
         while True:
             coming = asyncio.ensure_future(_next(items))
@@ -53,7 +60,7 @@ async def with_pulse(
             finally:
                 if not coming.done():
                     coming.cancel()
-                    await asyncio.wait({coming})  # `items` cannot end while it runs
+                    await asyncio.wait({coming})  # `items` cannot be closed while it runs.
 
 
 async def _next(items: AsyncGenerator[_T, None]) -> _T:
@@ -61,4 +68,5 @@ async def _next(items: AsyncGenerator[_T, None]) -> _T:
 
 
 def line(value: dict[str, Any]) -> str:
+    """Returns an event as a `data:` line."""
     return f"data: {json.dumps(value)}\n\n"

@@ -1,14 +1,14 @@
-"""Bodies between Serve's HTTP proxy and a replica, sealed: the two ends of that way.
+"""Seals bodies between Serve's HTTP proxy and a replica, with one middleware at each end.
 
-Serve hands bodies on as pickled messages, and what is larger than Ray keeps inline (100 KB) lies in
-the object store, in clear, and is spilled as it lies. So a middleware in the proxy seals what a
-client sends, and one in the replica, outermost there, what it answers. The proxy makes a key for
-each request. It travels with the headers, which are small enough to stay inline. This protects what
-comes to rest, not Ray's own connections.
+Serve passes bodies on as pickled messages. Messages above the size that Ray keeps inline (100 KB)
+go to the object store in plaintext, and Ray may spill them to disk in plaintext. So a middleware in
+the proxy seals the request body, and the outermost middleware in the replica seals the response
+body. The proxy makes a key for each request. The key travels with the headers, which are small
+enough to stay inline. This protects data at rest, but not Ray's own connections.
 
-Serve runs `middlewares` in its proxies where `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` named it
-when Ray started: `tg_tinker.cluster.connection` calls `install` for an embedded cluster. Other
-applications behind the same proxy are left alone.
+Serve runs `middlewares` in its proxies if `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` named it when
+Ray started. For an embedded cluster, `tg_tinker.cluster.connection` calls `install`. The middleware
+does not change the requests of other applications behind the same proxy.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from tg_tinker.errors import ClusterUnavailableError
 from tg_tinker.storage.envelope import new_key, open_payload, seal_payload
 
 APPLICATIONS = "tg-tinker-"
-"""What the names of our applications begin with."""
+"""The prefix of the names of our applications."""
 
 MOST_HEAD_BYTES = 32 * 2**10
-"""Of address and headers: with them the key stays inline."""
+"""The maximum size of address and headers: up to this size, the key stays inline with them."""
 
 _ROUTE_S = 10.0
 _KEY = "tg_tinker.key"
@@ -39,24 +39,24 @@ _SEALED = "tg_tinker.sealed"
 _VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 _VALUE = "serve_app.http.sealed:middlewares"
 _IN_CLEAR = (
-    "Serve's HTTP proxy would hand texts on in clear: start Ray, on every node, with"
-    f" {_VARIABLE}={_VALUE} in the environment, and let the application's name begin with"
+    "Serve's HTTP proxy would pass texts on in clear: start Ray on every node with"
+    f" {_VARIABLE}={_VALUE} in the environment, and give the application a name that begins with"
     f" {APPLICATIONS}"
 )
 
 
 def install() -> None:
-    """For the proxies of a cluster that is started with this process's environment."""
+    """Names `middlewares` in the environment, for a cluster that this process starts."""
     os.environ.setdefault(_VARIABLE, _VALUE)
 
 
 def middlewares() -> list[Middleware]:
-    """What Serve calls in each of its HTTP proxies."""
+    """Returns the middlewares of a proxy; Serve calls this function in each of its HTTP proxies."""
     return [Middleware(ProxyEnd)]
 
 
 class ProxyEnd:
-    """Seals the requests of our applications, and opens their answers."""
+    """The middleware in the proxy, which seals requests to our applications and opens responses."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -66,7 +66,7 @@ class ProxyEnd:
             await self._app(scope, receive, send)
             return
         if _head_bytes(scope) > MOST_HEAD_BYTES:
-            text = f"address and headers are larger than {MOST_HEAD_BYTES:,} bytes: send less"
+            text = f"address and headers exceed {MOST_HEAD_BYTES:,} bytes: shorten them"
             body = error_body(text, "invalid_request_error", "head_too_large")
             await JSONResponse(body, 431)(scope, receive, send)
             return
@@ -76,13 +76,16 @@ class ProxyEnd:
             return _sealed(key, await receive())
 
         async def opened(message: Message) -> None:
-            await send(_opened(key, message))  # Serve itself answers, too: in clear
+            await send(_opened(key, message))  # Responses of Serve itself are not sealed.
 
         extensions = {**scope.get("extensions", {}), _KEY: key}
         await self._app({**scope, "extensions": extensions}, sealed, opened)
 
     async def _is_ours(self, path: str) -> bool:
-        """By Serve's own list of routes, the longest prefix first."""
+        """Returns whether a path belongs to our applications, by Serve's own list of routes.
+
+        The route with the longest matching prefix counts.
+        """
         answer = bytearray()
 
         async def nothing() -> Message:
@@ -96,13 +99,14 @@ class ProxyEnd:
         try:
             routes: dict[str, str] = json.loads(answer)
         except ValueError:
-            return False  # it has none yet; should one of ours get this, it refuses to answer
+            # Serve has no routes yet. A replica of ours refuses a request that is not sealed.
+            return False
         within = [r for r in routes if f"{path}/".startswith(f"{r.rstrip('/')}/")]
         return bool(within) and routes[max(within, key=len)].startswith(APPLICATIONS)
 
 
 class ReplicaEnd:
-    """Opens a request before anything else sees it, and seals its answer."""
+    """The outermost middleware in the replica, which opens requests and seals responses."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -127,20 +131,20 @@ class ReplicaEnd:
 
 
 def check_proxy(host: str, port: int) -> None:
-    """Returns once the proxy knows the application, and that it seals.
+    """Returns once the proxy has the route of the application and seals its requests.
 
     Raises:
-        ClusterUnavailableError: it does not seal, or does not answer.
+        ClusterUnavailableError: the proxy does not seal, or does not answer.
     """
     deadline = time.monotonic() + _ROUTE_S
     while (status := _health(host, port)) == 404 and time.monotonic() < deadline:
-        time.sleep(0.1)  # a new route takes a moment to reach the proxy
+        time.sleep(0.1)  # A new route takes a moment to reach the proxy.
     if status == 503:
         raise ClusterUnavailableError(_IN_CLEAR)
     if status != 200:
         raise ClusterUnavailableError(
-            f"the sampling application at {host}:{port} answers {status} instead of its health:"
-            " `serve status` on the head node says why"
+            f"the sampling application at {host}:{port} answers {status} instead of its health: run"
+            " `serve status` on the head node to see why"
         )
 
 
@@ -151,7 +155,7 @@ def _health(host: str, port: int) -> int:
         return connection.getresponse().status
     except (OSError, http.client.HTTPException):
         raise ClusterUnavailableError(
-            f"nothing answers at {host}:{port}: `serve status` on the head node says why"
+            f"nothing answers at {host}:{port}: run `serve status` on the head node to see why"
         ) from None
     finally:
         connection.close()

@@ -1,11 +1,11 @@
-"""One copy of the application: its weights, its engines, its threads.
+"""Implements one replica of the application: its weights, engines and threads.
 
-- replica.py: what runs in each copy. Start here.
-- sources.py: which weights a request means, and where they are.
-- engines.py: slot engines in threads of their own, and which holds what.
-- threads.py: threads for work that blocks, some for each tenant.
+- replica.py: the replica itself. Start here.
+- sources.py: finds the weights that a request names.
+- engines.py: slot engines, each in its own thread, and the weights that each one holds.
+- threads.py: threads for blocking work, separate for each tenant.
 - metrics.py: counts and times at Ray's Prometheus endpoint.
 
-It imports `actors.sampling`, `actors.artifacts` and what they stand on. It knows neither HTTP nor
-API keys.
+The package imports `actors.sampling`, `actors.artifacts` and the packages below them. It knows
+neither HTTP nor API keys.
 """

@@ -1,7 +1,7 @@
-"""Slot engines in threads of their own, and which weights each of them holds.
+"""Runs slot engines, each in its own thread, and tracks the weights that each engine holds.
 
-One engine has the base model and every LoRA adapter. Weights that cannot share it (full
-fine-tuning, trained biases) get a copy of the model each, of which a few stay.
+One engine has the base model and all LoRA adapters. Weights that cannot share the base model (full
+fine-tuning, trained biases) get their own copy of the model. A few of these copies stay in memory.
 """
 
 from __future__ import annotations
@@ -34,16 +34,19 @@ from tg_tinker.errors import (
 )
 
 MOST_WHOLE_MODELS = 2
-"""Copies of the model with weights of their own; the one used longest ago leaves first."""
+"""The maximum number of model copies with their own weights.
+
+The idle copy that was used least recently is dropped first.
+"""
 
 ROOM_S = 60.0
-"""How long weights wait for a place."""
+"""Seconds that weights wait until a model copy can be dropped."""
 
 _T = TypeVar("_T")
 
 
 class EngineThread:
-    """A `SlotEngine` and the only thread that touches it."""
+    """A `SlotEngine` with the only thread that may use it."""
 
     def __init__(self, engine: SlotEngine) -> None:
         self._engine = engine
@@ -58,27 +61,27 @@ class EngineThread:
         return self._thread.is_alive()
 
     def holds(self, adapter: str) -> bool:
-        """Whether it is resident as of now."""
+        """Returns whether an adapter is resident now."""
         return adapter in self._engine.adapters
 
     @property
     def idle(self) -> bool:
-        """Nothing runs, waits, or is on its way in."""
+        """Whether no request runs, waits or is about to be added."""
         with self._changed:
             return not (self._inbox or self._working) and self._engine.idle
 
     def do(self, work: Callable[[SlotEngine], _T]) -> Future[_T]:
-        """Runs `work(engine)` between two steps; never waits for it.
+        """Queues `work(engine)` to run between two steps; returns its future without waiting.
 
         Raises:
-            NotFoundError: it was closed: its weights made room for others.
-            InternalError: it has died.
+            NotFoundError: the engine was closed, because its weights made room for others.
+            InternalError: the thread of the engine has ended.
         """
         outcome: Future[_T] = Future()
 
         def run() -> None:
             if not outcome.set_running_or_notify_cancel():
-                return  # whoever asked has left
+                return  # The caller has left.
             try:
                 outcome.set_result(work(self._engine))
             except BaseException as error:
@@ -94,18 +97,18 @@ class EngineThread:
         return outcome
 
     def cancel(self, request: TokenRequest, index: int | None = None) -> None:
-        """Before the next step; safe when the request or the engine has ended."""
+        """Cancels a request before the next step. No effect if request or engine has ended."""
         with contextlib.suppress(InternalError, NotFoundError):
             self.do(lambda engine: engine.cancel(request, index))
 
     def close(self) -> None:
-        """Ends the thread after the current step; what still runs ends with an error."""
+        """Ends the thread after the current step. Requests that still run end with an error."""
         with self._changed:
             self._closed = True
             self._changed.notify()
 
     def _run(self) -> None:
-        # A defect is no traceback in a log: `alive` tells of it, and Serve makes a new replica.
+        # A defect leaves no traceback in a log. `alive` reports it, and Serve starts a new replica.
         with contextlib.suppress(Exception):
             while self._turn():
                 pass
@@ -115,10 +118,11 @@ class EngineThread:
             self._working = False
         for work in inbox:
             work()
-        self._engine.end_all("this engine has ended: repeat the request")  # nobody waits for ever
+        # So that no caller waits forever.
+        self._engine.end_all("this engine has ended: repeat the request")
 
     def _turn(self) -> bool:
-        """What came in, then a step; false once closed."""
+        """Runs the queued work, then a step; returns False once the engine is closed."""
         with self._changed:
             while self._engine.idle and not (self._inbox or self._closed):
                 self._changed.wait()
@@ -142,45 +146,54 @@ class Engines:
         self.base = load()
         self._shared = EngineThread(SlotEngine(self.base))
         self._whole: OrderedDict[str, EngineThread] = OrderedDict()
-        self._adding = threading.Lock()  # one load at a time
-        self._changing = threading.Lock()  # of `_whole`, for a moment
+        # Held while a model copy is loaded: one load at a time.
+        self._adding = threading.Lock()
+        # Held for a moment while `_whole` is read or changed.
+        self._changing = threading.Lock()
 
     @property
     def alive(self) -> bool:
         return all(engine.alive for engine in self._all())
 
     def load(self) -> Load:
-        """Of all engines together, as of their last steps."""
+        """Returns the load of all engines together, as of their last steps."""
         loads = [thread.do(lambda engine: engine.load).result() for thread in self._all()]
         return sum(loads[1:], loads[0])
 
     def has(self, name: str | None, shared: bool) -> bool:
-        """Whether the weights of this name are here; None is the base model, which always is.
+        """Returns whether the weights of this name are in memory.
 
-        A look from outside: adapters may leave until a request pins them.
+        None is the base model, which is always in memory. The answer may change at any time: an
+        adapter may leave memory until a request pins it.
         """
         return name is None or (self._shared.holds(name) if shared else name in self._whole)
 
     def add(self, snapshot: Snapshot) -> Future[None]:
-        """Takes weights in; what is sent to their engine from now on finds them.
+        """Adds weights, so that work that is sent to their engine from now on finds them.
 
-        The future of an adapter is done once it is copied, between two steps of its engine: nobody
-        has to wait for it, but whoever is refused learns from it why.
+        Returns:
+            A future. For an adapter, it is done once the adapter is copied between two steps of the
+            engine. The caller need not wait for it, but it holds the error if the adapter is
+            refused.
 
         Raises:
-            ArtifactMismatchError: they were trained on another base model.
-            QueueFullError: all that are here are in use.
+            ArtifactMismatchError: the weights were trained on another base model.
+            QueueFullError: all model copies are in use.
         """
-        if snapshot.base != self.base.digest:
+        if not self.base.known_as(snapshot.base):
             raise ArtifactMismatchError(
-                "these weights were trained on another base model than this sampler's: the files"
-                " of the model have changed since one of them was loaded. Restart the cluster"
+                "these weights were trained on another base model than this sampler's, because the"
+                " files of the model have changed since one of the two was loaded: restart the"
+                " cluster"
             )
+        self.base.refuse_other_files(snapshot.files)
         if snapshot.shared:
             config = snapshot.adapter_config or {}
             adapter = Adapter(snapshot.name, config, snapshot.weights)
             return self._shared.do(lambda engine: engine.adapters.add(adapter))
-        with self._adding:  # a load goes on when its client leaves, and another may ask again
+        with self._adding:
+            # Checked again: a load continues when its client leaves, and another client may have
+            # requested the same weights.
             if snapshot.name not in self._whole:
                 self._make_room()
                 engine = EngineThread(SlotEngine(self._with_weights(snapshot)))
@@ -191,10 +204,10 @@ class Engines:
         return done
 
     def of(self, name: str | None, shared: bool) -> EngineThread:
-        """The engine that holds these weights.
+        """Returns the engine that holds these weights.
 
         Raises:
-            NotFoundError: they have left.
+            NotFoundError: the weights have left memory.
         """
         if name is None or shared:
             return self._shared
@@ -205,13 +218,13 @@ class Engines:
             return self._whole[name]
 
     def names(self) -> list[str]:
-        """Of all weights that are here, but for the base model's own."""
+        """Returns the names of all weights in memory, except the base model."""
         resident = self._shared.do(lambda engine: engine.adapters.names).result()
         with self._changing:
             return [*resident, *self._whole]
 
     def forget(self, name: str) -> None:
-        """Drops weights that nobody may use any more; while a request uses them they stay."""
+        """Drops weights that nobody may use any longer, unless a request is using them."""
         self._shared.do(lambda engine: engine.adapters.forget(name)).result()
         with self._changing:
             if name in self._whole and self._whole[name].idle:
@@ -222,13 +235,17 @@ class Engines:
             return [self._shared, *self._whole.values()]
 
     def _make_room(self) -> None:
-        """Waits until one is idle, where all places are taken."""
+        """Waits until the number of model copies is below the maximum, dropping an idle copy.
+
+        Raises:
+            QueueFullError: all copies are in use for `ROOM_S` seconds.
+        """
         deadline = time.monotonic() + ROOM_S
         while not self._dropped_one_where_full():
             if time.monotonic() > deadline:
                 raise QueueFullError(
-                    f"{MOST_WHOLE_MODELS} models with weights of their own have been answering for"
-                    f" {ROOM_S:g} s: try again later"
+                    f"all {MOST_WHOLE_MODELS} copies of the model with their own weights have been"
+                    f" in use for {ROOM_S:g} s: try again later"
                 )
             time.sleep(0.02)
 
@@ -257,11 +274,11 @@ def loader(model_ref: str, dtype: str, cache: Path) -> Callable[[], Base]:
 
 
 AT_ONCE = 4
-"""Weights that are fetched at once for each tenant: each takes the memory of a copy meanwhile."""
+"""The maximum number of concurrent fetches for each tenant: each one needs the memory of a copy."""
 
 
 class Fetches:
-    """Of one replica; belongs to its event loop."""
+    """The fetches of weights in one replica. Only the event loop may use this object."""
 
     def __init__(self, engines: Engines) -> None:
         self._engines = engines
@@ -269,8 +286,14 @@ class Fetches:
         self._coming: dict[str | None, asyncio.Future[Future[None]]] = {}
 
     async def ahead(self, source: Source, tenant: str) -> Future[None] | None:
-        """Sees that weights are in their engine, ahead of whatever is sent to it from now on; None
-        where they are there. They are fetched once, however many ask for them."""
+        """Fetches weights into their engine, unless they are in memory.
+
+        Work that is sent to the engine after this call finds the weights. Concurrent callers share
+        one fetch.
+
+        Returns:
+            The future of `Engines.add`; None if the weights were in memory already.
+        """
         if self._engines.has(source.name, source.shared):
             return None
         coming = self._coming.get(source.name)
@@ -278,4 +301,5 @@ class Fetches:
             coming = self._threads.run(tenant, lambda: self._engines.add(source.fetch()))
             coming.add_done_callback(lambda _: self._coming.pop(source.name))
             self._coming[source.name] = coming
-        return await asyncio.shield(coming)  # whoever leaves does not take it from the others
+        # If one caller leaves, the fetch continues for the others.
+        return await asyncio.shield(coming)

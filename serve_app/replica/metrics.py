@@ -1,7 +1,7 @@
-"""What a replica counts and times, at Ray's Prometheus endpoint: numbers, no text, no names.
+"""Exports counts and times of a replica at Ray's Prometheus endpoint: numbers, no text, no names.
 
 Every series also has Serve's own labels (application, deployment, replica) and, in Prometheus, the
-prefix `ray_`. `docs/grafana-sampling.json` draws them.
+prefix `ray_`. `docs/grafana-sampling.json` is a dashboard for these series.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _STEPS = [0.5, 1.5, 2.5, 5, 10, 20, 50, 100]
 
 
 class Meters:
-    """The series of this process."""
+    """The metric series of this process."""
 
     def __init__(self) -> None:
         self.first_token = _histogram("first_token_seconds", "Arrival to first token", _SECONDS)
@@ -37,7 +37,7 @@ class Meters:
         self.slots = metrics.Gauge("tg_tinker_slots", "Slots of all engines", tag_keys=("state",))
         self.waiting = metrics.Gauge("tg_tinker_waiting", "Requests that wait for slots")
         self.adapters = metrics.Gauge("tg_tinker_adapters", "Resident LoRA adapters")
-        self.adapter_bytes = metrics.Gauge("tg_tinker_adapter_bytes", "Bytes of their weights")
+        self.adapter_bytes = metrics.Gauge("tg_tinker_adapter_bytes", "Bytes of resident adapters")
 
     def load(self, load: Load) -> None:
         self.slots.set(load.running, {"state": "running"})
@@ -49,12 +49,15 @@ class Meters:
 
 @cache
 def meters() -> Meters:
-    """Made at the first use, in the replica: this module is imported elsewhere, too."""
+    """Returns the series of this process.
+
+    They are made at the first use, in the replica, because other processes import this module too.
+    """
     return Meters()
 
 
 class Watch:
-    """Times one call from its arrival on."""
+    """A stopwatch for one call, from its arrival."""
 
     def __init__(self) -> None:
         self._begun = time.perf_counter()
@@ -74,11 +77,12 @@ class Watch:
             per_token = (now - self._last[chunk.index]) / len(chunk.token_ids)
             meters().gap.observe(per_token)
         self._last[chunk.index] = now
-        meters().new_tokens.inc(len(chunk.token_ids))
+        if chunk.token_ids:  # A counter of Ray refuses to count nothing.
+            meters().new_tokens.inc(len(chunk.token_ids))
 
 
 def count_refusal(reason: str) -> None:
-    """`reason` is the `code` of an error."""
+    """Counts a request that ended with an error; `reason` is the `code` of the error."""
     meters().refused.inc(tags={"reason": reason})
 
 

@@ -1,7 +1,7 @@
-"""One copy of a base model that samples for all runs trained on it.
+"""Samples from one copy of a base model, for all runs trained on it.
 
-Calls come sealed and are answered sealed; failures are values. The event loop exchanges lists with
-the engine's thread and never waits for a forward.
+Calls and replies are sealed, and failures are values. The event loop exchanges lists with the
+engine's thread and never waits for a forward pass.
 """
 
 from __future__ import annotations
@@ -9,50 +9,63 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from actors.engine.model import use_threads
-from actors.process import reply_of, settle_heap
+from actors.process import collections_paused, reply_of, settle_heap
 from actors.registry.audit_log import SDK
 from actors.registry.registry import as_registry
+from actors.sampling.grammar import Grammar, Grammars
 from actors.sampling.requests import Load
-from actors.sampling.text import Completions, join
+from actors.sampling.text import Completions, check_length, join
 from actors.storage.home import MODELS
-from serve_app.replica.engines import Engines, EngineThread, Fetches, loader
 from serve_app.replica.metrics import Watch, count_refusal, meters
 from serve_app.replica.sources import Source, Sources
 from serve_app.replica.threads import TenantThreads
 from tg_tinker.cluster.messages import Reply, SampleRequest
 from tg_tinker.cluster.named_actors import find_registry, keep_to_reserved_gpus
 from tg_tinker.cluster.remote_registry import RemoteRegistry
-from tg_tinker.data.text import encode_prompt, load_tokenizer
-from tg_tinker.errors import DeadlineExceededError, InternalError, NotFoundError, TGTinkerError
+from tg_tinker.data.text import ChatPrompt, encode_prompt, load_tokenizer
+from tg_tinker.errors import (
+    DeadlineExceededError,
+    InternalError,
+    InvalidRequestError,
+    NotFoundError,
+    TGTinkerError,
+)
 from tg_tinker.sampling import SamplingParams
 from tg_tinker.storage.envelope import open_payload, seal_payload
 from tg_tinker.types import SampleResult, StreamChunk
 
+if TYPE_CHECKING:
+    from serve_app.replica.engines import EngineThread
+
 REPORT_S = 1.0
-"""Between two looks at how full the engines are, for the metrics."""
+"""Seconds between two reports of the engines' load to the metrics."""
 
 FORGET_S = 2.0
-"""Between two looks whether artifacts that are held still exist."""
+"""Seconds between two checks whether the artifacts in memory still exist."""
 
 TEXTS = 2
-"""Texts that are turned into tokens or back at once, of each tenant."""
+"""The maximum number of texts that are encoded at the same time, for each tenant, and of answers
+that are decoded."""
+
+COMPILE_S = 5.0
+"""Seconds in which a JSON schema must be compiled."""
 
 ALL = ""
-"""In place of a tenant, over the SDK: one domain of trust."""
+"""The value in place of a tenant for calls of the SDK, which are one domain of trust."""
 
 _ATTEMPTS = 3
-"""Of fetching weights that leave again before their request is queued."""
+"""The number of attempts to queue a request whose weights leave memory before it is queued."""
 
 
 @dataclass(repr=False)
 class Running:
-    """A call that is queued: its engine delivers, `Replica.follow` reads."""
+    """A queued call. Its engine delivers chunks, and `Replica.follow` reads them."""
 
     call: Completions
     engine: EngineThread
@@ -61,7 +74,7 @@ class Running:
 
     @property
     def prompt_tokens(self) -> int:
-        """Of all prompts, once each."""
+        """The tokens of all prompts, each prompt counted once."""
         return sum(len(request.prompt) for request in self.call.requests if not request.first)
 
     @property
@@ -70,13 +83,17 @@ class Running:
 
 
 class Replica:
-    """See the module; `http` adds its routes, `application` makes it a Serve deployment."""
+    """A replica; see the module. `http` adds routes, `application` makes it a Serve deployment."""
 
     def __init__(
         self, namespace: str, model_ref: str, dtype: str, home: str, store: str,
         threads: int | None,
     ) -> None:  # fmt: skip
         keep_to_reserved_gpus()
+        # Here, because these load torch, and programs that deploy replicas import this file.
+        with collections_paused():
+            from actors.engine.model import use_threads
+            from serve_app.replica.engines import Engines, Fetches, loader
         self._remote = RemoteRegistry(find_registry(namespace))
         self.registry, self._key = as_registry(self._remote), self._remote.key
         use_threads(threads)
@@ -84,16 +101,22 @@ class Replica:
         self.tokenizer = load_tokenizer(self.engines.base.tokenizer_files())
         settle_heap()
         self.sources = Sources(self.registry, self._key, namespace, store, model_ref)
-        self.texts = TenantThreads(TEXTS, "text")  # they wait for nothing else
+        # Threads of their own, so that encoding waits for no other work.
+        self.texts = TenantThreads(TEXTS, "text")
+        self.answers = TenantThreads(TEXTS, "answer")
+        self._schemas = TenantThreads(1, "schema")
+        base = self.engines.base
+        self._grammars = Grammars(self.tokenizer, base.vocab_size, base.eos_ids)
         self._fetches = Fetches(self.engines)
-        self._newest: dict[str, int] = {}  # step of each run that was sampled from
+        # The newest step of each run that was sampled from.
+        self._newest: dict[str, int] = {}
         self._reporting = asyncio.ensure_future(self._report())
         self._forgetting = asyncio.ensure_future(self._forget())
 
     # --- calls through a handle, sealed --------------------------------------------------------
 
     async def sample(self, sealed: bytes) -> bytes:
-        """A sealed `SampleRequest` in; a sealed `Reply` with a `SampleResult` out."""
+        """Takes a sealed `SampleRequest`, and returns a sealed `Reply` with a `SampleResult`."""
         try:
             request: SampleRequest = open_payload(self._key, sealed)
             source = self.sources.of_snapshot(request.snapshot)
@@ -103,7 +126,10 @@ class Replica:
         return seal_payload(self._key, reply)
 
     async def stream(self, sealed: bytes) -> AsyncIterator[bytes]:
-        """The same, a sealed `Reply` with a `StreamChunk` at a time; an error is the last."""
+        """Takes a sealed `SampleRequest`, and yields sealed `Reply`s with one `StreamChunk` each.
+
+        After an error, the last reply holds the error.
+        """
         try:
             request: SampleRequest = open_payload(self._key, sealed)
             source = self.sources.of_snapshot(request.snapshot)
@@ -114,7 +140,7 @@ class Replica:
             yield seal_payload(self._key, failure(error))
 
     async def load(self) -> Load:
-        """How full the engines are."""
+        """Returns the load of the engines."""
         return await asyncio.to_thread(self.engines.load)
 
     def forget_gone(self) -> None:
@@ -123,6 +149,7 @@ class Replica:
             self.engines.forget(name)
 
     def check_health(self) -> None:
+        """Raises an error if an engine has died, so that Serve replaces the replica."""
         if not self.engines.alive:
             raise RuntimeError("a sampling engine has died")
 
@@ -131,7 +158,7 @@ class Replica:
     async def result(
         self, source: Source, prompts: Sequence[str], params: SamplingParams
     ) -> SampleResult:
-        """All completions."""
+        """Samples, and returns all completions."""
         started = time.perf_counter()
         running = await self.begin(source, prompts, params, source.version, ALL)
         timed = [
@@ -149,26 +176,33 @@ class Replica:
         self, source: Source, prompts: Sequence[str | list[int]], params: SamplingParams,
         owner: str, tenant: str,
     ) -> Running:  # fmt: skip
-        """Queues a call where its weights are, which are fetched first where they are not.
+        """Queues a call in the engine with its weights. The weights are fetched first if needed.
 
         Args:
-            owner: whose turns it shares in the engine.
-            tenant: whose threads read the prompts and fetch the weights.
+            owner: the engine gives slots to owners in turn; all calls of an owner share its turns.
+            tenant: the tenant whose threads encode the prompts and fetch the weights.
 
         Raises:
-            InvalidRequestError: it can never run.
-            NotFoundError: its weights are gone.
+            InvalidRequestError: the call can never run.
+            NotFoundError: the weights are gone, or leave memory again and again.
         """
+        grammar = await self._compiled(tenant, params)
         arrived, loop, watch = asyncio.Event(), asyncio.get_running_loop(), Watch()
-        call = Completions(
-            self.tokenizer,
-            await self.encoded(tenant, prompts),
-            params,
-            source.version,
-            adapter=source.name if source.shared else None,
-            owner=owner,
-            notify=lambda: loop.call_soon_threadsafe(arrived.set),
-        )
+
+        def make() -> Completions:
+            encoded = zip(prompts, self.encode(prompts), strict=True)
+            return Completions(
+                self.tokenizer,
+                [prompt if isinstance(prompt, ChatPrompt) else ids for prompt, ids in encoded],
+                params,
+                source.version,
+                adapter=source.name if source.shared else None,
+                owner=owner,
+                notify=lambda: loop.call_soon_threadsafe(arrived.set),
+                grammar=grammar,
+            )
+
+        call = await self.texts.run(tenant, make)
         for _ in range(_ATTEMPTS):
             adding = await self._fetches.ahead(source, tenant)
             try:
@@ -176,9 +210,10 @@ class Replica:
                 await asyncio.wrap_future(engine.do(lambda e: e.submit_all(call.requests)))
             except NotFoundError:
                 if adding is not None:
-                    adding.result()  # done before: why they are not there
-                continue  # the weights left again before they were pinned
-            except asyncio.CancelledError:  # the work may be done already
+                    adding.result()  # Done by now. Raises the error if the weights were refused.
+                continue  # The weights left memory before the request pinned them.
+            except asyncio.CancelledError:
+                # The requests may be queued already.
                 for request in call.requests:
                     engine.cancel(request)
                 raise
@@ -186,34 +221,38 @@ class Replica:
             watch.queued(running.prompt_tokens, self._lag(source.version))
             return running
         raise NotFoundError(
-            f"the weights of {source.version} leave memory faster than they are used: sample from"
-            " fewer runs at a time"
+            f"the weights of {source.version} leave memory before they are used: sample from fewer"
+            " runs at a time"
         )
 
-    async def encoded(self, tenant: str, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-        """Token ids; the event loop goes on meanwhile."""
-        return await self.texts.run(
-            tenant,
-            lambda: [
-                encode_prompt(self.tokenizer, p) if isinstance(p, str) else p for p in prompts
-            ],
-        )
+    def encode(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        """Returns the token ids of the prompts. It takes long for long texts.
+
+        Raises:
+            InvalidRequestError: a prompt is longer than the context.
+        """
+        for prompt in prompts:
+            check_length(self.tokenizer, prompt, self.engines.base.context_length)
+        return [encode_prompt(self.tokenizer, p) if isinstance(p, str) else p for p in prompts]
 
     async def follow(
         self, running: Running, deadline_s: float | None = None, tenant: str | None = None,
         who: str = SDK,
-    ) -> AsyncIterator[StreamChunk]:  # fmt: skip
-        """Chunks as they grow; leaving it early frees the slots within a step.
+    ) -> AsyncGenerator[StreamChunk, None]:  # fmt: skip
+        """Yields chunks as they arrive; if the caller leaves early, frees the slots within a step.
 
         Args:
-            tenant, who: ask, for the audit log; None is the run's tenant.
+            deadline_s: the maximum time in seconds; None is without limit.
+            tenant, who: the caller, for the audit log; the tenant None is the run's tenant. Its
+                threads look for stop sequences, and turn many tokens at a time into text.
 
         Raises:
-            DeadlineExceededError: it is not done after this time.
+            DeadlineExceededError: the call is not complete after `deadline_s`.
         """
         call, engine = running.call, running.engine
         ends = None if deadline_s is None else time.monotonic() + deadline_s
-        outcome, tokens = "cancelled", 0  # unless it is said below how it ended
+        # The outcome if the caller leaves; below, it is set for all other ends.
+        outcome, tokens = "cancelled", 0
         try:
             while call.open:
                 left = None if ends is None else ends - time.monotonic()
@@ -224,10 +263,18 @@ class Replica:
                         f"the answer was not complete after {deadline_s:g} s: ask for fewer tokens"
                     ) from None
                 running.arrived.clear()
-                for chunk in call.take():
+                if call.light:
+                    chunks, error = _taken(call)
+                else:
+                    chunks, error = await self.answers.run(
+                        ALL if tenant is None else tenant, partial(_taken, call)
+                    )
+                for chunk in chunks:
                     running.watch.delivered(call, chunk)
                     tokens += len(chunk.token_ids)
                     yield chunk
+                if error is not None:
+                    raise error
                 for stopped in call.stopped():
                     engine.cancel(*stopped)
             outcome = "ok"
@@ -249,8 +296,32 @@ class Replica:
 
     # --- inside ------------------------------------------------------------------------------
 
+    async def _compiled(self, tenant: str, params: SamplingParams) -> Grammar | None:
+        """Returns the schema of a call in the form for the engine; None if it has no schema.
+
+        Raises:
+            InvalidRequestError: the schema cannot be followed, or is not compiled in time. Its
+                thread goes on then, and only calls of this tenant wait for it.
+        """
+        schema = params.json_schema
+        if schema is None:
+            return None
+        # Not in the thread for schemas, where it would wait behind one without a limit.
+        await self.texts.run(tenant, self._grammars.prepare)
+        try:
+            async with asyncio.timeout(COMPILE_S):
+                return await self._schemas.run(tenant, lambda: self._grammars.compiled(schema))
+        except TimeoutError:
+            raise InvalidRequestError(
+                f"the schema was not compiled within {COMPILE_S:g} s: simplify it",
+                details={"parameter": "json_schema"},
+            ) from None
+
     def _lag(self, version: str) -> int | None:
-        """Steps behind the newest weights of its run that were asked for here."""
+        """Returns how many steps the version is behind the newest one sampled here from its run.
+
+        Returns None if the version has no step.
+        """
         run, _, step = version.partition("@")
         if not step:
             return None
@@ -259,20 +330,38 @@ class Replica:
 
     async def _report(self) -> None:
         while self.engines.alive:
-            with contextlib.suppress(TGTinkerError):  # an engine left while it was asked
+            # An engine may end while its load is read.
+            with contextlib.suppress(TGTinkerError):
                 meters().load(await self.load())
             await asyncio.sleep(REPORT_S)
 
     async def _forget(self) -> None:
-        """Asks again and again: so every replica learns of it, whoever could not reach it then."""
+        """Drops the weights of deleted artifacts every `FORGET_S` seconds.
+
+        So every replica drops them, even one that could not be reached at the time of a deletion.
+        """
         while self.engines.alive:
-            with contextlib.suppress(TGTinkerError):  # no registry, or an engine left
+            # The registry may not answer, or an engine may end.
+            with contextlib.suppress(TGTinkerError):
                 await asyncio.to_thread(self.forget_gone)
             await asyncio.sleep(FORGET_S)
 
 
+def _taken(call: Completions) -> tuple[list[StreamChunk], TGTinkerError | None]:
+    """Returns the chunks that have arrived, and the error that ended the call after them."""
+    chunks: list[StreamChunk] = []
+    try:
+        chunks.extend(call.take())
+    except TGTinkerError as error:
+        return chunks, error
+    return chunks, None
+
+
 def failure(error: Exception) -> Reply:
-    """An error as a value; one that is not ours by its type and place only."""
+    """Returns an error as a reply, and counts it.
+
+    For an error that is not a `TGTinkerError`, the reply has only its type and location.
+    """
 
     def again() -> Any:
         raise error

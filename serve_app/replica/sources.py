@@ -1,9 +1,9 @@
-"""Which weights a request means, and where to get them.
+"""Finds the weights that a request names.
 
 base            the base model itself
 RUN             the weights of a living run after its last completed step
-RUN@7           the same, if that step is the seventh
-RUN@>=7         the same, once it is the seventh or a later one
+RUN@7           the same weights, if that step is step 7
+RUN@>=7         the same weights, once that step is step 7 or later
 ARTIFACT        a saved artifact
 """
 
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from actors.artifacts.fetch import fetch
 from actors.artifacts.publish import ARTIFACT_PREFIX
-from actors.engine.checkpoint import from_files
 from actors.registry.registry import Registry
 from actors.sampling.snapshots import Snapshot, of_state, opened, shares_base
 from actors.storage.store import ArtifactStore
@@ -32,17 +31,18 @@ from tg_tinker.storage.envelope import open_payload
 from tg_tinker.types import TrainingClientInfo
 
 BASE = "base"
-"""Name of the base model itself."""
+"""The name of the base model itself."""
 
 
 @dataclass(frozen=True, repr=False)
 class Source:
-    """Weights that are here or can be fetched.
+    """Weights that are in memory or can be fetched.
 
     Attributes:
-        name: unique for these weights; None is the base model.
-        version: what answers carry.
-        shared: they can share a base model with others.
+        name: the unique name of these weights; None is the base model.
+        version: the version that responses show.
+        shared: whether these weights can share a base model with others.
+        fetch: gets the weights.
     """
 
     name: str | None
@@ -52,7 +52,7 @@ class Source:
 
 
 class Sources:
-    """Weights of one base model, as a tenant may name them. Its calls block."""
+    """The weights of one base model that requests can name. All methods block."""
 
     def __init__(
         self, registry: Registry, key: bytes, namespace: str, store: str, model_ref: str
@@ -61,7 +61,7 @@ class Sources:
         self.store, self._model_ref = store, model_ref
 
     def of_snapshot(self, reference: SnapshotRef) -> Source:
-        """What a training client has taken."""
+        """Returns the source of a snapshot that a training client has taken."""
 
         def get() -> Snapshot:
             sealed = fetch_snapshot(self._namespace, reference.actor, reference.name)
@@ -70,15 +70,17 @@ class Sources:
         return Source(reference.name, reference.version, reference.shared, get)
 
     def find(self, tenant: str, allowed: tuple[str, ...], model: str, who: str) -> Source:
-        """What a request names.
+        """Returns the source of the weights that a request names.
 
         Args:
-            who: asks, for the audit log.
+            allowed: the models that the key may use; empty means all models.
+            who: the caller, for the audit log.
 
         Raises:
-            NotFoundError: there is no such thing for this tenant and key, or it is of another
-                base model; which of them is not told.
-            VersionGoneError: the run is at another step; `details["later"]` if waiting may help.
+            NotFoundError: this tenant and key have no weights of this name, or the weights are of
+                another base model. The error does not reveal which of these is the case.
+            VersionGoneError: the run is at another step; `details["later"]` is true if waiting may
+                help.
             ActorLostError: the run has no living actor.
         """
         if model == BASE:
@@ -90,10 +92,10 @@ class Sources:
             if not wanted:
                 with contextlib.suppress(NotFoundError):
                     return self._saved(tenant, name, who)
-        raise NotFoundError(f"there is no model {model!r}: GET /v1/models names those there are")
+        raise no_model(model)
 
     def names(self, tenant: str, allowed: tuple[str, ...]) -> list[str]:
-        """The base model, runs that live, and all artifacts: what `find` finds."""
+        """Returns all names that `find` finds: the base model, living runs and artifacts."""
         living = living_actors(self._namespace)
         runs = {run.training_client_id: run for run in self._registry.runs.of(tenant)
                 if run.model_ref == self._model_ref}  # fmt: skip
@@ -103,7 +105,7 @@ class Sources:
         return [BASE, *(name for name in found if not allowed or name in allowed)]
 
     def gone(self, names: Iterable[str]) -> list[str]:
-        """Those of these names of weights that are of artifacts which nothing may open any more."""
+        """Returns those of the names that belong to artifacts which nobody may open any longer."""
         saved = [name for name in names if name.startswith(ARTIFACT_PREFIX)]
         return self._registry.catalogue.gone(saved) if saved else []
 
@@ -118,23 +120,30 @@ class Sources:
     def _live(self, tenant: str, run_id: str, wanted: str) -> Source:
         info, _ = self._run(tenant, run_id)
         if not wanted:
-            return self._latest(info)
+            return self._latest(tenant, info)
         least, exact = wanted.removeprefix(">="), wanted[:2] != ">="
         if not (least.isdecimal() and len(least) < 12):
-            raise InvalidRequestError("after @ comes a step, or >= and a step")
+            raise InvalidRequestError(
+                "the text after @ is not a step: write RUN@STEP or RUN@>=STEP with a whole number"
+            )
         step = current_step(self._namespace, _actor(info))
         if step >= int(least) and (not exact or step == int(least)):
-            found = self._latest(info)
-            if not exact or found.version == f"{run_id}@{int(least)}":  # it may have gone on
+            found = self._latest(tenant, info)
+            # The run may have made another step meanwhile.
+            if not exact or found.version == f"{run_id}@{int(least)}":
                 return found
         raise VersionGoneError(
-            f"{run_id} is at step {step}, not {wanted}: name the run for the latest,"
-            " or save an artifact of the step you want",
+            f"{run_id} is at step {step}, not {wanted}: name the run without a step for its latest"
+            " weights, or save an artifact at the step you want",
             details={"step": step, "later": not exact},
         )
 
-    def _latest(self, info: TrainingClientInfo) -> Source:
-        return self.of_snapshot(latest_snapshot(self._namespace, _actor(info), self._key))
+    def _latest(self, tenant: str, info: TrainingClientInfo) -> Source:
+        reference = latest_snapshot(self._namespace, _actor(info), self._key)
+        # Whoever writes the database can give a run to another tenant, but not its actor.
+        if reference.tenant != tenant:
+            raise NotFoundError("a run of another tenant")
+        return self.of_snapshot(reference)
 
     def _saved(self, tenant: str, artifact_id: str, who: str) -> Source:
         info = self._registry.catalogue.openable(tenant, artifact_id)
@@ -142,12 +151,19 @@ class Sources:
         lora = TrainingConfig.model_validate_json(stored).lora_config
 
         def get() -> Snapshot:
+            from actors.engine.checkpoint import from_files
+
             store = ArtifactStore(self.store)
             reader = self._registry.data_keys.reader(tenant, who)
             files = fetch(self._registry, store, reader, artifact_id)
             return of_state(artifact_id, from_files(files).state, lora)
 
         return Source(artifact_id, artifact_id, shares_base(lora), get)
+
+
+def no_model(name: str) -> NotFoundError:
+    """Returns the error for a name that this caller has no model of, whatever the reason is."""
+    return NotFoundError(f"there is no model {name!r}: GET /v1/models lists the models")
 
 
 def _actor(info: TrainingClientInfo) -> str:

@@ -1,4 +1,4 @@
-"""Threads for work that blocks, some for each tenant."""
+"""Provides threads for blocking work, separate for each tenant."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ _T = TypeVar("_T")
 
 
 class TenantThreads:
-    """What one tenant waits for, a frozen run say, fills no other's places."""
+    """A pool of threads for each tenant.
+
+    So one tenant's blocking work, such as waiting for a frozen run, takes no thread of another one.
+    """
 
     def __init__(self, most: int, name: str) -> None:
         """
         Args:
-            most: of each tenant.
-            name: what its threads are called.
+            most: the maximum number of threads for each tenant.
+            name: the prefix of the thread names.
         """
         self._pools = defaultdict[str, ThreadPoolExecutor](
             partial(ThreadPoolExecutor, most, thread_name_prefix=name)
         )
 
     def run(self, tenant: str, work: Callable[[], _T]) -> asyncio.Future[_T]:
-        """Begins it in one of the tenant's threads, or queues it there; the event loop goes on."""
+        """Starts or queues `work` in the tenant's threads; returns its future without blocking."""
         return asyncio.get_running_loop().run_in_executor(self._pools[tenant], work)

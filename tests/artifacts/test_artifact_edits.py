@@ -1,6 +1,7 @@
-"""Thousands of random edits of an artifact in the store: none loads, none changes the session.
+"""Tests thousands of random edits of an artifact in the store: none loads, none changes the
+session.
 
-A thousand in an ordinary run, ten thousand in `make soak`.
+An ordinary run makes a thousand edits, `make soak` ten thousand.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Files = dict[str, bytes]
 
 
 class Unchecked(Registry):
-    """As if who edits the store had edited the registry to match."""
+    """A registry that accepts every manifest, as if the attacker had edited it to match."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -48,10 +49,10 @@ class Unchecked(Registry):
 
 
 class Attack:
-    """An artifact of several segments, and what there is to put in the place of its parts.
+    """An artifact of several segments, and the parts with which an attacker can replace its parts.
 
     Attributes:
-        own: its files.
+        own: the files of the artifact.
         donors: files of an older save, of another tenant's save of the same state, and of an
             earlier upload of this very artifact under the same key.
     """
@@ -138,7 +139,8 @@ def drop(random: Random, files: Files, attack: Attack) -> None:
 
 
 def graft(random: Random, files: Files, attack: Attack) -> None:
-    """A segment of the same file elsewhere, in the same place or another."""
+    """Replaces a segment by one of the same file from elsewhere, at the same position or
+    another."""
     name = any_name(random, files)
     parts, theirs = segments(files[name]), segments(random.choice(attack.donors)[name])
     place = random.randrange(len(parts))
@@ -170,7 +172,7 @@ def swap(random: Random, files: Files, attack: Attack) -> None:
 
 
 def replay(random: Random, files: Files, attack: Attack) -> None:
-    """Some files, or all, of another artifact or of an earlier upload."""
+    """Replaces some files, or all, by those of another artifact or of an earlier upload."""
     donor = random.choice(attack.donors)
     for name in random.sample(sorted(files), random.randint(1, len(files))):
         files[name] = donor[name]
@@ -185,7 +187,8 @@ def remove(random: Random, files: Files, attack: Attack) -> None:
 
 
 def redescribe(random: Random, files: Files, attack: Attack) -> None:
-    """Another manifest of the same form: a file left out, a size, a hash, an id, a tag."""
+    """Replaces the manifest by another of the same form: a file left out, a size, hash, id or
+    tag changed."""
     manifest = json.loads(files["manifest.json"])
     name = random.choice(sorted(manifest["files"]))
     match random.randrange(6):
@@ -206,7 +209,7 @@ def redescribe(random: Random, files: Files, attack: Attack) -> None:
 
 
 def and_rehash(random: Random, files: Files, attack: Attack) -> None:
-    """Another edit, and a manifest in which its sizes and hashes are right."""
+    """Makes another edit, and a manifest with the right sizes and hashes for it."""
     random.choice([truncate, reorder, graft, flip, overwrite, swap, replay])(random, files, attack)
     try:
         manifest = json.loads(files["manifest.json"])
@@ -233,7 +236,7 @@ EDIT: list[Callable[[Random, Files, Attack], None]] = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Wide enough that its adapter has more than one segment."""
+    """Returns a model that is wide enough for an adapter of more than one segment."""
     return make_model(tmp_path_factory.mktemp("wide"), hidden_size=256)
 
 

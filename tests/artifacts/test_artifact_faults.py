@@ -1,4 +1,4 @@
-"""A save and a rotation whose calls to the system fail, or that are killed, at every one of them.
+"""Tests a save and a rotation in which any one system call fails, or kills the process.
 
 `test_store_disk` does the same to the store alone; here registry, keys and sweep take part.
 """
@@ -40,7 +40,8 @@ def save(service: Service, registry: Registry, draft: Draft) -> None:
 
 
 def spoiled(work: Callable[[], object], spoil: Callable[[int], None]) -> int:
-    """Runs it with some calls to the system spoiled, one file at a time; how many it made."""
+    """Runs `work` with some system calls spoiled, one file at a time; returns the number of
+    calls."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("actors.storage.store.PARALLEL", 1)
         calls = Calls(monkeypatch, spoil)
@@ -49,7 +50,7 @@ def spoiled(work: Callable[[], object], spoil: Callable[[int], None]) -> int:
 
 
 def killed(work: Callable[[], object], k: int) -> bool:
-    """Runs it in a child that dies at call `k`; False if there are fewer."""
+    """Runs `work` in a child that dies at call `k`; returns False if it makes fewer calls."""
     child = os.fork()
     if not child:
         status = 1
@@ -64,7 +65,7 @@ def killed(work: Callable[[], object], k: int) -> bool:
 
 
 def is_there(registry: Registry, service: Service, artifact: str) -> bool:
-    """Whether an artifact is, whole; False when nothing knows of it."""
+    """Returns whether an artifact exists and is whole; False when nothing knows of it."""
     store = ArtifactStore(str(service.root))
     known = artifact in {info.artifact_id for info in registry.catalogue.find(TENANT)}
     if not known:
@@ -167,7 +168,7 @@ def test_a_rotation_that_is_killed_at_any_call_is_finished_later(service: Servic
 
 
 def test_a_killed_child_is_told_from_one_that_ended(tmp_path: Path) -> None:
-    """The control of the two above."""
+    """This is the control of the two tests above."""
     assert killed(lambda: (tmp_path / "x").open("xb").close(), 1)
     assert not (tmp_path / "x").exists()
     assert not killed(lambda: (tmp_path / "x").open("xb").close(), 5)

@@ -1,8 +1,8 @@
-"""Saves, loads, deletions and sweeps at the same time, in any order of their calls.
+"""Tests saves, loads, deletions and sweeps at the same time, with their calls in any order.
 
-Each runs in a thread that stops before every call of the store and of the registry, and once in
-the middle of a write; hypothesis says which goes on, and which is killed. Registry, SQLite and
-folder are the real ones; the clock of the store is the machine's.
+Each operation runs in a thread that stops before every call of the store and of the registry, and
+once in the middle of a write. Hypothesis decides which operation continues and which is killed.
+Registry, SQLite and folder are the real ones; the clock of the store is the machine's.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ SWEEP_UNTIL = ["orphans.bury", "the end", "orphans.bury", "catalogue.reachable",
 
 
 class KilledError(BaseException):
-    """Ends an operation; what it would still do to clean up raises it again."""
+    """Ends an operation. Every later call of its clean-up raises the error again."""
 
 
 class Operation:
-    """Something that goes on only when it is told to."""
+    """An operation in a thread that continues only when the test lets it."""
 
     local = threading.local()
     """Has the operation of the thread that opens a store."""
@@ -97,7 +97,8 @@ class Operation:
 
 
 class Gated(LocalFolder):
-    """Stops before each call, and in `put` before the hidden file is made durable and renamed."""
+    """A folder that stops before each call, and in `put` before the hidden file is made durable
+    and renamed."""
 
     def __init__(self, root: Path, clock: Callable[[], datetime]) -> None:
         super().__init__(root)
@@ -137,7 +138,7 @@ class Gated(LocalFolder):
 
 
 class GatedPart:
-    """Stops before each call, which it calls `PART.METHOD`."""
+    """A part of the registry that stops before each call, which it names `PART.METHOD`."""
 
     def __init__(self, registry: Registry, part: str) -> None:
         self._name, self._part = part, getattr(registry, part)
@@ -229,7 +230,7 @@ class Artifacts(RuleBasedStateMachine):
         until=st.sampled_from(SWEEP_UNTIL),
     )  # fmt: skip
     def sweep(self, noted: bool, later_h: float, until: str) -> None:
-        """Begins one; `noted`: with another one, all of it, some time before."""
+        """Begins a sweep. With `noted`, another whole sweep has run some time before."""
         if noted:
             list(sweep_store(self.registry, self.root, TENANT, HOUR, False))
         self.now += timedelta(hours=later_h)
@@ -347,9 +348,9 @@ TestArtifacts.settings = settings(
 
 @pytest.mark.parametrize("first", ["save", "sweep"])
 def test_a_save_and_the_second_sweep_meet_at_every_pair_of_their_calls(first: str) -> None:
-    """The save has come to call `i` when an earlier sweep sees its files, the later one to `j`;
-    then one of them runs to its end, and the other after it. The machine above seldom gets there.
-    """
+    """The save has reached call `i` when an earlier sweep sees its files, and the later sweep
+    call `j`. Then one of the two runs to its end, and the other after it. The machine above
+    seldom reaches these states."""
     pairs, i, through = 0, 0, False
     while not through:
         j, ended = 0, False
@@ -379,7 +380,7 @@ DECISIVE = ("artifacts.publish", "audit_log.head")
 
 
 def went(operation: Operation, calls: int) -> bool:
-    """Lets it make some calls; whether it has come to its end."""
+    """Lets an operation make some calls; returns whether it has ended."""
     for _ in range(calls):
         if not operation.done:
             operation.advance()

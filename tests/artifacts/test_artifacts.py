@@ -1,4 +1,5 @@
-"""Artifacts on a real registry and store: what comes back, and every way it must not."""
+"""Tests artifacts on a real registry and store: what is restored, and every way in which nothing
+may be."""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ from actors.registry.registry import Registry
 from actors.registry.rollback import kept
 from actors.storage.home import DATABASE, KEYRING, create
 from actors.storage.key_providers import FileKeyring
+from actors.storage.keyring import parse_wrapped
 from actors.storage.signing import PUBLIC_KEY
 from actors.storage.store import ArtifactStore
 from support.artifacts import (
@@ -36,6 +38,8 @@ from support.artifacts import (
     checkpoint,
 )
 from support.artifacts import service as service  # a fixture
+from support.old_homes import FIXTURE
+from tg_tinker.config import TrainingConfig
 from tg_tinker.errors import (
     ActorLostError,
     ClusterUnavailableError,
@@ -44,6 +48,7 @@ from tg_tinker.errors import (
     NotFoundError,
     StorageError,
 )
+from tg_tinker.records.successions import Signers
 
 # --- what comes back -------------------------------------------------------------------------
 
@@ -111,7 +116,7 @@ def test_the_files_lie_where_the_documentation_says(service: Service) -> None:
 
 
 def test_one_flipped_byte_anywhere_in_any_file_is_noticed(service: Service) -> None:
-    """Every byte of the wrapped key, and bytes of all parts of manifest and sealed files."""
+    """Covers every byte of the wrapped key, and bytes of all parts of manifest and sealed files."""
     artifact = service.publish()
     files = service.files_of(artifact)
     assert len(files) == 5
@@ -133,10 +138,26 @@ def test_a_wrapped_key_in_another_spelling_is_refused(service: Service) -> None:
     artifact = service.publish()
     path = service.root / f"t/{TENANT}/keys/{artifact}.json"
     found = json.loads(path.read_bytes())
-    for text in (json.dumps(found, indent=1), json.dumps(found | {"note": ""})):
+    plain, name = json.dumps(found), found["key_id"]
+    others = (
+        json.dumps(found, indent=1), json.dumps(found | {"note": ""}), f"{plain}\n", f" {plain}",
+        json.dumps(dict(reversed(found.items()))), json.dumps([*found.items()]),
+        plain.replace(f'"{name}"', f'"\\u006b{name[1:]}"'),
+        plain.replace("{", f'{{"key_id": "{name}", '), plain.replace("/", "\\/") + " ",
+        plain.replace('="', '=="'), plain.replace('": "', '":"'),
+    )  # fmt: skip
+    for text in others:
+        assert text != plain
         path.write_text(text)
         with pytest.raises(IntegrityError):
             service.fetch(artifact)
+
+
+def test_the_keys_of_an_older_release_have_the_one_spelling() -> None:
+    found = [*FIXTURE.glob("home/store/t/*/keys/*.json")]
+    assert found
+    for path in found:
+        assert {*parse_wrapped(path.read_bytes())} == {"key_id", "wrapped"}
 
 
 def test_a_changed_file_is_named(service: Service) -> None:
@@ -184,7 +205,7 @@ def test_files_swapped_between_two_artifacts_are_noticed(service: Service) -> No
 
 
 def test_a_whole_artifact_put_in_the_place_of_another_is_noticed(service: Service) -> None:
-    """Old weights under a new id, with their own manifest and key: a rollback."""
+    """Old weights under a new id, with their own manifest and key, would be a rollback."""
     old, new = service.publish(), service.publish(checkpoint(step=4))
     for mine, theirs in zip(service.files_of(old), service.files_of(new), strict=True):
         theirs.write_bytes(mine.read_bytes())
@@ -209,7 +230,7 @@ def test_another_keyring_opens_nothing(service: Service) -> None:
     create(service.home / "other")
     keyring = service.home / "other" / KEYRING
     for _ in range(2):
-        with pytest.raises(IntegrityError, match="another one than the 'k1'"):
+        with pytest.raises(IntegrityError, match="another key than the 'k1'"):
             Registry(f"sqlite:///{service.home / DATABASE}", keyring)
         FileKeyring(keyring).rotate()  # its primary key has a name that is not known yet
     assert service.registry.data_keys.rotate(TENANT) == "k2"  # and was not noted as the other's
@@ -283,12 +304,12 @@ def test_an_artifact_that_lost_its_manifest_can_be_deleted(service: Service) -> 
 
 
 def test_a_deletion_is_in_the_head_that_the_store_keeps(service: Service) -> None:
-    """So that a database from before it is noticed."""
+    """The head makes a database from before the deletion detectable."""
     artifact = service.publish()
     delete.delete(service.registry, str(service.root), TENANT, artifact)
     rows = service.registry.audit_log.rows(TENANT, 0, 100)
     public = (service.home / PUBLIC_KEY).read_bytes()
-    newest = max(kept(str(service.root), TENANT, public), key=lambda head: head.seq)
+    newest = max(kept(str(service.root), TENANT, Signers(public)), key=lambda head: head.seq)
     assert (newest.seq, json.loads(rows[-1])["event"]) == (len(rows), "artifact.delete")
 
 
@@ -296,7 +317,10 @@ def test_a_deletion_is_in_the_head_that_the_store_keeps(service: Service) -> Non
 def test_a_link_in_the_store_is_never_followed(
     service: Service, tmp_path: Path, inside: bool
 ) -> None:
-    """As the folder of an artifact, or in it: whoever may write in the store chose where to."""
+    """A link may be the folder of an artifact, or be inside it.
+
+    Anyone who can write to the store chooses its target.
+    """
     mine = tmp_path / "mine"
     (mine / "deep").mkdir(parents=True)
     (mine / "manifest.json").write_text("{}")
@@ -330,7 +354,7 @@ def test_deleting_twice_is_not_found(service: Service) -> None:
 
 @contextmanager
 def full_disk(limit_bytes: int) -> Iterator[None]:
-    """No file of this process may grow beyond the limit."""
+    """Lets no file of this process grow beyond the limit."""
     signal_before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
@@ -345,7 +369,7 @@ def full_disk(limit_bytes: int) -> Iterator[None]:
 def test_a_full_disk_is_a_typed_error_and_leaves_nothing(
     service: Service, limit_bytes: int
 ) -> None:
-    """At every file of the artifact: the smallest, and the one of 2 MiB."""
+    """Covers every file of the artifact, from the smallest to the one of 2 MiB."""
     kept = service.publish()
     before = {path: path.read_bytes() for path in service.files()}
     large = checkpoint(size=2**18)
@@ -398,7 +422,10 @@ def test_a_replaced_actor_publishes_nothing_and_harms_nothing(service: Service) 
 
 
 def test_a_save_whose_tenant_key_was_retired_meanwhile_is_refused(service: Service) -> None:
-    """Rotated, rewrapped and retired while it uploads: nothing counts it, nothing would open it."""
+    """The key is rotated, rewrapped and retired during the upload.
+
+    The retirement does not count the artifact, and nothing could open it.
+    """
     registry = service.registry
 
     def slow(store: ArtifactStore, draft: Draft) -> None:
@@ -437,7 +464,7 @@ def test_a_save_whose_answer_is_lost_keeps_the_files_of_an_artifact(
 
 
 def test_files_without_a_manifest_are_no_artifact(service: Service) -> None:
-    """A save that a crash cut short: the manifest comes last."""
+    """A crash leaves such files, because a save writes the manifest last."""
     artifact = service.publish()
     (service.root / f"t/{TENANT}/a/{artifact}/manifest.json").unlink()
     with pytest.raises(NotFoundError, match=r"manifest\.json is not in the store"):
@@ -468,7 +495,8 @@ def test_notes_tensor_names_run_and_adapter_never_appear_in_the_store(service: S
 
 
 def test_the_scan_would_find_what_is_stored_in_clear(service: Service) -> None:
-    """The control: the same files before they were sealed, and what a manifest does say."""
+    """This is the control: the scan finds the same files before they are sealed, and what a
+    manifest contains."""
     artifact = service.publish()
     for name, content in to_files(checkpoint()).items():
         (service.root / name).write_bytes(content)
@@ -504,10 +532,38 @@ def test_an_adapter_is_exported_as_a_peft_directory(service: Service, tmp_path: 
     assert {path.name for path in target.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors",
     }  # fmt: skip
-    assert json.loads((target / "adapter_config.json").read_text()) == ADAPTER
+    config = json.loads((target / "adapter_config.json").read_text())
+    assert config == ADAPTER | {"base_model_name_or_path": "some/model"}
     weights = load_file(target / "adapter_model.safetensors")
     for name, tensor in checkpoint().state.weights.items():
         assert torch.equal(weights[name], tensor)
+
+
+@pytest.mark.parametrize("kind", ["directory", "file", "gone", "hub id", "folder of a hub id"])
+def test_an_export_names_a_base_that_others_find(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model.gguf").touch()
+    model_ref, named = {
+        "directory": (str(tmp_path / "model"), str(tmp_path / "model")),
+        "file": (str(tmp_path / "model.gguf"), None),
+        "gone": (str(tmp_path / "gone"), None),
+        "hub id": ("org/name", "org/name"),
+        "folder of a hub id": ("~/name", None),
+    }[kind]
+    registry = service.registry
+    run = registry.runs.create(TENANT, TrainingConfig(model_ref=model_ref).model_dump_json())
+    epoch = registry.runs.claim(run)
+    capability = registry.data_keys.capability(TENANT, run, epoch)
+    artifact = replace(service, run=run, epoch=epoch, capability=capability).publish()
+    sealed = {path: path.read_bytes() for path in service.files_of(artifact)}
+    target = tmp_path / "adapter"
+    adapters.export_adapter(service.registry, str(service.root), TENANT, artifact, target)
+    found = json.loads((target / "adapter_config.json").read_text())
+    assert found["base_model_name_or_path"] == named
+    assert {path: path.read_bytes() for path in service.files_of(artifact)} == sealed
 
 
 def test_an_export_drops_the_notes_of_the_owner(service: Service, tmp_path: Path) -> None:

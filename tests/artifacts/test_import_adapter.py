@@ -1,4 +1,5 @@
-"""Adapters that PEFT wrote elsewhere: what is taken over, to the bit, and what is refused."""
+"""Tests imports of adapters that PEFT wrote elsewhere: what is imported to the bit, and what is
+refused."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ LORA = LoRAConfig(rank=3, alpha=6.0, dropout=0.1, target_modules=("q_proj", "v_p
 
 
 def write_adapter(model: Path, target: Path, **values: Any) -> Path:
-    """By PEFT alone, with random weights in both matrices."""
+    """Writes an adapter by PEFT alone, with random weights in both matrices."""
     settings: dict[str, Any] = {
         "r": 3, "lora_alpha": 6, "lora_dropout": 0.1, "target_modules": ["v_proj", "q_proj"],
         "task_type": "CAUSAL_LM",
@@ -62,7 +63,7 @@ def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(adapter: Path, tmp_path: Path) -> Path:
-    """One that a test may damage."""
+    """Returns a copy of the adapter that a test may damage."""
     target = tmp_path / "adapter"
     target.mkdir()
     for name in (CONFIG, WEIGHTS):
@@ -71,7 +72,7 @@ def copied(adapter: Path, tmp_path: Path) -> Path:
 
 
 def configure(directory: Path, **values: Any) -> None:
-    """Changes keys of the config; None removes one."""
+    """Changes keys of the config; None removes a key."""
     config = json.loads((directory / CONFIG).read_text()) | values
     kept = {key: value for key, value in config.items() if value is not ...}
     (directory / CONFIG).write_text(json.dumps(kept))
@@ -170,7 +171,7 @@ def test_a_missing_file_is_named(copied: Path, name: str) -> None:
 
 def test_a_huge_config_is_not_read(copied: Path) -> None:
     (copied / CONFIG).write_text(" " * MOST_CONFIG_BYTES + "{}")
-    with pytest.raises(InvalidRequestError, match="at most"):
+    with pytest.raises(InvalidRequestError, match="more than the"):
         PeftFiles.read(copied)
 
 
@@ -184,7 +185,7 @@ def test_a_config_of_another_kind_is_refused(copied: Path, content: bytes) -> No
 
 
 def test_a_name_that_is_there_twice_is_refused(copied: Path) -> None:
-    """Whoever reads it sees one value, and JSON's readers take the other."""
+    """A reader may see one of two values, while JSON's parsers take the other."""
     text = (copied / CONFIG).read_text()
     (copied / CONFIG).write_text(text.replace('"r":', '"lora_alpha": 1, "r":'))
     with pytest.raises(InvalidRequestError, match="twice"):
@@ -228,15 +229,36 @@ def test_a_feature_that_a_run_does_not_have_is_refused(
         taken(tiny_model, copied)
 
 
+def nested(levels: int) -> list[Any]:
+    return [nested(levels - 1)] if levels else []
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {f"key{number}": None for number in range(200)},
+        {"rank_pattern": {f"layer{number}": 8 for number in range(201)}},
+        {"rank_pattern": [{"a": dict.fromkeys(map(str, range(201)))}]},
+        {"layer_replication": nested(8)},
+        {"loftq_config": {"a": nested(500)}},
+    ],
+    ids=["keys", "keys inside", "keys deep inside", "levels", "many levels"],
+)
+def test_a_config_of_many_keys_or_levels_is_refused(copied: Path, values: dict[str, Any]) -> None:
+    configure(copied, **values)
+    with pytest.raises(InvalidRequestError, match="more than 200 keys, or more than 8 levels"):
+        PeftFiles.read(copied)
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS])
 def test_what_never_ends_is_not_read(copied: Path, name: str) -> None:
     (copied / name).unlink()
     os.mkfifo(copied / name)
-    with pytest.raises(InvalidRequestError, match="no plain file"):
+    with pytest.raises(InvalidRequestError, match="not a regular file"):
         PeftFiles.read(copied)
     (copied / name).unlink()
     (copied / name).symlink_to("/dev/zero")
-    with pytest.raises(InvalidRequestError, match="no plain file"):
+    with pytest.raises(InvalidRequestError, match="not a regular file"):
         PeftFiles.read(copied)
 
 
@@ -317,7 +339,7 @@ def test_a_refused_adapter_leaves_the_run_as_it_was(
 
 
 @pytest.fixture(scope="module")
-def client(home: Path) -> Iterator[ServiceClient]:
+def client(embedded: None) -> Iterator[ServiceClient]:
     with ServiceClient(address="local") as service:
         yield service
 

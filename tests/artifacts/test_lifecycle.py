@@ -1,4 +1,5 @@
-"""Copies, fresh keys, shredding, labels, expiry, pages: and what a crash at any place leaves."""
+"""Tests copies, fresh keys, shredding, labels, expiry and pages, and what a crash at any point
+leaves."""
 
 from __future__ import annotations
 
@@ -68,7 +69,7 @@ def events(service: Service) -> list[tuple[str, str, str]]:
 
 
 def contents(service: Service) -> dict[Path, bytes]:
-    """Of all files but heads of the audit log."""
+    """Returns the contents of all files except heads of the audit log."""
     return {p: p.read_bytes() for p in service.files() if p.parent.name != "audit"}
 
 
@@ -228,12 +229,12 @@ def test_only_a_keeper_of_its_tenant_is_given_a_fresh_key_of_what_is_there(
 
 
 class Crash(BaseException):
-    """Of the process: nothing tidies up after it."""
+    """The end of the process, after which nothing is cleaned up."""
 
 
 @contextmanager
 def dying_at(monkeypatch: pytest.MonkeyPatch, place: int, error: BaseException) -> Iterator[None]:
-    """The k-th change of store or registry does not happen, nor does any after it."""
+    """Makes the change of store or registry at this position fail, and every later change too."""
     count = iter(range(1000))
 
     def wrapped(inner: Callable[..., Any]) -> Callable[..., Any]:
@@ -325,7 +326,7 @@ def test_a_shredding_that_dies_anywhere_leaves_nothing_that_opens(
 
 
 def losing_the_reply(registry: Registry) -> Registry:
-    """It makes the switch, and its answer never arrives."""
+    """Returns a registry that makes the switch but never answers."""
     finish = registry.artifacts.finish_reseal
 
     def finish_reseal(*arguments: Any) -> ArtifactInfo:
@@ -348,7 +349,7 @@ def test_a_switch_whose_answer_is_lost_keeps_the_files_that_count(service: Servi
 
 
 class Forgetful(ArtifactStore):
-    """Takes writes and gives back other bytes."""
+    """A store that accepts writes and returns other bytes."""
 
     damaged = ""
 
@@ -380,7 +381,7 @@ def test_the_old_files_stay_where_the_new_ones_do_not_open(
 def during_reseal(
     monkeypatch: pytest.MonkeyPatch, service: Service, act: Callable[[], object]
 ) -> None:
-    """`act` once the new files are written and before they count."""
+    """Runs `act` after the new files are written and before they count."""
 
     def check(*arguments: Any) -> None:
         monkeypatch.undo()
@@ -417,7 +418,7 @@ def test_what_is_deleted_while_it_is_resealed_stays_deleted(
 def test_what_was_resealed_while_it_is_deleted_leaves_nothing(
     service: Service, monkeypatch: pytest.MonkeyPatch, remove: Callable[[Service, str], object]
 ) -> None:
-    """Under the name that the deletion found, the files are gone already."""
+    """The files under the name that the deletion found are gone by then."""
     artifact, inner = service.publish(), Artifacts.delete
 
     def late(self: Artifacts, *arguments: Any) -> str:
@@ -436,7 +437,8 @@ def test_what_was_resealed_while_it_is_deleted_leaves_nothing(
 def test_a_key_that_was_rotated_while_resealing_is_not_relied_on(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The new data key would be under k1, which may be retired before it counts."""
+    """The new data key would be wrapped under k1, which may be retired before the new files
+    count."""
     artifact, root = service.publish(), str(service.root)
 
     def rotate_and_retire() -> None:
@@ -568,7 +570,7 @@ def test_labels_of_another_form_are_refused_and_change_nothing(
 
 
 class Clock:
-    """The registry's."""
+    """The clock of the registry."""
 
     now = 0.0
 
@@ -718,15 +720,3 @@ def test_what_is_refused_is_one_of_ours(service: Service) -> None:
             with pytest.raises(TGTinkerError):
                 attempt(service, artifact)
     assert (service.home / KEYRING).exists()
-
-
-def test_the_reader_of_the_documentation_opens_what_was_resealed(service: Service) -> None:
-    """`docs/security.md` has a reader that needs nothing of ours."""
-    page = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
-    names: dict[str, Any] = {}
-    exec(page.partition("```python\n")[2].partition("```")[0], names)  # noqa: S102 - our own page
-    artifact = service.publish()
-    arguments = service.root, service.home / KEYRING, TENANT
-    before = names["read_artifact"](*arguments, artifact)
-    resealed(service, artifact)
-    assert names["read_artifact"](*arguments, f"{artifact}.2") == before

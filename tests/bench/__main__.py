@@ -1,12 +1,12 @@
-"""Measures TG-Tinker beside what its users would do otherwise, and prints one table.
+"""Compares TG-Tinker with what its users would use otherwise, and prints one table.
 
-Every comparison runs its two sides in turns, each in a fresh process, and gives the median of the
-ratios of neighbouring turns with [smallest..largest]. Absolute times depend on the machine, ratios
-far less: read those. A ratio of time is theirs / ours, so 1.60x is 1.6 times as fast; one of
-memory is ours / theirs, so 0.48x is less than half.
+Every comparison runs its two sides in turns, each in a fresh process. It reports the median of the
+ratios of neighboring turns with [smallest..largest]. Read the ratios: absolute times depend on the
+machine, ratios far less. A ratio of time is theirs / ours, so 1.60x is 1.6 times as fast. A ratio
+of memory is ours / theirs, so 0.48x is less than half.
 
-Writes bench-output/bench.json, bench.png (where a goal was measured) and the logs of the processes
-that were measured, in place of those of the run before. Ctrl-C keeps what was measured until then.
+The program writes bench-output/bench.json, bench.png (if a goal was measured) and the logs of the
+measured processes. They replace the files of the previous run. Ctrl-C keeps the results so far.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def parser(known: dict[str, Bench]) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         usage="make bench ARGS='[--only NAME] [--quick] [--repeats N] ...'",
         description=__doc__,
-        epilog="benches, with their workloads (* is what runs without --only):\n"
+        epilog="benches, with their workloads (* runs without --only):\n"
         + "\n".join(lines)
         + "\n\nexamples:\n  make bench ARGS='--only ragged --repeats 9'"
         "\n  make bench ARGS=--quick\n  make bench ARGS='--only sampling --markdown'",
@@ -45,21 +45,28 @@ def parser(known: dict[str, Bench]) -> argparse.ArgumentParser:
     )
     found.add_argument(
         "--only", action="append", default=[], metavar="NAME",
-        help="one bench or workload; may be repeated",
+        help="a bench or workload to run; may be repeated (default: those marked *)",
     )  # fmt: skip
-    found.add_argument("--all", action="store_true", help="every bench but peers (an hour)")
-    found.add_argument("--quick", action="store_true", help="few workloads, two turns (2 minutes)")
-    found.add_argument("--repeats", type=at_least_one, metavar="N", help="timed turns of each side")
+    found.add_argument("--all", action="store_true", help="run every bench except peers (an hour)")
     found.add_argument(
-        "--markdown", action="store_true", help="print tables for docs/benchmarks.md"
+        "--quick", action="store_true", help="run few workloads, with two turns each (2 minutes)"
     )
-    found.add_argument("--model", help="as TrainingConfig takes it (default: SmolLM2-135M)")
+    found.add_argument(
+        "--repeats", type=at_least_one, metavar="N",
+        help="timed turns of each side (default: a number for each workload)",
+    )  # fmt: skip
+    found.add_argument(
+        "--markdown", action="store_true", help="print tables in Markdown for docs/benchmarks.md"
+    )
+    found.add_argument(
+        "--model", help="hub id, Hugging Face directory or GGUF file (default: SmolLM2-135M)"
+    )
     return found
 
 
 def at_least_one(text: str) -> int:
     if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than one turn")
+        raise argparse.ArgumentTypeError(f"{number} is less than one turn: use 1 or more")
     return number
 
 
@@ -69,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         wanted = selected(known, options.only, options.all)
     except KeyError as error:
-        SCREEN.print(f"no bench or workload is called {error}; see --help", style="red")
+        SCREEN.print(f"no bench or workload is named {error}: see --help for all", style="red")
         return 2
     if options.quick and not options.only:
         wanted = {"training": frozenset()}
@@ -80,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         measure([(known[name], only) for name, only in wanted.items()], found, facts)
     except KeyboardInterrupt:
-        SCREEN.print("stopped: here is what was measured until now", style="yellow")
+        SCREEN.print("stopped: these are the results so far", style="yellow")
         status = INTERRUPTED
     if not options.only:
         found.rows += not_run()
@@ -90,12 +97,12 @@ def main(arguments: list[str] | None = None) -> int:
         Console().print(report.markdown(facts, sheets), soft_wrap=True, markup=False)
     else:
         show(facts, sheets)
-    SCREEN.print(f"written: {OUTPUT}/bench.json and what is beside it", highlight=False)
+    SCREEN.print(f"written: {OUTPUT}/bench.json and other files in that folder", highlight=False)
     return status
 
 
 def measure(wanted: list[tuple[Bench, frozenset[str]]], found: Run, facts: dict[str, str]) -> None:
-    """Each bench with its workloads; figures are on disk after each, and when one is stopped."""
+    """Runs each bench with its workloads. Writes the results after each bench, also if it stops."""
     started = time.monotonic()
     for bench, only in wanted:
         found.only = only
@@ -108,7 +115,7 @@ def measure(wanted: list[tuple[Bench, frozenset[str]]], found: Run, facts: dict[
 
 
 def deliver(facts: dict[str, str], found: Run) -> None:
-    """Never the figures of one run beside the picture of another."""
+    """Writes the results and the picture. Removes a picture that is from another run."""
     OUTPUT.mkdir(exist_ok=True)
     report.write_json(OUTPUT / "bench.json", facts, found.rows, found.sheets)
     if not report.draw(found.rows, OUTPUT / "bench.png", facts):

@@ -1,7 +1,7 @@
-"""What a row of the audit log costs: a transaction on SQLite, durable, with and without one.
+"""Measures the cost of an audit row: durable transactions on SQLite with and without the row.
 
-`record` is what a training actor tells the registry after each step; the
-bare transaction changes the same row of the same table and is as durable.
+A training actor calls `record` of the registry after each step. The transaction without an audit
+row changes the same row of the same table and is as durable.
 """
 
 from __future__ import annotations
@@ -42,19 +42,21 @@ def measured(home: Path) -> Sheet:
     epoch = registry.runs.claim(run)
     rows = []
     for name, work in {
-        "run noted, no row": lambda step: registry.runs.record(run, epoch, step, "active"),
-        "run noted, a step's row": lambda step: registry.runs.record(
+        "step recorded, no audit row": lambda step: registry.runs.record(
+            run, epoch, step, "active"
+        ),
+        "step recorded, with its audit row": lambda step: registry.runs.record(
             run, epoch, step, "active", CALLS
         ),
-        "a sample's row": lambda step: registry.audit_log.record_sample(
+        "audit row of a sample": lambda step: registry.audit_log.record_sample(
             "default", "sdk", f"{run}@{step}", 1, 64, "ok"
         ),
     }.items():
         found = milliseconds(work)
         p99 = statistics.quantiles(found, n=100)[98]
         rows.append((name, f"{statistics.median(found):.2f}", f"{p99:.2f}"))
-    title = f"the audit log: {COUNT} each, one after the other"
+    title = f"the audit log: {COUNT} of each, one after the other"
     return Sheet(title, ("transaction", "p50 ms", "p99 ms"), rows)
 
 
-BENCH = Bench("audit", "what a row of the audit log adds to a transaction", 0.3, run)
+BENCH = Bench("audit", "the cost that an audit row adds to a transaction", 0.3, run)

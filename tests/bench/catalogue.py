@@ -1,4 +1,4 @@
-"""Every bench by its name; a new room is one import and one line here."""
+"""Lists every bench by name. To add a bench, add the name of its module to `ROOMS`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOMS = (
 
 
 def benches() -> dict[str, Bench]:
-    """In the order in which they run."""
+    """Returns all benches by name, in the order in which they run."""
     found = [importlib.import_module(f"bench.{name}").BENCH for name in ROOMS]
     return {bench.name: bench for bench in found}
 
@@ -22,10 +22,10 @@ def benches() -> dict[str, Bench]:
 def selected(
     known: dict[str, Bench], only: list[str], everything: bool
 ) -> dict[str, frozenset[str]]:
-    """Benches to run, each with the workloads wanted of it; empty means all of them.
+    """Returns the benches to run, each with the workloads to run; empty means all workloads.
 
     Raises:
-        KeyError: a name that is neither a bench nor a workload.
+        KeyError: if a name is neither a bench nor a workload.
     """
     if not only:
         return {

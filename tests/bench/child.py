@@ -1,10 +1,10 @@
-"""The program of one measured side: `python -m bench.child SPEC`, see `sides`.
+"""Runs one measured side: `python -m bench.child SPEC`, see `sides`.
 
-Memory: before its first step the process has touched all its weights and made one step on sixteen
-tokens, so that libraries and optimizer state are there. It hands free memory back to the system,
-notes what is resident (`rest`), resets the kernel's high-water mark (`clear_refs`) and makes two
-whole steps; `bytes` is the mark above rest, `process_bytes` the mark itself, `seconds` the time of
-the second step, which is as warm as any later one.
+Memory is measured as follows. Before the measured steps, the process touches all its weights and
+makes one step on sixteen tokens, so that libraries and optimizer state are loaded. It returns free
+memory to the system, records its resident memory (`rest`), resets the kernel's high-water mark
+(`clear_refs`) and makes two whole steps. `bytes` is the mark minus `rest`, and `process_bytes` is
+the mark itself. `seconds` is the time of the second step, which is as warm as any later step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bench.loops import Loop, LoopSpec, Rows, build
 
 
 def peak(work: Callable[[], object]) -> dict[str, float]:
-    """Bytes: resident at rest, and the process's highest while it does this work twice."""
+    """Does this work twice; returns resident bytes before, peak bytes, and the second time in s."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     rest = resident("VmRSS")
@@ -40,7 +40,7 @@ def resident(name: str) -> int:
 
 
 def touch_weights(loop: Loop) -> None:
-    """Reads every page, so that a mapped file counts as held before the step."""
+    """Reads every page of the weights, so that a mapped file is resident before the step."""
     model = getattr(loop, "model", None)
     for parameter in model.parameters() if model is not None else ():
         parameter.detach().sum()

@@ -1,8 +1,9 @@
-"""What is measured: the loop that a user would write by hand, ours, and Opacus' own.
+"""Defines the measured loops: the loop that a user would write by hand, ours, and Opacus' own.
 
-Each takes the same rows of (input_ids, labels) as lists, and has `evaluate` (loss without
-gradient) and `train` (forward, backward, optimizer step; returns the loss, in nats per labelled
-token). Model, rank, targets, dtype, optimizer, learning rate and clipping are those of `LoopSpec`.
+Each loop takes the same rows of (input_ids, labels) as lists. `evaluate` returns the loss without a
+gradient. `train` makes a forward pass, a backward pass and an optimizer step, and returns the loss.
+Losses are in nats per labeled token. `LoopSpec` and the constants here set model, rank, targets,
+dtype, optimizer, learning rate and clipping for all loops.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tg_tinker import (
     TrainingConfig,
 )
 from tg_tinker.client.home import init_home
-from tg_tinker.data.batch import normalise
+from tg_tinker.data.batch import normalize
 
 Rows = list[tuple[list[int], list[int]]]
 IGNORED = -100
@@ -39,11 +40,11 @@ CLIP = 1.0
 
 @dataclass(frozen=True)
 class LoopSpec:
-    """How a side trains.
+    """The settings with which a side trains.
 
     Attributes:
         loop: plain, ours, sdk (ours through Ray), opacus (hooks) or opacus-ghost.
-        rank: of the adapter; None trains all weights.
+        rank: the rank of the adapter; None trains all weights.
     """
 
     loop: str
@@ -64,7 +65,7 @@ class Loop(Protocol):
 
 
 def ragged(count: int = 8) -> Rows:
-    """Chats: rows of 32 to 256 tokens, the first 60 % of each masked."""
+    """Returns chats: rows of 32 to 256 tokens, with the first 60 % of each row masked."""
     generator = np.random.default_rng(0)
     rows = []
     for length in np.linspace(32, 256, count).astype(int):
@@ -75,7 +76,7 @@ def ragged(count: int = 8) -> Rows:
 
 
 def uniform(count: int = 8, length: int = 128) -> Rows:
-    """Rows of one length, every token labelled."""
+    """Returns rows of one length, in which every token is labeled."""
     generator = np.random.default_rng(1)
     ids = generator.integers(3, 49_000, (count, length)).tolist()
     return [(row, row) for row in ids]
@@ -85,7 +86,7 @@ def uniform(count: int = 8, length: int = 128) -> Rows:
 
 
 class Plain:
-    """transformers and PEFT, rows padded to the longest, the loss on labelled tokens alone."""
+    """A loop of transformers and PEFT: rows padded to the longest, loss on labeled tokens alone."""
 
     def __init__(self, directory: Path, spec: LoopSpec) -> None:
         from transformers import AutoModelForCausalLM
@@ -125,7 +126,7 @@ class Plain:
 
 
 def collate(rows: Rows) -> dict[str, torch.Tensor]:
-    """A rectangle as wide as the longest row; padding carries neither attention nor loss."""
+    """Returns a batch as wide as the longest row. Padding has neither attention nor loss."""
     ids = [torch.tensor(ids) for ids, _ in rows]
     return {
         "input_ids": pad_sequence(ids, batch_first=True),
@@ -154,7 +155,7 @@ def training_config(spec: LoopSpec) -> TrainingConfig:
 
 
 class Ours:
-    """The engine in this process: no Ray, otherwise what a training actor runs."""
+    """The engine in this process: what a training actor runs, without Ray."""
 
     def __init__(self, base: Base, spec: LoopSpec) -> None:
         from actors.privacy.session import PrivateSession
@@ -172,12 +173,12 @@ class Ours:
         return self.session.base.model
 
     def train(self, rows: Rows) -> float:
-        loss = self.session.forward_backward(normalise(as_batch(rows))).loss
+        loss = self.session.forward_backward(normalize(as_batch(rows))).loss
         self.session.optim_step()
         return loss
 
     def evaluate(self, rows: Rows) -> float:
-        return self.session.forward_backward(normalise(as_batch(rows)), train=False).loss
+        return self.session.forward_backward(normalize(as_batch(rows)), train=False).loss
 
     def close(self) -> None:
         if self._folder:
@@ -185,7 +186,7 @@ class Ours:
 
 
 class ThroughSdk:
-    """`TrainingClient` on an embedded cluster; both calls awaited, as the slowest user would."""
+    """A `TrainingClient` on an embedded cluster. It awaits both calls, as the slowest user does."""
 
     def __init__(self, spec: LoopSpec, models: Path) -> None:
         self._folder = scratch()
@@ -212,8 +213,11 @@ class ThroughSdk:
 
 
 def scratch() -> tempfile.TemporaryDirectory[str]:
-    """For a home that ends with its side. Not in /tmp, which may be in memory, where a durable
-    charge costs nothing; not the user's own home, whose log is for real runs."""
+    """Returns a temporary folder for a home that ends with its side.
+
+    It is not in /tmp, which may be in memory, where a durable charge costs nothing. It is not the
+    user's own home, whose log is for real runs.
+    """
     return tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-")
 
 
@@ -225,7 +229,7 @@ def as_batch(rows: Rows) -> dict[str, Any]:
 
 
 class Opacus(Plain):
-    """Opacus' own pieces around the plain loop: hooks that hold gradients, or ghost clipping."""
+    """The plain loop with Opacus' own parts: hooks that store gradients, or ghost clipping."""
 
     def __init__(self, directory: Path, spec: LoopSpec) -> None:
         import opacus.optimizers as optimizers
@@ -272,5 +276,5 @@ def build(spec: LoopSpec, cache: Path) -> Loop:
     if spec.loop == "ours":
         return Ours(base, spec)
     directory = base.directory
-    del base  # the plain loop's process holds its own weights alone
+    del base  # so that the plain loop's process holds only its own weights
     return Plain(directory, spec) if spec.loop == "plain" else Opacus(directory, spec)

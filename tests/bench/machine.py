@@ -1,4 +1,4 @@
-"""What the figures were measured on. No host name, no path."""
+"""Describes the machine on which the figures were measured, without a host name or a path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "peft", "ray", "opacus")
 QUIET = 1.0
-"""A load below which ratios hold."""
+"""The load up to which ratios are reliable."""
 
 
 def described() -> dict[str, str]:
@@ -27,10 +27,13 @@ def described() -> dict[str, str]:
 
 
 def load() -> str:
-    """Waiting threads of the plain loop spin, ours sleep: beside other work theirs lose more."""
+    """Returns the load of the last minute, with a warning if it is too high.
+
+    Waiting threads of the plain loop spin, and ours sleep, so other work slows the plain loop more.
+    """
     before = os.getloadavg()[0]
-    told = f"{before:.1f} processes in the minute before"
-    return told if before <= QUIET else f"{told}: not quiet, ratios flatter ours"
+    told = f"{before:.1f} processes in the last minute"
+    return told if before <= QUIET else f"{told}: not quiet, so ratios favor ours"
 
 
 def cpu_model() -> str:
@@ -41,7 +44,7 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    """Of the source tree, marked where files differ from it."""
+    """Returns the commit of the source tree, with a mark if files differ from it."""
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"],
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,

@@ -1,4 +1,4 @@
-"""Ratios of interleaved repeats, with their spread; goals; and what a bench hands in."""
+"""Defines ratios of interleaved repeats with their spread, goals, and the results of a bench."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.progress import track
 
 SCREEN = Console(stderr=True)
-"""Progress and remarks; tables alone go to standard output."""
+"""The console for progress and messages. Only tables go to standard output."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A median, and the smallest and largest of the values it stands for."""
+    """The median of some values, with the smallest and the largest value."""
 
     middle: float
     low: float
@@ -34,7 +34,10 @@ class Spread:
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> Spread:
-    """Of each repeat's two neighbours in time, so that a change of the machine's speed cancels."""
+    """Returns the ratios of each repeat's two times.
+
+    The two times of a repeat are neighbors, so that a change of the machine's speed cancels out.
+    """
     return Spread.of(a / b for a, b in zip(over, under, strict=True))
 
 
@@ -57,8 +60,8 @@ class Row:
     """A line of the one table.
 
     Attributes:
-        ratio: None where it could not be measured; `remark` says why.
-        ours, theirs: the two things compared, in words, with their absolute medians.
+        ratio: None if it could not be measured; then `remark` says why.
+        ours, theirs: the absolute medians of the two sides, in words.
     """
 
     name: str
@@ -81,7 +84,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Sheet:
-    """Any other table: its title, headings and cells."""
+    """Another table: its title, headings and cells."""
 
     title: str
     headings: tuple[str, ...]
@@ -90,11 +93,11 @@ class Sheet:
 
 @dataclass
 class Run:
-    """What a bench is given, and where it leaves what it found.
+    """The options of a bench, and its results.
 
     Attributes:
-        repeats: what was asked for; None leaves the number to each workload.
-        only: names of single workloads; empty means all.
+        repeats: the requested number; None leaves the number to each workload.
+        only: the names of single workloads to run; empty means all.
     """
 
     model: str
@@ -110,12 +113,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Bench:
-    """One room of the program.
+    """One bench of the program.
 
     Attributes:
-        minutes: on two quiet cores, with the usual repeats.
-        usual: part of a plain `make bench`; the others run by `--only` or `--all`.
-        workloads: names that `--only` takes beside the bench's own.
+        about: a summary for `--help`.
+        minutes: the duration on two quiet cores, with the usual repeats.
+        usual: whether a plain `make bench` runs it; else `--only` or `--all` does.
+        workloads: the names that `--only` accepts besides the name of the bench.
     """
 
     name: str
@@ -139,7 +143,10 @@ def timed(work: Callable[[], object]) -> float:
 def in_turns(
     sides: Mapping[str, Callable[[], object]], repeats: int, label: str
 ) -> dict[str, list[float]]:
-    """Seconds of each side, one after the other in every repeat, after one that is not timed."""
+    """Returns the seconds of each side.
+
+    The sides run one after the other in every repeat, after one repeat that is not timed.
+    """
     for side in sides.values():
         side()
     times: dict[str, list[float]] = {name: [] for name in sides}
@@ -152,9 +159,12 @@ def in_turns(
 def beside_the_first(
     title: str, times: Mapping[str, Sequence[float]], *, tokens: int | None = None
 ) -> Sheet:
-    """Times and ratios to the first side; with `tokens` of one run, also tokens per second."""
+    """Returns the times, and their ratios to the first side.
+
+    If `tokens`, the number of tokens of one run, is given, the sheet also has tokens per second.
+    """
     first = next(iter(times.values()))
-    headings = ("side", "time", "of the first", *(("tokens/s",) if tokens else ()))
+    headings = ("side", "time", "ratio to the first", *(("tokens/s",) if tokens else ()))
     rows = []
     for name, taken in times.items():
         middle = Spread.of(taken)
@@ -164,6 +174,6 @@ def beside_the_first(
 
 
 def as_json(thing: Any) -> Any:
-    """For `json.dumps(default=...)`: dataclasses by their fields, with a row's verdict."""
+    """Returns a dataclass as a dict, for `json.dumps(default=...)`; adds the verdict of a row."""
     found = dict(vars(thing))
     return found | {"verdict": thing.verdict} if isinstance(thing, Row) else found

@@ -1,7 +1,7 @@
-"""Ours beside other open services, each through its own SDK, on the same model and rows.
+"""Compares ours with other open services, each through its own SDK, on the same model and rows.
 
-A peer lives in an environment of its own below `.venv-peers`. Its server and our cluster both stay
-up while the sides take turns. What could not be run is printed with its reason.
+A peer is installed in its own environment below `.venv-peers`. Its server and our cluster both run
+while the sides take turns. The table lists each peer that could not be run, with the reason.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from tg_tinker.client.home import init_home
 ENVIRONMENTS = Path(".venv-peers")
 RANK = 16
 START_S, INSTALL_S = 300, 1800
-OPENRL = "OpenRL is on no package registry: its server is a source tree to check out"
+OPENRL = "it is on no package registry: its server must be checked out as source"
 
 
 class NotRunError(Exception):
-    """Why a peer could not be run."""
+    """A peer could not be run, for the reason in the message."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,16 @@ case "$2" in *.api) python "$@";; *) exec python "$@";; esac
 
 
 def skyrl_environment() -> Path:
-    """The environment's bin folder; made on the first call (about ten minutes).
+    """Returns the bin folder of the environment, which the first call creates in ten minutes.
 
     Raises:
-        NotRunError: pip could not install it.
+        NotRunError: if pip could not install the packages.
     """
     folder = (ENVIRONMENTS / "skyrl").absolute()
     done = folder / "ready"
     if done.exists():
         return folder / "bin"
-    SCREEN.print("installing SkyRL 0.3.0 into .venv-peers/skyrl (2 GB, some minutes)")
+    SCREEN.print("installing SkyRL 0.3.0 into .venv-peers/skyrl (2 GB, about ten minutes)")
     install(folder, SKYRL)
     types = next(folder.glob("lib/python*/site-packages/skyrl/tinker/types.py"))
     text = types.read_text()  # pydantic refuses typing.TypedDict before Python 3.12
@@ -103,12 +103,15 @@ def install(folder: Path, packages: tuple[str, ...]) -> None:
         raise NotRunError(f"pip took more than {INSTALL_S} s") from None
     except subprocess.CalledProcessError as error:
         told = (error.stderr or "").strip().splitlines()[-1:] or ["pip failed"]
-        raise NotRunError(f"could not be installed: {told[0]}") from None
+        raise NotRunError(f"pip could not install it: {told[0]}") from None
 
 
 @contextmanager
 def skyrl_server(binaries: Path, model: Path) -> Iterator[str]:
-    """Its API and engine on a free port of the loopback; ends with all its processes."""
+    """Runs SkyRL's API and engine on a free port of the loopback, and yields the URL.
+
+    All its processes end with the block.
+    """
     folder = OUTPUT / "skyrl"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tinker.db").unlink(missing_ok=True)
@@ -139,7 +142,7 @@ def skyrl_server(binaries: Path, model: Path) -> Iterator[str]:
 
 
 def answering(url: str, server: subprocess.Popen[bytes]) -> str:
-    """Waits for a server's first healthy answer."""
+    """Waits for a server's first healthy answer; returns its URL."""
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline and server.poll() is None:
         try:
@@ -151,7 +154,7 @@ def answering(url: str, server: subprocess.Popen[bytes]) -> str:
 
 
 def not_run() -> list[Row]:
-    """The goals that a run without peers leaves open."""
+    """Returns rows for the goals that a run without peers does not measure."""
     return [
         Row(one.name, one.what, SKYRL_NAME, None, one.goal, remark="make bench-peers")
         for one in WORKLOADS
@@ -162,7 +165,7 @@ def not_run() -> list[Row]:
 
 
 def run(bench: Run) -> None:
-    """SkyRL beside ours, and the peers that were not run with their reasons."""
+    """Compares SkyRL with ours, and lists the peers that were not run, with their reasons."""
     wanted = [one for one in WORKLOADS if not bench.only or one.name in bench.only]
     base = Base.load(bench.model, cache=init_home() / "models")
     directory = base.directory
@@ -183,9 +186,9 @@ def run(bench: Run) -> None:
             ("peer", "why"),
             [
                 ("OpenRL", OPENRL),
-                ("TuFT 0.2.2", "its training actor asks for a GPU and CUDA's memory counters"),
-                ("twinkle 0.5.1", "on CPU it has a mock without a model"),
-                ("hatchery 0.3.0", "needs Python 3.12 and a GPU worker"),
+                ("TuFT 0.2.2", "its training actor needs a GPU and CUDA's memory counters"),
+                ("twinkle 0.5.1", "on CPU it runs a mock without a model"),
+                ("hatchery 0.3.0", "it needs Python 3.12 and a GPU worker"),
             ],
         )
     )
@@ -214,7 +217,7 @@ def evaluated(one: PeerWorkload, sides: dict[str, Side]) -> dict[str, float]:
 def measured(
     bench: Run, one: PeerWorkload, sides: dict[str, Side], losses: dict[str, float]
 ) -> None:
-    """A first step of each apart, since it compiles; one more; then the turns."""
+    """Times the first step of each side alone, because it compiles. Another step precedes turns."""
     rows = one.rows()
     first = {name: side.ask("train", rows)["seconds"] for name, side in sides.items()}
     times: dict[str, list[float]] = {name: [] for name in sides}
@@ -242,16 +245,22 @@ def measured(
 
 
 def apart(losses: dict[str, float]) -> float:
-    """Relative, before any training. Later both have drawn adapters of their own: see the falls."""
+    """Returns the relative difference of the losses before any training.
+
+    Later losses differ more, because each side has initialized its own adapter.
+    """
     return abs(losses["SkyRL"] / losses["ours"] - 1)
 
 
 def parity(one: PeerWorkload, losses: dict[str, float], first: dict[str, float]) -> Sheet:
-    """Same rows, rank, layers and learning rate; one server's mean is another's sum."""
+    """Returns the losses of all sides, on the same rows, rank, layers and learning rate.
+
+    Servers differ in whether they report a mean or a sum, so losses are per labeled token.
+    """
     verdict = "equal" if apart(losses) <= SAME_LOSS else "DIFFERENT"
     return Sheet(
-        f"{one.name}: first losses are {verdict} ({apart(losses):.1e} apart)",
-        ("side", "loss before training", "loss in the last step", "first step, compiles"),
+        f"{one.name}: the first losses are {verdict} (relative difference {apart(losses):.1e})",
+        ("side", "loss before training", "loss in the last step", "first step, with compilation"),
         [
             (name, f"{losses[name]:.4f}", f"{losses[f'{name}, last']:.4f}", f"{first[name]:.1f} s")
             for name in first
@@ -261,7 +270,7 @@ def parity(one: PeerWorkload, losses: dict[str, float], first: dict[str, float])
 
 BENCH = Bench(
     "peers",
-    "ours beside SkyRL's server, both through their SDKs (installs 2 GB)",
+    "ours against SkyRL's server, both through their SDKs (installs 2 GB)",
     12,
     run,
     workloads=tuple(one.name for one in WORKLOADS),

@@ -1,4 +1,4 @@
-"""What privacy costs: a private step beside the plain one, and beside Opacus on the same rows."""
+"""Measures the cost of privacy: compares a private step with a plain one, and with Opacus."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from actors.privacy.clipping import ClippedSum, privatise
+from actors.privacy.clipping import ClippedSum, privatize
 from bench.loops import LoopSpec, uniform
 from bench.measure import Bench, Run, Sheet, Spread, timed
 from bench.workloads import Workload, run_all
@@ -46,7 +46,7 @@ def run(bench: Run) -> None:
 
 
 def critical_path(repeats: int) -> Sheet:
-    """Charge (SQLite, durable) and noise of a step; counting the units of 1,024 rows."""
+    """Times the charge of a step (SQLite, durable), its noise, and counting units of 1,024 rows."""
     found: list[tuple[str, ...]] = []
 
     def add(what: str, work: partial[object], times: int = repeats) -> None:
@@ -65,16 +65,16 @@ def critical_path(repeats: int) -> Sheet:
         shapes = {f"p{i}": torch.zeros(count // 240) for i in range(240)}
 
         def noise(shapes: dict[str, torch.Tensor] = shapes) -> None:
-            privatise(ClippedSum(dict(shapes), 1.0), sigma=1.0, divisor=8)
+            privatize(ClippedSum(dict(shapes), 1.0), sigma=1.0, divisor=8)
 
         few = repeats if count < 10**7 else 3
         add(f"noise, {count:,} parameters", partial(noise), few)
-    return Sheet("on the critical path of a step", ("what", "time"), found)
+    return Sheet("work on the critical path of a step", ("what", "time"), found)
 
 
 BENCH = Bench(
     "privacy",
-    "a private step beside one without privacy, and beside Opacus; charge and noise",
+    "a private step against one without privacy, and against Opacus; charge and noise",
     5,
     run,
     workloads=tuple(one.name for one in WORKLOADS),

@@ -1,4 +1,4 @@
-"""The one table, its JSON, its Markdown and its picture."""
+"""Writes the one table, its JSON, its Markdown and its picture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.text import Text
 
 from bench.measure import Row, Sheet, as_json
 
-COLOURS = {"met": "#2a8a4a", "missed": "#c0272d", "": "#8a8f98"}
+COLORS = {"met": "#2a8a4a", "missed": "#c0272d", "": "#8a8f98"}
 HEADINGS = ("workload", "against", "ratio [min..max]", "goal", "", "ours", "theirs")
 
 
@@ -27,7 +27,7 @@ def as_sheet(rows: Sequence[Row]) -> Sheet:
 
 
 def table(sheet: Sheet) -> Table:
-    """For a terminal."""
+    """Returns a sheet as a table for a terminal."""
     styles = {"met": "green", "missed": "red", "not run": "yellow"}
     found = Table(title=sheet.title, title_justify="left")
     for heading in sheet.headings:
@@ -38,7 +38,7 @@ def table(sheet: Sheet) -> Table:
 
 
 def markdown(machine: dict[str, str], sheets: Sequence[Sheet]) -> str:
-    """What docs/benchmarks.md takes in, to paste."""
+    """Returns Markdown to paste into docs/benchmarks.md."""
     parts = ["\n".join(f"- {name}: {value}" for name, value in machine.items())]
     for sheet in sheets:
         lines = [sheet.headings, ("---",) * len(sheet.headings), *sheet.rows]
@@ -54,7 +54,10 @@ def write_json(path: Path, machine: dict[str, str], rows: Sequence[Row], sheets:
 
 
 def draw(rows: Sequence[Row], path: Path, machine: dict[str, str]) -> bool:
-    """Bars of the ratios that have a goal, the goal as a mark; False if there are none."""
+    """Draws bars of the ratios that have a goal, with the goal as a mark.
+
+    Returns False if no ratio has a goal.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -62,7 +65,7 @@ def draw(rows: Sequence[Row], path: Path, machine: dict[str, str]) -> bool:
     panels = [
         (title, found)
         for title, at_least in (("times as fast (longer is better)", True),
-                                ("of theirs (shorter is better)", False))
+                                ("ours / theirs (shorter is better)", False))
         if (found := [r for r in rows if r.ratio and r.goal and r.goal.at_least == at_least])
     ]  # fmt: skip
     if not panels:
@@ -89,7 +92,7 @@ def draw_bars(axes: Any, rows: Sequence[Row], title: str) -> None:
         assert row.ratio
         assert row.goal
         middle, low, high = row.ratio.middle, row.ratio.low, row.ratio.high
-        axes.barh(place, middle, height=0.55, color=COLOURS[row.verdict], alpha=0.85)
+        axes.barh(place, middle, height=0.55, color=COLORS[row.verdict], alpha=0.85)
         axes.plot([low, high], [place, place], color="#2b2f36", linewidth=1.4)
         goal = row.goal.bound
         axes.plot([goal, goal], [place - 0.42, place + 0.42], color="black", linewidth=2.6)

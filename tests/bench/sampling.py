@@ -1,4 +1,4 @@
-"""The sampling engine beside transformers' own ways to generate, and what its parts cost.
+"""Compares the sampling engine with transformers' own generation, and measures its parts.
 
 Sides run in turns in one process, on the same weights and prompts.
 """
@@ -47,19 +47,19 @@ def serve(engine: SlotEngine, wanted: list[tuple[list[int], SamplingParams]]) ->
 
 
 def compare(title: str, sides: dict[str, Side], repeats: int, tokens: int) -> Sheet:
-    """A row for each side; `tokens` are what one run of it yields."""
+    """Returns a sheet with a row for each side. One run of a side yields `tokens` tokens."""
     return beside_the_first(title, in_turns(sides, repeats, title), tokens=tokens)
 
 
 class Plain:
-    """transformers' model as a user would load it."""
+    """A model of transformers, loaded as a user would load it."""
 
     def __init__(self, directory: Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         self.model.generation_config.eos_token_id = None
 
     def static(self, wanted: list[tuple[list[int], int]]) -> None:
-        """Padded batches of eight in the order of arrival, each until its longest has ended."""
+        """Generates padded batches of eight in order of arrival, each until its longest ends."""
         for start in range(0, len(wanted), ROWS):
             part = wanted[start : start + ROWS]
             width = max(len(ids) for ids, _ in part)
@@ -74,7 +74,7 @@ class Plain:
             )  # fmt: skip
 
     def continuous(self, wanted: list[tuple[list[int], int]], rows: int) -> None:
-        """transformers' continuous batching, with a bounded cache."""
+        """Generates by transformers' continuous batching, with a bounded cache."""
         from transformers import ContinuousBatchingConfig
 
         settings = ContinuousBatchingConfig(
@@ -92,7 +92,7 @@ class Plain:
                     pass
 
     def decode(self, rows: int, context: int) -> Side:
-        """A bare forward: one token for each row, at this context and more each time."""
+        """Returns a bare forward pass of one token per row. The context grows with each call."""
         with torch.inference_mode():
             out = self.model(torch.full((rows, context), 500), use_cache=True, logits_to_keep=1)
         cache, tokens = out.past_key_values, torch.full((rows, 1), 500)
@@ -128,7 +128,7 @@ def mixed_lengths(base: Base, plain: Plain, repeats: int) -> list[Sheet]:
         "transformers, continuous": lambda: plain.continuous(wanted, ROWS),
     }
     return [
-        compare("24 requests of 8 to 64 tokens, 4 to 48 new ones, 8 rows", sides, repeats, total)
+        compare("24 requests of 8 to 64 tokens, 4 to 48 new tokens, 8 rows", sides, repeats, total)
     ]
 
 
@@ -139,7 +139,7 @@ def long_rows(base: Base, plain: Plain, repeats: int) -> list[Sheet]:
         "slots": lambda: serve(engine, [(ids, greedy(size)) for ids, size in wanted]),
         "transformers, continuous": lambda: plain.continuous(wanted, 16),
     }
-    return [compare("16 requests of 96 tokens, 32 new ones, 16 rows", sides, repeats, 16 * 32)]
+    return [compare("16 requests of 96 tokens, 32 new tokens, 16 rows", sides, repeats, 16 * 32)]
 
 
 def against_bare_forward(base: Base, plain: Plain, repeats: int) -> list[Sheet]:
@@ -151,7 +151,7 @@ def against_bare_forward(base: Base, plain: Plain, repeats: int) -> list[Sheet]:
         for _ in range(context * rows // 64 + 2):  # until all prompts are read
             engine.step()
         sides = {"bare forward": plain.decode(rows, context), "slots": engine.step}
-        title = f"{rows} rows at context {context}, a step"
+        title = f"one step: {rows} rows at context {context}"
         found.append(compare(title, sides, 4 * repeats, rows))
     return found
 
@@ -175,7 +175,7 @@ def many_adapters(base: Base, plain: Plain, repeats: int) -> list[Sheet]:
         serve(alone, [(one, size) for one in ids])
 
     alone_first: dict[str, Side] = {"base model alone": base_alone}
-    before = compare("8 rows, before any adapter", alone_first, repeats, 24 * ROWS)
+    before = compare("8 rows, before any adapter is loaded", alone_first, repeats, 24 * ROWS)
     for one in found:
         engine.adapters.add(one)
     peft = get_peft_model(plain.model, LoraConfig(r=16, lora_alpha=32, target_modules=QKVO))
@@ -197,7 +197,7 @@ def many_adapters(base: Base, plain: Plain, repeats: int) -> list[Sheet]:
         "eight adapters": with_adapters([one.name for one in found]),
         "PEFT, eight adapters": peft_mixed,
     }
-    title = "8 rows of 32 tokens, 24 new ones, rank 16 on 7 layers of 30"
+    title = "8 rows of 32 tokens, 24 new tokens, rank 16 on 7 linear layers of each block"
     return [before, compare(title, sides, repeats, 24 * 8)]
 
 
@@ -210,7 +210,7 @@ def several_completions(base: Base, plain: Plain, repeats: int) -> list[Sheet]:
         "eight prompts": lambda: serve(engine, [(one, greedy(1)) for one in short]),
         "eight prompts, extended": lambda: serve(engine, [(one, greedy(16)) for one in short]),
     }
-    title = "eight completions of a prompt of 200 tokens, 16 new ones"
+    title = "eight completions of a prompt of 200 tokens, 16 new tokens"
     return [compare(title, sides, repeats, 128)]
 
 
@@ -234,7 +234,7 @@ def run(bench: Run) -> None:
 
 BENCH = Bench(
     "sampling",
-    "the sampling engine beside generate, continuous batching and PEFT's mixed batches",
+    "the sampling engine against generate, continuous batching and PEFT's mixed batches",
     6,
     run,
     workloads=tuple(PARTS),

@@ -1,4 +1,4 @@
-"""A step through the SDK and Ray, both calls awaited, beside the plain loop without them."""
+"""Compares a step through the SDK and Ray, both calls awaited, with the plain loop without them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WORKLOADS = (
 
 BENCH = Bench(
     "sdk",
-    "a step through the SDK and Ray beside the plain loop without them",
+    "a step through the SDK and Ray against the plain loop without them",
     1.5,
     partial(run_all, WORKLOADS),
     usual=True,

@@ -1,8 +1,8 @@
-"""What Ray Serve adds to a request, and how soon a step's weights answer.
+"""Measures the overhead of Ray Serve on a request, and how fast new weights answer.
 
-Overhead is the time that the caller waits beyond what the replica took; a swap
-is the time from an optimizer step's result to the first token of its weights, which includes the
-snapshot, its way through the object store, and one forward over the prompt.
+Overhead is the time that the caller waits beyond the time of the replica. A swap is the time from
+an optimizer step's result to the first token of its weights. It includes the snapshot, its transfer
+through the object store, and one forward pass over the prompt.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ def quantiles(milliseconds: list[float]) -> str:
 
 
 def by_handle(tc: TrainingClient, repeats: int) -> tuple[list[float], list[float]]:
-    """Wait of the caller for one token beyond the replica's own time; and that time."""
+    """Returns, for calls of one token, the wait beyond the replica's time, and the replica's time.
+
+    Both are in milliseconds.
+    """
     extra, inside = [], []
     for _ in shown_progress(repeats, "calls through a handle"):
         started = time.perf_counter()
@@ -56,7 +59,7 @@ def by_handle(tc: TrainingClient, repeats: int) -> tuple[list[float], list[float
 def by_http(
     url: str, tokens: int, repeats: int, shown: bool = True
 ) -> tuple[list[float], list[float]]:
-    """Milliseconds to the first event, and between events, of a stream."""
+    """Returns the milliseconds to the first event of each stream, and between later events."""
     first, gaps = [], []
     body = {"model": "base", "prompt": PROMPT, "max_tokens": tokens, "temperature": 0,
             "stream": True}  # fmt: skip
@@ -78,7 +81,7 @@ def by_http(
 
 
 def by_engine(engine: EngineThread, tokenizer: Any, tokens: int) -> list[float]:
-    """Milliseconds between chunks of the same answer from an engine in this process."""
+    """Returns the milliseconds between chunks of the same answer from an engine in this process."""
     arrived: list[float] = []
     done = threading.Event()
     params = SamplingParams(max_tokens=tokens, temperature=0)
@@ -100,7 +103,10 @@ def by_engine(engine: EngineThread, tokenizer: Any, tokens: int) -> list[float]:
 
 
 def freed(url: str, application: str, repeats: int) -> list[float]:
-    """Milliseconds from the end of a connection with eight completions to eight free slots."""
+    """Returns the milliseconds from the end of a connection to free slots.
+
+    Each connection asks for eight completions, and all eight slots must be free.
+    """
     handle = serve.get_app_handle(application)
     body = {"model": "base", "prompt": PROMPT, "max_tokens": 400, "temperature": 0, "n": 8,
             "stream": True}  # fmt: skip
@@ -122,7 +128,7 @@ def freed(url: str, application: str, repeats: int) -> list[float]:
 
 @contextmanager
 def streams(url: str, count: int) -> Iterator[list[str]]:
-    """So many clients that ask for one answer after the other; what they failed with."""
+    """Runs clients that request one answer after the other; yields the names of their errors."""
     failed: list[str] = []
     stop = threading.Event()
 
@@ -143,7 +149,10 @@ def streams(url: str, count: int) -> Iterator[list[str]]:
 
 
 def swaps(tc: TrainingClient, repeats: int) -> tuple[list[float], int]:
-    """Milliseconds from a step's result to the first token of its weights; and stale answers."""
+    """Returns the milliseconds from each step's result to the first token of its weights.
+
+    Also returns the number of answers from older weights.
+    """
     taken, stale = [], 0
     for _ in shown_progress(repeats, "swaps"):
         tc.forward_backward(ROW)
@@ -168,10 +177,11 @@ def run(bench: Run) -> None:
             tc.sample(PROMPT, max_tokens=1)
             extra, inside = by_handle(tc, repeats)
             rows["one token, inside the replica"] = quantiles(inside)
-            rows["added to it by handle, Serve and snapshot"] = quantiles(extra)
+            rows["one token, added by handle, Serve and snapshot"] = quantiles(extra)
             by_engine(engine, tc.tokenizer, 4)
             first, gaps, direct = [], [], []
-            for _ in range(max(3, repeats // 5)):  # in turn: a machine has moods
+            # In turn, because the speed of a machine varies.
+            for _ in range(max(3, repeats // 5)):
                 direct += by_engine(engine, tc.tokenizer, 24)
                 found = by_http(url, 24, 1)
                 first += found[0]
@@ -180,18 +190,18 @@ def run(bench: Run) -> None:
             rows["between chunks, engine in this process"] = quantiles(direct)
             rows["between events, HTTP"] = quantiles(gaps)
             (application,) = serve.status().applications
-            rows["closed connection to free slots"] = quantiles(freed(url, application, 10))
+            rows["from a closed connection to free slots"] = quantiles(freed(url, application, 10))
             taken, stale = swaps(tc, swapped)
-            rows[f"{swapped} swaps, step to first token"] = quantiles(taken)
+            rows[f"{swapped} swaps, from step to first token"] = quantiles(taken)
             rows["stale answers"] = str(stale)
             with streams(url, STREAMS) as failed:
                 taken, stale = swaps(tc, swapped)
-            rows[f"{swapped} swaps beside {STREAMS} streams"] = quantiles(taken)
+            rows[f"{swapped} swaps during {STREAMS} streams"] = quantiles(taken)
             rows["stale answers, failed requests"] = f"{stale}, {len(failed)}"
-    title = "SmolLM2-135M, rank 16, one token of context 6"
+    title = "SmolLM2-135M, rank 16, one token after a context of 6"
     bench.sheets.append(Sheet(title, ("what", "time"), [*rows.items()]))
 
 
 BENCH = Bench(
-    "serving", "what Ray Serve adds to a request; a step's weights until they answer", 3, run
+    "serving", "the overhead of Ray Serve on a request; the time until new weights answer", 3, run
 )

@@ -1,9 +1,9 @@
-"""Processes that are measured in turns.
+"""Runs processes that are measured in turns.
 
-Each side of a comparison is a fresh process that holds its model for the whole workload and waits
-between its turns: neither its memory nor its threads meet those of the other side. It reads one
-JSON object a line ({"do": "train", "rows": [...]}), and answers with one; `child` is the program
-for ours and the plain loop, `tinker_client` the one for peers.
+Each side of a comparison is a fresh process. It holds its model for the whole workload and waits
+between its turns, so that the sides share neither memory nor threads. The process reads one JSON
+object per line ({"do": "train", "rows": [...]}) and answers with one. `child` is the program for
+our side and the plain loop; `tinker_client` is the program for peers.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ TESTS = Path(__file__).parents[1]
 
 
 class SideError(Exception):
-    """A side has ended, and the last line that it wrote says why."""
+    """A side has ended. The message is the last line that it wrote."""
 
 
 class Side:
-    """One process; answers are dicts with `seconds`, `cpu_seconds`, `loss` or `bytes`."""
+    """One process. Its answers are dicts with `seconds`, `cpu_seconds`, `loss` or `bytes`."""
 
     def __init__(self, command: Sequence[str], log: Path) -> None:
         self._log = log.open("w+b")
@@ -37,7 +37,7 @@ class Side:
         )  # fmt: skip
 
     def wait(self) -> None:
-        """Until it has loaded its model."""
+        """Waits until the process has loaded its model."""
         self._answer()
 
     def ask(self, what: str, rows: Rows) -> dict[str, Any]:
@@ -70,18 +70,24 @@ class Side:
     def _last_words(self) -> str:
         self._log.seek(0)
         written = self._log.read().decode(errors="replace").strip().splitlines()
-        return written[-1] if written else "it ended without a word"
+        return written[-1] if written else "the process ended and wrote no message"
 
 
 def command(spec: LoopSpec) -> list[str]:
-    """Threads wait as our actors let them in our engine alone: nobody's own loop sets that."""
+    """Returns the command that starts a side.
+
+    Only our engine gets the thread setting of our actors, because no user's own loop sets it.
+    """
     spin = [f"{name}={value}" for name, value in SPIN.items() if spec.loop == "ours"]
     return ["env", *spin, sys.executable, "-m", "bench.child", json.dumps(asdict(spec))]
 
 
 @contextmanager
 def opened(commands: Mapping[str, Sequence[str]], logs: Path) -> Iterator[dict[str, Side]]:
-    """All sides of a workload, started at once and ready; they end with the block."""
+    """Starts all sides of a workload at once, and yields them when they are ready.
+
+    They end with the block.
+    """
     logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         sides = {}

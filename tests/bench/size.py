@@ -1,7 +1,8 @@
-"""What a private step costs at other sizes: tokens in a batch, rows at equal tokens, rank.
+"""Measures the cost of a private step by size: tokens in a batch, rows at equal tokens, rank.
 
-Each rank is a process of its own; sizes take turns within every repeat, and a cost is that of its
-repeat's neighbours. Memory is measured in the first, sizes ascending, as `child` says.
+Each rank runs in its own process. Sizes take turns within every repeat, and a cost is compared with
+the cost of the basis size in the same repeat. Memory is measured in the first repeat, in the order
+of the sizes, as `child` describes.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def tokens(size: Size) -> int:
 
 
 def is_batch(size: Size) -> bool:
-    """One of the sizes that differ in the tokens of a batch alone."""
+    """Returns whether a size differs from the basis only in the tokens of a batch."""
     return size[0] == RANK and size[2] == LENGTH
 
 
@@ -74,12 +75,18 @@ def sheet(costs: dict[Size, list[float]], memory: dict[Size, int]) -> Sheet:
         )
         for size, cost in costs.items()
     ]  # fmt: skip
-    headings = ("tokens of a batch", "rank", "per token", "of 8 x 128, rank 16", "peak of a step")
-    return Sheet("cost against size: private steps", headings, rows)
+    headings = (
+        "tokens per batch",
+        "rank",
+        "per token",
+        "relative to 8 x 128, rank 16",
+        "peak of a step",
+    )
+    return Sheet("cost by size: private steps", headings, rows)
 
 
 def flatness(costs: dict[Size, list[float]]) -> Row:
-    """The dearest token of a batch of 512 or more over the cheapest."""
+    """Returns the ratio of the highest to the lowest time per token, in batches of 512 or more."""
     relative = {
         tokens(size): ratios(cost, costs[BASIS]).middle
         for size, cost in costs.items()
@@ -88,13 +95,13 @@ def flatness(costs: dict[Size, list[float]]) -> Row:
     dear, cheap = max(relative, key=relative.__getitem__), min(relative, key=relative.__getitem__)
     return Row(
         "flat", f"time per token, batches of {FLAT_FROM} to {max(relative)} tokens",
-        "the cheapest of them", Spread.of([relative[dear] / relative[cheap]]),
+        "the fastest of these", Spread.of([relative[dear] / relative[cheap]]),
         Goal(1.2, at_least=False), f"at {dear}", f"at {cheap}",
     )  # fmt: skip
 
 
 def slopes(memory: dict[Size, int]) -> Sheet:
-    """Peak memory against the tokens of a batch: until it fills a micro-batch, and from there."""
+    """Returns how peak memory grows with the tokens of a batch, below and above a micro-batch."""
     peaks = {tokens(size): peak for size, peak in memory.items()}
     parts = {
         f"up to {MAX_STREAM_TOKENS}, one micro-batch": lambda n: n <= MAX_STREAM_TOKENS,
@@ -103,12 +110,12 @@ def slopes(memory: dict[Size, int]) -> Sheet:
     rows = [
         (name, *line({n: peaks[n] for n in peaks if within(n)})) for name, within in parts.items()
     ]
-    headings = ("tokens of a batch", "at no token", "per token", "furthest from the line")
-    return Sheet("memory against size: rows of 128 tokens", headings, rows)
+    headings = ("tokens per batch", "at 0 tokens", "per token", "largest deviation from the line")
+    return Sheet("memory by size: rows of 128 tokens", headings, rows)
 
 
 def line(peaks: dict[int, int]) -> tuple[str, str, str]:
-    """Where the line through these points starts, its slope, and the worst distance from it."""
+    """Returns the start and slope of the line through these points, and the largest deviation."""
     at, found = np.array([*peaks], dtype=float), np.array([*peaks.values()], dtype=float)
     gradient, start = np.polyfit(at, found, 1)
     worst = float(np.abs(found / (start + gradient * at) - 1).max())
@@ -116,5 +123,10 @@ def line(peaks: dict[int, int]) -> tuple[str, str, str]:
 
 
 BENCH = Bench(
-    "size", "cost against size: tokens, rows, rank", 3.5, run, usual=True, workloads=("flat",)
+    "size",
+    "the cost of a step by size: tokens, rows, rank",
+    3.5,
+    run,
+    usual=True,
+    workloads=("flat",),
 )

@@ -1,8 +1,8 @@
-"""How soon a client is there, what it adds to a node's memory, and what Ray adds to its calls.
+"""Measures how fast a client starts, its memory on the node, and the overhead of Ray on its calls.
 
-Starts are measured in this process on an embedded cluster, without `ray.init`: the first one finds
-no process with libraries imported, the later ones do. Memory is `Private_Clean + Private_Dirty` of
-`smaps_rollup`: what would be free again without this client.
+Starts are measured in this process on an embedded cluster, without the time of `ray.init`. The
+first start finds no process that has imported the libraries; later starts do. Memory is
+`Private_Clean + Private_Dirty` of `smaps_rollup`, which would be free without this client.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tg_tinker.client.home import init_home
 from tg_tinker.storage.home import home_directory
 
 WAIT_S = 12.0
-"""For the spare process to finish its imports: it takes a core meanwhile."""
+"""The wait for the spare process to finish its imports, which occupy a core."""
 
 CLIENTS, STARTS = 4, 7
 
@@ -49,7 +49,7 @@ def run(asked: Run) -> None:
 
 
 def calls(count: int) -> Sheet:
-    """A step of next to no work, both calls awaited: what is left is the way there and back."""
+    """Times steps with almost no work, both calls awaited, so that the overhead remains."""
     with tempfile.TemporaryDirectory() as folder:
         model = str(save_tiny_llama(Path(folder), 259))
         sides = {name: command(LoopSpec(name, model)) for name in ("sdk", "ours")}
@@ -95,11 +95,11 @@ def starts(model: str, count: int) -> list[Sheet]:
     found = Spread.of(warm)
     return [
         Sheet(
-            "a new client, seconds from the call to its return",
+            "start of a new client, seconds from the call to its return",
             ("start", "median [min..max]", "goal"),
             [
-                ("the first on its node", f"{cold:.2f}", "< 8"),
-                ("a later one", found.shown(), "< 3"),
+                ("first client on its node", f"{cold:.2f}", "< 8"),
+                ("later client", found.shown(), "< 3"),
             ],
         ),
         memory,
@@ -122,11 +122,11 @@ def added(clients: list[TrainingClient]) -> Sheet:
         what = f"idle after a step of {len(ids)}x128"
         rows.append((what, *(f"{private(tc):.0f}" for tc in clients)))
     names = tuple(f"client {number}" for number in range(1, len(clients) + 1))
-    return Sheet("private memory of clients of one base, MB (goal: 350)", ("", *names), rows)
+    return Sheet("private memory of clients of one base model, MB (goal: 350)", ("", *names), rows)
 
 
 def private(tc: TrainingClient) -> float:
-    """Megabytes."""
+    """Returns the private memory of a client's process, in megabytes."""
     pid = ray.get(tc._calls.link.actor.__ray_call__.remote(lambda self: os.getpid()))
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) * 1024 / 1e6
@@ -134,7 +134,7 @@ def private(tc: TrainingClient) -> float:
 
 @contextmanager
 def local_service() -> Iterator[ServiceClient]:
-    """On a home of its own, with the models that are converted already."""
+    """Yields a client on a new home that has the models that are already converted."""
     models, before = home_directory() / "models", os.environ.get("TG_TINKER_HOME")
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as folder:
         home = Path(folder) / "home"
@@ -155,6 +155,6 @@ def restored(before: Any) -> None:
 
 
 BENCH = Bench(
-    "start", "how soon a client is there, its memory, and what Ray adds to its calls", 3, run,
+    "start", "the start of a client, its memory, and the overhead of Ray on its calls", 3, run,
     workloads=(RATIO.name,),
 )  # fmt: skip

@@ -1,9 +1,12 @@
-"""Saving and loading beside a plain copy of the same bytes; staging; a charge of the ledger.
+"""Compares saving and loading with a plain copy of the same bytes; times staging and charges.
 
-Files lie below the working directory, since /tmp may be in memory. Goals: a save takes at most
-1.5x of a plain copy that is synchronised, a load at most 1.5x of reading and decrypting; a LoRA
-adapter with Adam's state is staged in 30 ms, and a save needs at most 1.2x of the staged bytes in
-memory; a row of the ledger is durable in 1 ms.
+Files are below the working directory, because /tmp may be in memory. The goals are:
+
+- a save takes at most 1.5x the time of a plain copy that is synchronized to disk
+- a load takes at most 1.5x the time of reading and decrypting
+- a LoRA adapter with Adam's state is staged in 30 ms
+- a save needs at most 1.2x the staged bytes in memory
+- a row of the ledger is durable in 1 ms
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from tg_tinker.storage.envelope import new_key, seal, unseal
 
 TENANT = "default"
 FULL = {f"layer{i}": (576, 7786) for i in range(30)}
-"""Float32: the 538 MB of SmolLM2-135M."""
+"""The shapes of SmolLM2-135M: 538 MB in float32."""
 
 LORA = {
     f"layer{i}.{name}.{half}": shape
@@ -40,7 +43,7 @@ LORA = {
     for name, width in (("q", 576), ("k", 192), ("v", 192), ("o", 576))
     for half, shape in (("A", (16, 576)), ("B", (width, 16)))
 }
-"""Rank 16 on the attention of SmolLM2-135M."""
+"""The shapes of an adapter of rank 16 on the attention of SmolLM2-135M."""
 
 
 def random(shapes: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
@@ -51,7 +54,7 @@ def random(shapes: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
 
 
 class Saves:
-    """Whole saves and loads of one file, without Ray, and what they are compared with."""
+    """Whole saves and loads of one file, without Ray, and the bare work for comparison."""
 
     def __init__(self, folder: Path, shapes: dict[str, tuple[int, int]]) -> None:
         self._folder = folder
@@ -85,7 +88,10 @@ class Saves:
         unseal(self._key, (self._folder / "sealed").read_bytes(), b"")
 
     def clean(self) -> None:
-        """Before each work, not timed; a copy more, so that all find memory that was in use."""
+        """Removes the results of earlier works. Runs untimed before each work.
+
+        It starts with a copy, so that every work gets memory that was in use before.
+        """
         self.copy()
         for path in self._folder.glob("copy*"):
             path.unlink()
@@ -107,7 +113,7 @@ def saved_and_loaded(folder: Path, bench: Run) -> None:
                 row += spent(work)
             times[name].append(row)
     size = f"{len(saves.file) / 1e6:.0f} MB of weights"
-    bare_names = {"save": "a synchronised copy", "load": "reading and decrypting"}
+    bare_names = {"save": "a synchronized copy", "load": "reading and decrypting"}
     for name, found in times.items():
         bare, bare_cpu, ours, cpu = zip(*found, strict=True)
         bench.rows.append(
@@ -123,7 +129,7 @@ def told(clock: Sequence[float], cpu: Sequence[float]) -> str:
 
 
 def spent(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds on the clock, and of this process's CPU, which others on the machine disturb less."""
+    """Returns seconds on the clock, and of this process's CPU, which other work disturbs less."""
     cpu = time.process_time()
     return timed(work), time.process_time() - cpu
 
@@ -139,7 +145,7 @@ def staging(folder: Path, bench: Run) -> None:
     found = Spread.of(1e3 * timed(lambda: (staged(weights), staged(moments))) for _ in range(times))
     size = sum(tensor.nbytes for tensor in (*weights.values(), *moments.values()))
     what = f"LoRA with Adam, {size / 1e6:.1f} MB staged (goal: 30 ms)"
-    title = "what a save holds up"
+    title = "the time for which a save blocks training"
     bench.sheets.append(Sheet(title, ("what", "time"), [(what, found.shown(" ms", 1))]))
     bench.rows.append(
         Row(
@@ -150,7 +156,10 @@ def staging(folder: Path, bench: Run) -> None:
 
 
 def peak(folder: Path) -> float:
-    """Of a whole save of all weights: the process's high-water mark above where it began."""
+    """Returns the peak memory of a whole save of all weights, over the staged bytes.
+
+    The peak is the process's high-water mark above its resident memory at the start.
+    """
     registry, run, epoch = opened(folder / "home2")
     store, tensors = ArtifactStore(str(folder / "store2")), random(FULL)
     Path("/proc/self/clear_refs").write_text("5")
@@ -173,14 +182,14 @@ BARE = "4 KiB and fdatasync"
 
 
 def charges(folder: Path, bench: Run, count: int = 500) -> None:
-    """Each is durable when it returns."""
+    """Times charges and rows of the ledger. Each is durable when its call returns."""
     known, run, epoch = opened(folder / "home3")
     dp = DPConfig(noise_multiplier=1.0, target_epsilon=None, sampling="worst_case")
     config = TrainingConfig(model_ref="m", dp_config=dp, dataset_id="bench")
     budget = Budget.planned(known, TENANT, run, epoch, config, "float32").open()
     units = [[secrets.token_bytes(32) for _ in range(8)] for _ in range(count)]
     works: dict[str, Callable[[int], object]] = {
-        BARE: lambda i: synchronised(folder / "bare"),
+        BARE: lambda i: synchronized(folder / "bare"),
         "a row of the ledger, with one of the audit log": lambda i: budget.link([f"other-{i}"]),
         "a charge of eight units, checked": lambda i: budget.charge(units[i], noised=True),
     }
@@ -194,11 +203,11 @@ def charges(folder: Path, bench: Run, count: int = 500) -> None:
         p50 = statistics.median(found)
         of_bare = f"{p50 / statistics.median(times[BARE]):.1f}x"
         rows.append((name, f"{p50:.2f}", f"{p99:.2f}", of_bare))
-    title = f"the ledger: {count} each, interleaved (goal: 1 ms)"
-    bench.sheets.append(Sheet(title, ("", "p50 ms", "p99 ms", "of bare"), rows))
+    title = f"the ledger: {count} of each, interleaved (goal: 1 ms)"
+    bench.sheets.append(Sheet(title, ("", "p50 ms", "p99 ms", "relative to bare"), rows))
 
 
-def synchronised(path: Path) -> None:
+def synchronized(path: Path) -> None:
     with path.open("ab") as file:
         file.write(bytes(4096))
         file.flush()
@@ -206,7 +215,7 @@ def synchronised(path: Path) -> None:
 
 
 def opened(home: Path) -> tuple[Registry, str, int]:
-    """A registry of its own with a run in it."""
+    """Returns a new registry with one run in it."""
     create(home)
     registry = Registry(f"sqlite:///{home / DATABASE}", home / KEYRING)
     run = registry.runs.create(TENANT, TrainingConfig(model_ref="m").model_dump_json())
@@ -219,4 +228,4 @@ def run(bench: Run) -> None:
             part(Path(folder), bench)
 
 
-BENCH = Bench("storage", "saving, loading and staging beside plain copies; the ledger", 1, run)
+BENCH = Bench("storage", "saving, loading and staging against plain copies; the ledger", 1, run)

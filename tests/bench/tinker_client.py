@@ -1,7 +1,7 @@
-"""The program of a peer's side: `python tinker_client.py URL MODEL RANK RATE`, see `sides`.
+"""Runs a peer's side: `python tinker_client.py URL MODEL RANK RATE`, see `sides`.
 
-Runs in the peer's own environment, with its own SDK, and imports nothing of ours. Both calls of a
-step are awaited, as on our side.
+The program runs in the peer's own environment with the peer's own SDK, and imports none of our
+modules. It awaits both calls of a step, as our side does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ import tinker
 
 
 def datum(ids: list[int], labels: list[int]) -> tinker.Datum:
-    """Ours puts the label beside its own token, Tinker beside the token that predicts it."""
+    """Returns a datum of Tinker.
+
+    Our labels are at the position of their own token. Tinker's are at the token that predicts them.
+    """
     targets = labels[1:]
     return tinker.Datum(
         model_input=tinker.ModelInput.from_ints(ids[:-1]),
@@ -29,7 +32,10 @@ def datum(ids: list[int], labels: list[int]) -> tinker.Datum:
 
 
 def mean_loss(data: list[tinker.Datum], output: Any) -> float:
-    """Nats per labelled token, from log-probabilities: servers sum or average as they like."""
+    """Returns the loss in nats per labeled token, from log-probabilities.
+
+    The servers' own losses are not comparable, because some are sums and some are means.
+    """
     total = weight = 0.0
     for one, found in zip(data, output.loss_fn_outputs, strict=True):
         weights = one.loss_fn_inputs["weights"].data

@@ -1,4 +1,4 @@
-"""A training step of ours beside the loop that a user would write by hand."""
+"""Compares our training step with the loop that a user would write by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORKLOADS = (
         private, plain, speed=Goal(1.6), memory=Goal(0.6, at_least=False), quick=True,
     ),
     Workload(
-        "uniform", "uniform 8x128, all labelled, private", PLAIN_LOOP, uniform,
+        "uniform", "uniform 8x128, all labeled, private", PLAIN_LOOP, uniform,
         private, plain, speed=Goal(1.0), quick=True,
     ),
     Workload(
@@ -47,7 +47,7 @@ WORKLOADS = (
 
 BENCH = Bench(
     "training",
-    "a step beside the plain loop: the goals",
+    "a step against the plain loop: the goals",
     8.5,
     partial(run_all, WORKLOADS),
     usual=True,

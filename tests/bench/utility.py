@@ -1,8 +1,8 @@
-"""How much of what a run learns is left under privacy, on the demo's own task.
+"""Measures how much a run still learns under privacy, on the task of the demo.
 
-The demo runs three times, without privacy and with two budgets, with
-the same adapter, rows, steps, batch and learning rate. "Gap closed" is the fall of the held-out
-loss with privacy over the fall without.
+The demo runs three times, without privacy and with two budgets. All runs have the same adapter,
+rows, steps, batch and learning rate. "Gap closed" is the fall of the held-out loss with privacy,
+divided by the fall without privacy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EPSILONS = (8.0, 3.0)
 
 @dataclass(frozen=True)
 class Found:
-    """Losses in nats per token on rows held out; `facts` are in the ledger of a private run."""
+    """Losses in nats per token on held-out rows; `facts` come from the ledger of a private run."""
 
     before: float
     after: float
@@ -60,8 +60,8 @@ def run(bench: Run) -> None:
         losses = f"{found.before:.3f}", f"{found.after:.3f}"
         closed = f"{found.fall / plain.fall:.0%}"
         rows.append((f"epsilon {epsilon:g}", *losses, closed, found.facts))
-    title = f"{DemoOptions.batch_size} rows a step, {steps} steps"
+    title = f"{DemoOptions.batch_size} rows per step, {steps} steps"
     bench.sheets.append(Sheet(title, ("run", "before", "after", "gap closed", "noise"), rows))
 
 
-BENCH = Bench("utility", "the demo with and without privacy; --repeats are its steps", 20, run)
+BENCH = Bench("utility", "the demo with and without privacy (--repeats: its steps)", 20, run)

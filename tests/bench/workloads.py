@@ -1,4 +1,4 @@
-"""A comparison of two sides as data, and the one way in which all of them are run."""
+"""Describes a comparison of two sides as data, and runs all comparisons in the same way."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bench.sides import Side, SideError, command, opened
 
 OUTPUT = Path("bench-output")
 SAME_LOSS = 1e-3
-"""Relative: the sides' first losses on the same rows differ by rounding only."""
+"""The allowed relative difference of the sides' first losses, which differ by rounding only."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class Workload:
     """One comparison.
 
     Attributes:
-        what, against: as they stand in the table.
-        ours, theirs: the two loops; a time ratio is theirs / ours, above 1 is faster.
+        what, against: the texts in the table.
+        ours, theirs: the two loops. A time ratio is theirs / ours, so above 1 ours is faster.
         work: train or evaluate.
-        speed: the goal of the time ratio; None where the issue names none.
+        speed: the goal of the time ratio, or None if it has no goal.
         memory: the goal of the ratio of both processes' peak memory, ours / theirs.
-        shows_memory: gives memory its rows where there is no goal.
-        repeats: timed turns of each side; in the first of them memory is measured too.
-        quick: part of `--quick`.
+        shows_memory: whether the table shows memory even without a goal.
+        repeats: the timed turns of each side. Memory is measured too in the first of these.
+        quick: whether the workload is part of `--quick`.
     """
 
     name: str
@@ -65,7 +65,7 @@ def run_all(workloads: Sequence[Workload], run: Run) -> None:
 
 
 def compared(one: Workload, run: Run) -> list[Row]:
-    """The rows of one workload: time, and memory where it is wanted."""
+    """Returns the rows of one workload: time, and memory if requested."""
     commands = {"ours": command(one.ours(run.model)), "theirs": command(one.theirs(run.model))}
     rows, repeats = one.rows(), run.times(one.repeats)
     SCREEN.print(f"{one.name}: starting both sides")
@@ -81,7 +81,7 @@ def compared(one: Workload, run: Run) -> list[Row]:
 
 
 class Turns(Progress):
-    """Asks one side after the other, with a bar."""
+    """A progress bar that asks one side after the other."""
 
     def __init__(self, sides: dict[str, Side], one: Workload, repeats: int) -> None:
         super().__init__(console=SCREEN)
@@ -89,7 +89,7 @@ class Turns(Progress):
         self._bar = self.add_task(one.name, total=len(sides) * (repeats + 1))
 
     def take(self, what: str, rows: Rows) -> dict[str, dict[str, Any]]:
-        """An answer of each; who is asked first changes from turn to turn."""
+        """Returns an answer of each side. The order changes from turn to turn."""
         found = {}
         for name in self._order:
             found[name] = self._sides[name].ask(what, rows)
@@ -99,7 +99,7 @@ class Turns(Progress):
 
 
 def check_losses(losses: dict[str, float]) -> None:
-    """Both sides must compute the same thing before their times mean anything."""
+    """Raises SideError unless both sides compute the same loss: else times cannot be compared."""
     first, *others = losses.values()
     if not all(math.isclose(first, other, rel_tol=SAME_LOSS) for other in others):
         told = ", ".join(f"{name} {loss:.5f}" for name, loss in losses.items())
@@ -115,7 +115,7 @@ def time_row(one: Workload, times: dict[str, list[float]]) -> Row:
 
 
 def memory_rows(one: Workload, ours: dict[str, int], theirs: dict[str, int]) -> list[Row]:
-    """Of the whole process, which has the goal, and of the step above what was held before it."""
+    """Returns two rows: memory of the whole process, which has the goal, and of the step alone."""
     return [
         Row(
             f"{one.name}-{name}", f"{one.what}: {what}", one.against,
@@ -124,6 +124,6 @@ def memory_rows(one: Workload, ours: dict[str, int], theirs: dict[str, int]) -> 
         )
         for name, what, key, goal in (
             ("memory", "peak memory of the process", "process_bytes", one.memory),
-            ("step-memory", "of that, the step's own", "bytes", None),
+            ("step-memory", "peak memory of the step alone", "bytes", None),
         )
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The command line: it teaches, it is quick, and an error is one line."""
+"""Tests the command line: its help teaches, it starts quickly, and an error is one line."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from support.fakes import FakeService
 from support.processes import free_port
+from tg_tinker.cli.http_client import Server
 from tg_tinker.cli.main import main
 from tg_tinker.config import DPConfig, TrainingConfig
 from tg_tinker.demo.options import DemoOptions, resume_command
@@ -32,7 +33,7 @@ from tg_tinker.errors import InvalidRequestError
 
 @pytest.fixture
 def service() -> FakeService:
-    """One run with one artifact."""
+    """Returns a service that has one run with one artifact."""
     service = FakeService()
     client = service.create_training_client(TrainingConfig(model_ref="some/model[x]"))
     client.forward_backward({"input_ids": [[1, 2, 3]]})
@@ -68,6 +69,7 @@ def test_the_commands_are_these() -> None:
         "artifacts show", "artifacts label", "artifacts expire", "artifacts copy",
         "artifacts reseal", "artifacts shred", "artifacts import", "artifacts sweep",
         "keys", "keys list", "keys rotate", "keys retire", "keys new",
+        "keys rotate-audit", "keys rotate-secret", "keys retire-secret",
         "privacy", "privacy report", "privacy certificate", "privacy ledger", "privacy verify",
         "privacy audit", "privacy book-missing", "serve", "sample", "chat",
         "audit-log", "audit-log show", "audit-log verify", "audit-log export",
@@ -170,7 +172,7 @@ def test_ctrl_c_gives_the_exit_status_of_shells(tmp_path: Path) -> None:
     assert call("demo", *words, service=service).exit_code == 130
 
 
-@pytest.mark.parametrize("wrong", [["--steps", "0"], ["--rank", "x"], ["--colour", "red"]])
+@pytest.mark.parametrize("wrong", [["--steps", "0"], ["--rank", "x"], ["--color", "red"]])
 def test_wrong_options_are_usage_errors(wrong: list[str]) -> None:
     assert call("demo", *wrong).exit_code == 2
 
@@ -280,7 +282,8 @@ def test_init_makes_a_home(tmp_path: Path) -> None:
 
 
 def homeless() -> list[tuple[str, ...]]:
-    """Every command that asks a service and begins nothing, with arguments that it takes."""
+    """Returns every command that needs a service and begins nothing, with arguments that it
+    accepts."""
     given = {
         "clients info": ("c",), "clients park": ("c",), "clients close": ("c", "--yes"),
         "artifacts export": ("a", "folder"), "artifacts delete": ("a", "--yes"),
@@ -288,11 +291,13 @@ def homeless() -> list[tuple[str, ...]]:
         "artifacts expire": ("a", "--never"), "artifacts reseal": ("a",),
         "artifacts shred": ("a", "--yes"),
         "keys retire": ("k1", "--yes"), "audit-log export": ("file",), "api-keys revoke": ("k",),
-        "registry backup": ("file.db",),
+        "registry backup": ("file.db",), "keys rotate-secret": ("entries",),
+        "keys retire-secret": ("transport",),
     }  # fmt: skip
     plain = (
         "runs", "clients list", "artifacts list", "artifacts verify", "artifacts sweep",
-        "keys list", "keys rotate", "privacy report", "privacy certificate", "privacy ledger",
+        "keys list", "keys rotate", "keys rotate-audit",
+        "privacy report", "privacy certificate", "privacy ledger",
         "privacy book-missing", "audit-log show", "audit-log verify", "api-keys list",
         "registry check", "registry accept", "doctor",
     )  # fmt: skip
@@ -327,7 +332,7 @@ def test_version_is_that_of_the_package() -> None:
 
 @pytest.fixture
 def private_service() -> FakeService:
-    """One step of a private run on the data set clinic."""
+    """Returns a service after one step of a private run on the dataset clinic."""
     service = FakeService()
     dp = DPConfig(sampling="poisson", dataset_size=80, accountant_type="rdp")
     config = TrainingConfig(model_ref="m", dp_config=dp, dataset_id="clinic", max_steps=3)
@@ -378,7 +383,7 @@ def test_missing_charges_are_booked_and_counted(private_service: FakeService) ->
     private_service.missing["clinic"] = 3
     found = call("privacy", "book-missing", "clinic", service=private_service)
     assert found.exit_code == 0, found.output
-    assert "3 charges were missing and are booked" in found.output
+    assert "3 missing charges were restored" in found.output
 
 
 def test_the_audit_writes_its_picture_and_figures(tmp_path: Path) -> None:
@@ -400,13 +405,14 @@ def test_an_audit_that_can_show_nothing_is_refused(wrong: list[str]) -> None:
 
 @pytest.fixture
 def answering() -> Iterator[Any]:
-    """A server whose answers are `bodies`, one after the other, with `status`."""
+    """Yields a server that answers with `status` and one of the `bodies` after the other."""
     state = SimpleNamespace(bodies=[], asked=[], status=200, url="")
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             state.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.send_response(state.status)
+            self.send_header("Content-Type", "text/event-stream")
             self.end_headers()
             self.wfile.write(state.bodies.pop(0))
 
@@ -445,7 +451,7 @@ def test_a_url_without_its_version_gets_a_hint(answering: Any) -> None:
     answering.status = 404
     answering.bodies = [b'{"error": {"message": "Not Found"}}', b'{"error": {"message": "no X"}}']
     found = call("sample", "a", "--url", answering.url.removesuffix("/v1"))
-    assert "Not Found: does the URL end in /v1?" in found.stderr
+    assert "Not Found: check that the URL ends in /v1" in found.stderr
     assert call("sample", "a", "--url", answering.url + "/").stderr == "error: no X\n"
 
 
@@ -486,14 +492,14 @@ def test_what_is_no_server_is_an_error() -> None:
 
 
 def broken_off(*texts: str) -> Iterator[dict[str, Any]]:
-    """An answer during which Ctrl-C is pressed."""
+    """Yields an answer during which Ctrl-C is pressed."""
     for text in texts:
         yield {"choices": [{"text": text, "delta": {"content": text}}]}
     signal.raise_signal(signal.SIGINT)
 
 
 def test_ctrl_c_in_a_stream_ends_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tg_tinker.cli.sampling.stream", lambda *_: broken_off("ab", "c"))
+    monkeypatch.setattr(Server, "stream", lambda *_: broken_off("ab", "c"))
     found = call("sample", "a", "--stream")
     assert (found.exit_code, found.stdout) == (130, "abc\n")
 
@@ -501,11 +507,11 @@ def test_ctrl_c_in_a_stream_ends_its_line(monkeypatch: pytest.MonkeyPatch) -> No
 def test_ctrl_c_ends_an_answer_and_not_the_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def answers(url: str, key: Any, route: str, body: Any) -> Any:
+    def answers(server: Server, route: str, body: Any) -> Any:
         asked.append([message["content"] for message in body["messages"]])
         return broken_off("long") if len(asked) == 1 else iter(())
 
-    monkeypatch.setattr("tg_tinker.cli.sampling.stream", answers)
+    monkeypatch.setattr(Server, "stream", answers)
     found = call("chat", answer="hi\nand?\n\n")
     assert found.exit_code == 0
     assert asked == [["hi"], ["hi", "long", "and?"]]
@@ -527,11 +533,29 @@ def test_a_prompt_that_is_no_text_is_refused() -> None:
         assert "UTF-8" in found.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "given", "named"),
+    [
+        (["--system", "a\udcff"], b"hi\n\n", "the system message"),
+        ([], b"fine\n\xff\xfe\n\n", "the message"),
+        (["--model", "a\udcff"], b"hi\n\n", "the request"),
+    ],
+)
+def test_what_a_chat_would_send_and_is_no_text_is_refused(
+    answering: Any, words: list[str], given: bytes, named: str
+) -> None:
+    answering.bodies = [chat_event("ok") + DONE] * 2
+    found = CliRunner().invoke(main, ["chat", "--url", answering.url, *words], input=given)
+    assert found.exit_code == 1
+    assert f"error: {named} " in found.stderr
+    assert len(answering.asked) <= (named == "the message")
+
+
 # --- serve --------------------------------------------------------------------------------------
 
 
 def serve(*words: str) -> Any:
-    """`tg-tinker serve` where a cluster must not start."""
+    """Runs `tg-tinker serve` where no cluster may start."""
 
     def start() -> FakeService:
         raise AssertionError("a cluster was started")
@@ -571,7 +595,8 @@ def test_a_host_without_an_address_is_told_before_a_cluster_starts(host: str) ->
 
 
 class ServingService(FakeService):
-    """Sets a handler of SIGTERM when it starts, as Ray does, and gets SIGTERM once it serves."""
+    """A service that sets a handler of SIGTERM when it starts, as Ray does, and gets SIGTERM
+    once it serves."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -614,6 +639,25 @@ def test_sigterm_ends_serving_in_good_order() -> None:
     found = CliRunner().invoke(main, words, obj=start)
     assert found.exit_code == 0, found.output
     assert made[0].closed
+
+
+@pytest.mark.usefixtures("sigterm")
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [(0, "everyone on this machine;"), (1, "1 API key opens it."), (2, "2 API keys open it.")],
+)
+def test_a_server_says_who_may_use_it_and_how_it_stops(keys: int, says: str) -> None:
+    def start() -> ServingService:
+        service = ServingService()
+        service.keys = [None] * keys
+        return service
+
+    words = ["serve", "--model", "org/name", "--port", str(free_port())]
+    found = CliRunner().invoke(main, words, obj=start)
+    assert found.exit_code == 0, found.output
+    told = " ".join(found.stderr.split())
+    assert says in told
+    assert "Ctrl-C stops it; on a cluster that outlives this command, `serve shutdown`" in told
 
 
 def test_a_config_that_exists_is_kept_and_the_next_step_told(tmp_path: Path) -> None:

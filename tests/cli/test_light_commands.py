@@ -1,4 +1,4 @@
-"""Who deletes an artifact or looks after keys does not wait for torch."""
+"""Tests that commands for artifacts and keys do not wait for torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ print("loaded:", sorted({"torch", "transformers", "peft", "ray"} & set(sys.modul
     ],
 )
 def test_these_commands_load_no_torch(tmp_path: Path, words: str, says: str | None) -> None:
-    """The last one writes tensors: it shows that the test would notice."""
+    """The last command writes tensors and so shows that the test would detect torch."""
     home = old_home(tmp_path / "home")
     upgrade(f"sqlite:///{home / DATABASE}", tmp_path / "before.db")
     done = subprocess.run(

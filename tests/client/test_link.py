@@ -1,4 +1,4 @@
-"""Answers that are lost between an actor and its client, one by one, without Ray."""
+"""Tests answers that are lost between an actor and its client, one by one, without Ray."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SAVE = Request("h-0", "save_state", 1, "h", 0)
 
 
 class Wire:
-    """An actor that has saved already, and the answers that arrive of it: by method, in turn.
+    """An actor that has saved already, and the answers that arrive from it, by method, in order.
 
     `None` is an answer that is lost.
     """
@@ -49,7 +49,10 @@ class Wire:
 
 @pytest.fixture
 def linked(monkeypatch: pytest.MonkeyPatch) -> Callable[[Wire], TrainingLink]:
-    """Refs are methods, fetched when somebody waits for them."""
+    """Returns a function that makes a link whose refs are methods.
+
+    A ref is fetched when somebody waits for it.
+    """
 
     def over(wire: Wire) -> TrainingLink:
         monkeypatch.setattr(lost_calls, "_PAUSE_S", 0.0)
@@ -74,7 +77,10 @@ def linked(monkeypatch: pytest.MonkeyPatch) -> Callable[[Wire], TrainingLink]:
 def test_the_end_of_a_save_is_asked_for_until_it_arrives(
     linked: Callable[[Wire], TrainingLink], begun: dict[str, list[Any]]
 ) -> None:
-    """However its beginning was answered: who is told of no end does not know what is durable."""
+    """This holds however the beginning of the save was answered.
+
+    A client that never learns of the end does not know what is durable.
+    """
     link = linked(Wire(**begun, saved=[None]))
     assert link.open(link.send(SAVE), "h-0").unwrap() == "durable"
 
@@ -87,7 +93,7 @@ def poll(condition: Callable[[], bool]) -> None:
 
 
 class Heads:
-    """Of a ledger, as a home keeps them."""
+    """The heads of a ledger, as a home keeps them."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
@@ -97,14 +103,16 @@ class Heads:
 
 
 class Lossy:
-    """An actor's calls in their threads; those that are sent as `lost` never arrive.
+    """An actor whose calls run in threads; calls that are sent with a number in `lost` never
+    arrive.
 
     Attributes:
-        runs: cleared, it is busy: what arrives waits.
-        durable: cleared, no save ends.
-        patience_s: how long it waits for the call of a save.
-        unheard: what it answers to calls is lost.
-        ends: who asks next for what is stored is ended, as Ray ends threads that wait.
+        runs: while it is cleared, the actor is busy: calls that arrive wait.
+        durable: while it is cleared, no save ends.
+        patience_s: the seconds that the actor waits for the call of a save.
+        unheard: whether its answers to calls are lost.
+        ends: whether the next thread that asks for what is stored is ended, as Ray ends threads
+            that wait.
     """
 
     patience_s, ends, unheard = 15.0, False, False
@@ -180,7 +188,10 @@ class Lossy:
 
 @pytest.fixture
 def over(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Lossy], TrainingLink]]:
-    """Callbacks run at once, on the thread on which they are due."""
+    """Yields a function that links to an actor.
+
+    Callbacks run at once, on the thread on which they are due.
+    """
     linked_to: list[tuple[Lossy, TrainingLink]] = []
 
     def linked(actor: Lossy) -> TrainingLink:
@@ -218,7 +229,10 @@ def handle(link: TrainingLink, request: Request) -> FutureHandle[Any]:
 def test_a_call_is_sent_on_while_those_before_it_arrive_one_by_one(
     lossy: Callable[[set[int]], TrainingLink],
 ) -> None:
-    """Twelve are lost; then of each try the call arrives, one before it, and not the next."""
+    """Twelve calls are lost.
+
+    Then each try delivers the call and one earlier call, and loses the next.
+    """
     link = lossy({*range(12), *range(14, 14 + 3 * 10, 3)})
     refs = [link.send(step(number)) for number in range(12)]
     assert lost_calls.TRIES < 12
@@ -252,7 +266,10 @@ def test_a_save_that_nobody_looks_at_is_not_remembered_for_ever(
 
 @pytest.fixture
 def busy() -> Lossy:
-    """The first call to it is lost; what is sent again waits until it runs."""
+    """Returns a busy actor to which the first call is lost.
+
+    Calls that are sent again wait until it runs.
+    """
     actor = Lossy({0})
     actor.runs.clear()
     return actor
@@ -261,7 +278,8 @@ def busy() -> Lossy:
 def test_whoever_waits_for_a_lost_call_waits_no_longer_than_they_say(
     over: Callable[[Lossy], TrainingLink], busy: Lossy
 ) -> None:
-    """Also while another thread waits for it, or for another lost call, without a limit."""
+    """This holds while another thread waits without a limit, for this call or for another lost
+    call."""
     link = over(busy)
     first, second = handle(link, step(0)), handle(link, step(1))
     without_limit = threading.Thread(target=first.result)
@@ -329,7 +347,7 @@ def test_an_answer_that_is_asked_for_after_the_call_was_forgotten_is_in_the_jour
 def test_calls_that_nothing_gets_through_are_pending_and_sent_again_by_who_looks(
     over: Callable[[Lossy], TrainingLink],
 ) -> None:
-    """All searches fail; no callback, nobody takes a result."""
+    """All searches fail; there is no callback, and nobody takes a result."""
     actor = Lossy({*range(10_000)})
     link = over(actor)
     calls = [handle(link, step(number)) for number in range(2)]
@@ -346,7 +364,7 @@ def test_calls_that_nothing_gets_through_are_pending_and_sent_again_by_who_looks
 def test_a_call_that_nothing_gets_through_fails_those_that_wait_behind_it(
     lossy: Callable[[set[int]], TrainingLink], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each by itself would take its tries, one after the other."""
+    """If each call made its own tries, they would take their time one after the other."""
     link = lossy({*range(1000)})
     calls = [handle(link, step(number)) for number in range(20)]
     link.waiting()
@@ -357,7 +375,7 @@ def test_a_call_that_nothing_gets_through_fails_those_that_wait_behind_it(
 def test_a_search_that_ray_ends_is_an_error_and_others_go_on(
     over: Callable[[Lossy], TrainingLink],
 ) -> None:
-    """It ends each thread that waits when the program leaves the cluster."""
+    """Ray ends each waiting thread when the program leaves the cluster."""
     actor = Lossy({0, 1})
     actor.ends = True
     link = over(actor)
@@ -394,8 +412,11 @@ def test_a_lost_save_that_goes_on_holds_up_no_lost_step(
 def test_a_save_whose_end_has_arrived_is_what_it_says(
     over: Callable[[Lossy], TrainingLink], monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
-    """The answer to its beginning was lost, which is noticed before or after; to ask leads nowhere:
-    the actor has forgotten it, and sends no more."""
+    """The answer to the beginning of the save was lost.
+
+    The loss is detected before or after the end arrives. Asking again leads nowhere, because the
+    actor has forgotten the save and sends no more.
+    """
     actor, late = Lossy(set()), list[Callable[[], object]]()
     actor.unheard = True
     link = over(actor)

@@ -1,4 +1,5 @@
-"""`normalise`: every accepted form of a batch becomes the same rows, all others are refused."""
+"""Tests `normalize`: every accepted form of a batch becomes the same rows, all others are
+refused."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tg_tinker import BatchData, InvalidRequestError
-from tg_tinker.data.batch import IGNORED, Example, check_bounds, normalise
+from tg_tinker.data.batch import IGNORED, Example, check_bounds, normalize
 
 ROWS = [[5, 6, 7], [8, 9, 10]]
 LABELS = [[IGNORED, 6, 7], [8, 9, IGNORED]]
@@ -26,7 +27,7 @@ def plain(examples: list[Example]) -> list[tuple[list[int], list[int], str | Non
 
 
 def rows_of(**fields: Any) -> list[tuple[list[int], list[int], str | None]]:
-    return plain(normalise(BatchData(**fields)))
+    return plain(normalize(BatchData(**fields)))
 
 
 quick = settings(max_examples=60, deadline=None)
@@ -61,14 +62,14 @@ def test_every_container_gives_the_same_rows(container: Any) -> None:
 @pytest.mark.parametrize("form", [dict, UserDict, lambda fields: BatchData(**fields)])
 def test_a_dict_a_user_dict_and_a_batch_data_are_the_same(form: Any) -> None:
     fields = {"input_ids": ROWS, "labels": LABELS, "example_ids": ["a", "b"]}
-    assert plain(normalise(form(fields))) == [
+    assert plain(normalize(form(fields))) == [
         ([5, 6, 7], [IGNORED, 6, 7], "a"),
         ([8, 9, 10], [8, 9, IGNORED], "b"),
     ]
 
 
 class Encoding:
-    """A mapping by its methods alone."""
+    """An object that is a mapping by its methods alone."""
 
     def __init__(self, fields: dict[str, Any]) -> None:
         self.keys, self.get, self.__iter = fields.keys, fields.get, fields.__iter__
@@ -78,7 +79,7 @@ class Encoding:
 
 
 def test_what_only_behaves_like_a_dict_is_a_batch_too() -> None:
-    assert plain(normalise(Encoding({"input_ids": ROWS}))) == rows_of(input_ids=ROWS)
+    assert plain(normalize(Encoding({"input_ids": ROWS}))) == rows_of(input_ids=ROWS)
 
 
 def test_what_a_tokenizer_returns_is_a_batch() -> None:
@@ -88,12 +89,12 @@ def test_what_a_tokenizer_returns_is_a_batch() -> None:
         {"input_ids": [[0, 5, 6], [7, 8, 9]], "attention_mask": [[0, 1, 1], [1, 1, 1]]},
         tensor_type="pt",
     )
-    assert plain(normalise(encoded)) == [([5, 6], [5, 6], None), ([7, 8, 9], [7, 8, 9], None)]
+    assert plain(normalize(encoded)) == [([5, 6], [5, 6], None), ([7, 8, 9], [7, 8, 9], None)]
 
 
-def test_normalised_rows_are_int64_whatever_came_in() -> None:
+def test_normalized_rows_are_int64_whatever_came_in() -> None:
     for ids in (torch.tensor([[1, 2]], dtype=torch.uint8), [[np.uint8(1), np.uint8(2)]], [[True]]):
-        example = normalise({"input_ids": ids})[0]
+        example = normalize({"input_ids": ids})[0]
         assert example.input_ids.dtype == example.labels.dtype == np.int64
 
 
@@ -103,12 +104,12 @@ def test_missing_labels_mean_the_inputs() -> None:
 
 def test_a_key_that_is_none_counts_as_left_out() -> None:
     batch = {"input_ids": ROWS, "labels": None, "attention_mask": None, "example_ids": None}
-    assert plain(normalise(batch)) == rows_of(input_ids=ROWS)
+    assert plain(normalize(batch)) == rows_of(input_ids=ROWS)
 
 
 def test_the_first_label_of_a_row_is_not_counted() -> None:
-    first, last = normalise({"input_ids": ROWS, "labels": LABELS})
-    assert (first.num_labelled, last.num_labelled) == (2, 1)
+    first, last = normalize({"input_ids": ROWS, "labels": LABELS})
+    assert (first.num_labeled, last.num_labeled) == (2, 1)
 
 
 def test_rows_may_differ_in_length() -> None:
@@ -130,7 +131,7 @@ ragged = st.lists(
 @quick
 @given(ragged, st.data())
 def test_padding_on_either_side_is_cut_with_its_labels(rows: Any, data: st.DataObject) -> None:
-    """Also when the padding holds real token ids and real labels."""
+    """This also holds when the padding has real token ids and real labels."""
     ids, masks, labels = [], [], []
     for row in rows:
         left, right = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))
@@ -147,10 +148,10 @@ def test_a_mask_is_taken_exactly_when_it_is_one_run_of_ones(mask: list[int]) -> 
     inner = "".join(map(str, mask)).strip("0")
     batch = BatchData([[*range(len(mask))]], attention_mask=[mask])
     if inner and "0" not in inner:
-        assert len(normalise(batch)[0].input_ids) == len(inner)
+        assert len(normalize(batch)[0].input_ids) == len(inner)
     else:
         with pytest.raises(InvalidRequestError, match="row 0"):
-            normalise(batch)
+            normalize(batch)
 
 
 def test_a_hole_in_the_mask_is_refused_with_the_way_out() -> None:
@@ -176,31 +177,32 @@ def test_a_mask_of_anything_but_0_and_1_is_refused(value: int) -> None:
 @pytest.mark.parametrize("batch", [{"input_ids": []}, BatchData([]), BatchData(np.zeros((0, 3)))])
 def test_an_empty_batch_is_refused(batch: Any) -> None:
     with pytest.raises(InvalidRequestError, match="the batch is empty"):
-        normalise(batch)
+        normalize(batch)
 
 
 @pytest.mark.parametrize("batch", [None, 5, "text", [[1, 2]], np.array([[1, 2]])])
 def test_something_that_is_no_batch_is_told_the_keys(batch: Any) -> None:
     with pytest.raises(InvalidRequestError, match="input_ids, attention_mask, labels, example_ids"):
-        normalise(batch)
+        normalize(batch)
 
 
 def test_an_unknown_key_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InvalidRequestError, match=r"\['lables'\]; known keys: input_ids,.*labels"):
-        normalise({"input_ids": ROWS, "lables": ROWS})
+        normalize({"input_ids": ROWS, "lables": ROWS})
 
 
 @pytest.mark.parametrize("batch", [{}, {"labels": ROWS}, {"input_ids": None}, BatchData(None)])
 def test_a_batch_without_input_ids_is_refused(batch: Any) -> None:
     with pytest.raises(InvalidRequestError, match="input_ids"):
-        normalise(batch)
+        normalize(batch)
 
 
 @pytest.mark.parametrize("field", ["attention_mask", "labels", "example_ids"])
 def test_fields_of_unequal_row_counts_are_refused(field: str) -> None:
     for count in (0, 1, 3):
         value = ["a"] * count if field == "example_ids" else [[1, 1, 1]] * count
-        with pytest.raises(InvalidRequestError, match=rf"{field} has {count} \w+, input_ids.* 2"):
+        match = rf"{field} has {count} \w+, but input_ids has 2"
+        with pytest.raises(InvalidRequestError, match=match):
             rows_of(input_ids=ROWS, **{field: value})
 
 
@@ -238,7 +240,7 @@ def test_rows_of_anything_but_integers_are_refused(row: Any, field: str) -> None
     with pytest.raises(
         InvalidRequestError, match=rf"{field} of row 1 must hold integers"
     ) as caught:
-        normalise(fields)
+        normalize(fields)
     assert str(SECRET) not in str(caught.value)
 
 
@@ -248,14 +250,14 @@ def test_rows_of_anything_but_integers_are_refused(row: Any, field: str) -> None
 )
 def test_a_single_row_is_told_to_be_wrapped(value: Any, field: str) -> None:
     with pytest.raises(InvalidRequestError, match=rf"{field} must be a list of rows") as caught:
-        normalise({"input_ids": [[1, 1]], field: value})
+        normalize({"input_ids": [[1, 1]], field: value})
     assert str(SECRET) not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", ["31337", 31337, 1.0, np.array(31337), iter([[31337]])])
 def test_a_field_that_is_no_list_is_refused_without_its_value(value: Any) -> None:
     with pytest.raises(InvalidRequestError, match="input_ids must be a list of rows") as caught:
-        normalise({"input_ids": value})
+        normalize({"input_ids": value})
     assert str(SECRET) not in str(caught.value)
 
 
@@ -270,7 +272,7 @@ def test_example_ids_are_one_name_per_row_or_refused(value: Any) -> None:
 
 
 def bounds(batch: dict[str, Any], vocab_size: int = 100, context_length: int = 8) -> None:
-    check_bounds(normalise(batch), vocab_size, context_length)
+    check_bounds(normalize(batch), vocab_size, context_length)
 
 
 def test_ids_and_rows_at_their_bounds_are_taken() -> None:
@@ -279,7 +281,7 @@ def test_ids_and_rows_at_their_bounds_are_taken() -> None:
 
 @pytest.mark.parametrize("wrong", [100, -1, IGNORED, 2**40, -(2**63)])
 def test_an_id_outside_the_vocabulary_is_named_with_its_row_and_range(wrong: int) -> None:
-    match = rf"input_ids of row 1 holds the id {wrong}, the vocabulary is 0\.\.99.*tc\.tokenizer"
+    match = rf"input_ids of row 1 holds the id {wrong}, but the vocabulary is 0\.\.99.*\.tokenizer"
     with pytest.raises(InvalidRequestError, match=match) as caught:
         bounds({"input_ids": [[1, 2], [3, wrong]], "labels": [[1, 2], [3, 4]]})
     assert caught.value.details == {"row": 1, "field": "input_ids", "vocab_size": 100}
@@ -297,7 +299,8 @@ def test_an_id_beyond_int64_is_never_taken() -> None:
 
 
 def test_a_row_longer_than_the_context_is_refused_with_both_lengths() -> None:
-    with pytest.raises(InvalidRequestError, match="row 1 has 9 tokens, the context is 8"):
+    match = "row 1 has 9 tokens, but the model's context is 8"
+    with pytest.raises(InvalidRequestError, match=match):
         bounds({"input_ids": [[1] * 8, [1] * 9]})
 
 
@@ -309,11 +312,11 @@ def test_padding_does_not_count_towards_the_context() -> None:
     "labels", [[[IGNORED] * 3, [IGNORED] * 3], [[5, IGNORED, IGNORED], [IGNORED] * 3]]
 )
 def test_a_batch_without_a_label_that_counts_is_refused(labels: list[list[int]]) -> None:
-    with pytest.raises(InvalidRequestError, match="no token of the batch is labelled"):
+    with pytest.raises(InvalidRequestError, match="no token of the batch is labeled"):
         bounds({"input_ids": ROWS, "labels": labels})
 
 
-def test_one_labelled_row_is_enough() -> None:
+def test_one_labeled_row_is_enough() -> None:
     bounds({"input_ids": ROWS, "labels": [[IGNORED] * 3, [IGNORED, IGNORED, 5]]})
 
 
@@ -323,7 +326,7 @@ def test_one_labelled_row_is_enough() -> None:
 def test_the_repr_of_batch_and_example_hides_contents() -> None:
     batch = BatchData([[SECRET, 2]], labels=[[SECRET, 2]], example_ids=["patient 31337"])
     assert repr(batch) == "BatchData(1 rows, contents hidden)"
-    assert repr(normalise(batch)) == "[Example(2 tokens, contents hidden)]"
+    assert repr(normalize(batch)) == "[Example(2 tokens, contents hidden)]"
     assert repr(BatchData(iter([[SECRET]]))) == "BatchData(? rows, contents hidden)"
 
 
@@ -334,4 +337,4 @@ def test_a_batch_has_as_many_rows_as_it_says() -> None:
 def test_ids_past_int64_are_refused_not_wrapped() -> None:
     for row in ([2**64 - 100] * 3, [2**63] * 3, [2**64] * 3):
         with pytest.raises(InvalidRequestError, match="integers"):
-            normalise({"input_ids": [[1, 2, 3]], "labels": [row]})
+            normalize({"input_ids": [[1, 2, 3]], "labels": [row]})

@@ -1,14 +1,27 @@
-"""Chats into tokens: what is labelled, what is masked, and what is refused."""
+"""Tests the conversion of chats to tokens: what is labeled, what is masked, and what is refused."""
 
 from __future__ import annotations
 
+import json
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support.fakes import CHATML, make_tokenizer
-from tg_tinker.data.batch import normalise
-from tg_tinker.data.chat import encode_row, encode_rows, render_prompt, render_row_prompt, to_batch
+from tg_tinker.data.batch import normalize
+from tg_tinker.data.chat import (
+    ChatWarning,
+    encode_row,
+    encode_rows,
+    render_messages,
+    render_prompt,
+    render_row_prompt,
+    split_turns,
+    to_batch,
+)
+from tg_tinker.data.rows import read_rows
 from tg_tinker.data.text import encode_prompt
 from tg_tinker.errors import InvalidRequestError
 
@@ -36,6 +49,18 @@ def tokenizer() -> Any:
     return make_tokenizer()
 
 
+def test_half_an_emoji_is_an_error_that_names_the_row(tokenizer: Any) -> None:
+    half = f"{CANARY}\ud83d"
+    plain = make_tokenizer(chat_template=None)
+    for one in (tokenizer, plain):
+        rows = [{"prompt": "a", "completion": "b"}, {"prompt": half, "completion": "b"}]
+        with pytest.raises(InvalidRequestError, match="the prompt of row 1 contains") as caught:
+            to_batch(one, rows)
+        assert CANARY not in str(caught.value)
+        with pytest.raises(InvalidRequestError, match="the prompt of the row contains"):
+            render_prompt(one, half)
+
+
 def chat(*contents: str) -> dict[str, Any]:
     roles = ["user", "assistant"]
     return {"messages": [{"role": roles[i % 2], "content": c} for i, c in enumerate(contents)]}
@@ -46,18 +71,19 @@ def pair(prompt: str, completion: str) -> dict[str, str]:
 
 
 def pieces(tokenizer: Any, encoded: tuple[list[int], list[int]]) -> list[tuple[str, bool]]:
-    """The row as (text, labelled) stretches; checks that a label is -100 or the token itself."""
+    """Returns the row as (text, labeled) pieces; checks that a label is -100 or the token
+    itself."""
     found: list[tuple[list[int], bool]] = []
     for token, label in zip(*encoded, strict=True):
         assert label in (-100, token)
-        labelled = label != -100
-        if not found or found[-1][1] != labelled:
-            found.append(([], labelled))
+        labeled = label != -100
+        if not found or found[-1][1] != labeled:
+            found.append(([], labeled))
         found[-1][0].append(token)
-    return [(tokenizer.decode(ids), labelled) for ids, labelled in found]
+    return [(tokenizer.decode(ids), labeled) for ids, labeled in found]
 
 
-def test_an_answer_is_labelled_up_to_its_end_of_text(tokenizer: Any) -> None:
+def test_an_answer_is_labeled_up_to_its_end_of_text(tokenizer: Any) -> None:
     assert pieces(tokenizer, encode_row(tokenizer, chat("hi", "yö"))) == [
         ("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", False),
         ("yö<|im_end|>", True),
@@ -65,7 +91,7 @@ def test_an_answer_is_labelled_up_to_its_end_of_text(tokenizer: Any) -> None:
     ]
 
 
-def test_every_assistant_message_is_labelled(tokenizer: Any) -> None:
+def test_every_assistant_message_is_labeled(tokenizer: Any) -> None:
     row = chat("a", "b", "c", "d")
     row["messages"].insert(0, {"role": "system", "content": "S"})
     assert pieces(tokenizer, encode_row(tokenizer, row)) == [
@@ -89,14 +115,10 @@ def test_a_pair_is_an_exchange_where_there_is_a_template(tokenizer: Any) -> None
     assert encode_row(tokenizer, pair("a", "b")) == encode_row(tokenizer, chat("a", "b"))
 
 
-def test_an_end_of_text_inside_an_answer_ends_its_labels(tokenizer: Any) -> None:
-    found = pieces(tokenizer, encode_row(tokenizer, chat("a", "b<|im_end|>c")))
-    assert found[1:] == [("b<|im_end|>", True), ("c<|im_end|>\n", False)]
-
-
-def test_an_answer_without_end_of_text_is_labelled_to_its_end() -> None:
+def test_an_answer_that_the_template_does_not_end_gets_the_end_of_text() -> None:
     tokenizer = make_tokenizer(NO_END)
-    assert pieces(tokenizer, encode_row(tokenizer, chat("a", "b")))[1:] == [("b~\n", True)]
+    found = pieces(tokenizer, encode_row(tokenizer, chat("a", "b", "c", "d")))
+    assert [text for text, labeled in found if labeled] == ["b~\n", "d~\n<|im_end|>"]
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -123,7 +145,7 @@ def test_without_a_template_a_pair_is_prompt_completion_end() -> None:
 
 
 def test_without_a_template_a_chat_is_refused() -> None:
-    with pytest.raises(InvalidRequestError, match="no chat template; pass prompt and completion"):
+    with pytest.raises(InvalidRequestError, match="no chat template: pass prompt and completion"):
         encode_row(make_tokenizer(None), chat("a", CANARY))
 
 
@@ -138,6 +160,87 @@ def test_rendered_prompts_end_where_the_answer_begins(tokenizer: Any) -> None:
     expected = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
     assert render_prompt(tokenizer, "a") == expected
     assert render_row_prompt(tokenizer, chat("a", "b", "c", "d")) == expected
+
+
+# --- templates that do not write what was said ----------------------------------------------------
+
+
+def test_answers_that_the_template_changes_later_are_not_learned() -> None:
+    tokenizer, row = make_tokenizer(DROPPING), chat("a", "b", "c", "d")
+    with pytest.warns(ChatWarning, match="split_turns"):
+        found = pieces(tokenizer, encode_row(tokenizer, row))
+    assert [text for text, labeled in found if labeled] == ["d<|im_end|>"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        turns = [pieces(tokenizer, encode_row(tokenizer, turn)) for turn in split_turns(row)[:1]]
+    assert [text for text, labeled in turns[0] if labeled] == ["b<|im_end|>"]
+
+
+def test_a_row_of_turns_is_a_row_for_each_answer() -> None:
+    row = chat("a", "b", "c", "d", "e")
+    assert split_turns(row) == [chat("a", "b"), chat("a", "b", "c", "d")]
+    assert split_turns(pair("a", "b")) == [pair("a", "b")]
+
+
+def test_a_request_that_the_chat_does_not_have_is_reported_and_not_learned() -> None:
+    tokenizer = make_tokenizer(THINKING)
+    with pytest.warns(ChatWarning, match="requests an answer by text"):
+        found = pieces(tokenizer, encode_row(tokenizer, chat("a", "b")))
+    assert found[1:] == [("b<|im_end|>", True), ("\n", False)]
+    assert render_prompt(tokenizer, "a").endswith("<think>")
+
+
+def test_a_warning_comes_once_for_many_rows() -> None:
+    with pytest.warns(ChatWarning) as caught:
+        encode_rows(make_tokenizer(THINKING), [chat("a", "b"), chat("c", "d")])
+    assert len(caught) == 1
+
+
+# --- control tokens in messages -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ["<|im_end|>", "b<|im_end|>\n<|im_start|>system\nc", "<<|im_end|>>"]
+)
+def test_a_control_token_in_a_message_is_text(tokenizer: Any, text: str) -> None:
+    ids, labels = encode_row(tokenizer, chat(text, text))
+    plain, _ = encode_row(tokenizer, chat("a", "b"))
+    assert [i for i in ids if i > 255] == [i for i in plain if i > 255]
+    assert tokenizer.decode(ids) == (
+        f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n{text}<|im_end|>\n"
+    )
+    assert tokenizer.decode([i for i in labels if i != -100]) == f"{text}<|im_end|>"
+    prompt = render_prompt(tokenizer, text)
+    answer = next(i for i, label in enumerate(labels) if label != -100)
+    assert encode_prompt(tokenizer, prompt) == ids[:answer]
+
+
+def test_a_control_token_in_a_message_is_refused_on_request(tokenizer: Any) -> None:
+    row = chat(f"{CANARY}<|im_end|>", "b")
+    with pytest.raises(InvalidRequestError, match=r"row 1 .*spells out a control token") as caught:
+        to_batch(tokenizer, [chat("a", "b"), row], control_text="refuse")
+    assert CANARY not in str(caught.value)
+    assert to_batch(tokenizer, [chat("a", "b")], control_text="refuse")
+
+
+def test_a_control_token_in_a_role_is_refused(tokenizer: Any) -> None:
+    row = chat("a", "b")
+    row["messages"].insert(0, {"role": "x<|im_end|>", "content": "y"})
+    with pytest.raises(InvalidRequestError, match="a role has a control token"):
+        encode_row(tokenizer, row)
+
+
+def test_a_control_token_in_other_letters_is_refused_where_the_tokenizer_reads_it() -> None:
+    from tokenizers import AddedToken, normalizers
+
+    tokenizer = make_tokenizer()
+    core = tokenizer.backend_tokenizer
+    core.normalizer = normalizers.Lowercase()
+    core.add_special_tokens([AddedToken("<|im_end|>", special=True, normalized=True)])
+    assert encode_row(tokenizer, chat("a", "b"))
+    with pytest.raises(InvalidRequestError, match="reads as a control token") as caught:
+        encode_row(tokenizer, chat(f"{CANARY}<|IM_END|>", "b"))
+    assert CANARY not in str(caught.value)
 
 
 # --- length -------------------------------------------------------------------------------------
@@ -164,12 +267,15 @@ def test_a_row_with_one_label_left_is_kept_and_with_none_refused(tokenizer: Any)
 # --- what is refused ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("template", [FORGETFUL, DROPPING, THINKING])
-def test_a_template_that_rewrites_what_was_said_is_refused(template: str) -> None:
-    row = chat("a", "b", CANARY, "d")
-    with pytest.raises(InvalidRequestError, match=r"rewrites .*use prompt/completion") as caught:
-        encode_row(make_tokenizer(template), row)
-    assert CANARY not in str(caught.value)
+def test_a_template_that_forgets_what_was_asked_is_learned_as_sampling_asks() -> None:
+    tokenizer, row = make_tokenizer(FORGETFUL), chat("a", "b", "c", "d")
+    with pytest.warns(ChatWarning, match="earlier answer"):
+        ids, labels = encode_row(tokenizer, row)
+    prompt = render_messages(tokenizer, row["messages"][:-1])
+    assert (
+        ids == [*prompt.token_ids, ord("d"), 257] or tokenizer.decode(ids) == f"{prompt}d<|im_end|>"
+    )
+    assert [label for label in labels if label != -100] == ids[-2:]
 
 
 def test_a_template_that_rewrites_earlier_turns_takes_pairs() -> None:
@@ -179,7 +285,7 @@ def test_a_template_that_rewrites_earlier_turns_takes_pairs() -> None:
 
 def test_roles_that_the_template_refuses_are_named_without_their_text() -> None:
     row = {"messages": [{"role": "system", "content": CANARY}, *chat(CANARY, "b")["messages"]]}
-    with pytest.raises(InvalidRequestError, match="refuses these roles") as caught:
+    with pytest.raises(InvalidRequestError, match="rejects these roles") as caught:
         encode_row(make_tokenizer(ALTERNATING), row)
     assert CANARY not in str(caught.value)
     assert caught.value.__context__ is None
@@ -208,12 +314,23 @@ def test_among_many_rows_the_bad_one_is_named(tokenizer: Any) -> None:
         encode_rows(tokenizer, [chat("a", "b"), pair("a", "b"), chat("a")])
 
 
+def test_an_error_of_a_row_from_a_file_names_its_line(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in (chat("a", "b"), chat(CANARY, "c", "d"))))
+    rows = read_rows(path)
+    with pytest.raises(InvalidRequestError, match=r"line 2 of .*chats\.jsonl \(row 1\)") as caught:
+        encode_rows(tokenizer, rows, max_length=30)
+    assert CANARY not in str(caught.value)
+    with pytest.raises(InvalidRequestError, match=r"line 2 of .*chats\.jsonl has"):
+        encode_row(tokenizer, split_turns(rows[1])[0], max_length=30)
+
+
 # --- batches ------------------------------------------------------------------------------------
 
 
 def test_to_batch_makes_what_forward_backward_takes(tokenizer: Any) -> None:
     rows = [chat("a", "bcd"), pair("efg", "h")]
-    examples = normalise(to_batch(tokenizer, rows, max_length=1000))
+    examples = normalize(to_batch(tokenizer, rows, max_length=1000))
     found = [(e.input_ids.tolist(), e.labels.tolist()) for e in examples]
     assert found == [encode_row(tokenizer, row) for row in rows]
-    assert [e.num_labelled for e in examples] == [4, 2]
+    assert [e.num_labeled for e in examples] == [4, 2]

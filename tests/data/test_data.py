@@ -1,8 +1,11 @@
-"""Reading rows, splitting them, and endless batches."""
+"""Tests reading rows, splitting them, and endless batches."""
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tg_tinker.data.rows import make_batches, read_rows, split_rows
+from support.fakes import make_tokenizer
+from tg_tinker.data.chat import encode_rows, render_row_prompt
+from tg_tinker.data.rows import check_row, make_batches, name_of_row, read_rows, split_rows
 from tg_tinker.errors import InvalidRequestError, NotFoundError
 
 PAIR = {"prompt": "2 + 2?", "completion": "4"}
@@ -127,6 +132,82 @@ def test_a_chat_of_another_form_is_refused(tmp_path: Path, messages: Any) -> Non
     with pytest.raises(InvalidRequestError, match="line 1") as caught:
         read_rows(write_jsonl(tmp_path / "a.jsonl", {"messages": messages}))
     assert CANARY not in str(caught.value)
+
+
+HALF = f"{CANARY}\ud83d"
+HALVES = [
+    {**PAIR, "prompt": HALF},
+    {**PAIR, "completion": HALF},
+    {"messages": [CHAT["messages"][0], {"role": "assistant", "content": HALF}]},
+    {"messages": [{"role": HALF, "content": "a"}]},
+]
+"""Rows with half an emoji."""
+
+
+def write_escaped(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("row", HALVES)
+def test_half_an_emoji_in_a_file_is_named_by_its_line(tmp_path: Path, row: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=r"of .*line 2 of .*a\.jsonl contains") as caught:
+        read_rows(write_escaped(tmp_path / "a.jsonl", PAIR, row))
+    assert CANARY not in str(caught.value)
+    assert caught.value.__context__ is None
+
+
+def test_a_whole_emoji_is_read_in_either_notation(tmp_path: Path) -> None:
+    row = {**PAIR, "prompt": "\U0001f600"}
+    assert read_rows(write_escaped(tmp_path / "a.jsonl", row)) == [row]
+    assert read_rows(write_jsonl(tmp_path / "b.jsonl", row)) == [row]
+
+
+def test_a_parquet_text_that_is_not_utf8_is_named_by_its_row(tmp_path: Path) -> None:
+    wrong = pa.array([b"a"] * 1500 + [CANARY.encode() + b"\xff"]).cast(pa.binary())
+    texts = pa.Array.from_buffers(pa.string(), len(wrong), wrong.buffers())
+    pq.write_table(pa.table({"prompt": texts, "completion": texts}), tmp_path / "a.parquet")
+    with pytest.raises(InvalidRequestError, match=r"row 1500 of .*a\.parquet has a") as caught:
+        read_rows(tmp_path / "a.parquet")
+    assert CANARY not in str(caught.value)
+    assert caught.value.__context__ is None
+
+
+def test_rows_remember_their_place_through_splits_and_pickles(tmp_path: Path) -> None:
+    rows = read_rows(write_jsonl(tmp_path / "a.jsonl", PAIR, CHAT, PAIR))
+    kept, held_out = split_rows(rows, 1, seed=0)
+    named = {name_of_row(row, f"row {i}") for i, row in enumerate([*kept, *held_out])}
+    assert len(named) == 3
+    assert all(re.match(r"line [123] of .*a\.jsonl \(row [012]\)$", name) for name in named)
+    for copied in (pickle.loads(pickle.dumps(rows[1])), copy.copy(rows[1]), rows[1]):  # noqa: S301
+        assert copied == CHAT
+        assert name_of_row(copied).endswith("line 2 of " + str(tmp_path / "a.jsonl"))
+    parquet = read_rows(write_parquet(tmp_path / "b.parquet", [PAIR, PAIR]))
+    assert name_of_row(parquet[1]) == f"row 1 of {tmp_path / 'b.parquet'}"
+
+
+def test_a_row_without_a_place_and_a_name_with_one_stay_as_they_are(tmp_path: Path) -> None:
+    (row,) = read_rows(write_jsonl(tmp_path / "a.jsonl", PAIR))
+    assert name_of_row(dict(row), "row 7") == "row 7"
+    assert name_of_row(dict(row)) == "the row"
+    assert name_of_row(row, name_of_row(row, "row 7")) == name_of_row(row, "row 7")
+
+
+@pytest.mark.parametrize("row", HALVES)
+def test_half_an_emoji_in_a_row_of_a_program_is_named_by_its_number(row: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=r" of row 3 contains a lone surrogate"):
+        check_row(row, "row 3")
+
+
+def test_a_row_that_was_spoiled_after_it_was_read_is_still_named_by_its_line(
+    tmp_path: Path,
+) -> None:
+    rows = read_rows(write_jsonl(tmp_path / "a.jsonl", PAIR, PAIR))
+    rows[1]["completion"] = HALF
+    with pytest.raises(InvalidRequestError, match=r"line 2 of .*a\.jsonl \(row 1\) contains"):
+        encode_rows(make_tokenizer(), rows)
+    with pytest.raises(InvalidRequestError, match=r"line 2 of .*a\.jsonl contains"):
+        render_row_prompt(make_tokenizer(), rows[1])
 
 
 def test_a_number_is_no_prompt(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""The batch hash: recomputed here from its documented format, and what it tells apart."""
+"""Tests the batch hash: recomputes it from its documented format, and shows which batches differ
+in it."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from tg_tinker import InvalidRequestError, batch_hash
 from tg_tinker.data import hashing
-from tg_tinker.data.batch import IGNORED, normalise
+from tg_tinker.data.batch import IGNORED, normalize
 from tg_tinker.data.hashing import hash_examples, resolve_batch_hash
 
 Rows = list[list[tuple[int, int]]]
@@ -39,7 +40,7 @@ def batch_of(rows: Rows) -> dict[str, Any]:
 
 
 def recomputed(rows: Rows) -> str:
-    """Version 1, from the words of the docstring alone."""
+    """Returns the hash of version 1, computed from the words of the docstring alone."""
     content = b"tg-tinker batch v1\n" + struct.pack("<q", len(rows))
     for row in rows:
         content += struct.pack("<q", len(row))
@@ -55,7 +56,7 @@ def test_anyone_can_recompute_the_hash_from_its_description(rows: Rows) -> None:
 
 
 def test_the_hash_of_version_1_never_changes() -> None:
-    """A vector: hashes that owners keep stay comparable."""
+    """A fixed vector shows that hashes which owners keep stay comparable."""
     batch = {"input_ids": [[5, 6, 7], [8]], "labels": [[IGNORED, 6, 7], [8]]}
     assert batch_hash(batch) == VECTOR
 
@@ -128,7 +129,7 @@ def test_another_split_or_order_of_the_same_tokens_changes_the_hash(other: Any) 
 
 
 def test_tokens_cannot_pass_as_labels_or_lengths() -> None:
-    """Ids and labels swapped, and a row that spells out two rows, hash differently."""
+    """Swapped ids and labels, and a row that spells out two rows, hash differently."""
     swapped = {"input_ids": [[2, 1]], "labels": [[1, 2]]}
     assert batch_hash(swapped) != batch_hash({"input_ids": [[1, 2]], "labels": [[2, 1]]})
     two = {"input_ids": [[1], [1]], "labels": [[1], [1]]}
@@ -137,7 +138,7 @@ def test_tokens_cannot_pass_as_labels_or_lengths() -> None:
 
 # --- what a call reports ---------------------------------------------------------------------
 
-EXAMPLES = normalise({"input_ids": [[5, 6, 7]]})
+EXAMPLES = normalize({"input_ids": [[5, 6, 7]]})
 
 
 @pytest.mark.parametrize("own", ["batch 17", "", "SHA256:abc", "md5:00"])

@@ -1,4 +1,4 @@
-"""The demo, start to finish and interrupted everywhere, on the service in memory."""
+"""Tests the demo on the service in memory: from start to finish, and interrupted at every point."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ROWS = 30
 
 @pytest.fixture
 def options(tmp_path: Path) -> DemoOptions:
-    """Thirty short rows, each with a word of its own; without privacy."""
+    """Returns options for thirty short rows, each with a word of its own, without privacy."""
     data = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"question {i}?", "completion": f"canary{i:02d}"} for i in range(ROWS)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -71,7 +71,7 @@ def press_ctrl_c() -> None:
 
 
 def press_once(operation: str, step: int) -> Callable[[str, int], None]:
-    """Presses Ctrl-C when the first such operation at this step comes up."""
+    """Returns a hook that presses Ctrl-C at the first operation of this kind at this step."""
     pressed: list[bool] = []
 
     def press(now: str, at: int) -> None:
@@ -297,7 +297,7 @@ def test_what_was_trained_without_privacy_is_not_resumed_privately(private: Demo
 
 def test_what_was_trained_privately_is_not_resumed_without(private: DemoOptions) -> None:
     service = run(private).service
-    with pytest.raises(InvalidRequestError, match="trained privately on data set demo-"):
+    with pytest.raises(InvalidRequestError, match="trained privately on dataset demo-"):
         run(replace(private, no_privacy=True, resume="art-1"), service)
 
 
@@ -520,10 +520,10 @@ def test_rows_that_do_not_fit_are_left_out_and_counted(options: DemoOptions) -> 
         file.write(json.dumps({"prompt": "x " * 500, "completion": "far away"}) + "\n")
     found = run(replace(options, max_length=100))
     assert found.status == 0
-    assert f"Left out 1 of {ROWS + 1} rows; row {ROWS} has" in found.output
+    assert f"Left out 1 of {ROWS + 1} rows; line {ROWS + 1} of " in found.output
     assert "far away" not in found.output
 
 
 def test_a_file_without_a_usable_row_is_an_error(options: DemoOptions) -> None:
-    with pytest.raises(InvalidRequestError, match="no row can be used; row 0 has"):
+    with pytest.raises(InvalidRequestError, match=r"no row can be used; line 1 of .* has"):
         run(replace(options, max_length=2))

@@ -1,4 +1,4 @@
-"""`tg-tinker demo` itself: the real model once, and Ctrl-C with real processes."""
+"""Tests `tg-tinker demo` itself: once with the real model, and Ctrl-C with real processes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from support import clusters
 from support.models import make_home
 from support.processes import assert_all_end
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.program, pytest.mark.timeout(600)]
 
 COMMAND = [sys.executable, "-c", "from tg_tinker.cli.main import main; main()", "demo"]
 ROWS = [
@@ -32,7 +33,8 @@ def write_rows(folder: Path) -> Path:
 
 
 def test_the_real_model_learns_is_saved_and_resumed(tmp_path: Path, converted_models: Path) -> None:
-    """SmolLM2-135M out of its GGUF file: converted, trained, sampled, saved, resumed, drawn."""
+    """SmolLM2-135M is converted from its GGUF file, trained, sampled, saved, resumed and
+    plotted."""
     output, home = tmp_path / "out", make_home(tmp_path / "home", converted_models)
     done = subprocess.run(
         [*COMMAND, "--steps", "6", "--batch-size", "6", "--data", str(write_rows(tmp_path)),
@@ -48,8 +50,8 @@ def test_the_real_model_learns_is_saved_and_resumed(tmp_path: Path, converted_mo
     assert "Resumed in a new client: step 6" in done.stdout
     assert figures["artifact_id"] in done.stdout
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
-    sizes = [file.stat().st_size for file in converted_models.glob("*/model.safetensors")]
-    assert max(sizes) > 500e6  # float32, dequantised
+    sizes = [file.stat().st_size for file in converted_models.glob("[!.]*/model.safetensors")]
+    assert max(sizes) > 500e6  # float32, dequantized
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_resumes_and_no_process(
@@ -71,10 +73,12 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes_and_no_process(
     assert process.returncode == 130, rest
     (artifact,) = set(re.findall(r"art-\w+", rest))
     assert_all_end(process.pid, within_s=120)
-    again = subprocess.run(
-        [*COMMAND, *options, "--steps", "1", "--resume", artifact], env=environment,
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    with clusters.forking():
+        again = subprocess.run(
+            [*COMMAND, *options, "--steps", "1", "--resume", artifact],
+            env=environment | {clusters.FORKING: os.environ[clusters.FORKING]},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
     assert again.returncode == 0, again.stdout + again.stderr
     reached = re.search(r"Step (\d+) is reached already", again.stdout)
     assert reached

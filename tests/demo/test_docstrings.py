@@ -1,4 +1,4 @@
-"""The demo's text is large, clean, public and always the same."""
+"""Tests that the demo's text is large, clean, public and always the same."""
 
 from __future__ import annotations
 

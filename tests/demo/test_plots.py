@@ -1,4 +1,4 @@
-"""The picture of a training run."""
+"""Tests the picture of a training run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels, from the header."""
+    """Returns width and height in pixels, from the header."""
     head = path.read_bytes()[:24]
     assert head.startswith(PNG)
     return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
@@ -59,11 +59,11 @@ def test_the_picture_shows_the_figures(tmp_path: Path) -> None:
     assert len(set(pictures)) == len(pictures)
 
 
-def height_of(colour: str, path: Path) -> float:
-    """The part of the picture's height that lines of a colour span in its middle third."""
+def height_of(color: str, path: Path) -> float:
+    """Returns the share of the picture's height that lines of a color span in its middle third."""
     picture = imread(path)[:, :, :3]
     third = picture.shape[1] // 3
-    near = np.abs(picture[:, third : 2 * third] - to_rgb(colour)).sum(axis=2) < 0.05
+    near = np.abs(picture[:, third : 2 * third] - to_rgb(color)).sum(axis=2) < 0.05
     rows = np.flatnonzero(near.any(axis=1))
     return float(np.ptp(rows)) / len(picture)
 

@@ -1,4 +1,4 @@
-"""The copy that a save makes: a safetensors file, of the moment it was asked for."""
+"""Tests the copy that a save makes: a safetensors file of the moment at which it was requested."""
 
 from __future__ import annotations
 

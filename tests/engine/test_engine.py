@@ -1,4 +1,4 @@
-"""The training step, without Ray: against the plain loop, and its promises one by one."""
+"""Tests the training step without Ray: against the plain loop, and its promises one by one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tg_tinker import (
     ResourceConfig,
     WindowSpoiledError,
 )
-from tg_tinker.data.batch import normalise
+from tg_tinker.data.batch import normalize
 
 LORA = {"lora_config": LoRAConfig(rank=4)}
 FULL = {"lora_config": None}
@@ -46,24 +46,24 @@ def test_gradients_equal_the_plain_padded_loop(tiny_model: Path, what: dict, sid
         s.forward_backward(examples())
         s.optim_step()
     batch = padded(RAGGED, side)
-    result = s.forward_backward(normalise(batch))
+    result = s.forward_backward(normalize(batch))
     expected = oracle_gradients(s, batch)
     assert_close(window(s), expected, 1e-5)
     assert result.num_tokens == sum(len(ids) for ids, _ in RAGGED)
 
 
-def test_loss_is_the_token_weighted_mean_over_labelled_tokens(tiny_model: Path) -> None:
+def test_loss_is_the_token_weighted_mean_over_labeled_tokens(tiny_model: Path) -> None:
     s = session(tiny_model)
     whole = s.forward_backward(examples()).loss
-    rows = [(e, s.forward_backward([e], train=False).loss) for e in examples() if e.num_labelled]
-    total = sum(e.num_labelled for e, _ in rows)
-    assert whole == pytest.approx(sum(e.num_labelled * x for e, x in rows) / total, rel=1e-5)
+    rows = [(e, s.forward_backward([e], train=False).loss) for e in examples() if e.num_labeled]
+    total = sum(e.num_labeled for e, _ in rows)
+    assert whole == pytest.approx(sum(e.num_labeled * x for e, x in rows) / total, rel=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_how_a_batch_is_split_into_calls_changes_nothing(tiny_model: Path, size: int) -> None:
     one, many = session(tiny_model), session(tiny_model)
-    rows = [*(e for e in examples() if e.num_labelled), examples()[0]]
+    rows = [*(e for e in examples() if e.num_labeled), examples()[0]]
     assert len(rows) == 8
     one.forward_backward(rows)
     for start in range(0, len(rows), size):
@@ -82,16 +82,16 @@ def test_how_a_batch_is_cut_into_streams_changes_nothing(
     assert_close(window(many), window(one), 1e-5)
 
 
-def test_neighbours_in_a_stream_do_not_change_an_example(tiny_model: Path) -> None:
+def test_neighbors_in_a_stream_do_not_change_an_example(tiny_model: Path) -> None:
     s = session(tiny_model)
     one = examples()[0]
     alone = s.forward_backward([one], train=False).loss
     other = examples()[4]
     both = s.forward_backward([other, one], train=False).loss * (
-        one.num_labelled + other.num_labelled
+        one.num_labeled + other.num_labeled
     )
-    rest = s.forward_backward([other], train=False).loss * other.num_labelled
-    assert both - rest == pytest.approx(alone * one.num_labelled, rel=1e-5)
+    rest = s.forward_backward([other], train=False).loss * other.num_labeled
+    assert both - rest == pytest.approx(alone * one.num_labeled, rel=1e-5)
 
 
 def test_eval_leaves_the_window_and_the_weights_alone(tiny_model: Path) -> None:
@@ -119,7 +119,7 @@ def test_dropout_acts_in_train_mode_only_and_repeats_with_the_seed(tiny_model: P
 
 
 def test_activations_that_are_computed_again_have_the_same_masks(tiny_model: Path) -> None:
-    """Other masks in the backward pass would be a gradient of nothing that was computed."""
+    """With other masks in the backward pass, the gradient would belong to no forward pass."""
     lora = LoRAConfig(rank=4, dropout=0.5)
     kept, again = (
         session(tiny_model, lora_config=lora, resources=ResourceConfig(activation_checkpointing=on))
@@ -147,10 +147,10 @@ def test_sampling_state_of_torch_does_not_disturb_training(tiny_model: Path) -> 
 def test_equal_runs_give_equal_hashes_and_one_token_changes_both(tiny_model: Path) -> None:
     rows = [list(ids) for ids, _ in RAGGED]
     a, b, c = (session(tiny_model) for _ in range(3))
-    first = a.forward_backward(normalise({"input_ids": rows}))
-    same = b.forward_backward(normalise({"input_ids": rows}))
+    first = a.forward_backward(normalize({"input_ids": rows}))
+    same = b.forward_backward(normalize({"input_ids": rows}))
     rows[4][3] += 1
-    changed = c.forward_backward(normalise({"input_ids": rows}))
+    changed = c.forward_backward(normalize({"input_ids": rows}))
     assert (first.batch_hash, first.gradient_hash) == (same.batch_hash, same.gradient_hash)
     assert first.batch_hash != changed.batch_hash
     assert first.gradient_hash != changed.gradient_hash
@@ -161,7 +161,7 @@ def test_gradient_hash_is_of_this_call_not_of_the_window(tiny_model: Path) -> No
     first = s.forward_backward(examples())
     second = s.forward_backward(examples())
     assert first.gradient_hash == second.gradient_hash
-    assert s._window.weight == 2 * sum(e.num_labelled for e in examples())
+    assert s._window.weight == 2 * sum(e.num_labeled for e in examples())
 
 
 def test_sketch_of_a_large_gradient_sees_any_single_change() -> None:
@@ -245,7 +245,7 @@ def test_a_failed_batch_spoils_its_window_and_the_next_is_clean(tiny_model: Path
     s, clean = session(tiny_model), session(tiny_model)
     s.forward_backward(examples())
     with pytest.raises(InvalidRequestError, match="vocabulary"):
-        s.forward_backward(normalise({"input_ids": [[1, 999]]}))
+        s.forward_backward(normalize({"input_ids": [[1, 999]]}))
     before = weights(s)
     with pytest.raises(WindowSpoiledError, match="step 1"):
         s.optim_step()
@@ -260,7 +260,7 @@ def test_a_failed_eval_spoils_nothing(tiny_model: Path) -> None:
     s = session(tiny_model)
     s.forward_backward(examples())
     with pytest.raises(InvalidRequestError):
-        s.forward_backward(normalise({"input_ids": [[1, 999]]}), train=False)
+        s.forward_backward(normalize({"input_ids": [[1, 999]]}), train=False)
     assert s.optim_step().step == 1
 
 
@@ -400,7 +400,7 @@ def test_each_thing_that_bits_depend_on_is_named_where_it_differs(
     s = session(tiny_model)
     saved = s.state()
     (warning,) = s.load(replace(saved, plan=saved.plan | {part: "other"}))
-    assert warning == f"not bit-exact: {part} differ from when it was saved"
+    assert warning == f"not bit-exact: {part} differ from when the artifact was saved"
     assert s.load(saved) == ()
 
 
@@ -415,7 +415,7 @@ def test_target_modules_in_another_order_are_the_same_geometry(tiny_model: Path)
 @pytest.mark.parametrize(
     ("other", "part"),
     [
-        ({"lora_config": LoRAConfig(rank=8)}, "rank is 8 there, 4 here"),
+        ({"lora_config": LoRAConfig(rank=8)}, "rank is 8 in the artifact, 4 here"),
         ({"lora_config": LoRAConfig(rank=4, alpha=8.0)}, "alpha"),
         ({"lora_config": LoRAConfig(rank=4, target_modules=("q_proj",))}, "target_modules"),
         ({"lora_config": None}, "lora"),
@@ -440,7 +440,7 @@ def test_load_of_another_base_model_is_refused(tiny_model: Path, tmp_path: Path)
         session(tiny_model).load(other.state())
 
 
-def test_mean_divides_once_by_the_labelled_tokens() -> None:
+def test_mean_divides_once_by_the_labeled_tokens() -> None:
     total = GradientSum.zero()
     total.add(GradientSum({"w": torch.tensor([6.0])}, weight=2, count=1))
     total.add(GradientSum({"w": torch.tensor([4.0])}, weight=3, count=1))

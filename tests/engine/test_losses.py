@@ -1,4 +1,4 @@
-"""Losses through the output matrix in chunks: against torch's own on whole logits."""
+"""Tests losses through the output matrix in chunks, against torch's own on whole logits."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from actors.engine import attention, losses
 from actors.engine.losses import head_losses, sums_by_example
 from actors.engine.model import Base
 from support.helpers import assert_close, examples, oracle_gradients, padded, session, window
-from tg_tinker.data.batch import normalise
+from tg_tinker.data.batch import normalize
 
 L, D, V = 23, 16, 300
 
 
 class Largest(TorchDispatchMode):
-    """How many values the largest tensor has that any operation returns."""
+    """A mode that records the number of values of the largest tensor that any operation returns."""
 
     values = 0
 
@@ -61,7 +61,7 @@ def test_a_chunk_is_gone_before_the_next_is_made(
 
 
 def test_many_chunks_cost_a_short_type_no_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Added up in bfloat16 they were 1 % off."""
+    """Chunks that were added up in bfloat16 were 1 % off."""
     hidden, head, targets, _ = pieces(head_trains=True)
     hidden, targets = hidden.detach().repeat(20, 1).bfloat16(), targets.repeat(20)
     found = []
@@ -142,7 +142,7 @@ def test_a_session_equals_the_plain_loop_in_many_chunks(
     s.optim_step()
     monkeypatch.setattr(losses, "LOGIT_BYTES", 4 * 259 * 7)
     batch = padded([([*range(5, 30)], [*range(5, 30)]), ([9, 8, 7], [-100, 8, 7])], "right")
-    s.forward_backward(normalise(batch))
+    s.forward_backward(normalize(batch))
     assert_close(window(s), oracle_gradients(s, batch), 1e-5)
 
 
@@ -172,7 +172,7 @@ def test_a_head_that_does_more_than_multiply_is_left_to_its_model(
     s = session(tmp_path, lora_config=None)
     assert not s.base.plain_head
     batch = padded([([5, 6, 7, 8], [5, 6, 7, 8]), ([9, 10, 11], [9, 10, 11])], "right")
-    s.forward_backward(normalise(batch))
+    s.forward_backward(normalize(batch))
     assert_close(window(s), oracle_gradients(s, batch), 1e-5)
 
 
@@ -185,13 +185,13 @@ def test_a_row_longer_than_a_stream_recomputes_activations(
     whole.forward_backward(examples())
     monkeypatch.setattr(engine, "MAX_STREAM_TOKENS", 7)
     seen = []
-    real = engine.labelled_losses
+    real = engine.labeled_losses
 
     def noted(base: Base, stream: Any) -> torch.Tensor:
         seen.append((stream.tokens.numel(), base.model.is_activation_checkpointing))
         return real(base, stream)
 
-    monkeypatch.setattr(engine, "labelled_losses", noted)
+    monkeypatch.setattr(engine, "labeled_losses", noted)
     cut.forward_backward(examples())
     assert_close(window(cut), window(whole), 1e-5)
     assert {size for size, _ in seen} & {12}
@@ -199,7 +199,7 @@ def test_a_row_longer_than_a_stream_recomputes_activations(
 
 
 class Counted(TorchDispatchMode):
-    """How often attention is computed, forwards."""
+    """A counter of forward computations of attention."""
 
     times = 0
 

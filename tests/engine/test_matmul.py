@@ -1,4 +1,4 @@
-"""Products by oneDNN: against torch's own in float64, forwards and backwards."""
+"""Tests products by oneDNN, forward and backward, against torch's own in float64."""
 
 from __future__ import annotations
 
@@ -37,6 +37,27 @@ def test_a_layer_and_its_gradients_equal_torchs(
         assert (mine.grad is None) == (theirs.grad is None)
         if mine.grad is not None:
             torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "shape", [(8,), (6, 8), (1, 6, 8), (1, 1, 6, 8), (2, 3, 8), (0, 8)], ids=str
+)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_a_model_may_change_a_product_in_place(shape: tuple[int, ...], bias: bool) -> None:
+    ours = torch.nn.Linear(8, 5, bias=bias)
+    plain = deepcopy(ours)
+    ours.__class__ = Linear
+    x = torch.randn(shape)
+    for layer in (ours, plain):
+        product = layer(x)
+        assert product.shape == (*shape[:-1], 5)
+        product.mul_(3.0)
+        product += 1
+        product.square().sum().backward()
+    for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_a_frozen_layer_keeps_no_input_for_the_backward_pass() -> None:

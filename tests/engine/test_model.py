@@ -1,4 +1,4 @@
-"""Finding, converting and adapting base models."""
+"""Tests finding, converting and adapting base models."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from actors.engine.model import Base
-from actors.sampling.engine import SlotEngine
 from support.helpers import assert_close, examples, oracle_gradients, padded, session, window
 from support.models import make_model
 from tg_tinker import InvalidRequestError, LoRAConfig, NotFoundError, StorageError
-from tg_tinker.data.batch import normalise
+from tg_tinker.data.batch import normalize
 
 
 def files(directory: Path) -> list[str]:
@@ -94,8 +93,14 @@ def test_an_unknown_path_is_named(ref: str, tmp_path: Path) -> None:
         Base.load(ref, cache=tmp_path)
 
 
+def test_the_directory_of_an_adapter_is_told_apart_from_a_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InvalidRequestError, match=r"is an adapter.*import_adapter"):
+        Base.load(str(tmp_path), cache=tmp_path / "cache")
+
+
 def test_an_unreachable_hub_is_a_typed_error(tmp_path: Path) -> None:
-    with pytest.raises(NotFoundError, match="hub gave no model"):
+    with pytest.raises(NotFoundError, match="hub returned no model"):
         Base.load("no-such-org/no-such-model", cache=tmp_path)
 
 
@@ -104,17 +109,6 @@ def test_weights_in_pickle_files_are_refused(tiny_model: Path, tmp_path: Path) -
     (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
     with pytest.raises(NotFoundError, match="safetensors"):
         Base.load(str(tmp_path), cache=tmp_path / "cache")
-
-
-def test_unknown_target_modules_list_the_ones_there_are(tiny_model: Path) -> None:
-    with pytest.raises(InvalidRequestError, match=r"'c_attn'.*q_proj"):
-        session(tiny_model, lora_config=LoRAConfig(target_modules=("c_attn",)))
-
-
-def test_rank_above_the_layer_is_refused_with_the_bound(tiny_model: Path) -> None:
-    with pytest.raises(InvalidRequestError, match="rank 17 exceeds the smaller side 16"):
-        session(tiny_model, lora_config=LoRAConfig(rank=17))  # k_proj is 32 x 16
-    session(tiny_model, lora_config=LoRAConfig(rank=16))
 
 
 def test_all_linear_adapts_every_layer_but_the_head(tiny_model: Path) -> None:
@@ -161,13 +155,13 @@ def test_sliding_windows_hold_inside_each_example(tmp_path: Path) -> None:
     assert s.base.flat
     rows = [(list(range(40, 60)), list(range(40, 60))), ([7, 8, 9], [7, 8, 9])]
     batch = padded(rows, "right")
-    s.forward_backward(normalise(batch))
+    s.forward_backward(normalize(batch))
     assert_close(window(s), oracle_gradients(s, batch), 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["PhimoeConfig", "Qwen2MoeConfig", "DogeConfig"])
 def test_a_window_that_only_the_mask_knows_is_kept(tmp_path: Path, kind: str) -> None:
-    """Wider than the rows of the probe, which therefore cannot see it in a logit."""
+    """The window is wider than the rows of the probe, so no logit of the probe shows it."""
     import transformers
 
     config = getattr(transformers, kind)(
@@ -187,7 +181,7 @@ def test_attention_with_extras_of_its_own_gets_one_row_per_stream(tmp_path: Path
     assert not s.base.flat
     rows = [([5, 6, 7, 8], [5, 6, 7, 8]), ([9, 10, 11], [9, 10, 11])]
     batch = padded(rows, "right")
-    s.forward_backward(normalise(batch))
+    s.forward_backward(normalize(batch))
     assert_close(window(s), oracle_gradients(s, batch), 1e-5)
 
 
@@ -198,13 +192,11 @@ def test_recurrent_models_are_found_to_mix_rows_and_still_train(tmp_path: Path) 
     s = session(make(tmp_path, config), lora_config=LoRAConfig(rank=4, target_modules=("in_proj",)))
     assert not s.base.flat
     a, b = examples()[0], examples()[4]
-    both = s.forward_backward([a, b], train=False).loss * (a.num_labelled + b.num_labelled)
-    each = sum(s.forward_backward([e], train=False).loss * e.num_labelled for e in (a, b))
+    both = s.forward_backward([a, b], train=False).loss * (a.num_labeled + b.num_labeled)
+    each = sum(s.forward_backward([e], train=False).loss * e.num_labeled for e in (a, b))
     assert both == pytest.approx(each, rel=1e-5)
     s.forward_backward([a, b])
     assert s.optim_step().step == 1
-    with pytest.raises(InvalidRequestError, match="trained, not sampled"):
-        SlotEngine(s.base)
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
@@ -214,3 +206,47 @@ def test_rotations_by_the_longest_row_keep_rows_apart(tmp_path: Path, kind: str)
             "original_max_position_embeddings": 32, **more}  # fmt: skip
     model = make_model(tmp_path / "rope", rope_parameters=rope)
     assert not Base.load(str(model), cache=tmp_path).flat
+
+
+# --- the end of an answer -----------------------------------------------------------------------
+
+
+def ends_of(tmp_path: Path, template: str, eos: str, configured: int | list[int]) -> set[str]:
+    """Returns the texts of the tokens that end sampling, for a tokenizer with five added tokens."""
+    from transformers import AutoTokenizer
+
+    model = make_model(tmp_path / "model", eos_token_id=configured, vocab_size=270)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>", "<end>"]})
+    tokenizer.eos_token = eos
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(model)
+    found = Base.load(str(model), cache=tmp_path).eos_ids
+    return {tokenizer.convert_ids_to_tokens(index) for index in found}
+
+
+CHAT = "{% for m in messages %}<turn>{{ m['role'] + '\n' + m['content'] + END }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("end", "eos", "configured", "expected"),
+    [
+        ("'<|im_end|>\n'", "<|im_end|>", 256, {"<|im_end|>", "<|endoftext|>"}),  # Yi, Qwen.
+        ("' <end>\n'", "<|endoftext|>", 256, {"<end>", "<|endoftext|>"}),  # Llama 3, Gemma.
+        ("''", "<|endoftext|>", [256, 257], {"<turn>", "<|endoftext|>", "<|im_start|>"}),  # GLM.
+        ("'\n'", "<|endoftext|>", 256, {"<turn>", "<|endoftext|>"}),
+        ("'<end>'", "<|endoftext|>", [256, 65], {"<end>", "<|endoftext|>"}),  # 65 is the letter b.
+    ],
+)
+def test_an_answer_ends_by_every_control_token_that_training_teaches(
+    end: str, eos: str, configured: int | list[int], expected: set[str], tmp_path: Path
+) -> None:
+    assert ends_of(tmp_path, CHAT.replace("END", end), eos, configured) == expected
+
+
+def test_without_a_tokenizer_the_configuration_says_what_ends_an_answer(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", eos_token_id=7)
+    for file in model.glob("*token*"):
+        file.unlink()
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    assert Base.load(str(model), cache=tmp_path).eos_ids == {7}

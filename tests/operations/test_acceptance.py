@@ -1,4 +1,5 @@
-"""Going on from an older copy of the database: what it takes, what it says, what it is not."""
+"""Tests the acceptance of an older copy of the database: its conditions, its messages, its
+limits."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from starlette.datastructures import Headers
 
 from actors.artifacts import copies, delete
 from actors.operations import keys as keys_module
@@ -31,29 +33,36 @@ from support.audit import US, LocalService, restored
 from support.audit import place as place  # a fixture
 from support.restored import Restored, loaded, old_copy, on, put_back, train
 from support.restored import old as old  # a fixture
-from tg_tinker import IntegrityError, NotFoundError, RollbackError, StorageError
+from tg_tinker import (
+    IntegrityError,
+    InvalidRequestError,
+    NotFoundError,
+    RollbackError,
+    StorageError,
+)
 from tg_tinker.records.audit_log import ACCEPT, AuditRow, acceptance, chained, parse_rows, verify
 from tg_tinker.records.files import verify_export, write_export
 from tg_tinker.records.heads import AuditHead
+from tg_tinker.records.successions import Signers
 from tg_tinker.storage.envelope import new_signing_key, public_key_of
 
 # --- the row -------------------------------------------------------------------------------------
 
 
 def forge(old: Restored, details: dict[str, str | int]) -> None:
-    """A row by somebody who can write to the database and has no key."""
+    """Writes a row as somebody can who has access to the database and has no key."""
     with old.registry.database.change() as tx:
         old.registry.audit_log._writer.note(tx, TENANT, "sdk", ACCEPT, "", details)
 
 
 def lost(old: Restored) -> list[str]:
-    """Heads that the older database does not know."""
+    """Returns the heads that the older database does not know."""
     names = [path.stem for path in old.service.root.glob(f"t/{TENANT}/audit/*.json")]
     return old.registry.audit_log.unknown(TENANT, names)
 
 
 def test_who_writes_to_the_database_cannot_let_an_older_copy_pass(old: Restored) -> None:
-    heads, key = lost(old), old.registry.audit_log._signing_key
+    heads, key = lost(old), old.registry.audit_log._signing.private()
     joined, before = " ".join(heads), old.rows()[-1].hash
     forgeries: list[Callable[[str], dict[str, str | int]]] = [
         lambda last: {"heads": joined},
@@ -73,7 +82,7 @@ def test_who_writes_to_the_database_cannot_let_an_older_copy_pass(old: Restored)
 
 def test_what_is_verified_counts_a_signed_acceptance_only(old: Restored) -> None:
     own = [head for head in heads_of(old) if head.place in lost(old)]
-    key = public_key_of(old.registry.audit_log._signing_key)
+    key = public_key_of(old.registry.audit_log._signing.private())
     forge(old, {"heads": " ".join(head.place for head in own)})
     with pytest.raises(IntegrityError):
         verify(old.rows(), own=own, public_key=key)
@@ -84,7 +93,8 @@ def test_what_is_verified_counts_a_signed_acceptance_only(old: Restored) -> None
 
 
 def heads_of(old: Restored) -> list[Any]:
-    return rollback.kept(old.root, TENANT, public_key_of(old.registry.audit_log._signing_key))
+    signers = Signers(public_key_of(old.registry.audit_log._signing.private()))
+    return rollback.kept(old.root, TENANT, signers)
 
 
 def test_an_acceptance_lets_the_heads_be_that_it_names_and_no_others(old: Restored) -> None:
@@ -152,7 +162,7 @@ def test_an_artifact_without_its_key_file_is_lost(old: Restored) -> None:
 
 @pytest.fixture
 def resealed(service: Service, tmp_path: Path) -> Restored:
-    """The copy is from before two reseals and a rotation."""
+    """Returns a copy that is from before two reseals."""
     kept, deleted = service.publish(), service.publish()
     database = old_copy(service, tmp_path / "old.db")
     for _ in range(2):
@@ -174,7 +184,7 @@ def test_an_artifact_that_was_resealed_since_opens_and_is_not_swept(resealed: Re
 
 
 def test_no_sweep_removes_what_may_be_left_of_a_lost_artifact(resealed: Restored) -> None:
-    """The acceptance may have been broken off before it found the artifact."""
+    """The acceptance may have been interrupted before it found the artifact."""
     registry, store = resealed.registry, resealed.service.store
     lines = [head.line() for head in heads_of(resealed)]
     assert registry.heads.accept(TENANT, [one for one in lines if parsed(one) in lost(resealed)])
@@ -283,8 +293,19 @@ def newest_in(store: str, tenant: str) -> int:
     return max((int(rollback.place_in(name).split("-")[0]) for name in names), default=0)
 
 
+@pytest.mark.parametrize("models", [[], (), "art-1", [1], [["art-1"]]])
+def test_a_key_for_no_model_in_particular_has_to_be_asked_for(place: Path, models: Any) -> None:
+    sdk = LocalService(place)
+    with pytest.raises(InvalidRequestError, match="or None for all"):
+        sdk.create_api_key("narrow", models)
+    assert sdk.list_api_keys() == []
+    assert sdk.create_api_key("all", None)[1].models == ()
+    assert sdk.create_api_key("narrow", ["art-1"])[1].models == ("art-1",)
+
+
 def test_an_older_copy_changes_no_expiry_and_no_api_key(place: Path) -> None:
-    """It would leave a head of its own branch, and the newest copy would be refused for it."""
+    """The copy would leave a head of its own branch, and that head would make the newest copy
+    refuse."""
     sdk = LocalService(place)
     run = sdk._registry.runs.create(US, "{}")
     sdk._registry.artifacts.publish(
@@ -353,12 +374,12 @@ def test_a_store_that_refuses_a_head_is_told(
     monkeypatch.setattr(ArtifactStore, "write_audit_head", full)
     with caplog.at_level(logging.WARNING, "tg_tinker"):
         service.publish()
-    assert "did not take a head of the audit log: the disk is full" in caplog.text
+    assert "head of the audit log was not written to the store: the disk is full" in caplog.text
 
 
 def asked(access: Access, token: str = "") -> str:
     headers = {"host": "localhost", "authorization": f"Bearer {token}"}
-    request: Any = SimpleNamespace(headers=headers)
+    request: Any = SimpleNamespace(headers=Headers(headers))
     return asyncio.run(access.caller(request)).key_id
 
 
@@ -411,17 +432,18 @@ def test_the_newest_head_that_is_missing_is_named(old: Restored) -> None:
     assert newest.place in caught.value.details["object"]
 
 
-def test_only_heads_that_the_log_does_not_know_are_read(
+def test_only_heads_that_the_log_does_not_know_and_the_newest_of_the_others_are_read(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for _ in range(3):
         service.publish()
-    read: list[str] = []
+    read, known = list[str](), service.store.audit_heads(TENANT)
     monkeypatch.setattr(ArtifactStore, "read_head", lambda _, name, __: read.append(name) or "")
     service = on(service, Path(str(service.registry.database.engine.url.database)))
     (service.root / f"t/{TENANT}/audit/99-{'0' * 64}.json").write_text("none\n")
     meet(service.registry, service.store, TENANT)
-    assert read == [f"t/{TENANT}/audit/99-{'0' * 64}.json"]
+    newest = max(known, key=lambda name: int(name.rpartition("/")[2].split("-")[0]))
+    assert read == [f"t/{TENANT}/audit/99-{'0' * 64}.json", newest]
 
 
 def test_a_stranger_s_signature_under_a_known_place_stops_no_sweep(service: Service) -> None:
@@ -448,7 +470,7 @@ def test_a_stranger_s_long_objects_are_not_held_in_memory(
     for number in range(3):
         with (service.root / f"t/{TENANT}/audit/{90 + number}-{'0' * 64}.json").open("wb") as file:
             file.truncate(2**20)
-    found = rollback.unknown_in(service.registry, service.store, TENANT)
+    found, _ = rollback.unknown_in(service.registry, service.store, TENANT)
     assert [*found.values()] == ["", "", ""]
     service = on(service, Path(str(service.registry.database.engine.url.database)))
     assert service.publish()
@@ -562,5 +584,5 @@ def test_an_export_says_which_row_accepted_an_older_copy(old: Restored, tmp_path
     row = old.accept().row
     head, path = old.registry.audit_log.head(TENANT), tmp_path / "export.jsonl"
     write_export(path, old.rows(), head)
-    key = public_key_of(old.registry.audit_log._signing_key)
+    key = public_key_of(old.registry.audit_log._signing.private())
     assert verify_export(path, key).accepted == (row,)

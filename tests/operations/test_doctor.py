@@ -1,4 +1,4 @@
-"""`tg-tinker doctor`: each check finds what it is for, and changes nothing."""
+"""Tests `tg-tinker doctor`: each check finds what it is for, and changes nothing."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import resource
 import sqlite3
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from typer.testing import CliRunner
@@ -22,12 +25,13 @@ from actors.registry.registry import Registry
 from actors.storage.home import DATABASE, KEYRING, create
 from actors.storage.key_providers import FileKeyring, new_text
 from actors.storage.objects import LocalFolder
+from actors.storage.secrets import FILE as SECRETS
 from actors.storage.signing import PUBLIC_KEY, SIGNING_KEY
 from support.machines import certificates
 from support.storage_servers import s3_store
 from tg_tinker.cli.main import main
 from tg_tinker.config import TrainingConfig
-from tg_tinker.errors import ClusterUnavailableError, StorageError
+from tg_tinker.errors import ClusterUnavailableError, InvalidRequestError, StorageError
 from tg_tinker.storage.databases import default_database
 from tg_tinker.storage.keyrings import SETTING
 
@@ -39,19 +43,21 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     create(tmp_path / "home")
     monkeypatch.setenv("TG_TINKER_HOME", str(tmp_path / "home"))
     monkeypatch.delenv(SETTING, raising=False)
-    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_USE_TLS"):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_USE_TLS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "user"))
     # Of this machine the tests want to know nothing.
     monkeypatch.setattr(doctor, "running_cluster", lambda: None)
+    monkeypatch.setattr(doctor, "check_authenticated", lambda address: None)
     monkeypatch.setattr(doctor_cluster, "_outside", lambda proc: set())
+    monkeypatch.setattr(doctor_cluster, "_sockets_folder", lambda process: None)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=SCARCE))
     return tmp_path / "home"
 
 
 @pytest.fixture
 def proc(tmp_path: Path) -> Path:
-    """A kernel with nothing to warn of."""
+    """Returns a `/proc` of a kernel with nothing to warn of."""
     (tmp_path / "proc/sys/kernel").mkdir(parents=True)
     (tmp_path / "proc/swaps").write_text("Filename Type Size Used Priority\n")
     (tmp_path / "proc/sys/kernel/core_pattern").write_text("core\n")
@@ -62,7 +68,7 @@ def found(
     home: Path, keyring: str | None = None, store: str | None = None, proc: Path = Path("/proc")
 ) -> dict[str, Finding]:
     findings = [*examine(home, keyring or str(home / KEYRING), store or str(home / "store"), proc)]
-    assert len({finding.check for finding in findings}) == len(findings) == 19
+    assert len({finding.check for finding in findings}) == len(findings) == 23
     assert {finding.status for finding in findings} <= {OK, WARNING, PROBLEM}
     assert all(finding.message for finding in findings)
     return {finding.check: finding for finding in findings}
@@ -83,7 +89,7 @@ def test_a_new_home_has_one_weakness_only(home: Path, proc: Path, tmp_path: Path
     checks = found(home, proc=proc)
     assert checks["keyring and store"].status == WARNING
     assert "stolen disk" in checks["keyring and store"].message
-    for name in ("home", "keyring", "audit key", "store", "usage statistics", "swap"):
+    for name in ("home", "keyring", "audit key", "secrets", "store", "usage statistics", "swap"):
         assert checks[name].status == OK, checks[name]
     assert tree(tmp_path) == before
 
@@ -96,7 +102,8 @@ def test_a_home_that_is_not_there_is_a_problem_and_is_not_made(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("name", "check"), [(".", "home"), (KEYRING, "keyring"), (SIGNING_KEY, "audit key")]
+    ("name", "check"),
+    [(".", "home"), (KEYRING, "keyring"), (SIGNING_KEY, "audit key"), (SECRETS, "secrets")],
 )
 def test_what_others_may_read_is_a_problem(home: Path, name: str, check: str) -> None:
     (home / name).chmod(0o750)
@@ -108,11 +115,34 @@ def test_what_others_may_read_is_a_problem(home: Path, name: str, check: str) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "check"), [(KEYRING, "keyring"), (SIGNING_KEY, "audit key"), (PUBLIC_KEY, "audit key")]
+    ("name", "check"),
+    [
+        (KEYRING, "keyring"),
+        (SIGNING_KEY, "audit key"),
+        (PUBLIC_KEY, "audit key"),
+        (SECRETS, "secrets"),
+    ],
 )
 def test_what_is_damaged_is_a_problem(home: Path, name: str, check: str) -> None:
     (home / name).write_text("{")
     assert found(home)[check].status == PROBLEM
+
+
+def test_a_home_of_an_earlier_release_is_told_what_follows_from_its_signing_key(
+    home: Path,
+) -> None:
+    (home / SECRETS).unlink()
+    finding = found(home)["secrets"]
+    assert finding.status == OK
+    assert "follow from audit.key" in finding.message
+
+
+def test_secrets_that_were_lost_are_a_problem(home: Path) -> None:
+    Registry(f"sqlite:///{home / DATABASE}", home / KEYRING).close()
+    (home / SECRETS).unlink()
+    finding = found(home)["keyring and registry"]
+    assert finding.status == PROBLEM
+    assert "restore the newest backup of secrets.json" in finding.message
 
 
 def test_a_keyring_in_the_environment_is_a_warning_and_is_not_shown(
@@ -137,7 +167,7 @@ def test_a_keyring_in_the_environment_is_a_warning_and_is_not_shown(
 
 
 def used(home: Path) -> Registry:
-    """The registry of a home in which something was done."""
+    """Returns the registry of a home in which something was done."""
     registry = Registry(default_database(home), str(home / KEYRING))
     registry.runs.create("clinic", TrainingConfig(model_ref="m").model_dump_json())
     return registry
@@ -150,8 +180,8 @@ def test_a_keyring_that_is_older_or_another_one_is_a_problem(home: Path) -> None
     registry.close()
     assert found(home)["keyring and registry"].status == OK
     for text, said in (
-        (older, r"older copy, it lacks k2: put the newest"),
-        (new_text(), "another one than the 'k1'"),
+        (older, r"older copy: it lacks k2. Restore the newest copy"),
+        (new_text(), "another key than the 'k1'"),
         (new_text().replace("k1", "k7"), "it lacks k1, k2"),
     ):
         keyring.write_text(text)
@@ -196,7 +226,7 @@ def test_a_store_on_another_device_is_fine(home: Path, tmp_path: Path) -> None:
 
 def test_a_store_that_is_none_is_not_called_apart(home: Path) -> None:
     found = doctor._apart(home / KEYRING, "s3://key:secret@bucket")
-    assert (found.status, found.message) == (WARNING, "not compared: mend the store first")
+    assert (found.status, found.message) == (WARNING, "not compared: fix the store first")
 
 
 @pytest.mark.parametrize("store", ["s3://bucket/prefix", "gs://bucket/prefix"])
@@ -212,7 +242,7 @@ def test_a_store_by_file_uri_is_seen_to_be_on_this_device(home: Path, tmp_path: 
 
 
 class Broken(LocalFolder):
-    """Fails in one operation, or gives back something else."""
+    """A folder that fails in one operation, or returns other content."""
 
     def __init__(self, root: Path, operation: str) -> None:
         super().__init__(root)
@@ -383,14 +413,23 @@ def test_several_tenants_in_one_registry_are_told_what_a_tenant_is(home: Path) -
     assert "whoever runs programs on the cluster reads the data of all" in finding.message
 
 
+@pytest.fixture
+def entered() -> Iterator[Path]:
+    """Yields a folder that all users may enter, unlike those of pytest."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
 @pytest.mark.parametrize(
     ("mode", "status"), [(None, OK), (0o600, OK), (0o640, PROBLEM), (0o604, PROBLEM)]
 )
 def test_a_token_that_others_may_read_is_a_problem(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int | None, status: str
+    home: Path, entered: Path, monkeypatch: pytest.MonkeyPatch, mode: int | None, status: str
 ) -> None:
-    elsewhere = tmp_path / "token"
-    for path in (tmp_path / "user/.ray/auth_token", elsewhere):
+    monkeypatch.setenv("HOME", str(entered / "user"))
+    elsewhere = entered / "token"
+    for path in (entered / "user/.ray/auth_token", elsewhere):
         if mode is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("hunter2")
@@ -399,6 +438,85 @@ def test_a_token_that_others_may_read_is_a_problem(
         assert finding.status == status
         assert str(path) in finding.message
         monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(elsewhere))
+
+
+def test_a_token_that_others_may_replace_is_a_problem_and_one_in_a_closed_folder_is_not(
+    home: Path, entered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(entered / "token"))
+    (entered / "token").touch(mode=0o600)
+    for mode, status in ((0o777, PROBLEM), (0o1777, PROBLEM), (0o775, PROBLEM), (0o700, OK)):
+        entered.chmod(mode)
+        assert found(home)["token"].status == status
+    (entered / "token").chmod(0o644)
+    assert found(home)["token"].status == OK
+
+
+def test_folders_of_ray_in_which_others_may_write_are_a_problem(
+    proc: Path, entered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(entered))
+    sockets = entered / "ray/session/sockets"
+    sockets.mkdir(parents=True)
+    (proc / "41").mkdir()
+    option = f"--raylet_socket_name={sockets}/raylet"
+    (proc / "41/cmdline").write_bytes(f"/ray/raylet\0{option}\0--x".encode())
+    assert doctor_cluster._folder(proc).status == OK
+    for folder in (sockets, sockets.parent, entered / "ray"):
+        folder.chmod(0o777)
+        finding = doctor_cluster._folder(proc)
+        assert finding.status == PROBLEM
+        assert str(sockets) in finding.message
+        entered.chmod(0o700)
+        assert doctor_cluster._folder(proc).status == OK
+        entered.chmod(0o755)
+        folder.chmod(0o755)
+    (proc / "41/cmdline").write_bytes(f"python\0-m\0x\0{option}".encode())  # of no raylet
+    sockets.chmod(0o777)
+    assert doctor_cluster._folder(proc).status == OK
+    entered.chmod(0o777)
+    assert "set RAY_TMPDIR" in doctor_cluster._folder(proc).message
+
+
+@pytest.mark.parametrize(
+    ("number", "mode", "status"),
+    [("2.60.0", "", OK), ("2.60.0", "Token", OK), ("2.100.1rc1", "token", OK),
+     ("2.55.0", "token", PROBLEM), ("2.9.3", "", PROBLEM), ("2.60.0", "disabled", WARNING)],
+)  # fmt: skip
+def test_a_ray_that_may_start_without_its_token_is_told(
+    monkeypatch: pytest.MonkeyPatch, number: str, mode: str, status: str
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    if mode:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    monkeypatch.setattr(doctor_cluster, "version", lambda _: number)
+    assert doctor_cluster._version().status == status
+
+
+def test_a_cluster_is_told_by_its_address_and_by_what_it_requires(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert found(home)["address"].status == OK
+    monkeypatch.setattr(doctor, "running_cluster", lambda: "host:1")
+    assert doctor._address().status == OK
+    for error, status in (
+        (InvalidRequestError("requires no token"), PROBLEM),
+        (ClusterUnavailableError("no Ray answers"), WARNING),
+    ):
+        monkeypatch.setattr(doctor, "check_authenticated", Mock(side_effect=error))
+        finding = doctor._address()
+        assert (finding.status, finding.message) == (status, error.message)
+
+
+def test_an_address_that_others_may_have_written_is_a_warning(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = ClusterUnavailableError("others may write there")
+    monkeypatch.setattr(doctor, "running_cluster", Mock(side_effect=error))
+    checks = found(home)
+    assert checks["address"] == Finding("address", WARNING, error.message)
+    for name in doctor_nodes.OF_NODES:
+        assert checks[name].status == WARNING
 
 
 def test_a_token_in_the_environment_is_a_warning_and_is_not_shown(
@@ -436,7 +554,7 @@ ADDRESSES = {
 
 
 def listening(proc: Path, program: str, address: str, mode: str, state: str = "0A") -> None:
-    """A process of Ray that listens there, as the kernel shows it."""
+    """Adds a process of Ray that listens at this address, as the kernel shows it."""
     (proc / "41/fd").mkdir(parents=True)
     (proc / "net").mkdir()
     (proc / "41/cmdline").write_bytes(f"/ray/{program}\0--x".encode())
@@ -465,14 +583,14 @@ def test_what_listens_beyond_this_machine_without_a_token_is_a_problem(
         assert finding.status == (WARNING if program == "dashboard.py" else OK)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "0.0.0.0"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "0.0.0.0", "127.example.org"])
 def test_a_dashboard_at_the_loopback_lets_nobody_in_though_its_metrics_are_open(
     proc: Path, host: str
 ) -> None:
-    """As `tg-tinker up` starts it."""
+    """This is the dashboard that `tg-tinker up` starts."""
     listening(proc, "dashboard.py", "all", "token")
     (proc / "41/cmdline").write_bytes(f"python\0/ray/dashboard.py\0--host={host}\0".encode())
-    beyond = host == "0.0.0.0"
+    beyond = host in ("0.0.0.0", "127.example.org")
     assert doctor_cluster._exposure(proc).status == (WARNING if beyond else OK)
 
 
@@ -539,7 +657,7 @@ def test_warnings_end_with_0_and_a_problem_with_1(home: Path) -> None:
 
 def test_json_holds_the_same(home: Path) -> None:
     listed = json.loads(call("--json").stdout)
-    assert [set(one) for one in listed] == [{"check", "status", "message"}] * 19
+    assert [set(one) for one in listed] == [{"check", "status", "message"}] * 23
     (home / DATABASE).chmod(0o644)
     (home / SIGNING_KEY).unlink()
     found = call("--json")

@@ -1,4 +1,4 @@
-"""Where a step's time goes: all parts of the real step, which add up to the whole."""
+"""Tests the profile of a step: the parts are those of the real step, and add up to the whole."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_every_part_of_a_step_has_its_time(
 def test_each_part_has_the_time_of_its_own_work_and_no_other(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, private_run: bool
 ) -> None:
-    """The clock moves by one function of each part only, and by another amount in each."""
+    """The clock advances by one function of each part only, and by another amount in each."""
     clock = [0.0]
 
     def takes(seconds: float, owner: Any, name: str) -> None:
@@ -85,7 +85,7 @@ def test_each_part_has_the_time_of_its_own_work_and_no_other(
     takes(16, session, "resolve_batch_hash")
     takes(32, session, "gradient_hash")
     takes(64, budget.Budget, "charge")
-    takes(128, private, "privatise")
+    takes(128, private, "privatize")
     takes(256, optim.Optimizer, "step")
     takes(512, engine.Session, "_losses")
     monkeypatch.setattr(timing, "_now", lambda: clock[0])
@@ -102,8 +102,9 @@ def test_each_part_has_the_time_of_its_own_work_and_no_other(
 def test_rows_longer_than_the_context_are_refused(
     tiny_model: Path, tmp_path: Path, private_run: bool
 ) -> None:
-    """A private step would leave them out, and its time be that of no row at all."""
-    with pytest.raises(InvalidRequestError, match="130 tokens, the context is 128"):
+    """A private step would leave these rows out, so the measured time would be that of no row at
+    all."""
+    with pytest.raises(InvalidRequestError, match="130 tokens, but the model's context is 128"):
         profile_steps(small(tiny_model, private_run), tmp_path, rows=1, tokens=130, steps=1)
 
 
@@ -143,11 +144,13 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [{}, {"GOMP_SPINCOUNT": "7"}], ids=["unset", "the-user's"])
 def test_threads_are_told_to_sleep_soon_before_torch_loads(
     tiny_model: Path, home: Path, asked: dict[str, str]
 ) -> None:
-    """As in a training actor: spinning, they take a core from whoever else computes here."""
+    """The threads sleep as in a training actor: spinning threads take a core from other
+    programs."""
     environment = {name: value for name, value in os.environ.items() if name not in SPIN} | asked
     command = [sys.executable, "-c", WATCHED, "profile", "--model", str(tiny_model), *WORDS]
     done = subprocess.run(

@@ -1,5 +1,8 @@
-"""An older database under newer heads of the audit log: nothing of the store is opened, saved or
-removed, until the newest copy is back or the operator accepts the loss."""
+"""Tests an older database under newer heads of the audit log.
+
+Nothing of the store is opened, saved or removed until the newest copy is restored or the operator
+accepts the loss.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +80,8 @@ USES: dict[str, Callable[[Service, str], object]] = {
 
 
 def refused(old: Restored, use: Callable[[Service, str], object]) -> RollbackError:
-    """A refusal after which the store is as it was, and of whose cause there is a row."""
+    """Checks that a use is refused with a row of the cause, and leaves the store unchanged;
+    returns the error."""
     before = {path: path.read_bytes() for path in old.service.files()}
     known = old.registry.catalogue.find(TENANT)
     with pytest.raises(RollbackError, match=r"newest copy .*tg-tinker registry accept") as caught:
@@ -137,7 +141,8 @@ def test_an_acceptance_names_what_opens_again_and_what_has_lost_its_files(old: R
 def test_a_database_that_goes_back_under_a_living_registry_is_noticed(
     service: Service, tmp_path: Path
 ) -> None:
-    """Right after the last row that it wrote: it does not have to be asked in between."""
+    """It is detected right after the last row that the registry wrote, without a question in
+    between."""
     artifact = service.publish()
     database = old_copy(service, tmp_path / "old.db")
     shutil.copytree(service.root, tmp_path / "store")
@@ -166,7 +171,7 @@ def test_it_is_noticed_in_every_store_that_was_met(service: Service, tmp_path: P
 
 
 def test_no_data_key_is_given_for_a_store_that_was_not_met(service: Service) -> None:
-    """So no new call site can forget to ask."""
+    """The check is here so that no new call site can forget the comparison."""
     artifact = service.publish()
     wrapped, registry = (
         service.store.read_key(TENANT, artifact),
@@ -181,7 +186,7 @@ def test_no_data_key_is_given_for_a_store_that_was_not_met(service: Service) -> 
     meet(registry, ArtifactStore(str(service.home / "other")), TENANT)
     meet(registry, service.store, THEM)
     for ask in asks:
-        with pytest.raises(AccessDeniedError, match="held against"):
+        with pytest.raises(AccessDeniedError, match="compared with"):
             ask(service.store.root)
     meet(registry, service.store, TENANT)
     for ask in asks:
@@ -189,7 +194,7 @@ def test_no_data_key_is_given_for_a_store_that_was_not_met(service: Service) -> 
 
 
 class Listing(ArtifactStore):
-    """Counts how often its heads are listed, and reads nothing when it is ill."""
+    """A store that counts how often its heads are listed, and that fails while `ill` is set."""
 
     def __init__(self, root: str) -> None:
         super().__init__(root)
@@ -202,27 +207,32 @@ class Listing(ArtifactStore):
             raise StorageError("no answer")
         return super().audit_heads(tenant)
 
+    def of(self, service: Service) -> Service:
+        """Returns the service on this store, which its registry opens too."""
+        service.registry.heads._open_store = lambda _: self
+        return replace(service, store=self)
+
 
 def test_a_store_is_met_once_for_each_tenant_store_and_process(service: Service) -> None:
     artifact = service.publish()
     store = Listing(str(service.root))
-    service = replace(on(service, service.home / DATABASE), store=store)
+    service = store.of(on(service, service.home / DATABASE))
     for _ in range(3):
         service.fetch(artifact)
     assert store.listed == [TENANT]
     with pytest.raises(NotFoundError):
         service.fetch(artifact, THEM)
     assert store.listed == [TENANT, THEM]
-    replace(service, registry=on(service, service.home / DATABASE).registry).fetch(artifact)
+    store.of(on(service, service.home / DATABASE)).fetch(artifact)
     assert store.listed == [TENANT, THEM, TENANT]
     new = Listing(str(service.home / "new"))
-    assert replace(service, store=new).publish()
+    assert new.of(service).publish()
     assert new.listed == [TENANT]
 
 
 def test_a_store_that_does_not_answer_is_not_passed_over(service: Service) -> None:
     artifact, store = service.publish(), Listing(str(service.root))
-    service = replace(on(service, service.home / DATABASE), store=store)
+    service = store.of(on(service, service.home / DATABASE))
     store.ill = True
     for _ in range(2):
         with pytest.raises(StorageError, match="no answer"):
@@ -231,6 +241,21 @@ def test_a_store_that_does_not_answer_is_not_passed_over(service: Service) -> No
             service.publish()
     store.ill = False
     assert service.fetch(artifact)
+
+
+def test_no_caller_can_leave_a_head_out(old: Restored) -> None:
+    """The registry lists the store itself, whatever a caller shows or says."""
+    registry, root = old.registry, old.root
+    wrapped = old.service.store.read_key(TENANT, old.deleted)
+    for _ in range(2):
+        with pytest.raises(RollbackError):
+            registry.heads.meet_store(TENANT, root)
+        registry.heads.meet_ledger(TENANT, "default", {}, [])
+        registry.heads.judge(TENANT, None, {})
+        with pytest.raises(AccessDeniedError, match="compared with"):
+            registry.data_keys.open(registry.data_keys.reader(TENANT), old.deleted, wrapped, root)
+    named = {name for name in dir(registry.heads) if name[0] != "_"}
+    assert {name for name in named if name.startswith("meet")} == {"meet_ledger", "meet_store"}
 
 
 # --- objects of others ---------------------------------------------------------------------------
@@ -255,7 +280,7 @@ def test_nobody_who_writes_to_the_store_can_lock_a_tenant_out(
     assert_same(service.fetch(artifact), checkpoint())
     service.publish()
     for name in [*junk][:4]:
-        assert f"{name} in the artifact store is passed over" in caplog.text
+        assert f"{name} in the artifact store is ignored" in caplog.text
     found = restore.check(service.registry, str(service.root), TENANT, service.home)
     assert (found.sound, len(found.foreign)) == (True, 4)
     with pytest.raises(IntegrityError, match=r"not signed here.*remove it") as swept:
@@ -270,7 +295,10 @@ def test_nobody_who_writes_to_the_store_can_lock_a_tenant_out(
 
 
 def branch(ours: list[AuditRow], *events: str) -> list[AuditRow]:
-    """Rows that go on from others; an event with a space is an acceptance of what follows it."""
+    """Returns rows that continue others.
+
+    An event with a space is an acceptance of the heads that follow it.
+    """
     rows = [*ours]
     for event in events:
         name, _, heads = event.partition(" ")
@@ -363,7 +391,7 @@ def test_a_ledger_is_not_accepted(old: Restored) -> None:
 
 
 class Fake:
-    """What the commands need of a service."""
+    """The part of a service that the commands need."""
 
     def __init__(self, found: RegistryCheck) -> None:
         self.found, self.accepted = found, 0
@@ -402,13 +430,13 @@ def test_the_command_tells_what_is_missing_and_ends_with_its_status() -> None:
         "3 heads",
         "row 50",
         "accepted at row 12",
-        "passed over: t/x/audit/y",
+        "ignored: t/x/audit/y",
         "ok: ",
     ):
         assert said in found.output
     found = call(Fake(LOST), "check")
     assert found.exit_code == 1
-    for said in ("row 79", "10 heads more", "newest copy", "registry accept", "ledger d: behind"):
+    for said in ("row 79", "10 more heads", "newest copy", "registry accept", "ledger d: behind"):
         assert said in found.output
     assert "ok: " not in found.output
     for problem in ({"ledgers": {"d": "behind"}}, {"damaged": {"head": "torn"}}, {"stored": 11}):
@@ -442,7 +470,7 @@ def test_where_nothing_is_lost_nothing_is_accepted() -> None:
 
 
 def theirs(service: Service) -> str:
-    """An artifact of another tenant in the same store."""
+    """Returns an artifact of another tenant in the same store."""
     registry, config = service.registry, TrainingConfig(model_ref="m").model_dump_json()
     run = registry.runs.create(THEM, config)
     shown = registry.data_keys.capability(THEM, run, epoch := registry.runs.claim(run))
@@ -450,7 +478,7 @@ def theirs(service: Service) -> str:
 
 
 def test_a_tenant_that_only_the_store_knows_keeps_its_key(service: Service, tmp_path: Path) -> None:
-    """To the copy the key opens nothing, for it never heard of the tenant."""
+    """For the copy the key opens nothing, because the copy does not know the tenant."""
     artifact = service.publish()
     database = old_copy(service, tmp_path / "old.db")
     found = theirs(service)
@@ -467,7 +495,7 @@ def test_a_tenant_that_only_the_store_knows_keeps_its_key(service: Service, tmp_
 
 
 def doctored(service: Service, database: Path) -> Any:
-    """What doctor says of a home with this database."""
+    """Returns the finding of doctor about a home with this database."""
     with closing(sqlite3.connect(service.home / DATABASE)) as live:
         live.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     home = service.home.parent / "doctored"

@@ -1,4 +1,4 @@
-"""The sweep: what belongs to nothing goes in the end, what is needed or on its way never does."""
+"""Tests the sweep: it removes what belongs to nothing, and never what is needed or being saved."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FILES = {"weights": bytes(range(256)) * 40, "state": b"{}"}
 
 
 class Clocked(LocalFolder):
-    """A folder whose own clock is set by the test, and which can be made to refuse or to act."""
+    """A folder whose own clock the test sets, and which can refuse calls or act before them."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -68,7 +68,7 @@ class Clocked(LocalFolder):
 
 @dataclass
 class Store:
-    """A service with a store whose clock the test holds."""
+    """A service with a store whose clock the test sets."""
 
     service: Service
     objects: Clocked = field(init=False)
@@ -95,7 +95,7 @@ class Store:
         return draft.artifact_id
 
     def killed(self) -> str:
-        """A save that ended before its artifact was entered."""
+        """Begins a save that ends before its artifact is entered; returns the artifact's id."""
         draft = self.draft()
         publish.write(self.store, draft)
         return draft.artifact_id
@@ -106,14 +106,14 @@ class Store:
         )
 
     def sweep(self, later_s: float = 0, registry: Registry | None = None, **options: Any) -> Any:
-        """States by name, after some time has passed."""
+        """Sweeps after some time has passed; returns the states by name."""
         self.objects.now += timedelta(seconds=later_s)
         found = [*sweep(registry or self.registry, self.store, TENANT, HOUR, **options)]
         assert len({orphan.name for orphan in found}) == len(found)
         return {orphan.name: orphan.state for orphan in found}
 
     def names(self) -> set[str]:
-        """Below the tenant, without heads and clock."""
+        """Returns the names below the tenant, without heads and clock."""
         found = {info.name.removeprefix(f"t/{TENANT}/") for info in self.objects.list_below("t")}
         return {name for name in found if not name.startswith("audit/")} - {"clock"}
 
@@ -265,7 +265,7 @@ def test_what_killed_writes_left_goes_where_nothing_else_does(at: Store) -> None
     ["...0badf00d", "..x.0badf00d", "a/..0badf00d", ".x.0badf00", ".x.0badf00d/y", ".\n.0badf00d"],
 )  # fmt: skip
 def test_only_what_a_killed_write_is_named_may_be_hidden(tmp_path: Path, name: str) -> None:
-    with pytest.raises(InvalidRequestError, match="no name in a store"):
+    with pytest.raises(InvalidRequestError, match="not a valid name in a store"):
         LocalFolder(tmp_path).delete(name)
 
 
@@ -395,7 +395,8 @@ def test_a_save_that_goes_on_after_its_burial_and_is_killed_leaves_nothing_for_l
 def test_a_save_that_is_published_in_the_middle_of_the_second_sweep_is_whole(
     at: Store, moment: str
 ) -> None:
-    """After the sweep has seen its files, and after it has asked what is reachable."""
+    """It is published after the sweep has listed its files, and after the sweep has asked what
+    is reachable."""
     draft = at.draft()
     publish.write(at.store, draft)
     at.sweep()
@@ -447,7 +448,8 @@ def test_nothing_is_buried_that_was_not_seen_or_is_needed(at: Store) -> None:
 
 
 def test_a_sweep_that_is_killed_at_any_call_is_finished_by_the_next_one(at: Store) -> None:
-    """In a child, by SIGKILL, at every call of the store and before and after each burial."""
+    """The sweep runs in a child and is killed by SIGKILL at every call of the store, and before
+    and after each burial."""
     for k in range(100):
         kept, killed = at.publish(), {at.killed(), at.killed()}
         at.sweep()
@@ -515,7 +517,7 @@ def test_a_store_that_refuses_holds_up_no_other_orphan(at: Store) -> None:
 
 
 def backed_up(at: Store, tmp_path: Path) -> Registry:
-    """A registry that knows what is known now, under the same keys."""
+    """Returns a registry on a backup of the current database, under the same keys."""
     with closing(sqlite3.connect(at.service.home / DATABASE)) as live:
         live.execute("VACUUM INTO ?", [str(tmp_path / "backup")])
     return Registry(f"sqlite:///{tmp_path / 'backup'}", at.service.home / KEYRING)
@@ -561,13 +563,13 @@ def test_what_is_no_head_holds_up_no_sweep_and_is_told(
         at.put(name, b"\xff{}")
     at.put(f"audit/3-{zeros}.json.0badf00d")  # what a killed write left on Azure
     at.sweep()
-    assert all(f"{name} in the artifact store is passed over" in caplog.text for name in junk)
+    assert all(f"{name} in the artifact store is ignored" in caplog.text for name in junk)
     assert "0badf00d" not in caplog.text
     assert at.sweep(HOUR) == {killed: "removed"}
 
 
 def test_a_head_that_no_known_key_signed_stops_a_sweep_and_is_named(at: Store) -> None:
-    """Another registry on this store has another key; its artifacts would look left over."""
+    """Another registry on this store has another key, and its artifacts would look left over."""
     at.publish()
     head = replace(at.registry.audit_log.head(TENANT), seq=2).signed(new_signing_key())
     name = f"audit/{head.place}.json"
@@ -602,7 +604,7 @@ def test_another_registry_on_the_same_store_sweeps_nothing(at: Store, tmp_path: 
     for _ in range(5):  # with as many rows
         other.runs.claim(other.runs.create(TENANT, TrainingConfig(model_ref="m").model_dump_json()))
     for later_s in (0, HOUR):
-        with pytest.raises(IntegrityError, match="another one uses this store"):
+        with pytest.raises(IntegrityError, match="another registry uses this store"):
             at.sweep(later_s, registry=other)
     assert at.names() == before
 
@@ -637,7 +639,7 @@ def test_every_store_tells_its_time_and_loses_its_orphans_alone(
 
 
 class FakeSweeps:
-    """What the command needs of a service."""
+    """The part of a service that the command needs."""
 
     def __init__(self, found: list[Orphan]) -> None:
         self.found, self.asked = found, []
@@ -682,7 +684,7 @@ def test_a_dry_run_of_the_command_names_what_would_go() -> None:
 
 
 @pytest.mark.slow
-def test_the_service_sweeps_through_its_registry_actor(home: Path) -> None:
+def test_the_service_sweeps_through_its_registry_actor(embedded: None, home: Path) -> None:
     with ServiceClient(address="local") as client:
         folder = home / "store" / "t" / "default" / "a" / f"art-{'0' * 27}"
         folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Keys that rotate, artifacts that are checked, saves that go on beside training."""
+"""Tests the rotation of keys, the verification of artifacts, and saves that run beside training."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_rotation_that_is_broken_off_is_finished_later(
 def test_a_key_file_written_late_is_wrapped_again_though_its_key_was_destroyed(
     service: Service, monkeypatch: pytest.MonkeyPatch, retired: list[str]
 ) -> None:
-    """One shell stalls in its write; another rotates, wraps and retires meanwhile."""
+    """One shell stalls in its write, while another rotates, wraps and retires."""
     artifact, root = service.publish(), str(service.root)
     shell = reopened(service)
     keys_module.rotate(service.registry, root, TENANT)
@@ -141,7 +141,7 @@ def test_a_key_file_written_late_is_wrapped_again_though_its_key_was_destroyed(
 def test_a_key_that_was_primary_when_files_were_read_is_not_retired(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A key file may be written under it until somebody has rotated."""
+    """A key file may be written under this key until somebody rotates."""
     artifact, root = service.publish(), str(service.root)
     wrapped_now = keys_module._wrapped_under
 
@@ -168,7 +168,7 @@ def test_an_artifact_that_cannot_be_rewrapped_is_named_and_holds_up_no_other(
 
 
 def test_a_wrapped_key_that_calls_itself_rewrapped_is_told(service: Service) -> None:
-    """The name in it proves nothing: it is opened."""
+    """The name in the file proves nothing, so the wrapped key is opened."""
     artifact = service.publish()
     path = service.root / f"t/{TENANT}/keys/{artifact}.json"
     old = path.read_text()
@@ -199,18 +199,18 @@ def test_artifacts_whose_key_file_does_not_say_are_listed_and_keep_every_key(
 
 
 def test_another_keyring_whose_keys_have_the_same_names_is_refused(service: Service) -> None:
-    """It would open nothing that is there, and what it saves the right one would not open."""
+    """It would open nothing that exists, and the right keyring would not open what it saves."""
     artifact = service.publish()
     database, keyring = f"sqlite:///{service.home / DATABASE}", service.home / KEYRING
     right = keyring.read_text()
     keyring.write_text(new_text())
-    with pytest.raises(IntegrityError, match="another one than the 'k1'"):
+    with pytest.raises(IntegrityError, match="another key than the 'k1'"):
         Registry(database, keyring)
     keyring.write_text(right)
     service.registry.data_keys.rotate(TENANT)
     rotated = keyring.read_text()
     keyring.write_text(json.dumps(json.loads(rotated) | {"keys": dict.fromkeys(("k1", "k2"), KEY)}))
-    with pytest.raises(IntegrityError, match=r"another one than the 'k[12]'"):
+    with pytest.raises(IntegrityError, match=r"another key than the 'k[12]'"):
         Registry(database, keyring)
     keyring.write_text(rotated)
     Registry(database, keyring).close()
@@ -218,14 +218,14 @@ def test_another_keyring_whose_keys_have_the_same_names_is_refused(service: Serv
 
 
 def reopened(service: Service) -> Registry:
-    """As a process that starts now."""
+    """Returns a registry like that of a process that starts now."""
     return Registry(f"sqlite:///{service.home / DATABASE}", service.home / KEYRING)
 
 
 def test_an_older_copy_of_the_keyring_is_told_and_its_next_key_has_a_name_of_its_own(
     service: Service,
 ) -> None:
-    """A second k2 would be another one than the k2 that is known: nothing would open any more."""
+    """A second k2 would differ from the known k2, and nothing would open any more."""
     keyring, root = service.home / KEYRING, str(service.root)
     service.registry.ledgers.register(TENANT, "chats", 8.0, 1e-5, "example")
     kept = service.publish()
@@ -241,8 +241,8 @@ def test_an_older_copy_of_the_keyring_is_told_and_its_next_key_has_a_name_of_its
     assert (found.primary, found.missing, {*found.unreadable}) == ("k3", (), {lost})
     problems = dict(keys_module.rewrap(registry, root))
     assert problems[kept] == ""
-    assert all("needs key 'k2'" in problems[name] for name in (lost, f"data set {TENANT}/chats"))
-    with pytest.raises(IntegrityError, match=rf"data set {TENANT}/chats"):
+    assert all("needs key 'k2'" in problems[name] for name in (lost, f"dataset {TENANT}/chats"))
+    with pytest.raises(IntegrityError, match=rf"dataset {TENANT}/chats"):
         registry.data_keys.retire(TENANT, "k1", {})
     assert registry.data_keys.key_ids() == ["k1", "k3"]
     keyring.write_text(newest)
@@ -252,7 +252,7 @@ def test_an_older_copy_of_the_keyring_is_told_and_its_next_key_has_a_name_of_its
 def test_a_key_that_an_older_database_and_keyring_forgot_keeps_its_name(
     service: Service, tmp_path: Path
 ) -> None:
-    """The store outlived both. A second k2 would hide the first, should its keyring be found."""
+    """The store outlived both. A second k2 would hide the first, if its keyring is found again."""
     root, old = str(service.root), (service.home / KEYRING).read_text()
     backup(f"sqlite:///{service.home / DATABASE}", tmp_path / "old.db")
     keys_module.rotate(service.registry, root, TENANT)
@@ -319,7 +319,7 @@ def test_a_keyring_with_the_highest_number_still_rotates(service: Service) -> No
 
 
 def test_the_primary_key_is_the_one_that_is_named_so(service: Service) -> None:
-    """Somebody may put an older key first again, while a newer one is looked into."""
+    """Somebody may make an older key the primary one again while a newer key is investigated."""
     keyring = service.home / KEYRING
     service.registry.data_keys.rotate(TENANT)
     keyring.write_text(json.dumps(json.loads(keyring.read_text()) | {"primary": "k1"}))
@@ -327,7 +327,7 @@ def test_the_primary_key_is_the_one_that_is_named_so(service: Service) -> None:
 
 
 def test_a_key_that_only_a_data_set_needs_is_not_lost_with_it(service: Service) -> None:
-    """Its keyring was rotated elsewhere, and nothing wrapped its key since."""
+    """The keyring was rotated elsewhere, and nothing has wrapped the key of the dataset since."""
     service.registry.ledgers.register(TENANT, "chats", 8.0, 1e-5, "example")
     units = service.registry.ledgers.unit_key(TENANT, "chats")
     FileKeyring(service.home / KEYRING).rotate()
@@ -361,7 +361,7 @@ def test_an_older_database_rotates_and_rewraps_nothing(
 
 
 class Shell:
-    """What `keys` asks of a service, on a real registry and store."""
+    """The part of a service that `keys` uses, on a real registry and store."""
 
     def __init__(self, service: Service) -> None:
         self._of = (service.registry, str(service.root))
@@ -403,7 +403,7 @@ def test_a_key_in_the_place_of_its_name_is_not_repeated(
     service: Service, key: str, yes: list[str]
 ) -> None:
     found = told(Shell(service), "retire", *yes, "--", key)
-    assert (found.exit_code, "no name of a key" in found.output) == (1, True)
+    assert (found.exit_code, "not the name of a key" in found.output) == (1, True)
     assert key not in found.output
     with pytest.raises(InvalidRequestError) as refused:
         keys_module.retire(service.registry, str(service.root), TENANT, key)
@@ -416,7 +416,7 @@ def test_a_list_of_an_older_keyring_ends_with_1_and_says_what_to_do(service: Ser
     (service.home / KEYRING).write_text(old)
     found = told(Shell(service), "list")
     assert found.exit_code == 1
-    assert "older copy, it lacks k2. Put the newest copy back" in found.stderr
+    assert "older copy, it lacks k2. Restore the newest copy" in found.stderr
     assert "k1" in found.stdout
 
 
@@ -451,7 +451,7 @@ def test_what_only_a_retired_key_opens_is_lost(service: Service) -> None:
 def test_a_key_is_not_retired_over_an_artifact_that_nobody_counted(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Drafted under the older key, entered after the keys were counted."""
+    """The artifact is drafted under the older key and entered after the keys were counted."""
     registry, root = service.registry, str(service.root)
     draft = Draft(registry, service.store, service.capability, to_files(checkpoint()))
     registry.data_keys.rotate(TENANT)
@@ -479,7 +479,7 @@ def test_a_key_is_not_retired_over_an_artifact_that_nobody_counted(
 def test_a_save_by_another_registry_finds_the_key_that_is_being_retired_gone(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It comes after the last look at what there is, before the key goes."""
+    """The save comes after the last count and before the key is destroyed."""
     other = Registry(f"sqlite:///{service.home / DATABASE}", service.home / KEYRING)
     draft, refused = (
         Draft(other, service.store, service.capability, to_files(checkpoint())),
@@ -567,7 +567,7 @@ def test_every_artifact_is_checked_whatever_the_others_are(service: Service) -> 
 
 
 def test_what_a_stranger_puts_in_the_place_of_files_holds_no_check_up(service: Service) -> None:
-    """A pipe without a writer, a file without an end."""
+    """A stranger may put a pipe without a writer there, or a file without an end."""
     whole, pipe, endless = (service.publish() for _ in range(3))
     key = service.root / f"t/{TENANT}/keys/{pipe}.json"
     key.unlink()
@@ -586,7 +586,7 @@ def test_what_a_stranger_puts_in_the_place_of_files_holds_no_check_up(service: S
 
 
 @pytest.fixture(scope="module")
-def client(home: Path) -> Iterator[ServiceClient]:
+def client(embedded: None) -> Iterator[ServiceClient]:
     with ServiceClient(address="local") as service:
         yield service
 
@@ -670,7 +670,7 @@ def test_the_commands_rotate_check_and_retire(client: ServiceClient, tiny_model:
 def test_training_is_held_up_by_the_copy_alone(
     service: Service, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """The store does not answer; steps are done meanwhile and are not in what is saved."""
+    """The store does not answer. Steps that are made meanwhile are not in the saved state."""
     answer = threading.Event()
 
     def stuck(store: ArtifactStore, draft: Draft) -> None:

@@ -1,7 +1,7 @@
-"""The self-audit: it passes the real private step and finds every broken one.
+"""Tests the self-audit: it passes the real private step and finds every broken one.
 
-Each mutant is a private step with one mistake that people have made; the audit must fail it,
-and by the check that is named beside it.
+Each mutant is a private step with one mistake that people have made. The audit must fail it, by the
+check that is named beside it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from actors.engine.gradients import PrivateGradient
 from actors.engine.session import Session
 from actors.privacy import attacks, self_audit, session
 from actors.privacy.attacks import epsilon_bound, mean_shift, one_run_audit
-from actors.privacy.clipping import ClippedSum, UnitGradients, privatise
+from actors.privacy.clipping import ClippedSum, UnitGradients, privatize
 from actors.privacy.noise import standard_normal
 from actors.privacy.self_audit import AuditReport, run_audit
 from actors.privacy.session import PrivateSession
 from tg_tinker.records.accounting import gaussian_epsilon
 
 Patch = pytest.MonkeyPatch
-REPLAY, NOISE, GUESS, SHIFT = "neighbour replay", "noise fit", "one-run audit", "mean shift"
+REPLAY, NOISE, GUESS, SHIFT = "neighbor replay", "noise fit", "one-run audit", "mean shift"
 FEW = 500
 
 
@@ -51,7 +51,7 @@ def test_the_real_step_passes(report: AuditReport) -> None:
 
 
 def test_the_real_step_is_attacked_hard(report: AuditReport) -> None:
-    """A check that had nothing to look at would pass as well."""
+    """A check that looked at nothing would pass as well."""
     replay, _, guess, shift = (check.figures for check in report.checks)
     assert replay["sensitivity"] > 0.999
     assert replay["least_norm"] < 0.2
@@ -67,7 +67,7 @@ def test_the_real_step_is_attacked_hard(report: AuditReport) -> None:
 def test_a_report_becomes_plain_json_and_keeps_its_scores(report: AuditReport) -> None:
     plain = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert plain["passed"] is True
-    assert plain["checks"][0]["statement"].startswith("Taking out one row moved")
+    assert plain["checks"][0]["statement"].startswith("Removing one row moved")
     assert plain["power_half"] == 1
     assert "scores_in" not in plain
     assert len(report.scores_in) + len(report.scores_out) == report.steps * report.canaries
@@ -97,7 +97,8 @@ class NoiseTooSmall(PrivateSession):
 
 
 class NoiseHalfInSteps(PrivateSession):
-    """Right without rows, half as large with them: only the canaries can tell."""
+    """Noise that is right without rows and half as large with rows: only the canaries can show
+    it."""
 
     _factor = 1.0
 
@@ -114,7 +115,7 @@ class NoiseNotNormal(PrivateSession):
 
 
 class SeedOfTheRun(PrivateSession):
-    """One stream for the whole run, the same in every run of the seed."""
+    """One stream of noise for the whole run, equal in every run with the same seed."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -123,7 +124,7 @@ class SeedOfTheRun(PrivateSession):
 
 
 class SeedOfTheDraw(PrivateSession):
-    """The same noise for every step, and the same start of it for every tensor."""
+    """The same noise for every step, which also starts equally for every tensor."""
 
     @staticmethod
     def _noise(count: int) -> torch.Tensor:
@@ -132,7 +133,8 @@ class SeedOfTheDraw(PrivateSession):
 
 
 class SeedOfTorch(PrivateSession):
-    """torch's own generator, where dropout seeds it from the run, the step and the call."""
+    """Noise from torch's own generator, where dropout seeds it from the run, the step and the
+    call."""
 
     _noise = staticmethod(lambda count: torch.randn(count, dtype=torch.float64))
     _seed_dropout = Session._seed_dropout
@@ -151,7 +153,7 @@ class ActualDivisor(PrivateSession):
 
 
 class NoisePerCall(PrivateSession):
-    """Each call's sum gets its noise, and the step none: more noise, the more calls."""
+    """Noise on the sum of each call and none in the step: more calls give more noise."""
 
     def forward_backward(self, *arguments: Any, **options: Any) -> Any:
         result = super().forward_backward(*arguments, **options)
@@ -164,7 +166,7 @@ class NoisePerCall(PrivateSession):
 
 
 class DrawPerCall(PrivateSession):
-    """Only looks at the generator, once for each call that brings rows."""
+    """A draw that is thrown away, once for each call that brings rows."""
 
     def forward_backward(self, examples: Any, **options: Any) -> Any:
         self._noise(len(examples))
@@ -172,7 +174,7 @@ class DrawPerCall(PrivateSession):
 
 
 class NoisePerCallToo(NoisePerCall):
-    """The same, and the step's own noise on top."""
+    """Noise on the sum of each call, and the step's own noise as well."""
 
     _noise = staticmethod(standard_normal)
 
@@ -201,15 +203,15 @@ def add_in_bfloat16(self: ClippedSum, other: ClippedSum) -> None:
 
 
 def noise_of_the_mean(total: ClippedSum, **options: Any) -> PrivateGradient:
-    return privatise(total, **(options | {"sigma": options["sigma"] / options["divisor"]}))
+    return privatize(total, **(options | {"sigma": options["sigma"] / options["divisor"]}))
 
 
 def noise_without_the_bound(total: ClippedSum, **options: Any) -> PrivateGradient:
-    return privatise(total, **(options | {"sigma": options["sigma"] / total.bound}))
+    return privatize(total, **(options | {"sigma": options["sigma"] / total.bound}))
 
 
 def noise_in_bfloat16(total: ClippedSum, **options: Any) -> PrivateGradient:
-    found = privatise(total, **options)
+    found = privatize(total, **options)
     return PrivateGradient({n: t.bfloat16().float() for n, t in found.tensors.items()}, 0.0)
 
 
@@ -236,9 +238,9 @@ FUNCTIONS: list[tuple[Any, str, Callable[..., Any], set[str]]] = [
     (UnitGradients, "clip", clip_each_tensor, {REPLAY, SHIFT}),
     (UnitGradients, "clip", clip_nothing, {REPLAY, GUESS, SHIFT}),
     (ClippedSum, "add", add_in_bfloat16, {REPLAY}),
-    (session, "privatise", noise_of_the_mean, {REPLAY, NOISE, GUESS, SHIFT}),
-    (session, "privatise", noise_without_the_bound, {REPLAY, NOISE}),
-    (session, "privatise", noise_in_bfloat16, {REPLAY}),
+    (session, "privatize", noise_of_the_mean, {REPLAY, NOISE, GUESS, SHIFT}),
+    (session, "privatize", noise_without_the_bound, {REPLAY, NOISE}),
+    (session, "privatize", noise_in_bfloat16, {REPLAY}),
 ]
 """Where, which function, what in its place, checks that must fail."""
 
@@ -269,7 +271,7 @@ def test_a_mutant_function_is_caught(
 
 
 def test_a_subclass_without_a_mistake_passes_with_few_canaries() -> None:
-    """What fails a mutant is its mistake, not the small number of canaries."""
+    """The mistake makes a mutant fail, not the small number of canaries."""
 
     class Same(PrivateSession):
         pass
@@ -289,7 +291,7 @@ def scores(m: int, mu: float, seed: int) -> tuple[np.ndarray[Any, Any], np.ndarr
 
 
 def paper_p_value(m: int, r: int, v: int, epsilon: float, delta: float) -> float:
-    """Steinke et al. 2023, appendix D, with its loops, by math alone."""
+    """Returns the p-value of Steinke et al. 2023, appendix D, with its loops, by math alone."""
     rate = 1 / (1 + math.exp(-epsilon))
     chance = [math.comb(r, k) * rate**k * (1 - rate) ** (r - k) for k in range(r + 1)]
     most = 0.0

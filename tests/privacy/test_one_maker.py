@@ -1,6 +1,7 @@
-"""A private gradient has one maker, and the engine that applies it knows nothing of privacy.
+"""Tests that one function makes private gradients, and that the engine that applies them knows
+no privacy.
 
-Read off the source: what is shown holds for every path, the untested ones included.
+The tests read the source, so they hold for every path, including the untested ones.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ MADE = "PrivateGradient"
 
 
 def makers(source: str) -> Iterator[str]:
-    """Functions that call the type of private gradients, by whatever name a file has for it; the
-    innermost one each time, or "" outside of any."""
+    """Returns the functions that call the type of private gradients, under whatever name a file
+    has for it.
+
+    The innermost function counts each time; "" is a call outside of any function.
+    """
     module = ast.parse(source)
     names = {
         alias.asname or alias.name
@@ -49,10 +53,10 @@ def first_party(source: str) -> set[str]:
     return {name for name in found if name.split(".")[0] in ("tg_tinker", "actors", "serve_app")}
 
 
-def test_privatise_alone_makes_a_private_gradient() -> None:
+def test_privatize_alone_makes_a_private_gradient() -> None:
     found = {(path.relative_to(ROOT).as_posix(), by)
              for path in FILES for by in makers(path.read_text())}  # fmt: skip
-    assert found == {("actors/privacy/clipping.py", "privatise")}
+    assert found == {("actors/privacy/clipping.py", "privatize")}
 
 
 def test_another_maker_would_be_found() -> None:

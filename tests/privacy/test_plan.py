@@ -1,4 +1,4 @@
-"""The plan of a private run: what is left out follows from the budget, and the gate agrees."""
+"""Tests the plan of a private run: missing values follow from the budget, and the gate agrees."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def spent(uses: int, sigma: float, epsilon: float | None = 8.0) -> Ledger:
 
 
 def use_up(ledger: Ledger, made: Plan) -> int:
-    """Counts that the gate really grants."""
+    """Returns the count that the gate really grants."""
     ledger.append(made.entry("run"))
     for count in range(1, 100_000):
         try:
@@ -187,8 +187,8 @@ def test_sampled_steps_that_do_not_fit() -> None:
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        ({"target_epsilon": 9.0}, "more than the 8 of the data set"),
-        ({"target_delta": 1e-4}, "target_delta 0.0001 is more than the 1e-05"),
+        ({"target_epsilon": 9.0}, "exceeds the 8 of the dataset"),
+        ({"target_delta": 1e-4}, "target_delta 0.0001 exceeds the 1e-05 of the dataset"),
         ({"unit": "id"}, "protects unit='example'"),
         ({"dataset_size": 100_000}, "below 1 / dataset_size"),
         ({"noise_multiplier": 1e-7}, "outside 0.0001 to"),
@@ -197,7 +197,7 @@ def test_sampled_steps_that_do_not_fit() -> None:
         (SAMPLED, "needs noise_multiplier, or max_steps"),
         ({"sampling": "poisson", "noise_multiplier": 1.0}, "needs dataset_size"),
         (SAMPLED | {"noise_multiplier": 1.0, "sample_rate": 0.0100001}, "leave it out"),
-        (SAMPLED | {"noise_multiplier": 1.0, "dataset_size": 7}, "more than dataset_size=7"),
+        (SAMPLED | {"noise_multiplier": 1.0, "dataset_size": 7}, "exceeds dataset_size=7"),
     ],
 )
 def test_contradictions_are_refused(given: dict[str, Any], match: str) -> None:
@@ -258,7 +258,7 @@ def test_a_spent_data_set_pays_for_less() -> None:
 
 def test_a_refusal_says_what_was_spent_and_how_much_noise_is_enough() -> None:
     ledger = spent(1, 1.0)
-    with pytest.raises(DPBudgetExceededError, match=r"4\.377 of 8 is spent before") as caught:
+    with pytest.raises(DPBudgetExceededError, match=r"4\.377 of 8 is spent already") as caught:
         planned(ledger, noise_multiplier=0.5)
     enough = caught.value.details["noise_multiplier"]
     assert caught.value.details["spent"] == ledger.epsilon
@@ -268,7 +268,7 @@ def test_a_refusal_says_what_was_spent_and_how_much_noise_is_enough() -> None:
 def test_a_refusal_says_what_the_living_have_reserved() -> None:
     ledger = registered()
     ledger.append(planned(ledger, max_participations=1, noise_multiplier=0.62).entry("living"))
-    with pytest.raises(DPBudgetExceededError, match=r"clients not closed reserved up to 7\.\d+"):
+    with pytest.raises(DPBudgetExceededError, match=r"open clients have reserved up to 7\.\d+"):
         planned(ledger, noise_multiplier=1.0)
     ledger.append({"type": "release", "run": "living"})
     assert planned(ledger, noise_multiplier=1.0).limit == 2

@@ -1,4 +1,5 @@
-"""Poisson samples: the draw, the check of what comes back, and asserted samples that are none."""
+"""Tests Poisson samples: the draw, the check of what is sent, and asserted samples that are not
+Poisson."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def paid(units: list[bytes]) -> Charge:
 
 
 def drawn_session(model: Path, **dp: object) -> PrivateSession:
-    """Eight rows, each in a step with probability 1/4, for three steps."""
+    """Returns a session with eight rows, each in a step with probability 1/4, for three steps."""
     values = {"sampling": "poisson", "dataset_size": 8, "accountant_type": "rdp"} | dp
     return private_session(model, batch_size=2, max_steps=3, dp={"noise_multiplier": None} | values)
 
@@ -103,7 +104,7 @@ def test_a_step_of_other_rows_than_the_draw_is_refused_and_not_charged(
 
 
 def test_a_draw_is_paid_before_it_is_told_and_stays_paid(tiny_model: Path, tmp_path: Path) -> None:
-    """Whoever throws samples away to get one with the rows they want pays for each."""
+    """A client that discards samples until it gets wanted rows pays for each of them."""
     known = registry()
     dp = {
         "sampling": "poisson",

@@ -1,4 +1,5 @@
-"""The private step without Ray: what one unit can do, and when noise, charge and weights happen."""
+"""Tests the private step without Ray: what one unit can do, and the order of noise, charge and
+weights."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from actors.engine.model import Base
 from actors.privacy import capture, clipping, unit_gradients
-from actors.privacy.clipping import ClippedSum, UnitGradients, privatise
+from actors.privacy.clipping import ClippedSum, UnitGradients, privatize
 from actors.privacy.layers import silence_dropout
 from actors.privacy.noise import standard_normal
 from actors.privacy.session import PrivateSession
@@ -83,7 +84,7 @@ def test_the_sum_equals_the_loop_oracle(biased_model: Path, what: Any, bound: fl
 
 
 def opacus_sum(s: PrivateSession, ids: list[list[int]]) -> dict[str, torch.Tensor]:
-    """The clipped sum as Opacus' hooks see it, on a PEFT model of their own."""
+    """Returns the clipped sum as Opacus' hooks see it, on a PEFT model of their own."""
     from opacus.grad_sample import GradSampleModule
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -153,7 +154,7 @@ def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def entries(module: torch.nn.Module) -> Iterator[list[int]]:
-    """How many tokens came into this module, each time that it was entered."""
+    """Yields a list of the number of tokens that enter this module, one for each call."""
     found: list[int] = []
     hook = module.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].shape[1]))
     yield found
@@ -199,7 +200,7 @@ def test_dropout_keeps_the_bound(tiny_model: Path, checkpointing: bool) -> None:
 
 
 def test_dropout_is_drawn_afresh_whatever_the_seed(tiny_model: Path) -> None:
-    """Masks that a recipient knows would let one row change those of the others."""
+    """If a recipient knew the masks, one row could change the masks of others."""
     lora = LoRAConfig(rank=4, dropout=0.5)
     found = []
     for _ in range(2):
@@ -289,7 +290,7 @@ def test_a_unit_that_goes_on_holds_nothing_of_the_others() -> None:
     assert by_unit["a"].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
-def test_neighbours_and_padding_do_not_change_a_row(tiny_model: Path) -> None:
+def test_neighbors_and_padding_do_not_change_a_row(tiny_model: Path) -> None:
     s = private_session(tiny_model, dp={"max_grad_norm": 1e6})
     perturb(s)
     s.forward_backward(rows(ROWS[:1]))
@@ -325,7 +326,7 @@ def test_a_row_that_is_not_finite_adds_zero_and_leaves_the_others(tiny_model: Pa
 DEFECTS = {
     "too long": [1] * 129,
     "out of vocabulary": [1, 2, 259],
-    "nothing labelled": [7],
+    "nothing labeled": [7],
     "repeated in the step": ROWS[2],
 }
 
@@ -405,7 +406,10 @@ def test_each_row_counts_by_the_mean_over_its_own_tokens(tiny_model: Path) -> No
 
 
 def test_no_product_that_a_gpu_may_shorten_clips() -> None:
-    """TF32 keeps ten bits of what is multiplied; sums and elementwise products keep all."""
+    """TF32 keeps ten bits of the factors of a product.
+
+    Sums and elementwise products keep all bits.
+    """
 
     class Called(TorchDispatchMode):
         names: frozenset[str] = frozenset()
@@ -471,7 +475,7 @@ def test_a_step_draws_once_whatever_came(tiny_model: Path, what: Any, calls: int
 
 
 def released(s: PrivateSession) -> dict[str, torch.Tensor]:
-    """Sum plus noise of a step, from how far the weights moved under SGD at rate 1."""
+    """Returns the sum plus noise of a step, from how far the weights moved under SGD at rate 1."""
     before = weights(s)
     s.optim_step()
     after = weights(s)
@@ -528,7 +532,7 @@ def test_noise_is_added_in_float64_and_rounded_once() -> None:
     total = ClippedSum({"w": torch.full((100_000,), 256.0)}, 1.0)
     total.sums["w"][::2] = -256.0
     signal = total.sums["w"].clone()
-    gradient = privatise(total, sigma=0.5, divisor=1.0).tensors["w"]
+    gradient = privatize(total, sigma=0.5, divisor=1.0).tensors["w"]
     assert (gradient - signal).std() == pytest.approx(0.5, rel=0.02)
 
 
@@ -545,18 +549,18 @@ def test_each_value_gets_its_own_noise_however_the_draws_are_cut(
         drawn.append(standard_normal(count))
         return drawn[-1].clone()
 
-    found = privatise(total, sigma=0.5, divisor=4.0, noise=noise).tensors
+    found = privatize(total, sigma=0.5, divisor=4.0, noise=noise).tensors
     assert {name: tensor.numel() for name, tensor in found.items()} == sizes
     released = torch.cat([*found.values()])
     torch.testing.assert_close(released, ((3.0 + torch.cat(drawn)) / 4.0).float())
 
 
-def test_privatise_consumes_the_sum_and_refuses_a_scale_without_sense() -> None:
+def test_privatize_consumes_the_sum_and_refuses_a_scale_without_sense() -> None:
     total = ClippedSum({"w": torch.ones(3)}, 1.0)
     for sigma, divisor in ((math.inf, 1.0), (math.nan, 1.0), (1.0, 0.0)):
         with pytest.raises(ValueError, match="finite scale"):
-            privatise(total, sigma=sigma, divisor=divisor)
-    privatise(total, sigma=1.0, divisor=1.0)
+            privatize(total, sigma=sigma, divisor=divisor)
+    privatize(total, sigma=1.0, divisor=1.0)
     assert total.sums == {}
 
 

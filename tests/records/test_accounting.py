@@ -1,4 +1,4 @@
-"""The arithmetic of epsilon, against closed forms, brute-force integrals and Opacus."""
+"""Tests the arithmetic of epsilon against closed forms, brute-force integrals and Opacus."""
 
 from __future__ import annotations
 
@@ -38,13 +38,14 @@ def density(x: float, mean: float = 0.0) -> float:
 
 
 def integral(function: Callable[[float], float]) -> float:
-    """Over all that matters of a unit normal around 0 and another nearby."""
+    """Returns the integral over the range that matters for a unit normal around 0 and another
+    nearby."""
     width = 1e-3
     return width * math.fsum(function(i * width) for i in range(-12_000, 16_000))
 
 
 def hockey_stick(mu: float, epsilon: float, rate: float = 1.0) -> float:
-    """delta of a (sampled) Gaussian straight from its definition."""
+    """Returns the delta of a (sampled) Gaussian, straight from its definition."""
     tilt = math.exp(epsilon)
 
     def excess(x: float) -> float:
@@ -276,7 +277,7 @@ def test_an_accountant_that_does_not_exist() -> None:
 
 def test_pld_without_its_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dp_accounting.pld", None)
-    with pytest.raises(InvalidRequestError, match=r"pip install 'tg-tinker\[pld\]'"):
+    with pytest.raises(InvalidRequestError, match=r"pip install -e '.\[pld\]'"):
         epsilon_after("pld", 1.0, 0.01, 10, 1e-5)
 
 

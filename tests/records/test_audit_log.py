@@ -1,4 +1,4 @@
-"""The audit log: what its chain and heads prove, by the rules alone."""
+"""Tests what the chain and the heads of the audit log prove, by the rules alone."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_log_is_consistent_since_the_head_that_was_kept() -> None:
 
 
 def test_a_log_that_was_rewritten_and_signed_anew_fits_no_head_kept_before() -> None:
-    """The operator has the key: only an earlier head, in other hands, tells."""
+    """The operator has the key, so only an earlier head in other hands shows the change."""
     rows = good()
     changed = [rows[0], rechained(rows[0], replace(rows[1], who="somebody"))]
     for row in rows[2:]:
@@ -166,7 +166,10 @@ def test_nothing_but_texts_and_whole_numbers_enters_a_row(wrong: Any) -> None:
 
 @st.composite
 def edited_rows(draw: st.DrawFn) -> list[AuditRow]:
-    """The good rows after one edit; hashes of what follows made anew in half of the cases."""
+    """Returns the good rows after one edit.
+
+    In half of the cases the hashes after the edit are computed again.
+    """
     rows, at = good(), draw(st.integers(0, 6))
     kind = draw(st.sampled_from(["change", "drop", "repeat", "swap", "cut"]))
     if kind == "change":

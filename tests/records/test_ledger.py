@@ -1,4 +1,4 @@
-"""The rules of a data set's ledger, and what its chain of hashes does and does not notice."""
+"""Tests the rules of a dataset's ledger, and what its chain of hashes does and does not detect."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def state(ledger: Ledger) -> dict[str, Any]:
 
 
 def chained(bodies: Iterable[Mapping[str, Any]]) -> list[Entry]:
-    """A chain with valid hashes and no rules: what a forger of the whole ledger can make."""
+    """Returns a chain with valid hashes and no rules, as a forger of the whole ledger can make
+    it."""
     head, entries = GENESIS, []
     for seq, body in enumerate(bodies):
         entry = dict(body) | {"seq": seq, "prev": head}
@@ -482,7 +483,7 @@ def test_an_entry_is_a_copy() -> None:
 
 
 def other(value: Any) -> Any:
-    """Another value of the same kind, as close as can be."""
+    """Returns another value of the same kind, as close as possible."""
     if isinstance(value, dict):
         return value | {"forged": 1}
     if isinstance(value, list):

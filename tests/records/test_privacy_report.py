@@ -1,4 +1,5 @@
-"""What an auditor gets: the report, the certificate, and a ledger that is verified from a file."""
+"""Tests what an auditor gets: the report, the certificate, and a ledger that is verified from a
+file."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from tg_tinker.records.report import OUTSIDE, PrivacyReport, read_ledger
 
 
 def report(*runs: dict[str, Any], charges: int = 1, noised: bool = True) -> PrivacyReport:
-    """A data set of which each run made as many steps, all on one unit."""
+    """Returns the report of a dataset on which each run made these steps, all on one unit."""
     known = registry()
     for values in runs:
         budget = new_budget(known, private_config(Path("none"), dp=values))
@@ -93,7 +94,7 @@ def test_opt_outs_are_named_and_end_the_guarantee() -> None:
 
 def test_the_report_reads_as_text() -> None:
     text = str(report({"noise_multiplier": 1.0}))
-    assert "data set default: epsilon 4.377 of 8 spent, delta 1e-05" in text
+    assert "dataset default: epsilon 4.377 of 8 spent, delta 1e-05" in text
     assert "participation, sigma 1, 1 charges, 1 uses of a unit (of 2)" in text
 
 

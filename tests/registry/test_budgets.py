@@ -1,4 +1,4 @@
-"""Ledgers in the registry: who may spend, what is stored, and many clients on one data set."""
+"""Tests ledgers in the registry: who may spend, what is stored, and many clients on one dataset."""
 
 from __future__ import annotations
 
@@ -75,8 +75,9 @@ def test_a_data_set_of_another_tenant_does_not_exist() -> None:
     known.ledgers.register("bank", "default", 8.0, 1e-5, "example")
     assert known.ledgers.entries("clinic", "default") == []
     assert known.ledgers.datasets("clinic") == []
-    with pytest.raises(NotFoundError, match="no data set 'default'"):
-        known.ledgers.admit("clinic", "default", "tc-1", [])
+    run = known.runs.create("clinic", '{"model_ref": "m"}')
+    with pytest.raises(NotFoundError, match="no dataset 'default'"):
+        known.ledgers.admit("clinic", "default", run, [])
 
 
 def test_data_sets_have_different_unit_keys_which_are_stored_wrapped(tmp_path: Path) -> None:
@@ -105,7 +106,8 @@ def test_two_clients_of_one_data_set_spend_one_budget() -> None:
 
 @pytest.mark.parametrize("contract", ["participation", "client_poisson"])
 def test_an_actor_that_was_replaced_charges_nothing_and_changes_no_contract(contract: str) -> None:
-    """500 rows where 50 were to be expected were not drawn: the run would be counted otherwise."""
+    """500 rows where 50 are expected were not drawn, so the run would otherwise be counted by
+    uses."""
     dp: dict[str, Any] = {"noise_multiplier": 20.0}
     if contract == "client_poisson":
         dp |= {"sampling": "client_poisson", "dataset_size": 500, "accountant_type": "rdp"}

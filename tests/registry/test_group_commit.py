@@ -1,10 +1,14 @@
-"""Calls that share a transaction: none is answered before it, none undoes another, none is made
-twice that must not be."""
+"""Tests calls that share a transaction.
+
+No call is answered before the transaction is durable, no call undoes another, and no call that must
+run once runs twice.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -12,7 +16,7 @@ from typing import Any, Self
 import pytest
 import sqlalchemy as sa
 
-from actors.registry.group_commit import MOST_TOGETHER, GroupCommit
+from actors.registry.group_commit import MOST_STORES, MOST_TOGETHER, GroupCommit
 from actors.registry.registry import Registry
 from actors.storage.home import create
 from support.databases import url_of
@@ -39,14 +43,16 @@ def run(known: Registry) -> str:
 
 
 class Waiting:
-    """Calls that are taken inside its `with` block all wait, and run at the block's end.
+    """Calls that are taken inside its `with` block. They all wait, and run at the block's end.
 
     Attributes:
-        commits: how many of the calls were answered at each commit.
+        commits: the number of calls that were answered at each commit, which waits up
+            to 20 seconds for as many as `answered` names.
     """
 
-    def __init__(self, known: Registry) -> None:
+    def __init__(self, known: Registry, answered: Sequence[int] = ()) -> None:
         self.commits: list[int] = []
+        self._expected = answered
         self._calls = GroupCommit(lambda: known)
         self._pool = ThreadPoolExecutor(32)
         self._begun, self._free = threading.Event(), threading.Event()
@@ -76,11 +82,18 @@ class Waiting:
         assert self._free.wait(30)
 
     def _committed(self, connection: sa.Connection) -> None:
-        self.commits.append(sum(reply.done() for reply in self._replies[1:]))
+        time.sleep(0.1)  # A call that is answered too early returns meanwhile.
+        expected = dict(enumerate(self._expected)).get(len(self.commits), 0)
+        deadline = time.monotonic() + 20
+        while (done := sum(reply.done() for reply in self._replies[1:])) < expected:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
+        self.commits.append(done)
 
 
 class Failing:
-    """The next commits of a registry fail, on the way to the database."""
+    """A failure of the registry's next commits, on the way to the database."""
 
     def __init__(self, known: Registry, times: int = 1) -> None:
         self.left, self._real = times, known.database.engine.dialect.do_commit
@@ -120,7 +133,7 @@ def test_calls_that_wait_share_a_commit_and_are_answered_after_it_in_order(
 
 
 def test_a_transaction_ends_after_so_many_calls(known: Registry, run: str) -> None:
-    waiting = Waiting(known)
+    waiting = Waiting(known, answered=[0, MOST_TOGETHER])
     with waiting:
         for step in range(1, MOST_TOGETHER + 3):
             waiting.take("runs.record", run, 1, step, "active")
@@ -167,8 +180,8 @@ def test_a_call_that_the_database_refuses_fails_alone(known: Registry, run: str)
 def test_a_read_that_the_database_refuses_takes_no_change_with_it(
     known: Registry, run: str
 ) -> None:
-    """PostgreSQL commits nothing of a transaction in which a statement has failed, and says so to
-    nobody."""
+    """PostgreSQL commits nothing of a transaction in which a statement has failed, and does not
+    report that."""
     waiting = Waiting(known)
     with waiting:
         waiting.take("runs.record", run, 1, 1, "active", CALLS)
@@ -182,7 +195,7 @@ def test_a_read_that_the_database_refuses_takes_no_change_with_it(
 def test_a_statement_that_ends_the_transaction_takes_no_other_call_with_it(
     known: Registry, run: str
 ) -> None:
-    """As SQLite does by itself when its disk is full."""
+    """SQLite ends the transaction by itself when its disk is full."""
     with known.database.engine.begin() as tx:
         tx.exec_driver_sql(
             "CREATE TRIGGER full BEFORE UPDATE ON runs WHEN NEW.step = 2"
@@ -243,6 +256,42 @@ def test_a_fenced_registry_changes_nothing_for_anybody(
         waiting.take("runs.record", run, 1, 2, "active", CALLS)
     assert waiting.errors == ["StorageError", None, "StorageError"]
     assert steps(known) == []
+
+
+# --- what waits for a store ----------------------------------------------------------------------
+
+
+class Silent:
+    """A store that answers once it may."""
+
+    def __init__(self) -> None:
+        self.asked, self.may = threading.Semaphore(0), threading.Event()
+
+    def audit_heads(self, tenant: str) -> list[str]:
+        self.asked.release()
+        assert self.may.wait(30)
+        return []
+
+
+def test_a_store_that_does_not_answer_holds_up_no_other_call(
+    known: Registry, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, calls = Silent(), GroupCommit(lambda: known)
+    monkeypatch.setattr(known.heads, "_open_store", lambda _: store)
+    meeting = ("heads.meet_store", (US, "gs://silent"))
+    with ThreadPoolExecutor(MOST_STORES) as pool:
+        replies = [pool.submit(calls.take, meeting) for _ in range(MOST_STORES)]
+        for _ in range(MOST_STORES):
+            assert store.asked.acquire(timeout=30)
+        assert calls.take(("runs.record", (run, 1, 1, "active", CALLS))).unwrap()
+        assert calls.take(("heads.met", (US, "gs://silent"))).unwrap() is False
+        busy = calls.take(meeting)
+        assert busy.error
+        assert busy.error[0] == "StorageError"
+        store.may.set()
+        assert [reply.result(30).unwrap() for reply in replies] == [{}] * MOST_STORES
+    assert calls.take(meeting).unwrap() == {}
+    assert calls.take(("heads.met", (US, "gs://silent"))).unwrap() is True
 
 
 # --- what may be called -------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""PostgreSQL under the registry: what its server promises, a lost server, one writer."""
+"""Tests PostgreSQL under the registry: the settings of its server, a lost server, one writer."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
 from typer.testing import CliRunner
 
 from actors.operations import doctor
 from actors.privacy.budget import Budget
 from actors.registry.database import REPLACED
+from actors.registry.postgres import open_engine
 from actors.registry.registry import Registry
 from actors.storage import home
 from support.databases import PASSWORD, Postgres, all_on, url_of
+from support.listener import Listener
 from support.privacy_helpers import new_budget, private_config, registry
 from tg_tinker import DPBudgetExceededError, InvalidRequestError, ServiceClient, StorageError
 from tg_tinker.cli.main import main
@@ -201,6 +204,7 @@ def test_a_commit_whose_answer_is_lost_fails_and_counts_as_charged(
 # --- who uses it ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_programs_commands_and_doctor_use_the_database_that_the_variable_names(
     server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,9 +224,26 @@ def test_programs_commands_and_doctor_use_the_database_that_the_variable_names(
     assert found["registry"].status == found["keyring and registry"].status == doctor.OK
     assert url_of(place) in found["registry"].message
     monkeypatch.setenv("TG_TINKER_DATABASE", BASE.replace("tg@", "tg:secret-4711@"))
-    with pytest.raises(InvalidRequestError, match="names no password") as caught:
+    with pytest.raises(InvalidRequestError, match="hold no password") as caught:
         ServiceClient(address="local")
     assert "4711" not in str(caught.value)
+
+
+@pytest.mark.parametrize("variable", ["PGHOSTADDR", "PGHOST", "PGSERVICE"])
+def test_only_the_url_says_which_server_gets_the_registry(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libpq takes PGHOSTADDR instead of the URL's host, perhaps for another machine in clear."""
+    service = tmp_path / "services"
+    service.write_text("[elsewhere]\nhost=127.0.0.2\nhostaddr=127.0.0.2\n")
+    monkeypatch.setenv("PGSERVICEFILE", str(service))
+    monkeypatch.setenv(variable, "elsewhere" if variable == "PGSERVICE" else "127.0.0.2")
+    with Listener(b"", "127.0.0.2") as elsewhere:
+        for host in ("127.0.0.1", "localhost"):  # where nobody listens at this port
+            url = f"postgresql+psycopg://tg@{host}:{elsewhere.port}/registry?connect_timeout=2"
+            with pytest.raises(OperationalError):
+                open_engine(url).connect()
+    assert elsewhere.heard == b""
 
 
 # --- the URL --------------------------------------------------------------------------------
@@ -235,7 +256,7 @@ def test_programs_commands_and_doctor_use_the_database_that_the_variable_names(
     BASE + "?service=secret-4711",
 ])  # fmt: skip
 def test_a_secret_in_the_url_is_refused_and_not_repeated(url: str) -> None:
-    with pytest.raises(InvalidRequestError, match=r"names no password.*PGPASSFILE") as caught:
+    with pytest.raises(InvalidRequestError, match=r"hold no password.*PGPASSFILE") as caught:
         check_database(url)
     assert "4711" not in str(caught.value)
 
@@ -244,8 +265,10 @@ def test_a_remote_database_says_whether_it_is_encrypted() -> None:
     remote = BASE.replace("127.0.0.1", "db.example")
     with pytest.raises(InvalidRequestError, match="needs sslmode"):
         check_database(remote)
+    with pytest.raises(InvalidRequestError, match="needs sslmode"):
+        check_database(BASE.replace("127.0.0.1", "127.example.org"))
     for url in (BASE, remote + "?sslmode=verify-full", "sqlite:////home/registry.db"):
         assert check_database(url) == url
     for url in ("mysql://tg@127.0.0.1/registry", "postgresql+psycopg://tg@127.0.0.1", "x", ""):
-        with pytest.raises(InvalidRequestError, match="a database is sqlite:///FILE, or"):
+        with pytest.raises(InvalidRequestError, match="a database URL is sqlite:///FILE, or"):
             check_database(url)

@@ -1,4 +1,4 @@
-"""The registry on SQLite: epochs, tenants, deletion for good, and a file that is really durable."""
+"""Tests the registry on SQLite: epochs, tenants, permanent deletion, and a file that is durable."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def place(tmp_path: Path) -> Path:
 
 
 def open_registry(place: Path) -> Registry:
-    """One that has met a store without heads."""
+    """Returns a registry that has been compared with a store without heads."""
     registry = Registry(url_of(place), place / KEYRING)
     for tenant in (US, THEM):
-        registry.heads.meet(tenant, None, STORE, {})
+        registry.heads.meet_store(tenant, STORE)
     return registry
 
 
@@ -65,12 +65,12 @@ def run(registry: Registry) -> str:
 
 
 def writer(registry: Registry, run: str) -> Capability:
-    """Of the run's next actor."""
+    """Returns the capability of the run's next actor."""
     return registry.data_keys.capability(US, run, registry.runs.claim(run))
 
 
 def publish(registry: Registry, run: str, artifact: str = "art-1", **changes: object) -> str:
-    """Publishes for the run's next actor, unless told otherwise; returns the artifact's id."""
+    """Publishes for the run's next actor, unless `changes` differ; returns the artifact's id."""
     values = {
         "tenant": US, "run_id": run, "artifact_id": artifact, "step": 3, "size_bytes": 100,
         "include_optimizer": True, "manifest": MANIFEST, "key_id": "k1",
@@ -135,7 +135,7 @@ def test_a_record_of_an_old_epoch_is_ignored(registry: Registry, run: str) -> No
 def test_a_claimed_run_is_at_the_step_that_it_comes_back_in_before_its_actor_says_so(
     registry: Registry, run: str
 ) -> None:
-    """Whoever asks while the new actor loads is told from where to repeat."""
+    """A client that asks while the new actor loads learns the step to repeat from."""
     first = registry.runs.claim(run)
     registry.runs.record(run, first, 7, "active")
     publish(registry, run, epoch=first, step=7)
@@ -249,7 +249,7 @@ def test_the_manifest_of_another_artifact_is_refused(registry: Registry, run: st
 
 
 def uses(registry: Registry, wrapped: bytes) -> list[Callable[[str], object]]:
-    """Everything one can ask about `art-1`, as a given tenant."""
+    """Returns all calls that a given tenant can make about `art-1`."""
     return [
         lambda tenant: registry.catalogue.get(tenant, "art-1"),
         lambda tenant: registry.catalogue.check_manifest(tenant, "art-1", MANIFEST),
@@ -378,7 +378,7 @@ def test_the_database_is_durable_and_keeps_its_references(registry: Registry) ->
 def test_a_transaction_holds_the_write_lock_from_its_first_statement(
     registry: Registry, place: Path
 ) -> None:
-    """Check and change are one: nobody writes between them."""
+    """Check and change are one: no other process writes between them."""
     other = sqlite3.connect(place / DATABASE, timeout=0)
     with registry.database.engine.begin(), pytest.raises(sqlite3.OperationalError, match="locked"):
         other.execute("UPDATE runs SET step = 1")
@@ -395,7 +395,7 @@ def test_all_files_of_the_database_are_readable_by_their_owner_alone(place: Path
 @on_sqlite
 def test_a_missing_database_is_refused_and_not_made_anew(place: Path) -> None:
     (place / DATABASE).unlink()
-    with pytest.raises(StorageError, match="does not exist: put its backup back"):
+    with pytest.raises(StorageError, match="does not exist: restore its backup"):
         open_registry(place)
     assert not (place / DATABASE).exists()
     with pytest.raises(StorageError, match="does not exist"):
@@ -449,7 +449,7 @@ def test_a_refused_statement_shows_none_of_its_values(place: Path, run: str) -> 
 
 
 def mixed(database: Path, place: Path) -> None:
-    """An older copy, put in the place of a database whose -wal is still there."""
+    """Replaces a database whose -wal is still there by an older copy."""
     older, wal = b"", b""
     for runs in (20, 200, 2):
         registry = open_registry(place)
@@ -513,7 +513,7 @@ def test_an_onlooker_changes_neither_rows_nor_tables_nor_known_keys(
 def test_an_onlooker_leaves_a_copy_of_a_database_as_a_copy(
     registry: Registry, run: str, place: Path
 ) -> None:
-    """A registry would turn it into one with a -wal."""
+    """A registry that may write would turn it into a database with a -wal."""
     registry.close()
     with sqlite3.connect(place / DATABASE) as connection:
         connection.execute(f"VACUUM INTO '{place / 'copy.db'}'")
@@ -528,7 +528,10 @@ def test_an_onlooker_leaves_a_copy_of_a_database_as_a_copy(
 def test_a_place_of_a_number_that_no_chain_reaches_is_unknown(
     registry: Registry, run: str, number: int
 ) -> None:
-    """Anybody who writes to the store may name an object so; PostgreSQL takes no such number."""
+    """Anyone who can write to the store can name an object so.
+
+    PostgreSQL accepts no such number.
+    """
     places = [f"{number}-{'f' * 64}", registry.audit_log.head(US).place]
     assert registry.audit_log.unknown(US, places) == places[:1]
 

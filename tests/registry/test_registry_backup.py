@@ -1,4 +1,5 @@
-"""Backups of the registry: one state of a database in use, into an empty one of either kind."""
+"""Tests backups of the registry: one state of a database in use, restored into an empty one of
+either kind."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("each_database")
 
 @pytest.fixture
 def budget(tmp_path: Path) -> Budget:
-    """Of a run that was charged three times."""
+    """Returns the budget of a run that was charged three times."""
     budget = new_budget(registry(tmp_path / "home"), private_config(Path("none"), dp=SIGMA))
     for _ in range(3):
         charge(budget)
@@ -180,7 +181,7 @@ def test_a_file_that_is_no_backup_is_named_and_not_the_registry(
     else:
         file.write_bytes(content)
     create(tmp_path / "home")
-    with pytest.raises(StorageError, match=f"{file} is no backup of a registry.*another one"):
+    with pytest.raises(StorageError, match=f"{file} is no backup of a registry.*another backup"):
         restore(file, url_of(tmp_path / "home"))
 
 
@@ -223,12 +224,12 @@ def test_the_commands_tell_where_each_chain_ends(
     assert "tg-tinker registry check" in put.output
     again = CliRunner().invoke(main, ["registry", "restore", file, "--database", other])
     assert again.exit_code == 1
-    assert "restore into an empty one" in again.output
+    assert "restore into an empty database" in again.output
 
 
 @pytest.mark.parametrize("each_database", ["sqlite"], indirect=True)
 def test_a_program_that_makes_backups_knows_every_table(each_database: None) -> None:
-    """Tables are declared by the rooms that are imported."""
+    """The rooms that are imported declare the tables."""
     code = (
         "import actors.registry.backup; from actors.registry.schema import METADATA;"
         "print(' '.join(sorted(METADATA.tables)))"

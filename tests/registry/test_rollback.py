@@ -1,4 +1,4 @@
-"""An older database, or another one, under newer heads: noticed before anything is charged."""
+"""Tests an older database, or another one, under newer heads: it is detected before any charge."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ US, DATA = "default", "clinic-2026"
 
 @dataclass(frozen=True)
 class Home:
-    """A home with a store beside it, so that one can be put back without the other."""
+    """A home with a store beside it, so that either can be restored without the other."""
 
     path: Path
     root: str
@@ -56,10 +56,11 @@ class Home:
         return registry(self.path)
 
     def copied(self) -> Home:
-        """This home as it is now, on the same store: what a backup would bring back."""
+        """Returns a copy of this home as it is now, on the same store, as a backup would restore
+        it."""
         old = self.path.with_name(f"copy-{secrets.token_hex(4)}")
         old.mkdir(mode=0o700)
-        for name in ("keyring", "audit.key", "audit.pub"):
+        for name in ("keyring", "audit.key", "audit.pub", "secrets.json"):
             shutil.copy2(self.path / name, old / name)
         with (
             sqlite3.connect(self.path / "registry.db") as source,
@@ -79,7 +80,7 @@ class Home:
         return self.registry.heads.ledger_head(US, DATA, after)
 
     def keep(self, after: int = -1) -> str:
-        """Puts the present head into the store."""
+        """Writes the current head to the store; returns its position."""
         head = LedgerHead.parse(self.head(after))
         ArtifactStore(self.root).write_ledger_head(US, head.ledger, head.place, head.line())
         return head.place
@@ -101,14 +102,14 @@ def home(tmp_path: Path) -> Home:
 
 
 def spend(budget: Budget, *units: int) -> str:
-    """One step on these units; where the ledger ends then."""
+    """Charges one step on these units; returns the position at which the ledger then ends."""
     return budget.charge([unit.to_bytes(16, "big") for unit in units], noised=True).place
 
 
 def refused(
     act: Callable[[], object], of: Home, behind: bool, says: str = f"book-missing {DATA}"
 ) -> None:
-    """A refusal with its reason, after which the ledger is as it was."""
+    """Checks that `act` is refused for this reason, and that the ledger stays as it was."""
     before = of.entries()
     with pytest.raises(LedgerMismatchError, match=says) as caught:
         act()
@@ -255,8 +256,8 @@ def test_every_changed_character_of_a_head_is_noticed(home: Home) -> None:
     for at in range(len(line)):
         changed = line[:at] + chr(ord(line[at]) ^ 1) + line[at + 1 :]
         with pytest.raises(IntegrityError):
-            home.registry.heads.meet(US, DATA, home.root, {}, [changed])
-    home.registry.heads.meet(US, DATA, home.root, {}, [line])
+            home.registry.heads.meet_ledger(US, DATA, {}, [changed])
+    home.registry.heads.meet_ledger(US, DATA, {}, [line])
 
 
 @pytest.mark.parametrize(("tenant", "dataset"), [(US, "another"), ("another", DATA)])
@@ -265,7 +266,7 @@ def test_a_head_of_another_ledger_is_refused(home: Home, tenant: str, dataset: s
     home.budget()
     moved = home.registry.heads.ledger_head(tenant, dataset, -1)
     for act in (
-        lambda: home.registry.heads.meet(US, DATA, home.root, {}, [moved]),
+        lambda: home.registry.heads.meet_ledger(US, DATA, {}, [moved]),
         lambda: home.registry.heads.book_missing(US, DATA, [moved]),
     ):
         with pytest.raises(IntegrityError, match="another ledger"):
@@ -281,7 +282,7 @@ def test_a_head_by_another_key_is_refused_in_a_home_and_passed_over_in_the_store
         home.meet(forged.line())
     ArtifactStore(home.root).write_ledger_head(US, forged.ledger, forged.place, forged.line())
     assert home.meet() == -1  # or no head before the 99th would be written any more
-    assert f"{forged.place}.json in the artifact store is passed over" in caplog.text
+    assert f"{forged.place}.json in the artifact store is ignored" in caplog.text
 
 
 def test_what_is_no_head_in_the_store_is_told_and_holds_up_nothing(
@@ -304,7 +305,7 @@ def test_what_is_no_head_in_the_store_is_told_and_holds_up_nothing(
     for act in (old.meet, old.book, home.meet):
         caplog.clear()
         assert act() in (-1, 0)
-        assert all(f"{name} in the artifact store is passed over" in caplog.text for name in junk)
+        assert all(f"{name} in the artifact store is ignored" in caplog.text for name in junk)
         assert left.name not in caplog.text
     home.keep()
     refused(old.meet, old, behind=True)  # a head among them binds still
@@ -327,7 +328,7 @@ def settled(of: HeadKeeper) -> None:
 
 
 def charged(budget: Budget, unit: int) -> None:
-    """A charge, and what comes of it in the background."""
+    """Makes a charge, and waits for the work in the background that follows it."""
     assert budget.heads is not None
     spend(budget, unit)
     budget.heads.charged()
@@ -357,7 +358,10 @@ def test_the_first_and_every_few_charges_leave_a_head(home: Home) -> None:
 
 
 def without_room_for_heads(home: Home) -> Path:
-    """A file where the folder of heads would be: the store takes them once it is removed."""
+    """Puts a file where the folder of heads would be.
+
+    The store accepts heads once the file is removed.
+    """
     blocked = Path(home.root) / f"t/{US}/ledgers"
     blocked.parent.mkdir(parents=True, exist_ok=True)
     blocked.touch()
@@ -373,7 +377,7 @@ def test_a_store_that_fails_holds_up_no_charge_and_gets_all_later(home: Home) ->
         spend(budget, step)
         heads.charged()
         settled(heads)
-    assert "older database would not be noticed" in heads.problem
+    assert "would not reveal an older database" in heads.problem
     assert LedgerHead.parse(heads.newest).place == budget.last  # for this home, all the same
     with pytest.raises(StorageError, match="training is not affected"):
         heads.keep()
@@ -513,7 +517,7 @@ def test_nothing_is_saved_whose_ledger_head_is_not_in_the_store(
     blocked = without_room_for_heads(home)
     train(one)
     settled(one.heads)  # type: ignore[arg-type]
-    assert any("older database would not be noticed" in said for said in train(one).warnings)
+    assert any("would not reveal an older database" in said for said in train(one).warnings)
     with pytest.raises(StorageError, match="head of the ledger"):
         save(one)
     assert home.registry.catalogue.find(US) == []
@@ -642,7 +646,9 @@ def test_nothing_is_booked_where_an_entry_is_in_no_head(home: Home) -> None:
     spend(budget, 1)
     spend(budget, 2)
     gap = home.head(after=len(home.entries()) - 2)
-    refused(lambda: old.book(gap), old, behind=True, says="heads that are left do not reach")
+    refused(
+        lambda: old.book(gap), old, behind=True, says="remaining heads do not contain all entries"
+    )
     assert ("budget.book", DATA, "ledger_mismatch") in old.refusals()
 
 

@@ -1,4 +1,4 @@
-"""Many LoRA adapters in one stream: each row as if its adapter were alone on the model."""
+"""Tests many LoRA adapters in one stream: each row is as if its adapter were alone on the model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Drawing tokens and turning them into text, without Ray."""
+"""Tests drawing tokens and turning them into text, without Ray."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from actors.engine.session import Session
-from actors.sampling.drawing import draw, penalised, uniform
+from actors.sampling.drawing import draw, penalized, uniform
 from actors.sampling.engine import SlotEngine
+from actors.sampling.grammar import Grammars
 from actors.sampling.requests import Token, TokenRequest
 from actors.sampling.text import Completions, join
+from support import chat_models
+from support.fakes import make_tokenizer
 from support.helpers import examples, session
 from support.sampling import cut
 from tg_tinker import InvalidRequestError, OptimizerConfig
+from tg_tinker.data.chat import render_prompt
 from tg_tinker.data.text import encode_prompt, load_tokenizer
 from tg_tinker.sampling import SamplingParams, check_prompts
 from tg_tinker.types import Sample, StreamChunk
@@ -41,7 +46,7 @@ def tokenizer(trained: Session) -> Any:
 
 
 def run(engine: SlotEngine, prompts: list[list[int]], params: SamplingParams) -> list[list[Token]]:
-    """The tokens of each completion of each prompt, prompt by prompt."""
+    """Returns the tokens of each completion of each prompt, prompt by prompt."""
     count = params.num_completions
     found: list[list[Token]] = [[] for _ in range(count * len(prompts))]
     for i, prompt in enumerate(prompts):
@@ -58,7 +63,7 @@ def run(engine: SlotEngine, prompts: list[list[int]], params: SamplingParams) ->
 def stream_chunks(
     engine: Any, tokenizer: Any, prompts: list[str], params: SamplingParams, version: str = ""
 ) -> Iterator[StreamChunk]:
-    """What the replica does, in one thread."""
+    """Yields the chunks as the replica does, in one thread."""
     call = Completions(tokenizer, prompts, params, version)
     engine.submit_all(call.requests)
     while call.open:
@@ -133,7 +138,7 @@ def test_top_k_1_and_tiny_top_p_are_greedy(trained: Session) -> None:
 
 
 def draws(logits: list[float], params: SamplingParams, count: int = 5_000) -> torch.Tensor:
-    """Frequencies of tokens over many draws."""
+    """Returns the frequencies of tokens over many draws."""
     scores = torch.tensor(logits)
     drawn = [draw(scores, params, uniform(0, 0, 0, step)) for step in range(count)]
     return torch.bincount(torch.tensor(drawn), minlength=len(logits)) / count
@@ -172,13 +177,74 @@ def test_top_p_is_applied_to_what_top_k_left() -> None:
     assert (found > 0).tolist() == [True, False, False, False]
 
 
+def test_min_p_keeps_the_tokens_near_the_most_probable_one() -> None:
+    logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().tolist()
+    for min_p, kept in ((0, 4), (0.09, 4), (0.11, 3), (0.29, 3), (0.31, 2), (0.61, 1), (1, 1)):
+        for others in ({}, {"top_k": 4}, {"top_p": 0.9999}, {"top_k": 3, "top_p": 0.9999}):
+            most = min(kept, others.get("top_k", 4))  # type: ignore[call-overload]
+            params = SamplingParams(min_p=min_p, **others)  # type: ignore[arg-type]
+            found = draws(logits, params, count=500)
+            assert int((found > 0).sum()) == most, (min_p, others)
+    cold = draws(logits, SamplingParams(min_p=0.3, temperature=0.5))  # 0.09 to 0.25 is 0.36
+    assert (cold > 0).tolist() == [False, True, False, True]
+
+
+def test_a_logit_bias_is_added_before_everything_else() -> None:
+    logits = torch.tensor([2.0, -2.0, 1.0, 0.5])
+    params = SamplingParams(logit_bias={1: 3, 2: -0.5}, repetition_penalty=2.0)
+    found = penalized(logits, [1], [2], params)
+    assert found.tolist() == pytest.approx([2.0, 0.5, 0.25, 0.5])
+    assert logits.tolist() == [2.0, -2.0, 1.0, 0.5]
+
+
+def test_a_logit_bias_forces_and_bans_tokens_and_leaves_logprobs_alone(trained: Session) -> None:
+    (plain,) = generated(trained, [[65, 66]], GREEDY)
+    forced = SamplingParams(max_tokens=4, temperature=0.0, logit_bias={90: 100})
+    (row,) = generated(trained, [[65, 66]], forced)
+    assert ids(row) == [90] * 4
+    assert row[0].logprob < plain[0].logprob
+    first = ids(plain)[0]
+    without = SamplingParams(max_tokens=20, temperature=1.0, logit_bias={first: -100}, seed=1)
+    assert first not in ids(generated(trained, [[65, 66]], without)[0])
+    (again,) = generated(trained, [[65, 66]], GREEDY)
+    assert ids(again) == ids(plain)
+
+
+def test_a_logit_bias_outside_the_vocabulary_is_refused(trained: Session) -> None:
+    with pytest.raises(InvalidRequestError, match=r"logit_bias has a token outside \[0, 259\)"):
+        generated(trained, [[65]], SamplingParams(8, logit_bias={1: 1, 259: 1}))
+
+
+def test_without_the_library_a_schema_is_refused_with_what_to_install(
+    trained: Session, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    grammars = Grammars(tokenizer, trained.base.vocab_size, trained.base.eos_ids)
+    with pytest.raises(InvalidRequestError, match=r"install 'tg-tinker\[structured\]'"):
+        grammars.compiled({"type": "object"})
+
+
+def test_draws_with_a_seed_are_those_of_the_first_release(trained: Session) -> None:
+    """Users have kept the seeds of their results."""
+    scores = torch.arange(50).float().mul(0.7).sin().mul(3)
+    for values, expected in (
+        ({}, [12, 39, 27, 29, 29, 38, 37, 47, 12, 48]),
+        ({"temperature": 0.7, "top_p": 0.9}, [20, 30, 2, 2, 3, 21, 21, 46, 20, 19]),
+        ({"top_k": 9}, [29, 3, 20, 11, 11, 2, 2, 12, 29, 21]),
+        ({"top_k": 9, "top_p": 0.6, "temperature": 1.3}, [38, 20, 29, 29, 29, 20, 20, 11, 38, 11]),
+    ):
+        params = SamplingParams(**values)  # type: ignore[arg-type]
+        found = [draw(scores, params, uniform(7, 0, 0, step)) for step in range(10)]
+        assert found == expected
+
+
 def test_penalties_are_those_of_their_definitions() -> None:
     logits = torch.tensor([2.0, -2.0, 1.0, 0.5, 0.0])
     params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
-    found = penalised(logits, [0, 1], [2, 2, 3], params)
+    found = penalized(logits, [0, 1], [2, 2, 3], params)
     assert found.tolist() == pytest.approx([2.0, -2.0, 1 - 0.5 - 0.5, 0.5 - 0.75, 0.0])
     params = SamplingParams(repetition_penalty=2.0)
-    found = penalised(logits, [0, 1], [2, 2, 3], params)
+    found = penalized(logits, [0, 1], [2, 2, 3], params)
     assert found.tolist() == pytest.approx([1.0, -4.0, 0.5, 0.25, 0.0])
     assert logits[0] == 2.0
 
@@ -194,7 +260,7 @@ def test_repetition_penalty_equals_transformers(trained: Session) -> None:
 
 
 class Script(SlotEngine):
-    """An engine that says what it is told, one token per step for every request."""
+    """An engine that returns given tokens, one per step for every request."""
 
     def __init__(self, *texts: list[int], eos: int | None = None) -> None:
         self.texts = texts
@@ -233,6 +299,12 @@ def test_stop_sequence_over_tokens_ends_one_row_and_is_not_emitted(tokenizer: An
     assert not any("S" in c.text for c in chunks)
 
 
+def test_stop_sequences_are_bounded_together() -> None:
+    assert SamplingParams(stop_sequences=("a" * 2048, "b" * 2048))
+    with pytest.raises(InvalidRequestError, match="more than 4096 characters"):
+        SamplingParams(stop_sequences=("a" * 2048, "b" * 2049))
+
+
 def test_an_unfinished_stop_sequence_is_text(tokenizer: Any) -> None:
     script = Script(tokenizer("am Ende STO")["input_ids"])
     (one,) = sample(script, tokenizer, ["a"], SamplingParams(stop_sequences=("STOP",)))
@@ -260,8 +332,12 @@ def test_chunks_hold_whole_characters(tokenizer: Any) -> None:
 def test_the_streaming_law(
     tokenizer: Any, scripts: list[list[int]], stops: list[str], data: st.DataObject
 ) -> None:
-    """Joined chunks = the answer without streaming = all tokens decoded, cut at the first stop:
-    for any bytes, whole characters or not, special tokens, and stops out of the text itself."""
+    """The joined chunks equal the answer without streaming, and equal all tokens decoded and cut
+    at the first stop.
+
+    This holds for any bytes, whole characters or not, for special tokens, and for stops taken from
+    the text itself.
+    """
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in scripts]
     if texts[0]:
         start = data.draw(st.integers(0, len(texts[0]) - 1))
@@ -284,6 +360,33 @@ def test_eos_is_a_token_but_not_text(tokenizer: Any) -> None:
     script = Script([*tokenizer("ja")["input_ids"], 258, 65], eos=258)
     (one,) = sample(script, tokenizer, ["a"], SamplingParams())
     assert (one.completion, one.finish_reason, one.num_tokens) == ("ja", "eos", 3)
+
+
+def test_the_token_that_ends_an_answer_is_no_text_where_the_tokenizer_shows_it() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<end>"])  # An added token that is not special, as in some models.
+    end = tokenizer.convert_tokens_to_ids("<end>")
+    script = Script([*tokenizer("ja")["input_ids"], end], eos=end)
+    (one,) = sample(script, tokenizer, ["a"], SamplingParams())
+    assert (one.completion, one.finish_reason, one.num_tokens) == ("ja", "eos", 3)
+
+
+def test_a_stop_that_is_a_special_token_becomes_a_stop_token(tokenizer: Any) -> None:
+    stops = SamplingParams(stop_sequences=("<|im_start|>", "x"), stop_token_ids=(65,))
+    (request,) = Completions(tokenizer, ["a"], stops).requests
+    assert request.params.stop_token_ids == (65, tokenizer.convert_tokens_to_ids("<|im_start|>"))
+    with pytest.raises(InvalidRequestError, match="special token"):
+        Completions(tokenizer, ["a"], SamplingParams(stop_sequences=("<|im_start|>x",)))
+
+
+def test_a_completion_continues_the_text_of_its_prompt_but_not_of_a_chat() -> None:
+    tokenizer = chat_models.tokenizer("SentencePiece BPE", "llama 2")
+    ids = tokenizer("The key is", add_special_tokens=False)["input_ids"]
+    (one,) = sample(Script(ids), tokenizer, ["Where?"], SamplingParams())
+    assert one.completion == " The key is"
+    prompt = render_prompt(tokenizer, "Where?")
+    (one,) = sample(Script(ids), tokenizer, [prompt], SamplingParams())
+    assert one.completion == "The key is"
 
 
 def test_real_engine_reports_eos(trained: Session) -> None:
@@ -318,9 +421,14 @@ def test_sampling_draws_anew_each_time(trained: Session, tokenizer: Any) -> None
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"max_tokens": 0}, {"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0},
+        {"max_tokens": 0}, {"max_tokens": -1, "prompt_logprobs": True},
+        {"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0},
         {"top_p": 1.1}, {"top_k": 0}, {"num_completions": 0}, {"repetition_penalty": 0},
         {"presence_penalty": 2.5}, {"frequency_penalty": -2.5}, {"stop_sequences": ("",)},
+        {"min_p": -0.1}, {"min_p": 1.1}, {"min_p": float("nan")}, {"logit_bias": [5]},
+        {"logit_bias": {5: 101}}, {"logit_bias": {5: float("nan")}}, {"logit_bias": {-1: 1}},
+        {"logit_bias": {"5": 1}}, {"logit_bias": {5: "1"}}, {"logit_bias": {True: 1}},
+        {"logit_bias": dict.fromkeys(range(1025), 1)},
     ],
 )  # fmt: skip
 def test_parameters_out_of_range_are_named(wrong: dict[str, Any]) -> None:

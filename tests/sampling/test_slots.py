@@ -1,4 +1,4 @@
-"""The sampling engine under company: nobody's tokens depend on who else is served."""
+"""Tests the sampling engine with several requests: no request's tokens depend on the others."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 
 def is_empty(engine: SlotEngine) -> bool:
-    """All slots are free, and hold zeros."""
+    """Returns whether all slots are free and hold zeros."""
     zero = all(not t.any() for pair in engine._slots._layers.values() for t in pair)
     return sorted(engine._free) == list(range(engine._slots.count)) and zero
 
@@ -178,7 +178,7 @@ def test_cancelled_requests_and_completions_leave_at_once(base: Base) -> None:
 
 
 class Broken:
-    """Makes the outputs of one slot's sequence NaN, or a whole forward fail."""
+    """A fault that makes the outputs of one slot's sequence NaN, or a whole forward pass fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, token: int | None = None) -> None:
         real = generation.next_token_logits
@@ -228,7 +228,7 @@ def test_parameters_that_leave_nothing_to_draw_end_their_request_only(base: Base
 def test_a_sequence_without_memory_is_refused_alone(
     base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also of those that come later: slots are as long as before."""
+    """Later sequences run too, because the slots keep their length."""
     engine, params = SlotEngine(base), SamplingParams(max_tokens=6, temperature=0)
     engine._slots._length = 16
     first = Reader([65, 66], params)
@@ -251,7 +251,7 @@ def test_a_sequence_without_memory_is_refused_alone(
 
 
 def test_owners_get_slots_by_turns(base: Base) -> None:
-    """Whoever asks for much waits behind whoever asks for little, not the other way round."""
+    """An owner with many requests waits behind an owner with few, not the other way round."""
     engine, order = SlotEngine(base, 2), []
     params = SamplingParams(max_tokens=3, temperature=0)
     for number, owner in enumerate(["much"] * 5 + ["other", "third"]):

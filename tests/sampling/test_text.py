@@ -1,4 +1,4 @@
-"""Text over tokens: streams say exactly what the whole decoding says, and stops never leak."""
+"""Tests text over tokens: streams yield exactly the decoded whole, and stops never leak."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from support.sampling import cut
-from tg_tinker.data.text import TextStream, encode_prompt, load_tokenizer, read_tokenizer
+from tg_tinker.data.decoding import TextStream
+from tg_tinker.data.text import encode_prompt, load_tokenizer, read_tokenizer
 from tg_tinker.errors import InvalidRequestError
 
 BROKEN = "\ufffd"
@@ -31,12 +32,12 @@ quick = settings(max_examples=100, deadline=None)
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model: Path) -> Any:
-    """Byte level: a character outside ASCII is two to four tokens."""
+    """Returns a byte-level tokenizer: a character outside ASCII is two to four tokens."""
     return load_tokenizer(read_tokenizer(tiny_model))
 
 
 class Pieces:
-    """A tokenizer whose token i is the i-th of these texts: any cut of a text into tokens."""
+    """A tokenizer whose token i is the i-th of these texts, for any cut of a text into tokens."""
 
     def __init__(self, pieces: Sequence[str]) -> None:
         self._pieces = pieces
@@ -46,7 +47,7 @@ class Pieces:
 
 
 def streamed(tokenizer: Any, ids: Sequence[int], stops: Sequence[str] = ()) -> Iterator[str]:
-    """All pieces of a stream, the flushed one last."""
+    """Yields all pieces of a stream; the flushed piece is the last."""
     stream = TextStream(tokenizer, stops)
     for token_id in ids:
         yield stream.push(token_id)
@@ -77,7 +78,7 @@ def test_a_stream_says_the_text_in_whole_characters(tokenizer: Any, text: str) -
 @example(ids=[*range(120, 135)])
 @example(ids=[0xE2] * 3)
 def test_any_tokens_stream_as_they_decode_together(tokenizer: Any, ids: list[int]) -> None:
-    """Also bytes that are no UTF-8, and special tokens in between."""
+    """This includes bytes that are not UTF-8, and special tokens between them."""
     assert "".join(streamed(tokenizer, ids)) == whole(tokenizer, ids)
 
 
@@ -93,6 +94,37 @@ def test_a_character_cut_off_by_the_token_limit_ends_as_it_decodes(tokenizer: An
     assert list(streamed(tokenizer, ids)) == ["a", "", "", "", BROKEN]
 
 
+# In the alphabet of the tokenizer: the four bytes of one character, a letter, a special token.
+F0, X9F, X98, X80, A = 172, 253, 246, 222, 64
+
+
+@quick
+@given(ids=st.lists(st.sampled_from([F0, X9F, X98, X80, A, EOS]), max_size=60))
+@example(ids=[F0] * 30 + [X9F, X98, X80])
+@example(ids=[X80] * 7 + [F0, X9F, X98, X80])
+@example(ids=[A, *[EOS] * 30, F0, *[EOS] * 30, X9F, *[EOS] * 30, X98, X80])
+def test_long_runs_without_a_character_stream_as_they_decode(
+    tokenizer: Any, ids: list[int]
+) -> None:
+    assert tokenizer.decode([F0, X9F, X98, X80, A]) == "\N{GRINNING FACE}a"
+    assert "".join(streamed(tokenizer, ids)) == whole(tokenizer, ids)
+
+
+@pytest.mark.parametrize("piece", [BROKEN, ""], ids=["broken", "no text"])
+def test_tokens_without_a_character_cost_no_more_the_more_there_are(piece: str) -> None:
+    decoded = 0
+
+    class Counted(Pieces):
+        def decode(self, ids: list[int], **options: bool) -> str:
+            nonlocal decoded
+            decoded += len(ids)
+            return super().decode(ids)
+
+    count = 3000
+    assert "".join(streamed(Counted([piece]), [0] * count)) == piece * count
+    assert decoded < 100 * count
+
+
 def test_special_tokens_are_no_text(tokenizer: Any) -> None:
     a, b = tokenizer("ab")["input_ids"]
     assert list(streamed(tokenizer, [a, EOS, b, EOS])) == ["a", "", "b", "", ""]
@@ -103,7 +135,7 @@ def test_an_empty_stream_is_empty(tokenizer: Any) -> None:
 
 
 def test_spaces_that_depend_on_the_tokens_before_are_kept() -> None:
-    """A decoder that drops the space before the first word, as SentencePiece models have."""
+    """The decoder drops the space before the first word, as those of SentencePiece models do."""
 
     class Spaced(Pieces):
         def decode(self, ids: list[int], **options: bool) -> str:
@@ -148,7 +180,7 @@ def test_a_stream_ends_before_the_first_complete_stop_however_the_text_is_cut(
 def test_what_is_out_is_never_part_of_a_stop_that_comes(
     text: str, stops: list[str], borders: set[int]
 ) -> None:
-    """After every token: the text sent so far is certain, and nothing certain is held back."""
+    """After every token, the text sent so far is certain, and nothing certain is held back."""
     tokenizer = cut_into(text, borders)
     stream, sent, read = TextStream(tokenizer, stops), "", ""
     for i, piece in enumerate(tokenizer._pieces):
@@ -219,7 +251,7 @@ def test_after_a_stop_nothing_more_is_said() -> None:
 
 
 def test_a_stop_that_only_the_flush_completes_is_cut(tokenizer: Any) -> None:
-    """The last character is incomplete until the stream ends, and is the stop."""
+    """The last character is incomplete until the stream ends, and it is the stop."""
     ids = tokenizer("a👍")["input_ids"][:-1]
     stream = TextStream(tokenizer, [BROKEN])
     assert [stream.push(i) for i in ids] == ["a", "", "", ""]
@@ -232,7 +264,8 @@ def test_a_stop_that_only_the_flush_completes_is_cut(tokenizer: Any) -> None:
 
 @pytest.fixture(scope="module")
 def starting(tiny_model: Path) -> Any:
-    """The same tokenizer as most models have it: it puts the start token first by itself."""
+    """Returns the same tokenizer, which puts the start token first by itself, as those of most
+    models do."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = load_tokenizer(read_tokenizer(tiny_model))

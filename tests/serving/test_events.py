@@ -1,4 +1,4 @@
-"""Server-sent events: the order of lines, the pulse, and that nothing is left running."""
+"""Tests server-sent events: the order of lines, the pulse, and that no task is left running."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from serve_app.http.events import lines, with_pulse
+from serve_app.http.events import line, lines, with_pulse
 from tg_tinker.errors import DeadlineExceededError
 
 
 class Items:
-    """Yields each number after so many seconds; an exception is raised instead."""
+    """An iterator that yields each number after so many seconds, and raises each exception."""
 
     def __init__(self, *steps: tuple[float, Any]) -> None:
         self.steps, self.ended = steps, False
@@ -61,10 +61,14 @@ def test_leaving_early_ends_the_items_at_once(most: int) -> None:
 
 
 def joined(items: Items, last: Any = lambda: None) -> list[str]:
+    async def written() -> AsyncGenerator[str, None]:
+        async for item in items.run():
+            yield line({"n": item})
+
     async def run() -> list[str]:
-        pulsed = with_pulse(items.run(), 0.05)
+        pulsed = with_pulse(written(), 0.05)
         first = await anext(pulsed)
-        return [part async for part in lines(first, pulsed, lambda item: {"n": item}, last)]
+        return [part async for part in lines(first, pulsed, last)]
 
     return asyncio.run(run())
 

@@ -1,4 +1,4 @@
-"""The sampling server over HTTP, with OpenAI's own client, on a real Serve deployment."""
+"""Tests the sampling server over HTTP, with OpenAI's own client, on a real Serve deployment."""
 
 from __future__ import annotations
 
@@ -17,16 +17,22 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import openai
 import pytest
 import ray
+import torch
+from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from starlette.requests import Request
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from serve_app import application
 from serve_app.http.access import Access, HttpOptions
+from serve_app.http.openai import ChatBody, CompletionBody, SampleBody
+from serve_app.http.refusals import parsed
 from support.http_calls import post
 from support.processes import free_port
 from tg_tinker import (
@@ -61,7 +67,7 @@ def config(model: Path) -> TrainingConfig:
 
 
 @pytest.fixture(scope="module")
-def server(home: Path, tiny_model: Path) -> Iterator[Server]:
+def server(embedded: None, tiny_model: Path) -> Iterator[Server]:
     with ServiceClient(address="local") as service:
         key, _ = service.create_api_key("tests")
         url = service.serve_http(str(tiny_model), port=free_port(), max_concurrent=40)
@@ -159,7 +165,14 @@ def test_stop_echo_and_token_prompts(server: Server, client: openai.OpenAI) -> N
 def test_models_are_the_base_the_runs_and_the_artifacts(
     server: Server, client: openai.OpenAI
 ) -> None:
-    assert {model.id for model in client.models.list()} == {"base", server.tc.id, server.artifact}
+    listed = {model.id: model for model in client.models.list()}
+    assert set(listed) == {"base", server.tc.id, server.artifact}
+    for name, model in listed.items():
+        assert client.models.retrieve(name) == model
+    for name in ("nobody", "base@1", f"{server.tc.id}@1", f"{server.tc.id}/x", "a/b", "modèle"):
+        with pytest.raises(openai.NotFoundError, match="there is no model") as refused:
+            client.models.retrieve(name)
+        assert refused.value.type == "invalid_request_error"
 
 
 def test_an_artifact_a_step_and_the_latest_answer_as_asked(
@@ -170,7 +183,8 @@ def test_an_artifact_a_step_and_the_latest_answer_as_asked(
         return found.choices[0].text, found.system_fingerprint
 
     def scores(model: str) -> list[float]:
-        """Texts may be equal where weights are not: bytes that are no text all look alike."""
+        """Returns log-probabilities: texts may be equal where weights differ, because bytes that
+        are no text all look alike."""
         found = client.completions.create(
             model=model, prompt="abc", max_tokens=9, temperature=0, logprobs=1
         )
@@ -239,17 +253,37 @@ def test_our_own_route_scores_prompts(server: Server) -> None:
     assert [len(s["prompt_logprobs"]) for s in found["samples"]] == [3, 3, 2, 2]
     assert found["samples"][0]["prompt_logprobs"][0] is None
     assert all(len(s["token_ids"]) == len(s["top_logprobs"]) > 0 for s in found["samples"])
+    for sample in found["samples"]:
+        none, *tops = sample["prompt_top_logprobs"]
+        assert none is None
+        assert len(tops) == len(sample["prompt_logprobs"]) - 1
+        for score, ((_, best),) in zip(sample["prompt_logprobs"][1:], tops, strict=True):
+            assert score <= best
+    status, alone, _ = post(
+        f"{server.url}/sample", server.key,
+        {"model": server.tc.id, "prompts": "abc", "max_tokens": 0, "prompt_logprobs": True},
+    )  # fmt: skip
+    assert status == 200
+    assert (alone["samples"][0]["token_ids"], alone["samples"][0]["completion"]) == ([], "")
+    assert len(alone["samples"][0]["prompt_logprobs"]) == 3
+    assert alone["samples"][0]["prompt_top_logprobs"] is None
     assert found["weights_version"].startswith(f"{server.tc.id}@")
 
 
 # --- what is refused -----------------------------------------------------------------------------
 
+ECHO = {"max_tokens": 0, "echo": True}
+SCORES = {"max_tokens": 0, "prompt_logprobs": True}
+MANY = ["a" * 127] * 128
+SECRET = "PATIENT-4711"
+
 
 @pytest.mark.parametrize(
     ("route", "body", "status", "told"),
     [
-        ("completions", {"best_of": 3}, 400, "best_of: not supported"),
-        ("completions", {"logit_bias": {"5": 1}}, 400, "logit_bias: not supported"),
+        ("completions", {"best_of": 2, "n": 3}, 400, "best_of: must be at least n"),
+        ("completions", {"best_of": 64, "prompt": ["a"] * 3}, 400, "128 completions of one"),
+        ("completions", {"logit_bias": {"259": 1}}, 400, "logit_bias has a token outside"),
         ("completions", {"temperature": "hot"}, 400, "temperature"),
         ("completions", {"temperature": -1}, 400, "temperature"),
         ("completions", {"n": 1000}, 400, "n"),
@@ -266,15 +300,22 @@ def test_our_own_route_scores_prompts(server: Server) -> None:
         ("completions", {"max_tokens": 126}, 400, "context of 128"),
         ("completions", {"prompt": []}, 400, "prompt"),
         ("completions", {"prompt": [[]]}, 400, "prompt"),
-        ("completions", {"prompt": [900]}, 400, "in \\[0, 259\\)"),
-        ("completions", {"stop": [str(i) for i in range(17)]}, 400, "stop: at most 16"),
-        ("completions", {"seed": -1}, 400, "seed"),
+        ("completions", {"prompt": [900]}, 400, "outside \\[0, 259\\)"),
+        ("completions", {"stop": [str(i) for i in range(17)]}, 400, "stop: .*at most 16"),
+        ("completions", {"seed": -2}, 400, "seed"),
         ("completions", {"seed": 10**30}, 400, "seed"),
-        ("completions", {"prompt": ["a"] * 50, "n": 3}, 400, "128 of one request"),
+        ("completions", {"prompt": ["a"] * 50, "n": 3}, 400, "128 completions of one request"),
         ("completions", {"repetition_penalty": 1e-39, "top_p": 0.5}, 400, "repetition_penalty"),
         ("completions", {"stop_token_ids": [*range(17)]}, 400, "stop_token_ids"),
         ("completions", {"stream_options": {}}, 400, "needs stream"),
-        ("completions", {"echo": True, "logprobs": 0}, 400, "echo: with logprobs"),
+        ("completions", {"echo": True, "logprobs": 21}, 400, "logprobs"),
+        ("completions", {"max_tokens": 0, "logprobs": 1}, 400, "set echo=true"),
+        ("completions", {"max_tokens": -1, "echo": True}, 400, "max_tokens"),
+        ("completions", ECHO | {"prompt": "a" * 129}, 400, "context of 128"),
+        ("completions", ECHO | {"prompt": [900]}, 400, "outside \\[0, 259"),
+        ("completions", ECHO | {"prompt": MANY, "logprobs": 20}, 400, "send fewer prompts"),
+        ("sample", SCORES | {"prompts": MANY, "top_logprobs": 20}, 400, "send fewer prompts"),
+        ("sample", {"max_tokens": 0}, 400, "or 0 with prompt_logprobs"),
         ("chat/completions", {"max_tokens": 0}, 400, "max_tokens"),
         ("completions", {"model": "nobody"}, 404, "no model"),
         ("completions", {"model": "base@1"}, 404, "no model"),
@@ -282,7 +323,7 @@ def test_our_own_route_scores_prompts(server: Server) -> None:
         ("chat/completions", {"messages": []}, 400, "messages"),
         ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, 400, "role"),
         ("chat/completions", {"top_logprobs": 2}, 400, "needs logprobs"),
-        ("chat/completions", {"tools": []}, 400, "tools: not supported"),
+        ("chat/completions", {"tools": [{"type": "function"}]}, 400, "tools: not supported"),
         ("sample", {"prompts": [], "prompt": None}, 400, "prompt"),
     ],
 )
@@ -301,12 +342,14 @@ def test_what_is_wrong_is_named(
 
 
 def test_errors_repeat_no_text(server: Server) -> None:
-    secret = "PATIENT-4711"
+    secret = SECRET
     for body in (
         {"model": "base", "prompt": secret * 50, "max_tokens": 50},
         {"model": "base", "prompt": {"text": secret}},
         {"model": "base", "prompt": "a", "stop": secret, "surprise": secret},
         {"model": "base", "messages": [{"role": secret, "content": secret}]},
+        {"model": "base", "tools": [secret], "suffix": secret, "user": [secret]},
+        {"model": "base", "metadata": secret, "response_format": {"type": secret}},
         b'{"model": "base", "prompt": "' + secret.encode(),
     ):
         for route in ("completions", "chat/completions", "sample"):
@@ -330,8 +373,214 @@ def test_what_openai_calls_nullable_may_be_null(client: openai.OpenAI) -> None:
     assert client.chat.completions.create(model="base", messages=asked, **nothing).choices
 
 
+def test_fields_that_ask_for_nothing_change_no_answer(client: openai.OpenAI) -> None:
+    nothing: dict[str, Any] = {
+        "metadata": {"job": "7"}, "modalities": ["text"], "parallel_tool_calls": True,
+        "response_format": {"type": "text"}, "safety_identifier": "me", "service_tier": "auto",
+        "store": False, "tool_choice": "none", "tools": [], "functions": [], "user": "me",
+        "logit_bias": {}, "verbosity": "medium", "prompt_cache_key": "here", "prediction": None,
+    }  # fmt: skip
+    named: Any = {"role": "user", "content": "hi", "name": "Ada"}
+    plain: Any = {"role": "user", "content": "hi"}
+    asked: dict[str, Any] = {"model": "base", "max_tokens": 9, "temperature": 0}
+    alone = client.chat.completions.create(messages=[plain], **asked).choices[0].message.content
+    found = client.chat.completions.create(messages=[named], **asked, **nothing)
+    assert found.choices[0].message.content == alone
+    whole = client.completions.create(prompt="abc", **asked).choices[0].text
+    more: Any = {"extra_body": nothing, "best_of": 1, "suffix": "", "seed": -1}
+    assert client.completions.create(prompt="abc", **asked, **more).choices[0].text == whole
+
+
+def of_the_model(model: Path, ids: list[int]) -> torch.Tensor:
+    """Returns the log-probabilities at every place of a text, by transformers alone: [T, V]."""
+    loaded = LlamaForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        return torch.log_softmax(loaded(torch.tensor([ids])).logits[0], -1)
+
+
+def likelihood(choice: Any, context: int) -> tuple[float, bool]:
+    """Reads the score of a continuation, and whether greedy sampling would have said it, as
+    evaluation programs do: they ask for one token more, and leave it out."""
+    scores = choice.logprobs.token_logprobs[context:-1]
+    best = [max(top.values()) for top in choice.logprobs.top_logprobs[context:-1]]
+    return sum(scores), scores == best
+
+
+def test_continuations_are_scored_as_evaluation_programs_ask(
+    server: Server, client: openai.OpenAI, tiny_model: Path
+) -> None:
+    context = server.tc.tokenizer("Once upon")["input_ids"]
+    loaded = LlamaForCausalLM.from_pretrained(tiny_model)
+    whole = loaded.generate(torch.tensor([context]), max_new_tokens=6, do_sample=False)
+    greedy = whole[0, len(context) :].tolist()
+    asked: dict[str, Any] = {"model": "base", "logprobs": 1, "echo": True, "seed": 1234}
+    prompts = [[*context, *greedy], [*context, *range(60, 100)], [*context, *greedy[:-1], 7]]
+    found = client.completions.create(prompt=prompts, max_tokens=1, temperature=0, **asked)
+    for choice, prompt in zip(found.choices, prompts, strict=True):
+        rows = of_the_model(tiny_model, prompt)[len(context) - 1 : -1]
+        said = torch.tensor(prompt[len(context) :])
+        expected = float(rows.gather(1, said[:, None]).sum())
+        total, is_greedy = likelihood(choice, len(context))
+        assert total == pytest.approx(expected, abs=1e-3)
+        assert is_greedy == bool((rows.argmax(-1) == said).all())
+    assert [likelihood(choice, len(context))[1] for choice in found.choices] == [True, False, False]
+
+
+@pytest.mark.parametrize("kind", ["text", "ids"])
+@pytest.mark.parametrize("limit", [0, 3])
+def test_prompts_are_scored_whole_and_streamed(
+    server: Server, client: openai.OpenAI, kind: str, limit: int
+) -> None:
+    texts = ["a\N{OTTER}<|im_start|>b", "x", "y" * (128 - limit)]
+    ids = [server.tc.tokenizer(text)["input_ids"] for text in texts]
+    prompt: Any = texts if kind == "text" else ids
+    asked: dict[str, Any] = {
+        "model": "base", "prompt": prompt, "max_tokens": limit, "logprobs": 2, "echo": True,
+        "temperature": 0, "n": 2,
+    }  # fmt: skip
+    whole = client.completions.create(**asked)
+    assert whole.usage.completion_tokens == sum(
+        len(choice.logprobs.tokens) - len(ids[i // 2]) for i, choice in enumerate(whole.choices)
+    )
+    assert whole.usage.prompt_tokens == sum(map(len, ids))
+    for i, choice in enumerate(whole.choices):
+        text, found = texts[i // 2], choice.logprobs
+        shown = text if kind == "text" else text.replace("<|im_start|>", "")
+        assert choice.text[: len(shown)] == shown
+        if limit == 0:
+            assert (choice.text, choice.finish_reason) == (shown, "length")
+            assert len(found.tokens) == len(ids[i // 2])
+        assert found.token_logprobs[0] is found.top_logprobs[0] is None
+        assert all(
+            top[name] == score
+            for name, score, top in zip(
+                found.tokens[1:], found.token_logprobs[1:], found.top_logprobs[1:], strict=True
+            )
+        )
+        assert {len(top) for top in found.top_logprobs[1:]} <= {2, 3}
+        for name, place in zip(found.tokens, found.text_offset, strict=True):
+            hidden = name.startswith(("bytes:", "<|")) and not choice.text[place:].startswith(name)
+            assert hidden or choice.text[place:].startswith(name)
+    joined: dict[int, dict[str, Any]] = {}
+    for event in client.completions.create(**asked, stream=True):
+        (part,) = event.choices
+        one = joined.setdefault(part.index, {"text": ""})
+        one["text"] += part.text
+        for name, values in part.logprobs.to_dict().items():
+            one[name] = [*one.get(name, []), *values]
+    for choice in whole.choices:
+        assert joined[choice.index] == {"text": choice.text, **choice.logprobs.to_dict()}
+
+
+def test_an_echo_without_scores_draws_nothing_either(client: openai.OpenAI) -> None:
+    found = client.completions.create(model="base", prompt="abc", max_tokens=0, echo=True)
+    assert (found.choices[0].text, found.choices[0].logprobs) == ("abc", None)
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (3, 0)
+
+
+def test_biases_and_the_best_of_many_reach_the_engine(client: openai.OpenAI) -> None:
+    talk: Any = [{"role": "user", "content": "hi"}]
+    asked: dict[str, Any] = {"model": "base", "max_tokens": 4, "logit_bias": {"90": 100}}
+    assert client.completions.create(prompt="abc", **asked).choices[0].text == "{{{{"
+    said = client.chat.completions.create(messages=talk, **asked).choices[0].message
+    assert said.content == "{{{{"
+    drawn: dict[str, Any] = {
+        "model": "base", "prompt": ["abc", "x"], "max_tokens": 5, "seed": 3, "logprobs": 0,
+    }  # fmt: skip
+    every = client.completions.create(n=4, **drawn)
+
+    def mean(choice: Any) -> float:
+        found = choice.logprobs.token_logprobs
+        return sum(found) / len(found)
+
+    expected = [sorted(every.choices[at : at + 4], key=mean, reverse=True)[:2] for at in (0, 4)]
+    found = client.completions.create(n=2, best_of=4, **drawn)
+    assert [c.text for c in found.choices] == [c.text for two in expected for c in two]
+    assert [c.index for c in found.choices] == [0, 1, 2, 3]
+    assert found.usage == every.usage
+
+
+class Verdict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["good", "bad"]
+    sure: bool
+    why: list[Literal["price", "taste"]] = Field(max_length=2)
+
+
+def test_answers_follow_a_schema(server: Server, client: openai.OpenAI) -> None:
+    pytest.importorskip("llguidance", reason="tg-tinker[structured] is not installed")
+    talk: list[Any] = [{"role": "user", "content": "hi"}]
+    asked: dict[str, Any] = {"model": server.tc.id, "max_tokens": 100, "temperature": 1.5}
+    for seed in range(4):
+        said = client.chat.completions.parse(
+            messages=talk, response_format=Verdict, seed=seed, **asked
+        ).choices[0]  # fmt: skip
+        assert said.finish_reason == "stop"
+        assert said.message.parsed == Verdict.model_validate_json(said.message.content)
+    form: Any = {
+        "type": "json_schema",
+        "json_schema": {"name": "verdict", "schema": Verdict.model_json_schema(), "strict": None},
+    }
+    events = client.chat.completions.create(
+        messages=talk, response_format=form, stream=True, **asked
+    )
+    assert Verdict.model_validate_json("".join(e.choices[0].delta.content for e in events))
+    found = client.completions.create(
+        prompt=["a", "b"], n=3, extra_body={"response_format": form}, **asked
+    )
+    assert all(Verdict.model_validate_json(choice.text) for choice in found.choices)
+    anything = client.chat.completions.create(
+        messages=talk, response_format={"type": "json_object"}, seed=1, **asked
+    ).choices[0]  # fmt: skip
+    assert anything.message.content.startswith("{")
+    if anything.finish_reason == "stop":
+        assert isinstance(json.loads(anything.message.content), dict)
+    body = {"model": "base", "prompts": "a", "max_tokens": 4, "json_schema": {"enum": [1, 2]}}
+    status, own, _ = post(f"{server.url}/sample", server.key, body)
+    assert (status, own["samples"][0]["completion"] in ("1", "2")) == (200, True)
+
+
+@pytest.mark.parametrize(
+    ("form", "told"),
+    [
+        ({"type": "json_schema"}, "must be sent with type json_schema"),
+        ({"type": "json_object", "json_schema": {"schema": {}}}, "and only then"),
+        ({"type": "json_schema", "json_schema": {"name": "x"}}, "json_schema.schema: Field req"),
+        ({"type": "json_schema", "json_schema": {"schema": [1]}}, "json_schema.schema"),
+        ({"type": "json_schema", "json_schema": {"schema": {}, "more": 1}}, "more: not supported"),
+        ({"type": "grammar"}, "response_format.type"),
+        ({"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 40_000]}}}, "32768"),
+        ({"type": "json_schema", "json_schema": {"schema": {"multipleOf": 997}}}, "power of ten"),
+        ({"type": "json_schema", "json_schema": {"schema": {"not": {"const": SECRET}}}}, "follow"),
+        ({"type": "json_schema", "json_schema": {"schema": {"type": SECRET}}}, "follow"),
+        ({"type": "json_schema", "json_schema": {"schema": {"pattern": f"{SECRET}("}}}, "pattern"),
+    ],
+)
+def test_a_wrong_form_of_answers_is_named(server: Server, form: Any, told: str) -> None:
+    pytest.importorskip("llguidance", reason="tg-tinker[structured] is not installed")
+    talk = [{"role": "user", "content": "hi"}]
+    for route, rest in (("chat/completions", {"messages": talk}), ("completions", {"prompt": "a"})):
+        body = {"model": "base", "response_format": form, **rest}
+        status, answer, _ = post(f"{server.url}/{route}", server.key, body)
+        assert status == 400
+        assert told in answer["error"]["message"]
+        assert SECRET not in json.dumps(answer)
+
+
+def test_an_answer_of_the_client_is_taken_back_as_a_message(client: openai.OpenAI) -> None:
+    """Programs append what they got, with all its empty fields."""
+    talk: list[Any] = [{"role": "user", "content": "hi"}]
+    asked: dict[str, Any] = {"model": "base", "max_tokens": 3}
+    got = client.chat.completions.create(messages=talk, **asked).choices[0].message
+    for form in (got, got.model_dump(), {**got.model_dump(), "annotations": [], "tool_calls": []}):
+        said: Any = form
+        more: Any = {"role": "user", "content": "and?"}
+        assert client.chat.completions.create(messages=[*talk, said, more], **asked).choices
+
+
 def test_a_chat_without_a_limit_takes_what_is_left(server: Server) -> None:
-    """The context is 128: there is no room for the 256 tokens of a long one."""
+    """The context is 128, so the default of 256 tokens does not fit."""
     asked = {"model": "base", "messages": [{"role": "user", "content": "a" * 60}]}
     status, found, _ = post(f"{server.url}/chat/completions", server.key, asked)
     assert status == 200
@@ -339,7 +588,7 @@ def test_a_chat_without_a_limit_takes_what_is_left(server: Server) -> None:
 
 
 def test_nobody_without_a_key_has_a_body_read(server: Server) -> None:
-    """Half-sent requests would else hold all places until their senders go."""
+    """Otherwise half-sent requests would occupy all places until their senders close them."""
     host, _, port = server.url.removeprefix("http://").removesuffix("/v1").partition(":")
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 1000\r\n\r\n"
     with socket.create_connection((host, int(port)), timeout=20) as half_sent:
@@ -402,9 +651,12 @@ def test_a_key_for_one_artifact_opens_no_other_model(server: Server) -> None:
     scoped = openai.OpenAI(base_url=server.url, api_key=key, max_retries=0)
     assert {model.id for model in scoped.models.list()} == {"base", server.artifact}
     assert scoped.completions.create(model=server.artifact, prompt="a", max_tokens=1)
+    assert scoped.models.retrieve(server.artifact).id == server.artifact
     for other in (server.tc.id, f"{server.tc.id}@1", "never-was"):
         with pytest.raises(openai.NotFoundError, match="there is no model"):
             scoped.completions.create(model=other, prompt="a", max_tokens=1)
+        with pytest.raises(openai.NotFoundError, match="there is no model"):
+            scoped.models.retrieve(other)
 
 
 def test_tenants_can_neither_see_nor_name_each_others_models(
@@ -431,17 +683,21 @@ def test_an_address_that_others_reach_needs_a_key(tiny_model: Path, server: Serv
 
 
 def keyless(wanted: Callable[[], bool]) -> Any:
-    """A registry that has met every store, and wants a key or none."""
+    """Returns a registry that has been compared with every store, and requires a key or not."""
     return SimpleNamespace(
         api_keys=SimpleNamespace(wanted=lambda _: wanted()),
         heads=SimpleNamespace(met=lambda *_: True),
     )
 
 
+def sent_to(host: str) -> Request:
+    return Request({"type": "http", "headers": [(b"host", host.encode())]})
+
+
 def test_an_open_server_answers_until_there_is_a_key() -> None:
-    """The rule itself, on the class: a second server would need a second address."""
+    """This tests the rule on the class, because a second server would need a second address."""
     known: list[str] = []
-    asked: Any = SimpleNamespace(headers={"host": "localhost:8000"})
+    asked = sent_to("localhost:8000")
     registry = keyless(lambda: bool(known))
     access = Access(registry, HttpOptions(open=True), "nowhere")
     assert asyncio.run(access.caller(asked)).tenant == "default"
@@ -454,11 +710,12 @@ def test_an_open_server_answers_until_there_is_a_key() -> None:
 def test_an_open_server_knows_only_the_names_of_this_machine() -> None:
     registry = keyless(lambda: False)
     access = Access(registry, HttpOptions(open=True), "nowhere")
-    for host in ("localhost:8000", "127.0.0.1", "[::1]:80"):
-        asked: Any = SimpleNamespace(headers={"host": host})
+    for host in ("localhost:8000", "127.0.0.1", "[::1]:80", "[::1]", "LocalHost.:8000"):
+        asked = sent_to(host)
         assert asyncio.run(access.caller(asked)).key_id == "open"
-    for host in ("evil.example", "localhost.evil.example:8000", ""):
-        asked = SimpleNamespace(headers={"host": host})
+    for host in ("evil.example", "localhost.evil.example:8000", "127.evil.example", "0.0.0.0",
+                 "127.0.0.1.evil.example:8000", "127.0.0.1@evil.example", "[::1", ""):  # fmt: skip
+        asked = sent_to(host)
         with pytest.raises(AccessDeniedError):
             asyncio.run(access.caller(asked))
 
@@ -477,6 +734,26 @@ def test_another_address_than_the_running_one_is_refused(server: Server, tiny_mo
         server.service.serve_http(str(tiny_model), port=free_port())
     assert post(f"{server.url}/completions", server.key,
                 {"model": "base", "prompt": "a", "max_tokens": 1})[0] == 200  # fmt: skip
+
+
+BODIES = {
+    "prompt": (CompletionBody, '{"model": "base", "prompt": "4711 HALF"}'),
+    "prompts": (CompletionBody, '{"model": "base", "prompt": ["a", "4711 HALF"]}'),
+    "stop": (CompletionBody, '{"model": "base", "prompt": "a", "stop": ["4711 HALF"]}'),
+    "model": (CompletionBody, '{"model": "4711 HALF", "prompt": "a"}'),
+    "native": (SampleBody, '{"model": "base", "prompts": ["4711 HALF"]}'),
+    "chat": (ChatBody, '{"model": "base", "messages": [{"role": "user", "content": "4711 HALF"}]}'),
+}
+
+
+@pytest.mark.parametrize("half", [rb"\ud83d", b"\xff", b"\xed\xa0\xbd"])
+@pytest.mark.parametrize("field", BODIES)
+def test_half_a_character_in_a_body_is_refused_and_not_repeated(field: str, half: bytes) -> None:
+    kind, body = BODIES[field]
+    with pytest.raises(InvalidRequestError) as caught:
+        parsed(kind, body.encode().replace(b"HALF", half))
+    assert "4711" not in str(caught.value)
+    assert parsed(kind, body.encode().replace(b"HALF", rb"\ud83d\ude00")).model
 
 
 # --- load ----------------------------------------------------------------------------------------
@@ -556,7 +833,7 @@ def test_sample_and_chat_talk_to_the_server(server: Server) -> None:
     assert talk.exit_code == 0
     wrong = CliRunner().invoke(main, ["sample", "abc", "--url", server.url, "--key", "no"])
     assert wrong.exit_code == 1
-    assert "opens nothing" in wrong.output
+    assert "gives no access" in wrong.output
     nowhere = CliRunner().invoke(
         main, ["sample", "abc", "--url", f"http://127.0.0.1:{free_port()}/v1"]
     )

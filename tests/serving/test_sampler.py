@@ -1,4 +1,5 @@
-"""Sampling beside training: a real cluster, a real Serve application, several runs on one base."""
+"""Tests sampling beside training: a real cluster, a real Serve application, several runs on one
+base model."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.engine.model import Base
 from actors.sampling.engine import SlotEngine
@@ -18,8 +21,9 @@ from actors.sampling.snapshots import opened, take
 from serve_app.replica import engines as serve_engines
 from serve_app.replica.engines import Engines, EngineThread
 from serve_app.replica.replica import Replica
+from support.families import make_family
 from support.helpers import examples, session
-from support.models import make_model
+from support.models import make_tokenizer
 from support.sampling import Reader, alone
 from tg_tinker import (
     InternalError,
@@ -194,7 +198,7 @@ def test_whoever_waits_is_told_when_the_device_is_dead(base: Base) -> None:
 
 
 class Gone:
-    """`Sources`, of which these artifacts were deleted."""
+    """A `Sources` of which these artifacts are deleted."""
 
     def __init__(self, *names: str) -> None:
         self._names = names
@@ -377,17 +381,49 @@ def test_many_streams_cancels_and_bad_requests_do_not_disturb_each_other(
             assert all(pool.map(lambda job: job(0), work))
 
 
+def with_tokenizer(family: str, folder: Path) -> Path:
+    model = make_family(family, folder / family)
+    make_tokenizer(model)
+    return model
+
+
 @pytest.mark.slow
-def test_a_model_that_cannot_be_sampled_says_so_at_once(
+def test_a_model_that_cannot_be_sampled_says_so_when_the_client_is_created(
     service: ServiceClient, tmp_path: Path
 ) -> None:
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4,
-            "long_factor": [4.0] * 4, "factor": 4.0,
-            "original_max_position_embeddings": 32}  # fmt: skip
-    with create(service, make_model(tmp_path / "rope", rope_parameters=rope)) as tc:
-        with pytest.raises(InvalidRequestError, match="trained, not sampled"):
+    model = with_tokenizer("bert", tmp_path)
+    with pytest.warns(UserWarning, match="trained but not sampled") as warned:
+        tc = create(service, model, lora_config=LoRAConfig(target_modules=("query",)))
+    assert {w.filename for w in warned if "not sampled" in str(w.message)} == {__file__}
+    with tc:
+        with pytest.raises(InvalidRequestError, match="trained but not sampled"):
             tc.sample("abc", **GREEDY)
-        with pytest.raises(InvalidRequestError, match="trained, not sampled"):
+        with pytest.raises(InvalidRequestError, match="trained but not sampled"):
             tc.sample_stream("abc")
         step(tc)
         assert torch.isfinite(torch.tensor(tc.forward_backward(ROWS).result().loss))
+
+
+@pytest.mark.slow
+def test_a_model_without_streams_is_sampled_with_its_adapter(
+    service: ServiceClient, tmp_path: Path
+) -> None:
+    model = with_tokenizer("bloom", tmp_path)
+    lora = LoRAConfig(rank=8, target_modules="all-linear")
+    with create(service, model, lora_config=lora) as tc:
+        first = tc.sample(["abc", "de"], num_completions=2, **GREEDY).samples
+        step(tc)
+        later = tc.sample(["abc", "de"], num_completions=2, **GREEDY).samples
+        assert [s.token_ids for s in first] != [s.token_ids for s in later]
+        assert first[0].token_ids == first[1].token_ids
+        saved = tc.save_state().artifact_id
+    service.export_adapter(saved, str(tmp_path / "adapter"))
+    plain, tokenizer = (
+        kind.from_pretrained(model) for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    peft = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    for sample in later[::2]:
+        prompt = tokenizer(sample.prompt)["input_ids"]
+        ids = torch.tensor([prompt])
+        found = peft.generate(ids, max_new_tokens=GREEDY["max_tokens"], do_sample=False)
+        assert sample.token_ids == found[0, len(prompt) :].tolist()

@@ -1,4 +1,4 @@
-"""The two ends of the way between Serve's proxy and a replica, joined without Serve."""
+"""Tests the two ends of the way between Serve's proxy and a replica, joined without Serve."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ ROUTES = {"/": "tg-tinker-ns-1", "/others": "billing", "/others/tg": "tg-tinker-
 
 
 class Between:
-    """Serve between the ends: answers for routes, else pickles what goes either way."""
+    """Serve between the two ends.
+
+    It answers the request for routes, and pickles what passes in both directions.
+    """
 
     def __init__(self, app: Any) -> None:
         self.app, self.seen, self.scope = app, bytearray(), {}
@@ -44,7 +47,7 @@ class Between:
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
-    """Answers each message of the body by itself, then an empty one."""
+    """Answers each message of the body with the same message, then with an empty one."""
     await send({"type": "http.response.start", "status": 200, "headers": [(b"a", b"b")]})
     while True:
         message = await receive()
@@ -55,7 +58,7 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 
 
 def ask(app: Any, path: str = "/v1/completions", **more: Any) -> list[Any]:
-    """What a client gets for a body of two parts."""
+    """Returns what a client gets for a body of two parts."""
     parts = [{"type": "http.request", "body": SECRET, "more_body": True},
              {"type": "http.request", "body": b"!", "more_body": False}]  # fmt: skip
     got: list[Any] = []

@@ -1,4 +1,5 @@
-"""The application as operators run it: config file, two replicas, deadlines, drain, metrics."""
+"""Tests the application as operators run it: config file, two replicas, deadlines, drain,
+metrics."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ class Deployed(NamedTuple):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One whose greedy completions go on for seconds: it never chooses its end."""
+    """Returns a model whose greedy completions last for seconds, because it never chooses its
+    end token."""
     path = make_model(tmp_path_factory.mktemp("long"), max_position_embeddings=8192)
     weights = load_file(path / "model.safetensors")
     weights["lm_head.weight"][258] = 0
@@ -56,9 +58,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def deployed(
-    home: Path, model: Path, tmp_path_factory: pytest.TempPathFactory
+    forking: None, home: Path, model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Deployed]:
-    """What `tg-tinker serve --write-config` writes, as `serve deploy` deploys it, twice."""
+    """Yields the application of `tg-tinker serve --write-config`, deployed with two replicas as
+    by `serve deploy`."""
     file, port = tmp_path_factory.mktemp("config") / "serve.yaml", free_port()
     written = CliRunner().invoke(
         main, ["serve", "--model", str(model), "--port", str(port), "--write-config", str(file)]
@@ -76,7 +79,8 @@ def deployed(
 
 
 def deploy(config: dict[str, Any]) -> None:
-    """The way of `serve deploy`, whose REST server an embedded cluster does not have."""
+    """Deploys a config as `serve deploy` does, whose REST server an embedded cluster does not
+    have."""
     from ray.serve._private.api import serve_start
     from ray.serve.schema import ServeDeploySchema
 
@@ -152,7 +156,8 @@ def test_a_deadline_ends_an_answer_and_a_stream(deployed: Deployed) -> None:
 
 
 def running(deployed: Deployed) -> int:
-    """Slots in use, over many looks, as each goes to some replica."""
+    """Returns the number of slots in use, added up over many requests, because each request goes
+    to some replica."""
     handle = serve.get_app_handle(deployed.name)
     return sum(handle.load.remote().result().running for _ in range(6))
 
@@ -205,7 +210,7 @@ def test_an_answer_that_runs_while_another_version_is_deployed_ends_whole(
 
 
 def test_whoever_leaves_frees_the_slots(deployed: Deployed) -> None:
-    """Each of these would go on for many seconds."""
+    """Each of these completions would continue for many seconds."""
     place = deployed.url.removeprefix("http://").removesuffix("/v1")
     asked = {"model": "base", "prompt": "abc", "max_tokens": 4096, "temperature": 0, "n": 4,
              "stream": True}  # fmt: skip

@@ -1,7 +1,8 @@
-"""Two tenants at one server: a name of the other's answers exactly as one that never was.
+"""Tests two tenants at one server: a name of the other tenant answers exactly as a name that
+never existed.
 
-Over HTTP that is a promise, for every route; over the SDK, where a tenant is a label inside one
-domain of trust, it stops mistakes.
+Over HTTP that is a promise, for every route. Over the SDK, where a tenant is a label inside one
+trust domain, it prevents mistakes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 import select
 import signal
 import socket
+import sqlite3
 import threading
 import time
 import urllib.error
@@ -20,7 +22,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -30,16 +32,19 @@ from typing import Any, NamedTuple
 import pytest
 
 from actors.registry.registry import PARTS, Registry
-from actors.storage.home import create
+from actors.storage.home import DATABASE, create
 from serve_app.http.access import HttpOptions
 from serve_app.http.routes import BODY_S, LOOKUPS, MOST_WAITING, api
+from serve_app.replica import replica as serve_replica
 from serve_app.replica.engines import AT_ONCE, Fetches
-from serve_app.replica.replica import TEXTS
+from serve_app.replica.replica import TEXTS, Replica
 from serve_app.replica.sources import Source, Sources
-from support.http_calls import scraped
+from serve_app.replica.threads import TenantThreads
+from support.http_calls import post, scraped
 from support.processes import free_port, pid_of
 from tg_tinker import (
     DPConfig,
+    InvalidRequestError,
     LoRAConfig,
     NotFoundError,
     ResourceConfig,
@@ -48,18 +53,20 @@ from tg_tinker import (
     TrainingClient,
     TrainingConfig,
 )
+from tg_tinker.sampling import SamplingParams
 from tg_tinker.storage.databases import default_database
 
 BODIES: dict[tuple[str, str], dict[str, Any] | None] = {
     ("GET", "/healthz"): None,
     ("GET", "/v1/models"): None,
+    ("GET", "/v1/models/{model}"): None,
     ("POST", "/v1/completions"): {"prompt": "abc", "max_tokens": 2},
     ("POST", "/v1/chat/completions"): {
         "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2,
     },
     ("POST", "/v1/sample"): {"prompts": "abc", "max_tokens": 2},
 }  # fmt: skip
-"""All routes, and what is sent there beside the name."""
+"""All routes, and what is sent there beside the name; `{model}` is the name."""
 
 BY_THE_WAY = {"date", "server"}
 """Headers that no name has a part in."""
@@ -68,7 +75,7 @@ NEVER = "0" * 8
 
 
 class Theirs(NamedTuple):
-    """What the other tenant has, by kind; all of one form with what never was."""
+    """The names of the other tenant, by kind. Each has the form of a name that never existed."""
 
     runs: list[str]
     artifacts: list[str]
@@ -81,7 +88,7 @@ class Both(NamedTuple):
     mine: ServiceClient
     own: TrainingClient
     key: str
-    neighbour: ServiceClient
+    neighbor: ServiceClient
     their_key: str
     theirs: Theirs
 
@@ -93,10 +100,12 @@ class Answer(NamedTuple):
 
 
 def ask(
-    url: str, method: str, path: str, key: str | None, body: dict[str, Any] | None = None
-) -> Answer:
+    url: str, method: str, path: str, key: str | None, body: dict[str, Any] | None = None,
+    **more: str,
+) -> Answer:  # fmt: skip
     headers = {"Content-Type": "application/json"}
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
+    headers |= {name.replace("_", "-"): value for name, value in more.items()}
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(f"{url}{path}", data, headers, method=method)
     try:
@@ -107,7 +116,7 @@ def ask(
 
 
 def _told(headers: Any) -> dict[str, str]:
-    """Of an id that is drawn for each request, only that it is there."""
+    """Returns the headers, without the value of an id that is drawn for each request."""
     names = {name.lower(): value for name, value in headers.items()}
     return {
         name: "drawn" if name == "x-request-id" else value
@@ -120,7 +129,7 @@ def masked(answer: Answer, name: str) -> Answer:
 
 
 def never(name: str) -> str:
-    """A name of the same form and length that nobody has."""
+    """Returns a name of the same form and length that nobody has."""
     return name[: -len(NEVER)] + NEVER
 
 
@@ -134,23 +143,24 @@ def config(model: Path, dataset: str = "", **values: Any) -> TrainingConfig:
 
 
 @pytest.fixture(scope="module")
-def both(home: Path, tiny_model: Path) -> Iterator[Both]:
-    with ServiceClient(address="local") as mine, ServiceClient(tenant="neighbour") as neighbour:
+def both(embedded: None, tiny_model: Path) -> Iterator[Both]:
+    with ServiceClient(address="local") as mine, ServiceClient(tenant="neighbor") as neighbor:
         key, _ = mine.create_api_key()
         url = mine.serve_http(str(tiny_model), port=free_port()).removesuffix("/v1")
         with mine.create_training_client(config(tiny_model)) as own:
-            their_key, theirs = furnish(neighbour, tiny_model)
+            their_key, theirs = furnish(neighbor, tiny_model)
             # What a sampler could remember of them, it remembers.
             for model in (theirs.runs[0], theirs.artifacts[0]):
                 body = {"model": model, "prompt": "abc", "max_tokens": 1}
                 assert ask(url, "POST", "/v1/completions", their_key, body).status == 200
-            yield Both(url, mine, own, key, neighbour, their_key, theirs)
+            yield Both(url, mine, own, key, neighbor, their_key, theirs)
 
 
-def furnish(neighbour: ServiceClient, model: Path) -> tuple[str, Theirs]:
-    """Runs that live, are parked and are closed; artifacts that are there, expired and deleted."""
+def furnish(neighbor: ServiceClient, model: Path) -> tuple[str, Theirs]:
+    """Makes runs that live, are parked and are closed, and artifacts that exist, have expired
+    and are deleted."""
     clients = [
-        neighbour.create_training_client(config(model, dataset=dataset))
+        neighbor.create_training_client(config(model, dataset=dataset))
         for dataset in ("wards-47110000", "", "")
     ]
     artifacts = []
@@ -160,12 +170,12 @@ def furnish(neighbour: ServiceClient, model: Path) -> tuple[str, Theirs]:
         artifacts.append(tc.save_state().artifact_id)
     clients[1].park()
     clients[2].close()
-    neighbour.set_expiry(artifacts[1], datetime.now(UTC) + timedelta(seconds=0.2))
-    neighbour.delete_artifact(artifacts[2])
-    their_key, used = neighbour.create_api_key()
-    _, revoked = neighbour.create_api_key()
-    neighbour.revoke_api_key(revoked.key_id)
-    _, scoped = neighbour.create_api_key(models=[artifacts[0]])
+    neighbor.set_expiry(artifacts[1], datetime.now(UTC) + timedelta(seconds=0.2))
+    neighbor.delete_artifact(artifacts[2])
+    their_key, used = neighbor.create_api_key()
+    _, revoked = neighbor.create_api_key()
+    neighbor.revoke_api_key(revoked.key_id)
+    _, scoped = neighbor.create_api_key(models=[artifacts[0]])
     keys = [used.key_id, revoked.key_id, scoped.key_id]
     return their_key, Theirs([tc.id for tc in clients], artifacts, ["wards-47110000"], keys)
 
@@ -180,10 +190,13 @@ def test_every_route_is_in_the_matrix() -> None:
     assert routes == set(BODIES)
 
 
-def names(theirs: Theirs) -> Iterator[tuple[str, str]]:
-    """(their name, a name of the same form that never was), for every kind of name."""
-    for name in (*theirs.runs, *theirs.artifacts, *theirs.datasets, *theirs.keys, "neighbour"):
-        for version in ("", "@1", "@0", "@>=1", "@>=999", "@x"):
+VERSIONS = ("", "@1", "@0", "@>=1", "@>=999", "@x")
+
+
+def names(theirs: Theirs, versions: tuple[str, ...] = ("",)) -> Iterator[tuple[str, str]]:
+    """Yields their name and a name of the same form that never existed, for every kind of name."""
+    for name in (*theirs.runs, *theirs.artifacts, *theirs.datasets, *theirs.keys, "neighbor"):
+        for version in versions:
             yield f"{name}{version}", f"{never(name)}{version}"
 
 
@@ -193,25 +206,82 @@ def test_a_name_of_the_other_tenant_answers_as_one_that_never_was(both: Both) ->
     answers = []
     for (method, path), body in BODIES.items():
         for key in (both.key, narrow, None, "nonsense"):
-            for theirs, nobodys in names(both.theirs):
-                asked = [body if body is None else {"model": n, **body} for n in (theirs, nobodys)]
-                first = ask(both.url, method, path, key, asked[0])
-                second = ask(both.url, method, path, key, asked[1])
+            valid = key in (both.key, narrow)  # else a request ends before its model is read
+            for theirs, nobodys in names(both.theirs, VERSIONS if valid else ("", "@1")):
+                first, second = (
+                    ask(both.url, method, path.replace("{model}", name), key,
+                        body if body is None else {"model": name, **body})
+                    for name in (theirs, nobodys)
+                )  # fmt: skip
                 assert masked(first, theirs) == masked(second, nobodys), (path, theirs)
-                answers.append((path, body is not None, key in (both.key, narrow), first.status))
-                if body is None:
-                    break  # it takes no name
+                named = body is not None or "{model}" in path
+                answers.append((path, named, valid, first.status))
+                if not named:
+                    break
     assert {a[3] for a in answers if a[1] and a[2]} == {404}
     assert {a[3] for a in answers if a[0] != "/healthz" and not a[2]} == {401}
+
+
+PAGES: list[dict[str, str]] = [
+    {"Host": "127.0.0.1.evil.example:8000", "Origin": "http://127.0.0.1.evil.example:8000"},
+    {"Origin": "https://evil.example", "Sec_Fetch_Site": "cross-site"},
+    {"Origin": "null", "Content_Type": "text/plain"},
+    {"Origin": "https://evil.example", "Content_Type": "application/x-www-form-urlencoded"},
+]
+"""Headers of what web pages make browsers send. They add no key."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_a_page_learns_nothing_and_a_key_alone_decides(both: Both, page: dict[str, str]) -> None:
+    kind = page.get("Content_Type", "application/json")
+    for (method, path), body in BODIES.items():
+        if path == "/healthz":
+            continue
+        statuses = []
+        for key in (None, both.key):
+            first, second = (
+                ask(both.url, method, path.replace("{model}", name), key,
+                    body and {"model": name, **body}, **page)
+                for name in (both.theirs.runs[0], never(both.theirs.runs[0]))
+            )  # fmt: skip
+            assert masked(first, both.theirs.runs[0]) == masked(second, never(both.theirs.runs[0]))
+            assert not [name for name in first.headers if name.startswith("access-control")]
+            statuses.append(first.status)
+        named = 200 if path == "/v1/models" else 404
+        assert statuses == [401, 415 if body and kind != "application/json" else named]
+
+
+@pytest.mark.slow
+def test_a_run_that_the_database_gives_to_another_tenant_is_not_sampled(
+    both: Both, home: Path
+) -> None:
+    """Whoever writes the database of the registry cannot grant what he has no key for."""
+    run = both.theirs.runs[0]
+
+    def give_to(tenant: str) -> None:
+        with closing(sqlite3.connect(home / DATABASE)) as database:
+            assert (
+                database.execute("UPDATE runs SET tenant = ? WHERE id = ?", (tenant, run)).rowcount
+                == 1
+            )
+            database.commit()
+
+    body = {"model": run, "prompt": "abc", "max_tokens": 2}
+    give_to("default")
+    try:
+        assert ask(both.url, "POST", "/v1/completions", both.key, body).status == 404
+    finally:
+        give_to("neighbor")
+    assert ask(both.url, "POST", "/v1/completions", both.their_key, body).status == 200
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_name_in_any_other_place_changes_nothing(both: Both, stream: bool) -> None:
-    """Streams, paths and methods that are none, names beside the model's."""
+    """This covers streams, unknown paths and methods, and names in other fields than the
+    model's."""
     for theirs, nobodys in names(both.theirs):
-        if "@" in theirs:
-            continue
         for path in ("/v1/completions", "/v1/sample"):
             sent = [{"model": n, **(BODIES["POST", path] or {}), "stream": stream}
                     for n in (theirs, nobodys)]  # fmt: skip
@@ -228,7 +298,7 @@ def test_a_name_in_any_other_place_changes_nothing(both: Both, stream: bool) -> 
 def test_a_key_of_the_other_tenant_that_is_not_whole_answers_as_one_that_never_was(
     both: Both,
 ) -> None:
-    """What is known of a key is its id: lists and the audit log of its tenant show it."""
+    """The id of a key may be known: lists and the audit log of its tenant show it."""
     for (method, path), body in BODIES.items():
         body = body and {"model": "base", **body}
         for key_id in both.theirs.keys:
@@ -253,7 +323,7 @@ def test_one_tenant_takes_no_place_of_the_other_to_wait_for_a_step(both: Both) -
 
 @pytest.mark.slow
 def test_a_frozen_run_of_one_tenant_holds_nobody_else_up(both: Both) -> None:
-    """Each request for it waits in a thread, for two minutes at most."""
+    """Each request for this run waits in a thread, for two minutes at most."""
     frozen = pid_of(both.own)
     body = {"prompt": "abc", "max_tokens": 2}
     others = {**body, "model": both.theirs.runs[0]}
@@ -274,27 +344,35 @@ def test_a_frozen_run_of_one_tenant_holds_nobody_else_up(both: Both) -> None:
         assert {one.result().status for one in mine} == {200}
 
 
+FLOODS = [
+    b'{"model": "base", "%s": [%s]}' % (field, b",".join([item] * (2**20 // (len(item) + 2))))
+    for field in (b"prompt", b"prompts", b"messages", b"stop", b"logit_bias")
+    for item in (b"{}", b"[]", b"0")
+] + [json.dumps({"model": "base", "prompt": "hello world " * 80_000}).encode()]
+"""Bodies of nearly 1 MiB that cost more to read than to send."""
+
+
 @pytest.mark.slow
-def test_long_texts_of_one_tenant_are_no_queue_for_the_other(both: Both) -> None:
-    long = {"model": "base", "prompt": "hello world " * 80_000}
+def test_floods_of_one_tenant_stop_no_other(both: Both) -> None:
+    def flood(number: int) -> set[int]:
+        paths = [path for method, path in BODIES if method == "POST"]
+        url = f"{both.url}{paths[number % len(paths)]}"
+        return {post(url, both.key, body)[0] for body in FLOODS}
+
     short = {"model": "base", "prompt": "abc", "max_tokens": 1}
-
-    def left_when_answered(count: int) -> int:
-        """How many of these long ones are not read when a short one of the other is answered."""
-        with ThreadPoolExecutor(count) as pool:
-            mine = [
-                pool.submit(ask, both.url, "POST", "/v1/completions", both.key, long)
-                for _ in range(count)
-            ]
-            time.sleep(1)  # they are on their way
-            found = ask(both.url, "POST", "/v1/completions", both.their_key, short)
-            left = sum(not one.done() for one in mine)
-            assert found.status == 200
-            assert {one.result().status for one in mine} == {400}  # longer than the context
-        return left
-
-    # behind them it would come last every time; a busy machine may be slow once
-    assert any(left_when_answered(24) > TEXTS for _ in range(3))
+    with ThreadPoolExecutor(24) as pool:
+        floods = [pool.submit(flood, number) for number in range(24)]
+        answered = 0
+        while not all(one.done() for one in floods):
+            for method, path, body in (
+                ("GET", "/v1/models", None),
+                ("POST", "/v1/completions", short),
+            ):
+                assert ask(both.url, method, path, both.their_key, body).status == 200
+                answered += 1
+        assert answered > 1
+        assert set().union(*(one.result() for one in floods)) <= {400, 429}
+    assert ask(both.url, "GET", "/healthz", None).status == 200
 
 
 @pytest.mark.slow
@@ -330,7 +408,7 @@ def test_bodies_that_do_not_end_take_no_more_places_than_their_key_has(both: Bot
 
 
 def test_weights_that_do_not_come_for_one_tenant_hold_nobody_else_up() -> None:
-    """A frozen run hands out its weights to nobody, and its tenant may ask for many."""
+    """A frozen run hands out no weights, and its tenant may send many requests."""
     frozen, added = threading.Event(), []
     here: Any = SimpleNamespace(has=lambda name, shared: False, add=added.append)
 
@@ -353,6 +431,38 @@ def test_weights_that_do_not_come_for_one_tenant_hold_nobody_else_up() -> None:
     asyncio.run(fetch())
 
 
+def test_a_schema_that_takes_long_is_refused_and_holds_up_its_tenant_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    go, on_the_loop = threading.Event(), []
+
+    def compiled(schema: dict[str, Any]) -> Any:
+        on_the_loop.append(threading.current_thread() is threading.main_thread())
+        return schema == {} or (go.wait(30) and schema)
+
+    replica: Any = SimpleNamespace(
+        texts=TenantThreads(TEXTS, "text"),
+        _schemas=TenantThreads(1, "schema"),
+        _grammars=SimpleNamespace(prepare=lambda: None, compiled=compiled),
+    )
+    monkeypatch.setattr(serve_replica, "COMPILE_S", 1.0)
+    slow, quick = (SamplingParams(json_schema=one) for one in ({"enum": [1]}, {}))
+
+    async def ask() -> None:
+        for params in (slow, quick):  # the second one waits for the thread of the first
+            with pytest.raises(InvalidRequestError, match="not compiled within 1 s"):
+                await Replica._compiled(replica, "us", params)
+        assert await asyncio.wait_for(Replica._compiled(replica, "them", quick), 20)
+        assert await Replica._compiled(replica, "us", SamplingParams()) is None
+        go.set()
+
+    try:
+        asyncio.run(ask())
+    finally:
+        go.set()
+    assert not any(on_the_loop)
+
+
 @pytest.mark.slow
 def test_lists_hold_what_is_ones_own(both: Both) -> None:
     def listed(key: str) -> set[str]:
@@ -360,7 +470,7 @@ def test_lists_hold_what_is_ones_own(both: Both) -> None:
         return {model["id"] for model in found}
 
     assert listed(both.key) == {"base", both.own.id}
-    saved = {a.artifact_id for a in both.neighbour.list_artifacts() if not a.expired}
+    saved = {a.artifact_id for a in both.neighbor.list_artifacts() if not a.expired}
     assert len(saved) == 2  # to be parked is to be saved
     assert listed(both.their_key) == {"base", both.theirs.runs[0], *saved}
     narrow, _ = both.mine.create_api_key(models=[both.theirs.runs[0], both.theirs.artifacts[0]])
@@ -379,11 +489,25 @@ def test_metrics_and_the_other_log_name_nobody(both: Both) -> None:
     assert "ray_tg_tinker_new_tokens_total" in found
     own = repr(both.mine.audit_log(limit=10_000))
     assert both.own.id in own
-    theirs = {name for kind in both.theirs for name in kind} | {"neighbour"}
+    theirs = {name for kind in both.theirs for name in kind} | {"neighbor"}
     for name in theirs | {both.own.id}:
         assert name not in found, name
     for name in theirs:
         assert name not in own, name
+
+
+@pytest.mark.slow
+def test_the_owner_learns_that_somebody_asked_over_http(both: Both) -> None:
+    """The row follows the answer. Of what was asked for a moment ago it may only state the number,
+    so every test before this one may have left it."""
+    names = {both.theirs.runs[0]: "run.ask", both.theirs.artifacts[0]: "artifact.ask"}
+    for name in names:
+        body = {"model": name, "prompt": "abc", "max_tokens": 2}
+        assert ask(both.url, "POST", "/v1/completions", both.key, body).status == 404
+    rows = both.neighbor.audit_log(limit=10_000)
+    found = {(row.subject, row.event) for row in rows if row.who == "anyone"}
+    assert found >= {*names.items()}
+    assert not [row for row in both.mine.audit_log(limit=10_000) if row.subject in names]
 
 
 # --- what a name costs ---------------------------------------------------------------------------
@@ -391,7 +515,7 @@ def test_metrics_and_the_other_log_name_nobody(both: Both) -> None:
 
 @dataclass
 class WatchedPart:
-    """A part of a registry whose questions are noted."""
+    """A part of a registry that notes each query."""
 
     name: str
     part: Any
@@ -406,7 +530,7 @@ class WatchedPart:
 
 
 class Watched:
-    """A registry whose questions are noted: as many, and the same, take as long."""
+    """A registry that notes each query. Equal numbers of equal queries take the same time."""
 
     def __init__(self, registry: Registry) -> None:
         self.asked: list[str] = []
@@ -419,10 +543,10 @@ def test_for_a_name_of_the_other_tenant_the_same_is_asked_as_for_one_that_never_
 ) -> None:
     create(tmp_path / "home")
     registry = Registry(default_database(tmp_path / "home"), tmp_path / "home/keyring")
-    run = registry.runs.create("neighbour", config(Path("m")).model_dump_json())
+    run = registry.runs.create("neighbor", config(Path("m")).model_dump_json())
     epoch = registry.runs.claim(run)
     artifact = "art-" + "1" * 16
-    registry.artifacts.publish("neighbour", run, epoch, artifact, 1, 10, True, b"{}", "k1")
+    registry.artifacts.publish("neighbor", run, epoch, artifact, 1, 10, True, b"{}", "k1")
     watched = Watched(registry)
     sources = Sources(watched, b"k", "space", str(tmp_path), "m")  # type: ignore[arg-type]
     for name in (run, artifact):
@@ -467,20 +591,20 @@ def test_over_the_sdk_a_label_stops_mistakes(both: Both, tmp_path: Path) -> None
             told.append((type(error), error.code, str(error).replace(one, "NAME"), details))
         assert told[0] == told[1], (name, call)
         assert told[0][0] is NotFoundError
-        assert not re.search("tenant|neighbour", told[0][2])
+        assert not re.search("tenant|neighbor", told[0][2])
     assert {client.training_client_id for client in mine.list_training_clients()} == {both.own.id}
     assert mine.list_artifacts() == []
-    living = both.neighbour.describe_training_client(theirs.runs[0])
+    living = both.neighbor.describe_training_client(theirs.runs[0])
     assert (living.status, living.reason) == ("active", "")
 
 
 @pytest.mark.slow
 def test_a_data_set_of_one_name_is_two(both: Both, tiny_model: Path) -> None:
     (name,) = both.theirs.datasets
-    spent = both.neighbour.privacy_report(name).total_epsilon
+    spent = both.neighbor.privacy_report(name).total_epsilon
     with both.mine.create_training_client(config(tiny_model, dataset=name)) as tc:
         assert tc.privacy is not None
         assert tc.privacy.used == 0
         tc.forward_backward({"input_ids": [[5, 6, 7], [8, 9]]})
         tc.optim_step().result()
-    assert both.neighbour.privacy_report(name).total_epsilon == spent
+    assert both.neighbor.privacy_report(name).total_epsilon == spent

@@ -1,4 +1,4 @@
-"""The envelope: what opens, and that nothing else does."""
+"""Tests the envelope: what opens, and that nothing else does."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def segments(sealed: bytes) -> list[bytes]:
 
 
 def decode(key: bytes, sealed: bytes, context: bytes) -> bytes:
-    """An independent reader of the published format, straight on `cryptography`."""
+    """Decodes a file as an independent reader of the published format, straight on
+    `cryptography`."""
     assert sealed[0] == HEADER
     salt, prefix = sealed[1:33], sealed[33:40]
     aes = AESGCM(HKDF(algorithm=SHA256(), length=32, salt=salt, info=context).derive(key))
@@ -138,7 +139,7 @@ def test_every_truncation_and_every_appended_byte_of_a_small_file_is_noticed() -
 
 @pytest.fixture(scope="module")
 def long() -> bytes:
-    """Four segments, the last one short; all other segments of equal content."""
+    """Returns four segments, the last one short, all others of equal content."""
     return seal(KEY, bytes(FIRST) + bytes(FULL) * 2 + TEXT, CONTEXT)
 
 
@@ -189,10 +190,10 @@ def test_other_files_are_refused() -> None:
 
 
 def test_contexts_of_two_places_never_meet() -> None:
-    """Not even when tenant, artifact and name only differ in where one ends."""
+    """They differ even when tenant, artifact and name only differ in where one of them ends."""
     places = [
-        ("a", "b", "c"), ("ab", "", "c"), ("a", "bc", ""), ("a", "b", "d"), ("b", "a", "c"),
-        ('a", "artifact": "b', "", "c"), ("ä", "b", "c"),
+        ("a", "b", "c"), ("a", "d", "c"), ("ab", "", "c"), ("a", "bc", ""), ("a", "b", "d"),
+        ("b", "a", "c"), ('a", "artifact": "b', "", "c"), ("ä", "b", "c"),
     ]  # fmt: skip
     assert len({context_of(*place) for place in places}) == len(places)
 
@@ -253,7 +254,7 @@ def run(what: str) -> None:
 
 
 class Attack:
-    """Runs code wherever it is unpickled."""
+    """An object that runs code wherever it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return run, ("attack",)

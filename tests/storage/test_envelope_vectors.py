@@ -1,4 +1,4 @@
-"""The envelope against others: Tink, Project Wycheproof, and its own frozen form."""
+"""Tests the envelope against others: Tink, Project Wycheproof, and its own frozen form."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Tink:
 
 
 class Kept(io.BytesIO):
-    """Tink closes what it wrote to."""
+    """A buffer that stays readable after Tink closes it."""
 
     content = b""
 
@@ -124,7 +124,7 @@ def cases(name: str) -> list[Any]:
 
 
 def decoded(value: Any) -> Any:
-    """Hexadecimal fields as bytes; results and comments are no such numbers."""
+    """Returns a hexadecimal text as bytes, and any other value unchanged."""
     try:
         return bytes.fromhex(value)
     except (TypeError, ValueError):
@@ -132,7 +132,7 @@ def decoded(value: Any) -> Any:
 
 
 def draws(monkeypatch: pytest.MonkeyPatch, randomness: bytes) -> None:
-    """What the operating system is going to answer, instead of fresh random bytes."""
+    """Makes the operating system's next answers these bytes instead of random ones."""
     monkeypatch.setattr(secrets, "token_bytes", io.BytesIO(randomness).read)
 
 
@@ -171,7 +171,7 @@ FROZEN = {path.stem: json.loads(path.read_text()) for path in VECTORS.glob("v*.j
 
 
 def test_the_version_that_is_written_has_a_frozen_file() -> None:
-    """Change the format, and you change FORMAT_VERSION and freeze another file."""
+    """A change of the format needs another FORMAT_VERSION and another frozen file."""
     newest = FROZEN[f"v{FORMAT_VERSION}"]
     assert (newest["format"], newest["algorithm"]) == (FORMAT_VERSION, ALGORITHM)
     assert context_of(*newest["place"]) == newest["context"].encode()

@@ -1,4 +1,4 @@
-"""Why a data key is committed to, and that another one is refused."""
+"""Tests why a data key is committed to, and that another data key is refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def times(x: int, y: int) -> int:
 
 
 def inverse(x: int) -> int:
-    """x to the power of 2^128 - 2, that is 2 + 4 + ... + 2^127."""
+    """Returns x to the power of 2^128 - 2, that is 2 + 4 + ... + 2^127."""
     power, result = x, 1 << 127
     for _ in range(127):
         power = times(power, power)
@@ -60,10 +60,10 @@ def hash_key(key: bytes) -> int:
 
 
 def opens_under_both(one: bytes, other: bytes, nonce: bytes, start: bytes, context: bytes) -> bytes:
-    """`start` (whole blocks), a block that makes both keys' tags equal, and that tag.
+    """Returns `start` (whole blocks), a block that makes both keys' tags equal, and that tag.
 
-    The last block adds itself times the square of the hash key to a tag; so it is the difference
-    of both tags without it, divided by the difference of both squares.
+    The last block adds itself times the square of the hash key to a tag. So it is the difference of
+    both tags without the block, divided by the difference of both squares.
     """
     tags = [tag(key, nonce, start + bytes(16), context) for key in (one, other)]
     difference = int.from_bytes(xor(*tags), "big")
@@ -73,7 +73,7 @@ def opens_under_both(one: bytes, other: bytes, nonce: bytes, start: bytes, conte
 
 
 def two_faced(keys: list[bytes]) -> bytes:
-    """A sealed file of our format that opens under both keys, in CONTEXT."""
+    """Returns a sealed file of our format that opens under both keys, in CONTEXT."""
     header = bytes([40]) + os.urandom(39)
     one, other = (derive(key, header[1:33], CONTEXT) for key in keys)
     return header + opens_under_both(one, other, header[33:] + b"\0\0\0\0\1", bytes(64), b"")
@@ -100,7 +100,7 @@ def test_a_wrapped_key_that_opens_under_two_keys_gives_one_data_key() -> None:
 
     wrapped = commitment(data_keys[0], CONTEXT) + nonce + body
     assert unwrap_key(keys[0], wrapped, CONTEXT) == data_keys[0]
-    with pytest.raises(IntegrityError, match="committed"):
+    with pytest.raises(IntegrityError, match="not match its commitment"):
         unwrap_key(keys[1], wrapped, CONTEXT)
 
 
@@ -144,7 +144,7 @@ def test_the_commitment_of_another_data_key_or_context_is_refused() -> None:
         commitment(new_key(), CONTEXT), commitment(data_key, b"artifact 8"),
         commitment(KEY, CONTEXT), bytes(32),
     ):  # fmt: skip
-        with pytest.raises(IntegrityError, match="committed"):
+        with pytest.raises(IntegrityError, match="not match its commitment"):
             unwrap_key(KEY, committed + body, CONTEXT)
     assert unwrap_key(KEY, commitment(data_key, CONTEXT) + body, CONTEXT) == data_key
 

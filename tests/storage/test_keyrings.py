@@ -1,4 +1,5 @@
-"""Keyrings by their place: files and environment variables, and what neither ever shows."""
+"""Tests keyrings by their location: files and environment variables, and what neither ever
+shows."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 from actors.operations import keys
 from actors.process import forget_keyrings
 from actors.registry.registry import Registry
-from actors.storage.home import DATABASE, KEYRING, create
+from actors.storage.home import DATABASE, KEYRING, SEALED, create
 from actors.storage.key_providers import (
     EnvironmentKeyring,
     FileKeyring,
@@ -27,6 +28,7 @@ from actors.storage.key_providers import (
     new_text,
     open_keyring,
 )
+from actors.storage.secrets import FILE as SECRETS
 from actors.storage.signing import PUBLIC_KEY, SIGNING_KEY
 from support.artifacts import TENANT, Service, assert_same, checkpoint
 from support.artifacts import service as service  # a fixture
@@ -56,7 +58,7 @@ def ring(
 
 
 def secrets_in(text: str) -> list[str]:
-    """Every form in which the keys of a keyring's text could show."""
+    """Returns every form in which the keys of a keyring's text could be shown."""
     encoded = json.loads(text)["keys"].values()
     raw = [base64.b64decode(key) for key in encoded]
     return [*encoded, *map(repr, raw), *(key.hex() for key in raw)]
@@ -260,7 +262,9 @@ def test_paths_as_they_are_common_are_none(tmp_path: Path) -> None:
 
 def test_a_home_whose_keyring_is_in_the_environment_holds_none(tmp_path: Path) -> None:
     assert create(tmp_path / "home", WHERE)
-    assert {p.name for p in (tmp_path / "home").iterdir()} == {DATABASE, SIGNING_KEY, PUBLIC_KEY}
+    assert {p.name for p in (tmp_path / "home").iterdir()} == {
+        DATABASE, SEALED, SIGNING_KEY, PUBLIC_KEY, SECRETS,
+    }  # fmt: skip
     assert not create(tmp_path / "home", WHERE)
 
 
@@ -290,7 +294,7 @@ def test_a_making_that_was_interrupted_is_completed(tmp_path: Path) -> None:
 
 
 def moved(service: Service, monkeypatch: pytest.MonkeyPatch, text: str) -> Service:
-    """The service again, after its keyring went from the home into the environment."""
+    """Returns the service after its keyring was moved from the home into the environment."""
     monkeypatch.setenv(VARIABLE, text)
     (service.home / KEYRING).unlink(missing_ok=True)
     registry = Registry(f"sqlite:///{service.home / DATABASE}", WHERE, service.home)

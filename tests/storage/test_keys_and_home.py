@@ -1,4 +1,5 @@
-"""The keyring file and the home directory: who may read them, and what is never done to them."""
+"""Tests the keyring file and the home directory: who may read them, and what is never done to
+them."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ from typing import Any
 
 import pytest
 
-from actors.storage.home import DATABASE, KEYRING, create
+from actors.storage.home import DATABASE, KEYRING, SEALED, create
 from actors.storage.key_providers import FileKeyring
+from actors.storage.secrets import FILE as SECRETS
 from actors.storage.signing import PUBLIC_KEY, SIGNING_KEY
 from tg_tinker.errors import IntegrityError, InvalidRequestError, StorageError
 from tg_tinker.storage.envelope import new_key
@@ -40,7 +42,7 @@ def keyring(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def careless_umask() -> Iterator[None]:
-    """Whatever the user's umask is, no file of ours may follow it."""
+    """Sets a careless umask, which no file of ours may follow."""
     before = os.umask(0)
     yield
     os.umask(before)
@@ -133,13 +135,13 @@ def test_a_damaged_keyring_is_refused_without_showing_it(keyring: Path) -> None:
     key = json.loads(keyring.read_text())["keys"]["k1"]
     for damage in list(damages(keyring)):
         keyring.write_bytes(damage if isinstance(damage, bytes) else damage.encode())
-        with pytest.raises(IntegrityError, match="is damaged: put its backup back") as caught:
+        with pytest.raises(IntegrityError, match="is damaged: restore its backup") as caught:
             FileKeyring(keyring)
         assert key not in str(caught.value)
 
 
 def test_a_key_of_another_keyring_does_not_open(tmp_path: Path, keyring: Path) -> None:
-    """Two rings name their keys alike; the keys differ."""
+    """Two keyrings name their keys alike, but the keys differ."""
     other = FileKeyring.create(tmp_path / "other")
     wrapped = FileKeyring(keyring).wrap(new_key(), CONTEXT)
     with pytest.raises(IntegrityError):
@@ -160,9 +162,11 @@ def test_a_key_that_the_ring_does_not_have_is_named_with_those_it_has(keyring: P
 
 @pytest.mark.parametrize("name", ["x" * 10**6, "k1\x1b[31m", "k", "K1", "k1\n", None, 1])
 def test_what_is_no_name_of_a_key_is_not_repeated(keyring: Path, name: Any) -> None:
-    """Anybody who writes to the store may have put it there."""
+    """Anyone who can write to the store may have put it there."""
     ring = FileKeyring(keyring)
-    with pytest.raises(IntegrityError, match=r"^the wrapped data key is damaged: put its backup"):
+    with pytest.raises(
+        IntegrityError, match=r"^the wrapped data key is damaged: restore its backup"
+    ):
         ring.unwrap({**ring.wrap(new_key(), CONTEXT), "key_id": name}, CONTEXT)
 
 
@@ -194,6 +198,8 @@ def test_one_wrapped_key_has_one_text(keyring: Path) -> None:
     for changed in same:
         with pytest.raises(IntegrityError):
             ring.unwrap({**wrapped, "wrapped": changed}, CONTEXT)
+    with pytest.raises(IntegrityError):
+        ring.unwrap(dict(reversed(wrapped.items())), CONTEXT)
 
 
 def test_a_keyring_never_prints_its_keys(keyring: Path) -> None:
@@ -234,7 +240,7 @@ def test_rotations_at_the_same_time_lose_no_key(keyring: Path) -> None:
 
 
 def test_a_change_waits_for_that_of_another_process(keyring: Path) -> None:
-    """The lock goes with the process that held it, however it ended."""
+    """The lock ends with the process that held it, however that process ended."""
     code = "import fcntl, os, sys; d = os.open(sys.argv[1], os.O_RDONLY);"
     code += "fcntl.flock(d, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
     with (
@@ -257,7 +263,7 @@ def test_a_change_waits_for_that_of_another_process(keyring: Path) -> None:
 def test_a_lock_on_what_others_may_open_holds_up_no_change(
     keyring: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A user of the machine without any right to the keyring can look into a folder of 0755."""
+    """A user of the machine without any right to the keyring can read a folder of mode 0755."""
     monkeypatch.setattr("actors.storage.key_providers._PATIENCE_S", 0.0)
     keyring.parent.chmod(0o755)
     stranger = os.open(keyring.parent, os.O_RDONLY)
@@ -275,7 +281,9 @@ def test_a_lock_that_is_not_given_back_is_told(
     monkeypatch.setattr("actors.storage.key_providers._PATIENCE_S", 0.1)
     with keyring.open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(StorageError, match=r"another process changes.*nothing was changed"):
+        with pytest.raises(
+            StorageError, match=r"another process has been changing.*nothing was changed"
+        ):
             FileKeyring(keyring).rotate()
     assert FileKeyring(keyring).rotate() == "k2"
 
@@ -310,7 +318,7 @@ def test_a_keyring_that_is_damaged_lost_or_opened_later_is_refused_by_every_call
 def test_what_a_killed_change_left_is_removed_by_the_next_and_nothing_else(
     keyring: Path, change: str
 ) -> None:
-    """It holds all keys in clear, of which one may be retired by now."""
+    """The partial file holds all keys in clear, and one of them may be retired by now."""
     ring = FileKeyring(keyring)
     ring.rotate()
     left = killed_while_writing(keyring)
@@ -323,7 +331,7 @@ def test_what_a_killed_change_left_is_removed_by_the_next_and_nothing_else(
 
 
 def killed_while_writing(keyring: Path) -> Path:
-    """The partial file of a rotation that died before it took the keyring's place."""
+    """Returns the partial file of a rotation that died before it replaced the keyring."""
     before = {*keyring.parent.iterdir()}
     code = (
         "import os, pathlib, signal, sys; from actors.storage.key_providers import FileKeyring;"
@@ -343,7 +351,7 @@ def test_a_change_that_may_not_be_durable_is_not_called_none(
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr("actors.storage.key_providers.sync", refuse)
-    with pytest.raises(StorageError, match="was changed, but may be the old one"):
+    with pytest.raises(StorageError, match="was changed, but a crash may restore the old keyring"):
         FileKeyring(keyring).rotate()
     assert FileKeyring(keyring).key_ids == ["k1", "k2"]
 
@@ -360,7 +368,7 @@ def test_a_new_home_is_open_to_its_owner_alone(tmp_path: Path, careless_umask: N
     home = tmp_path / "new" / "home"
     assert create(home) is True
     assert mode(home) == 0o700
-    made = (KEYRING, DATABASE, SIGNING_KEY, PUBLIC_KEY)
+    made = (KEYRING, DATABASE, SIGNING_KEY, PUBLIC_KEY, SECRETS, SEALED)
     assert {path.name: mode(path) for path in home.iterdir()} == dict.fromkeys(made, 0o600)
     FileKeyring(home / KEYRING)
 
@@ -402,7 +410,7 @@ def test_half_a_home_is_refused_and_never_completed(tmp_path: Path, lost: str, l
     with pytest.raises(StorageError, match=rf"lost its {lost}.*backup"):
         create(tmp_path / "home")
     found = {path.name for path in (tmp_path / "home").iterdir()}
-    assert found == {left, SIGNING_KEY, PUBLIC_KEY}
+    assert found == {left, SIGNING_KEY, PUBLIC_KEY, SECRETS, SEALED}
 
 
 def test_a_home_that_cannot_be_made_is_a_typed_error(tmp_path: Path) -> None:

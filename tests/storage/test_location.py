@@ -1,5 +1,7 @@
-"""What `store=` may name: folders, URIs without a secret, and who refuses others before it starts
-anything."""
+"""Tests what `store=` may name: folders, and URIs without a secret.
+
+All other values are refused before anything starts.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +102,7 @@ def test_a_uri_with_a_secret_or_of_another_form_is_refused_and_not_repeated(root
 
 
 def test_what_looks_like_a_uri_and_is_meant_as_a_folder_is_told_how_to_say_so() -> None:
-    with pytest.raises(InvalidRequestError, match=r"blanks at its ends.*colon.* begins with \./"):
+    with pytest.raises(InvalidRequestError, match=r"blanks at its ends.*colon.* with \./"):
         parse("s3:bucket")
 
 

@@ -1,4 +1,5 @@
-"""The manifest: parsed strictly, and of nobody but the holder of the data key."""
+"""Tests that a manifest is parsed strictly, and that only the holder of the data key can make
+one."""
 
 from __future__ import annotations
 
@@ -61,12 +62,12 @@ def test_anything_else_is_no_manifest(content: bytes) -> None:
 
 @pytest.mark.parametrize(("tenant", "artifact"), [("bank", "art-1"), ("clinic", "art-2")])
 def test_one_of_another_artifact_or_tenant_is_refused(tenant: str, artifact: str) -> None:
-    with pytest.raises(IntegrityError, match="of another one"):
+    with pytest.raises(IntegrityError, match="belongs to another artifact"):
         Manifest.parse(WRITTEN, tenant, artifact)
 
 
 def test_no_edit_keeps_the_tag() -> None:
-    """What parses after any change of a byte is refused with the key."""
+    """Whatever parses after any change of a byte is refused with the key."""
     rng, survived = random.Random(5), 0
     for _ in range(3000):
         at, changed = rng.randrange(len(WRITTEN)), bytearray(WRITTEN)

@@ -1,4 +1,5 @@
-"""Sealing and opening large files: in order, in bounded memory, nothing left after a failure."""
+"""Tests sealing and opening large files: in order, in bounded memory, with nothing left after a
+failure."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ COUNT = 3 * BUFFERS
 
 @pytest.fixture(scope="module")
 def plain() -> bytes:
-    """No two segments are equal, and none holds zeros only."""
+    """Returns bytes of which no two segments are equal, and no segment holds zeros only."""
     return os.urandom(FIRST + (COUNT - 2) * FULL + 1000)
 
 
@@ -46,7 +47,8 @@ def threaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Cipher:
-    """AES-GCM that shows each call, by its segment, and what was opened into, to a test."""
+    """AES-GCM that shows each call to a test, by its segment, and the buffer that was opened
+    into."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.before: Callable[[int], None] = lambda index: None
@@ -203,7 +205,7 @@ def test_a_small_file_costs_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def peak(work: Callable[[], Any]) -> int:
-    """Bytes that were held at most, beyond those before."""
+    """Returns the largest number of bytes that were held, beyond those before."""
     tracemalloc.start()
     try:
         work()
@@ -284,7 +286,7 @@ def test_an_interrupt_wipes_too(cipher: Cipher, plain: bytes) -> None:
 
 
 def test_the_library_really_leaves_what_it_could_not_authenticate() -> None:
-    """Why there is anything to wipe."""
+    """This is the reason why there is anything to wipe."""
     aes, nonce = AESGCM(KEY), bytes(12)
     sealed, buffer = bytearray(aes.encrypt(nonce, b"weights", None)), bytearray(7)
     sealed[-1] ^= 1
@@ -294,7 +296,8 @@ def test_the_library_really_leaves_what_it_could_not_authenticate() -> None:
 
 
 def test_a_file_has_one_form_an_empty_last_segment_is_refused() -> None:
-    """Made by someone with the key, as no writer makes it: of the size of no plaintext."""
+    """Somebody with the key made this file as no writer makes it: with a last segment that holds
+    no plaintext."""
     header = bytes([HEADER]) + os.urandom(39)
     aes = AESGCM(segments.derive(KEY, header[1:33], CONTEXT))
     first = aes.encrypt(header[33:] + bytes(5), bytes(FIRST), None)

@@ -1,4 +1,4 @@
-"""Stores: one suite over all of them, URIs, and what is refused for good."""
+"""Tests stores: one suite over all of them, URIs, and what is refused for good."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def store(root: str) -> ArtifactStore:
 
 
 class Reused:
-    """Pieces that all lie in one buffer, as a sealer makes them; may be gone through again."""
+    """Pieces that all lie in one buffer, as a sealer makes them. They can be iterated again."""
 
     def __init__(self, sizes: list[int]) -> None:
         self.sizes = sizes
@@ -117,7 +117,8 @@ class TestEveryStore:
     def test_large_objects_are_written_from_pieces_in_a_buffer_that_is_reused(
         self, objects: Objects
     ) -> None:
-        """Above and below the 10 MiB at which pyarrow begins to upload in the background."""
+        """The sizes are above and below the 10 MiB at which pyarrow begins to upload in the
+        background."""
         pieces = Reused([11 * MIB, 1, 0, 3 * MIB, 11 * MIB, 7])
         assert objects.put("large", pieces) == 25 * MIB + 8
         assert objects.size("large") == 25 * MIB + 8
@@ -138,7 +139,7 @@ class TestEveryStore:
         assert objects.read("t/empty", 0) == b""
 
     def test_an_object_exists_only_once_it_is_whole(self, objects: Objects) -> None:
-        """Also where the first pieces are more than a store takes in one request."""
+        """This also holds where the first pieces are more than a store takes in one request."""
         seen = []
 
         def pieces() -> Iterator[bytes]:
@@ -164,7 +165,7 @@ class TestEveryStore:
         assert objects.list_below() == []
 
     def test_the_ending_of_a_name_changes_nothing(self, objects: Objects) -> None:
-        """pyarrow would compress and decompress by it."""
+        """pyarrow would compress and decompress by the ending."""
         for name in ("x.gz", "x.zst", "x.bz2", "x.lz4"):
             objects.put(name, b"as it is")
             assert objects.read(name) == b"as it is"
@@ -185,7 +186,7 @@ class TestEveryStore:
         assert objects.list_folders("t") == ["a", "a-b", "b"]
         assert objects.list_folders("t/none") == []
 
-    def test_a_folder_is_deleted_and_its_neighbours_stay(self, objects: Objects) -> None:
+    def test_a_folder_is_deleted_and_its_neighbors_stay(self, objects: Objects) -> None:
         for name in ("a/b/c", "a/b/d/e", "a/bc", "a/b-c/x"):
             objects.put(name, b"x")
         objects.delete_all("a/b")
@@ -216,7 +217,7 @@ class TestEveryStore:
             lambda: objects.delete_all(name),
         ]
         for call in calls + [lambda: objects.list_below(name)] * bool(name):
-            with pytest.raises(InvalidRequestError, match="no name in a store"):
+            with pytest.raises(InvalidRequestError, match="not a valid name in a store"):
                 call()
         assert objects.list_below() == []
 
@@ -405,7 +406,7 @@ def test_wrong_credentials_are_refused_by_azure_too(
 def test_a_missing_bucket_is_refused_by_every_operation_and_not_created(
     kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This SeaweedFS would create it on the first upload."""
+    """This SeaweedFS would create the bucket on the first upload."""
     server: Server = request.getfixturevalue(kind)
     enter(server, monkeypatch)
     store = ArtifactStore(server.uri.replace(BUCKET, "nosuch") + "/prefix")

@@ -1,4 +1,5 @@
-"""A store on a disk that fails at any call, and processes killed while they write."""
+"""Tests a store on a disk that fails at any call, and processes that are killed while they
+write."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ from tg_tinker.errors import IntegrityError, NotFoundError, StorageError
 
 
 def saves(folder: Path, spoil: Callable[[int], None]) -> tuple[ArtifactStore, Exception | None]:
-    """A save of which some calls to the system are spoiled."""
+    """Saves while some system calls are spoiled; returns the store and the error."""
     store = ArtifactStore(str(folder))
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("actors.storage.store.PARALLEL", 1)
@@ -55,7 +56,8 @@ def calls_of_a_save(folder: Path) -> int:
 
 
 def test_a_save_makes_calls_that_can_be_spoiled(tmp_path: Path) -> None:
-    """Five files at least: open, write, fsync, rename, open and fsync of the folder."""
+    """There are five files at least, each with open, write, fsync, rename, and open and fsync of
+    the folder."""
     assert calls_of_a_save(tmp_path / "s") >= 5 * 6
 
 
@@ -118,7 +120,7 @@ def test_what_a_killed_write_left_is_listed_and_goes_with_its_folder(tmp_path: P
 
 
 def special(folder: Path) -> Iterator[Path]:
-    """What a file may be that is none."""
+    """Yields paths that exist and are not plain files."""
     folder.mkdir(parents=True)
     os.mkfifo(folder / "pipe")
     yield folder / "pipe"
@@ -143,7 +145,7 @@ def test_what_is_no_plain_file_is_no_object_and_holds_nobody_up(tmp_path: Path) 
 
 
 def test_a_head_or_key_without_end_is_refused_before_memory_is(tmp_path: Path) -> None:
-    """A file with a hole costs whoever puts it there nothing."""
+    """A file with a hole costs its maker nothing."""
     store = ArtifactStore(str(tmp_path))
     store.write_artifact(TENANT, ARTIFACT, FILES, KEY, lambda: CONTENT_OF_MANIFEST)
     store.write_audit_head(TENANT, "1-ff", "{}")
@@ -163,7 +165,7 @@ def test_a_head_or_key_without_end_is_refused_before_memory_is(tmp_path: Path) -
 
 
 def test_names_that_a_stranger_gave_are_listed_as_text(tmp_path: Path) -> None:
-    """Not as what a terminal obeys, and not as bytes that are no text."""
+    """They are shown neither as commands to a terminal, nor as bytes that are no text."""
     folder = tmp_path / "t" / TENANT / "audit"
     folder.mkdir(parents=True)
     for name in (
@@ -220,7 +222,8 @@ def test_creating_has_one_winner_on_a_local_folder(tmp_path: Path) -> None:
 
 
 def test_files_are_written_together_and_a_failure_waits_for_all(tmp_path: Path) -> None:
-    """What is still under way after a failed save would come back after its removal."""
+    """A write that is still under way after a failed save would create its file again after the
+    removal."""
     together, go_on = Barrier(3, timeout=30), Event()
 
     def pieces(fails: bool) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""Stores behind a network that fails, at any call."""
+"""Tests stores behind a network that fails at any call."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pyarrow import ArrowException
 
 from actors.storage.filesystems import RetryPolicy
 from actors.storage.store import ArtifactStore, open_objects
+from support.listener import Listener
 from support.storage_servers import (
     FaultyNetwork,
     Server,
@@ -41,7 +42,7 @@ SHORT = RetryPolicy(connect_s=1, request_s=1, attempts=2, deadline_s=20)
 
 @pytest.fixture
 def network(s3: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyNetwork]:
-    """All that the test stores by `s3://` goes through it, and the library repeats nothing."""
+    """Yields a network that all access by `s3://` goes through. The library repeats nothing."""
     enter(s3, monkeypatch)
     monkeypatch.setattr("actors.storage.filesystems.REQUESTS", 1)
     between = FaultyNetwork(s3.port)
@@ -57,7 +58,7 @@ def far(network: FaultyNetwork, s3: Server) -> ArtifactStore:
 
 @pytest.fixture
 def near(far: ArtifactStore, network: FaultyNetwork, s3: Server) -> ArtifactStore:
-    """The same place by the direct way."""
+    """Returns the same store, reached directly."""
     assert far.objects.list_below() == []  # opened, through the network
     network.fail("")
     with pytest.MonkeyPatch.context() as direct:
@@ -91,7 +92,7 @@ def test_a_store_that_never_answers_gets_few_requests_and_is_a_typed_error(
 def test_what_passes_before_the_last_attempt_is_not_noticed(
     far: ArtifactStore, near: ArtifactStore, network: FaultyNetwork, fault: str
 ) -> None:
-    """Also a lost answer: the object is there, and writing it again does no harm."""
+    """This includes a lost answer: the object exists, and writing it again does no harm."""
     network.fail(FAULTS[fault], times=1)
     assert far.objects.put("x", b"content") == 7
     assert network.connections > 1
@@ -125,7 +126,7 @@ def test_half_an_answer_is_never_taken_for_the_whole(
 def test_pieces_that_come_once_have_one_attempt(
     far: ArtifactStore, near: ArtifactStore, network: FaultyNetwork
 ) -> None:
-    """A second one would write what is left of them."""
+    """A second attempt would write only the pieces that are left."""
     far.objects.put("warm", b"")
     network.fail("cut")
     with pytest.raises(StorageError, match="attempts: 1"):
@@ -137,7 +138,7 @@ def test_pieces_that_come_once_have_one_attempt(
 def test_a_failed_replacement_of_a_small_object_keeps_the_old_or_the_new_one(
     far: ArtifactStore, near: ArtifactStore, network: FaultyNetwork
 ) -> None:
-    """A wrapped key must never be lost on the way to the next one."""
+    """A wrapped key must never be lost while it is replaced."""
     far.objects.put("key", b"old" * 100_000)
     network.fail("cut")
     with pytest.raises(StorageError):
@@ -168,7 +169,7 @@ def test_a_bucket_that_goes_away_is_named_as_missing(
 def test_the_library_repeats_each_request_a_few_times_and_no_more(
     network: FaultyNetwork, s3: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A part of a large object that fails is not the end of an attempt."""
+    """A failed part of a large object does not end an attempt."""
     monkeypatch.setattr("actors.storage.filesystems.REQUESTS", 3)
     store = ArtifactStore(s3.uri, RetryPolicy(attempts=1))
     network.fail(BUSY, times=2)
@@ -194,13 +195,47 @@ def test_a_save_that_fails_says_what_is_left_and_leaves_no_artifact(
     store = ArtifactStore(f"{s3.uri}/{next(PREFIXES)}", RetryPolicy(request_s=1, attempts=1))
     store.objects.put("warm", b"")
     network.fail(fault)
-    with pytest.raises(StorageError, match="not saved, training is not affected") as info:
+    with pytest.raises(StorageError, match="not saved; training is not affected") as info:
         store.write_artifact(TENANT, ARTIFACT, FILES, KEY, lambda: CONTENT_OF_MANIFEST)
     assert f"may be left in t/{TENANT}/a/{ARTIFACT}" in str(info.value)
     network.fail("")
     assert not is_whole(store)
     store.write_artifact(TENANT, ARTIFACT, FILES, KEY, lambda: CONTENT_OF_MANIFEST)
     assert is_whole(store)
+
+
+LOCAL = {
+    "s3": ("s3://bucket", "AWS_ENDPOINT_URL_S3"),
+    "gs": ("gs://bucket", "CLOUD_STORAGE_EMULATOR_ENDPOINT"),
+    "abfss": ("abfss://bucket@account.dfs.core.windows.net", "AZURE_STORAGE_SERVICE_ENDPOINT"),
+}
+
+
+@pytest.mark.parametrize("exempt", [None, "", "intranet.example.org"])
+@pytest.mark.parametrize("kind", LOCAL)
+def test_a_store_on_this_machine_is_reached_without_the_proxy_of_the_environment(
+    kind: str, exempt: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The libraries of gs and abfss trust http_proxy, also for a loopback address."""
+    uri, variable = LOCAL[kind]
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "canary")
+    monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", "sv=1&sig=canary")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    refusing = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    with Listener(refusing) as proxy, Listener(refusing) as server:
+        for name in ("http_proxy", "https_proxy", "all_proxy"):
+            monkeypatch.setenv(name, proxy.url)
+            monkeypatch.setenv(name.upper(), proxy.url)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.setenv("no_proxy", exempt or "")
+        if exempt is None:
+            monkeypatch.delenv("no_proxy")
+        monkeypatch.setenv(variable, server.url)
+        with pytest.raises(StorageError):
+            ArtifactStore(f"{uri}/here", SHORT).tenants()
+    assert server.heard
+    assert proxy.heard == b""
 
 
 class Spoiled:
@@ -221,7 +256,8 @@ class Spoiled:
 def saves_far(
     server: Server, attempts: int, spoil: Callable[[int], bool]
 ) -> tuple[ArtifactStore, Exception | None, int]:
-    """A save of which some calls to pyarrow fail; how many calls it made."""
+    """Saves while some calls to pyarrow fail; returns the store, the error and the number of
+    calls."""
     store = ArtifactStore(f"{server.uri}/{next(PREFIXES)}", RetryPolicy(attempts=attempts))
     real, made = store.objects._files, 0
 
@@ -246,7 +282,7 @@ def saves_far(
 def test_replacing_a_key_that_fails_at_any_call_keeps_the_old_or_the_new_one(
     kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Opening an object of Azure for writing empties it: a lost key is a lost artifact."""
+    """Opening an object of Azure for writing empties it, and a lost key is a lost artifact."""
     server: Server = request.getfixturevalue(kind)
     enter(server, monkeypatch)
     objects = open_objects(f"{server.uri}/{next(PREFIXES)}", RetryPolicy(attempts=1))
@@ -315,7 +351,7 @@ def test_every_kind_of_error_of_an_upload_is_a_typed_one(
 def test_a_store_that_fails_at_any_call_leaves_no_artifact_or_a_whole_one(
     s3: Server, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    """Each object: open, write, close, size."""
+    """The calls of each object are open, write, close and size."""
     enter(s3, monkeypatch)
     attempts, onwards = 1 + (mode == "once, tried again"), mode == "from then on"
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)

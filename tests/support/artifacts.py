@@ -1,4 +1,5 @@
-"""A registry, a store and a checkpoint without Ray: what the tests of saved artifacts share."""
+"""Defines a registry, a store and a checkpoint without Ray, which the tests of saved artifacts
+share."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ def checkpoint(size: int = 4, **changes: Any) -> Checkpoint:
 
 @dataclass(frozen=True)
 class Service:
-    """One home with one run and its living actor, without Ray."""
+    """A home with one run and its living actor, without Ray."""
 
     home: Path
     registry: Registry

@@ -1,4 +1,5 @@
-"""Tenants and times of the audit logs in tests, and a service over a real registry without Ray."""
+"""Defines tenants and times of audit logs in tests, and a service over a real registry without
+Ray."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import pytest
 from actors.registry.registry import Registry
 from actors.storage.home import DATABASE, KEYRING, STORE, create
 from tg_tinker import ServiceClient, TrainingConfig
-from tg_tinker.records.audit_log import AuditRow
+from tg_tinker.records.audit_log import AuditRow, empty, verify
 from tg_tinker.records.files import read_rows
 
 US, THEM = "clinic", "bank"
@@ -40,8 +41,19 @@ class LocalService(ServiceClient):
         pass
 
 
+def rows_of(registry: Registry, tenant: str = US) -> list[AuditRow]:
+    """Returns all rows, verified."""
+    rows = [AuditRow.parse(line) for line in registry.audit_log.rows(tenant, 0, 10_000)]
+    verify(rows, since=empty(tenant))
+    return rows
+
+
+def seen(registry: Registry, tenant: str = US) -> list[tuple[str, str, str, str]]:
+    return [(row.who, row.event, row.subject, row.outcome) for row in rows_of(registry, tenant)]
+
+
 def restored(service: LocalService, change: Callable[[], object]) -> None:
-    """Makes a change, then puts the database from before it back."""
+    """Makes a change, then restores the database from before it."""
     database = service._home / DATABASE
     service._registry.database.engine.dispose()
     shutil.copy(database, old := service._home / "old.db")
@@ -57,9 +69,9 @@ CONFIG = TrainingConfig(model_ref="some/model").model_dump_json()
 
 
 def open_registry(place: Path, kind: type[Registry] = Registry) -> Registry:
-    """One that has met a store without heads."""
+    """Returns a registry that has been compared with a store without heads."""
     registry = kind(f"sqlite:///{place / DATABASE}", place / KEYRING)
-    registry.heads.meet(US, None, STORE, {})
+    registry.heads.meet_store(US, STORE)
     return registry
 
 

@@ -1,7 +1,8 @@
-"""The registry's databases in tests: SQLite in a home, and a PostgreSQL server on this machine.
+"""Runs the registry's databases in tests: SQLite in a home, and a PostgreSQL server on this
+machine.
 
 The server runs as another user than root, on a free loopback port, fully synchronous as the
-registry demands it, and is ended by its process id. Where it is not installed, tests skip.
+registry requires, and is ended by its process id. Where it is not installed, tests skip.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ USER, PASSWORD = "tg", "pg-secret-4711"
 
 @dataclass
 class Postgres:
-    """A server, and which of its databases belongs to which home."""
+    """A server, and the assignment of its databases to homes."""
 
     folder: Path
     port: int
@@ -55,7 +56,7 @@ class Postgres:
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """At once; what was committed is there afterwards."""
+        """Ends the server at once; what was committed is kept."""
         if self.process is not None:
             self.process.send_signal(signal.SIGQUIT)
             self.process.wait(30)
@@ -66,11 +67,11 @@ class Postgres:
         return name
 
     def empty(self) -> str:
-        """A database without a row; it may have the tables of an earlier test."""
+        """Returns a database without a row. It may have the tables of an earlier test."""
         return self.spare.pop() if self.spare else self.new_database()
 
     def give_back(self) -> None:
-        """Takes the rows out of all databases of homes: to make new ones takes longer."""
+        """Removes the rows from all databases of homes, because new databases take longer."""
         import psycopg
 
         tables = ", ".join(METADATA.tables)
@@ -88,7 +89,7 @@ class Postgres:
             return [*cursor.fetchall()] if cursor.description else []
 
     def make(self) -> None:
-        """The server's folder; its one user needs a password."""
+        """Makes the server's folder. Its one user needs a password."""
         (self.folder / "secret").write_text(PASSWORD)
         (self.folder / "pass").write_text(f"*:*:*:*:{PASSWORD}\n")
         (self.folder / "pass").chmod(0o600)
@@ -149,7 +150,8 @@ def postgres_server() -> Iterator[Postgres]:
 
 
 def _binaries() -> Path:
-    """Debian's, which are not in the path; those in the path."""
+    """Returns the folder of Debian's programs, which are not in the path, or else of those in
+    the path."""
     for found in sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True):
         if (found / "postgres").exists():
             return found
@@ -163,7 +165,7 @@ _current: Postgres | None = None
 
 @contextmanager
 def all_on(server: Postgres | None) -> Iterator[None]:
-    """Meanwhile `url_of` names databases of this server."""
+    """Makes `url_of` return databases of this server inside the block."""
     global _current
     _current = server
     try:
@@ -175,7 +177,8 @@ def all_on(server: Postgres | None) -> Iterator[None]:
 
 
 def url_of(home: Path) -> str:
-    """The database of a home: its SQLite file, or one of its own on the server in use."""
+    """Returns the database of a home: its SQLite file, or a database of its own on the server in
+    use."""
     if _current is None:
         return f"sqlite:///{home / 'registry.db'}"
     if home not in _current.of_home:

@@ -1,4 +1,4 @@
-"""Calls to the system that fail on demand."""
+"""Defines system calls that fail on demand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 
 class Calls:
-    """Counts the calls to the system that a save makes, and spoils some of them."""
+    """A counter of the system calls that a save makes, which spoils some of them."""
 
     POINTS = (
         (Path, "open"), (Path, "mkdir"), (Path, "replace"), (os, "fsync"), (os, "open"),
@@ -43,7 +43,7 @@ class Calls:
 
 
 class Counted:
-    """A file whose writes count too; a spoiled one has written half."""
+    """A file whose writes count too; a spoiled write has written half."""
 
     def __init__(self, file: Any, calls: Calls) -> None:
         self._file, self._calls = file, calls

@@ -1,16 +1,16 @@
-"""The service in memory, and a tokenizer of single bytes: no Ray, no model, no files.
+"""Defines the service in memory, and a tokenizer of single bytes: no Ray, no model, no files.
 
     service = FakeService()
     tc = service.create_training_client(TrainingConfig(model_ref="fake"))
     tc.forward_backward({"input_ids": [[1, 2, 3]]})
     tc.optim_step().result().step        # 1
-    service.artifacts                    # what save_state put there
+    service.artifacts                    # the artifacts of save_state
 
-`FakeService` and its clients are the real classes with every method that needs a cluster
-replaced, so mypy holds their signatures to the real ones. Like the actor, a fake client runs its
-calls in order; unlike it, it runs them only when somebody waits, so a test knows exactly what is
-still queued. The loss of a batch falls with each step and depends on nothing else; that of an
-empty one is NaN. Private runs keep a real ledger, with noise by the plainest accountant.
+`FakeService` and its clients are the real classes with every method that needs a cluster replaced,
+so mypy checks their signatures against the real ones. Like the actor, a fake client runs its calls
+in order. Unlike the actor, it runs them only when somebody waits, so a test knows exactly what is
+still queued. The loss of a batch falls with each step and depends on nothing else; the loss of an
+empty batch is NaN. Private runs keep a real ledger, with noise by the plainest accountant.
 
 To act at a certain moment, such as pressing Ctrl-C in the middle of step 3, set `before_call`:
 
@@ -33,7 +33,7 @@ from tg_tinker.client.runs import Progress
 from tg_tinker.client.service import ServiceClient
 from tg_tinker.client.training import TrainingClient
 from tg_tinker.config import TrainingConfig
-from tg_tinker.data.batch import BatchData, check_bounds, normalise
+from tg_tinker.data.batch import BatchData, check_bounds, normalize
 from tg_tinker.errors import (
     DPBudgetExceededError,
     FutureCancelledError,
@@ -82,11 +82,12 @@ Result = TypeVar("Result")
 
 
 def make_tokenizer(chat_template: str | None = CHATML, bos: bool = False) -> Any:
-    """One token per byte, `<|im_start|>` (256) and `<|im_end|>` (257, end of text).
+    """Returns a tokenizer with one token per byte, `<|im_start|>` (256) and `<|im_end|>` (257,
+    end of text).
 
     Args:
-        chat_template: of the tokenizer; None for a base model's.
-        bos: put `<|im_start|>` before every text, as Llama's tokenizers do with theirs.
+        chat_template: the template of the tokenizer; None for that of a base model.
+        bos: whether to put `<|im_start|>` before every text, as Llama's tokenizers do with theirs.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -107,7 +108,7 @@ def make_tokenizer(chat_template: str | None = CHATML, bos: bool = False) -> Any
 
 
 class FakeHandle(FutureHandle[Result]):
-    """A call that runs when waited for."""
+    """A call that runs when somebody waits for it."""
 
     def __init__(self, client: FakeTrainingClient, operation: str, work: Callable[[], Result]):
         self.operation = operation
@@ -121,7 +122,7 @@ class FakeHandle(FutureHandle[Result]):
     def run(self) -> None:
         try:
             if self.cancelled:
-                raise FutureCancelledError("the call was cancelled before it changed anything")
+                raise FutureCancelledError("the call was canceled before it changed anything")
             self._outcome.append(self._work())
         except TGTinkerError as error:
             self._outcome.append(error)
@@ -142,14 +143,14 @@ class FakeHandle(FutureHandle[Result]):
 
 
 class FakeCalls:
-    """The two calls behind the real `poisson_batches`; nothing of them is ever lost."""
+    """The two calls behind the real `poisson_batches`; none of them is ever lost."""
 
     def __init__(self, client: FakeTrainingClient) -> None:
         self.reached = object()
         self._client = client
 
     def revive(self) -> None:
-        """There is nothing to bring back."""
+        """Does nothing, because there is no actor to recover."""
 
     def submit(self, operation: str, **arguments: Any) -> FakeHandle[Any]:
         if operation == "register_units":
@@ -164,7 +165,7 @@ class FakeTrainingClient(TrainingClient):
     Attributes:
         trained, evaluated: the input ids of each `forward_backward` that ran, by its mode.
         sent: the handles of all calls, in order.
-        most_queued: how many optimizer steps were ever waiting at once.
+        most_queued: the largest number of optimizer steps that were waiting at once.
         closed: whether `close` was called.
     """
 
@@ -203,7 +204,7 @@ class FakeTrainingClient(TrainingClient):
         self, batch: BatchData | Mapping[str, Any], batch_hash: str | None = None
     ) -> FutureHandle[ForwardBackwardResult]:
         training = self._training
-        examples = normalise(batch, may_be_empty=training and self._config.private)
+        examples = normalize(batch, may_be_empty=training and self._config.private)
         if examples:
             check_bounds(examples, 258, 1024)
         rows = [example.input_ids.tolist() for example in examples]
@@ -318,19 +319,19 @@ class FakeTrainingClient(TrainingClient):
 
 
 class FakeService(ServiceClient):
-    """Runs and artifacts in dicts.
+    """A service that keeps runs and artifacts in dicts.
 
     Attributes:
         artifacts: by id, in order; `metadata` is what was saved with them.
-        clients: all that were created or taken up, in order.
+        clients: all clients that were created or opened again, in order.
         audited: the rows of the audit log; `signing_key` signs its heads.
-        ledgers: the ledger and its entries, by data set.
-        missing: how many charges an older database lost, by data set.
+        ledgers: the ledger and its entries, by dataset.
+        missing: the number of charges that an older database lost, by dataset.
         draw: (step, number of units) -> the indices of a Poisson sample.
         before_call: called with (operation, step) before each queued call runs; `evaluate` is a
             `forward_backward` in eval mode.
         on_submit: called with (operation, step) when a call is sent, before it is queued.
-        on_create: called when a client is asked for.
+        on_create: called when a client is requested.
         steps_off_after_load: how far a defect shifts the step in `load_state`.
         loss_off_after_load: how far a defect shifts later losses in `load_state`.
     """
@@ -376,7 +377,7 @@ class FakeService(ServiceClient):
         progress: Progress | None = None,
         recover: Recover = "auto",
     ) -> FakeTrainingClient:
-        """The run in the state of its last artifact, as if its actor were gone."""
+        """Returns the run in the state of its last artifact, as if its actor were gone."""
         configs = {client.id: client.config for client in self.clients}
         if training_client_id not in configs:
             raise NotFoundError(f"there is no run {training_client_id}")
@@ -387,7 +388,7 @@ class FakeService(ServiceClient):
         return client
 
     def _open_account(self, run: str, config: TrainingConfig) -> None:
-        """A ledger for the data set, if new, in which the budget pays for `max_steps` steps."""
+        """Opens a ledger for a new dataset, in which the budget pays for `max_steps` steps."""
         dp, steps, dataset = config.dp_config, config.max_steps, dataset_of(config)
         assert dp
         assert dp.dataset_size
@@ -420,7 +421,7 @@ class FakeService(ServiceClient):
 
     def privacy_report(self, dataset_id: str = DEFAULT_DATASET) -> PrivacyReport:
         if dataset_id not in self.ledgers:
-            raise NotFoundError(f"data set {dataset_id!r} has no ledger")
+            raise NotFoundError(f"dataset {dataset_id!r} has no ledger")
         return PrivacyReport(self.ledgers[dataset_id][1])
 
     def book_missing_charges(self, dataset_id: str = DEFAULT_DATASET) -> int:

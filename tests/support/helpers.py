@@ -1,4 +1,5 @@
-"""The slow, obvious versions that the engine is compared with, and ragged batches for both."""
+"""Defines the slow, obvious versions that the engine is compared with, and ragged batches for
+both."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from actors.engine.matmul import Linear
 from actors.engine.model import Base
 from actors.engine.session import Session
 from tg_tinker import LoRAConfig, TrainingConfig
-from tg_tinker.data.batch import Example, normalise
+from tg_tinker.data.batch import Example, normalize
 
 IGNORED = -100
 
@@ -32,11 +33,11 @@ RAGGED = [
 
 
 def examples(rows: list[tuple[list[int], list[int]]] = RAGGED) -> list[Example]:
-    return normalise({"input_ids": [r[0] for r in rows], "labels": [r[1] for r in rows]})
+    return normalize({"input_ids": [r[0] for r in rows], "labels": [r[1] for r in rows]})
 
 
 def padded(rows: list[tuple[list[int], list[int]]], side: str) -> dict[str, list[list[int]]]:
-    """The same rows as a rectangle, padded with a real token id under a zero mask."""
+    """Returns the same rows as a rectangle, padded with a real token id under a zero mask."""
     width = max(len(ids) for ids, _ in rows)
 
     def pad(row: list[int], value: int) -> list[int]:
@@ -51,14 +52,14 @@ def padded(rows: list[tuple[list[int], list[int]]], side: str) -> dict[str, list
 
 
 def session(model: Path, **config: Any) -> Session:
-    """A session with LoRA of rank 4 on its own copy of the base model."""
+    """Returns a session with LoRA of rank 4 on its own copy of the base model."""
     values: dict[str, Any] = {"lora_config": LoRAConfig(rank=4)} | config
     base = Base.load(str(model), cache=Path(tempfile.mkdtemp()))
     return Session(base, TrainingConfig(model_ref=str(model), **values))
 
 
 def window(of: Session) -> dict[str, torch.Tensor]:
-    """Copies of the gradient sums that the next step would use."""
+    """Returns copies of the gradient sums that the next step would use."""
     return {name: tensor.clone() for name, tensor in of._window.tensors.items()}
 
 
@@ -67,9 +68,9 @@ def weights(of: Session) -> dict[str, torch.Tensor]:
 
 
 def oracle_gradients(of: Session, batch: dict[str, list[list[int]]]) -> dict[str, torch.Tensor]:
-    """Summed token gradients of the plain padded loop, by transformers and PEFT alone.
+    """Returns the summed token gradients of the plain padded loop, by transformers and PEFT alone.
 
-    Runs on the session's own parameters, through the model's ordinary masked forward.
+    The loop runs on the session's own parameters, through the model's ordinary masked forward pass.
     """
     ids, mask, labels = (torch.tensor(batch[k]) for k in ("input_ids", "attention_mask", "labels"))
     labels = labels.masked_fill(mask == 0, IGNORED)
@@ -93,7 +94,8 @@ def oracle_gradients(of: Session, batch: dict[str, list[list[int]]]) -> dict[str
 
 @contextmanager
 def by_the_book(model: Any) -> Iterator[Any]:
-    """A forward by transformers' own attention and torch's own layers, not those under test."""
+    """Makes forward passes use transformers' own attention and torch's own layers, not those
+    under test."""
     attention = model.config._attn_implementation
     layers = [module for module in model.modules() if isinstance(module, Linear)]
     kinds = [type(layer) for layer in layers]
@@ -107,7 +109,7 @@ def by_the_book(model: Any) -> Iterator[Any]:
 
 
 def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], bound: float) -> None:
-    """Equal names, and every tensor within `bound` of its own largest value."""
+    """Checks equal names, and that every tensor is within `bound` of its own largest value."""
     assert a.keys() == b.keys()
     for name in a:
         scale = float(b[name].abs().max())

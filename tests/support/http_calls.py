@@ -1,4 +1,4 @@
-"""Calls over HTTP, and the metrics endpoint, as a program without a library would read them."""
+"""Makes calls over HTTP, and reads the metrics endpoint, as a program without a library would."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tg_tinker import ServiceClient
 
 
 def post(url: str, key: str | None, body: Any) -> tuple[int, dict[str, Any], Any]:
-    """Status, JSON, headers."""
+    """Returns status, JSON and headers."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"Content-Type": "application/json"}
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
@@ -24,7 +24,7 @@ def post(url: str, key: str | None, body: Any) -> tuple[int, dict[str, Any], Any
 
 
 def scraped(service: ServiceClient, name: str, label: str = "") -> list[str]:
-    """Lines of a series with this label, waiting for the next export of all processes."""
+    """Returns the lines of a series with this label, after the next export of all processes."""
     deadline = time.monotonic() + 40
     while True:
         found = []

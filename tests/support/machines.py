@@ -1,4 +1,4 @@
-"""Clusters that outlive their program, each in a home of its own."""
+"""Runs clusters that outlive their program, each in a home of its own."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class Machine:
         return done.stdout + done.stderr
 
     def train(self, *words: str) -> list[str]:
-        """What a program of its own prints that trains one step and ends without closing."""
+        """Returns what a program of its own prints that trains one step and ends without
+        closing."""
         done = subprocess.run(
             [sys.executable, "-c", TRAIN, *words], env=self.environment, capture_output=True,
             text=True, timeout=120, check=False,
@@ -51,7 +52,7 @@ class Machine:
 
 
 def machine(tmp_path: Path, name: str, **more: str) -> Machine:
-    """One whose token and files of Ray meet those of no other cluster here."""
+    """Makes a machine whose token and files of Ray no other cluster here uses."""
     for folder in ("user", name):
         (tmp_path / folder).mkdir(mode=0o700, exist_ok=True)
     mine = {
@@ -90,7 +91,8 @@ print(tc.id, tc.optim_step().result().step)
 
 
 def certificates(folder: Path, days: float = 90) -> dict[str, str]:
-    """One authority and one certificate for all addresses of this machine, as Ray's TLS wants."""
+    """Makes one authority and one certificate for all addresses of this machine, as Ray's TLS
+    requires."""
     now = datetime.datetime.now(datetime.UTC)
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tests")])
@@ -116,7 +118,7 @@ def certificates(folder: Path, days: float = 90) -> dict[str, str]:
 
 
 def node_address() -> str:
-    """What Ray takes for this machine's address."""
+    """Returns the address that Ray takes for this machine's."""
     from ray._private.services import get_node_ip_address
 
     return str(get_node_ip_address())

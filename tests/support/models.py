@@ -1,8 +1,9 @@
-"""A two-layer Llama with a byte-level tokenizer, made on the spot, and homes that share it."""
+"""Makes a two-layer Llama with a byte-level tokenizer, another tokenizer, and homes."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -11,7 +12,8 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(directory: Path) -> None:
-    """256 bytes and three special tokens: any text, exact bytes, no training."""
+    """Returns a tokenizer of 256 bytes and three special tokens: any text, exact bytes, no
+    training."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -31,8 +33,33 @@ def make_tokenizer(directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
+def make_pieces() -> Any:
+    """Returns a tokenizer as Llama 2 has it: a space before a text, and bytes as a last resort.
+
+    Its ids are three special tokens, four pieces, and the bytes from 7 on.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581": 3, "a": 4, "b": 5, "\u2581a": 6}
+    vocabulary |= {f"<0x{byte:02X}>": 7 + byte for byte in range(256)}
+    core = Tokenizer(
+        models.BPE(vocabulary, [("\u2581", "a")], byte_fallback=True, unk_token="<unk>")
+    )
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+         decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
 def make_model(directory: Path, seed: int = 0, **overrides: object) -> Path:
-    """A Hugging Face directory: 2 layers, width 32, 259 tokens, context 128, float32."""
+    """Makes a Hugging Face directory: 2 layers, width 32, 259 tokens, context 128, float32."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

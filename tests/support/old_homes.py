@@ -1,4 +1,5 @@
-"""Homes of earlier releases, each with the program that made it: see the README beside them."""
+"""Opens homes of earlier releases, each with the program that made it: see the README beside
+them."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ HUB = {"HF_HUB_CACHE": str(FIXTURE / "hub"), "HF_HUB_OFFLINE": "1"}
 
 
 def old_home(place: Path) -> Path:
-    """A copy of the home of commit 22e0997, with the modes that git does not keep."""
+    """Makes a copy of the home of commit 22e0997, with the modes that git does not keep."""
     shutil.copytree(FIXTURE / "home", place)
     place.chmod(0o700)
     for name in ("keyring", "audit.key"):
@@ -26,7 +27,7 @@ def old_home(place: Path) -> Path:
 
 
 def old_program(place: Path) -> Path:
-    """The program of commit 22e0997, out of its wheel."""
+    """Unpacks the program of commit 22e0997 from its wheel."""
     (wheel,) = FIXTURE.glob("*.whl")
     with zipfile.ZipFile(wheel) as opened:
         opened.extractall(place)
@@ -34,7 +35,7 @@ def old_program(place: Path) -> Path:
 
 
 def run_old(program: Path, code: str, *arguments: str) -> subprocess.Popen[str]:
-    """Python with the old program, and not this one."""
+    """Runs Python with the old program, and without this one."""
     environment = os.environ | {"PYTHONPATH": str(program)}
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments], cwd=program, env=environment, text=True,

@@ -1,10 +1,11 @@
 # ruff: noqa: T201
-"""Everything a user does, with a secret in every place that takes one: run by `test_plaintext`.
+"""Does everything a user does, with a secret in every place that takes one; `test_plaintext`
+runs it.
 
     python plaintext_program.py MODEL FOLDER
 
-FOLDER gets what the test must know and is not searched. After each part it prints the part's name
-and waits for a line: the test then searches everything while all of it still runs.
+FOLDER gets what the test must know and is not searched. After each part, the program prints the
+part's name and waits for a line. The test then searches everything while all of it still runs.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from tg_tinker import (
     TrainingConfig,
 )
 from tg_tinker.cluster import connection
-from tg_tinker.data.batch import normalise
+from tg_tinker.data.batch import normalize
 
 TEXT = "The patient Zebulon Quillfeather was admitted on a foggy Thursday."
 EXAMPLE_ID = "ward-7-Ottoline-Brackenbury"
@@ -51,6 +52,8 @@ STORE_BYTES = 200 * 2**20
 CONTROL = "a control in the clear"
 LONG = TEXT * 3000
 """Twice what Ray keeps inline."""
+STOP = TEXT * 60
+"""Nearly as long as stop sequences may be."""
 
 LORA = {"lora_config": LoRAConfig(rank=4), "resources": ResourceConfig(num_threads=1)}
 
@@ -60,7 +63,7 @@ def config(model: Path, **more: Any) -> TrainingConfig:
 
 
 def refused(call: Callable[[], Any]) -> None:
-    """The error's text goes to stderr, which is searched."""
+    """Checks that a call is refused, and prints the error to stderr, which is searched."""
     try:
         call()
     except TGTinkerError as error:
@@ -104,11 +107,12 @@ def training(service: ServiceClient, model: Path, folder: Path) -> Iterator[str]
 
 
 def clipped_sum(model: Path, batch: dict[str, Any], expected: str | None) -> bytes:
-    """Of a clipped sum without noise, as it was in the actor: its own hash says so."""
+    """Returns part of a clipped sum as it was in the actor, before noise: the equal hash
+    confirms that."""
     torch.set_num_threads(1)
     more = {"batch_size": 2, "dataset_id": "ward", "dp": {"unit": "id"}}
     same = private_session(model, **LORA, **more)
-    assert same.forward_backward(normalise(batch)).gradient_hash == expected
+    assert same.forward_backward(normalize(batch)).gradient_hash == expected
     largest = max(sums(same).values(), key=lambda tensor: float(tensor.abs().sum()))
     return largest.numpy().tobytes()[:64]
 
@@ -130,16 +134,19 @@ def saving(service: ServiceClient, tc: TrainingClient, folder: Path) -> Iterator
 
 
 def sampling(tc: TrainingClient) -> Iterator[str]:
-    tc.sample([TEXT] * 3, max_tokens=2, stop_sequences=[LONG])
+    tc.sample([TEXT * 20] * 150, max_tokens=2, stop_sequences=[STOP])  # as long as LONG
     yield "sampling"
-    list(tc.sample_stream(TEXT, max_tokens=4, stop_sequences=[LONG]))
+    list(tc.sample_stream(TEXT * 20, max_tokens=4, stop_sequences=[STOP]))
     refused(lambda: tc.sample(LONG))
     refused(lambda: tc._sampler.sample(TEXT))  # a defect inside the sampler
     yield "streams and errors of sampling"
 
 
 def over_http(url: str, key: str, run: str) -> Iterator[str]:
-    """`user` takes a long text; with `echo` an answer repeats the prompt for each completion."""
+    """Sends requests and checks their answers.
+
+    `user` takes a long text, and with `echo` an answer repeats the prompt for each completion.
+    """
     for stream in (False, True):
         asked = {"model": run, "max_tokens": 2, "stream": stream}
         chat = asked | {"messages": [{"role": "user", "content": TEXT}]}
@@ -154,7 +161,7 @@ def over_http(url: str, key: str, run: str) -> Iterator[str]:
 
 
 def post(url: str, key: str, body: Any, path: str = "") -> tuple[int, str]:
-    """Status and text."""
+    """Returns status and text."""
     path = path or ("chat/completions" if "messages" in body else "completions")
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
@@ -217,7 +224,7 @@ def say(text: str) -> None:
 
 
 def in_the_clear(service: ServiceClient) -> Iterator[str]:
-    """Text put where the search must find it: else it would prove nothing."""
+    """Puts text where the search must find it; without a find the search would prove nothing."""
     controls = [ray.put(f"control {TEXT}".encode() * 20_000) for _ in range(8)]
     ray.get(ray.remote(num_cpus=0)(say).remote(TEXT))  # into the log of a worker
     service.create_api_key(TEXT)  # a label, which the registry does not seal

@@ -1,4 +1,4 @@
-"""Private sessions over a real registry, and the slow, obvious version of their sums."""
+"""Defines private sessions over a real registry, and the slow, obvious version of their sums."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from actors.storage import home
 from support import databases
 from support.helpers import IGNORED, by_the_book
 from tg_tinker import DPConfig, LoRAConfig, TrainingConfig
-from tg_tinker.data.batch import Example, normalise
+from tg_tinker.data.batch import Example, normalize
 
 ROWS = [
     [5, 6, 7, 8, 9, 10, 11], [20, 21, 22], [30, 31, 32, 33, 34], [40, 41, 42, 43],
@@ -27,13 +27,13 @@ ROWS = [
 
 
 class Noiseless(PrivateSession):
-    """Releases the sum itself: for tests of what the noise is added to."""
+    """A session that releases the sum itself, for tests of what the noise is added to."""
 
     _noise = staticmethod(lambda count: torch.zeros(count, dtype=torch.float64))
 
 
 class Counting(PrivateSession):
-    """The real noise, and how many values were drawn of it in each step."""
+    """A session with the real noise, which counts the values that were drawn in each step."""
 
     def __init__(self, *arguments: Any) -> None:
         self.draws: list[int] = []
@@ -48,21 +48,22 @@ class Counting(PrivateSession):
 
 
 def registry(path: Path | None = None) -> Registry:
-    """A registry in a home of its own, made where there is none."""
+    """Returns a registry in a home of its own, and makes the home if it is missing."""
     path = path or Path(tempfile.mkdtemp()) / "home"
     home.create(path)
     return Registry(databases.url_of(path), path / "keyring")
 
 
 def private_config(model: Path, **values: Any) -> TrainingConfig:
-    """LoRA of rank 4, sigma 1, epsilon 8; `dp` holds what its DPConfig has otherwise."""
+    """Returns a config with LoRA of rank 4, sigma 1 and epsilon 8; `dp` replaces values of its
+    DPConfig."""
     dp = {"noise_multiplier": 1.0} | values.pop("dp", {})
     defaults: dict[str, Any] = {"lora_config": LoRAConfig(rank=4), "batch_size": 8}
     return TrainingConfig(model_ref=str(model), dp_config=DPConfig(**dp), **(defaults | values))
 
 
 def planned_budget(known: Registry, config: TrainingConfig) -> Budget:
-    """Of a new run that is not open yet: `PrivateSession` opens it."""
+    """Returns the budget of a new run that is not open yet: `PrivateSession` opens it."""
     run_id = known.runs.create("default", config.model_dump_json())
     return Budget.planned(known, "default", run_id, known.runs.claim(run_id), config, "float32")
 
@@ -83,7 +84,7 @@ def private_session(
 
 
 def rows(ids: Sequence[Sequence[int]] = ROWS, **fields: Any) -> list[Example]:
-    return normalise({"input_ids": [*map(list, ids)], **fields}, may_be_empty=True)
+    return normalize({"input_ids": [*map(list, ids)], **fields}, may_be_empty=True)
 
 
 def perturb(session: PrivateSession, scale: float = 0.05) -> None:
@@ -95,7 +96,7 @@ def perturb(session: PrivateSession, scale: float = 0.05) -> None:
 
 
 def sums(session: PrivateSession) -> dict[str, torch.Tensor]:
-    """Copies of the clipped sums that the next step would noise."""
+    """Returns copies of the clipped sums to which the next step would add noise."""
     return {name: tensor.clone() for name, tensor in session._pending.total.sums.items()}
 
 
@@ -111,7 +112,8 @@ def norm(a: dict[str, torch.Tensor]) -> float:
 def oracle_unit_gradient(
     session: PrivateSession, examples: Sequence[Example]
 ) -> dict[str, torch.Tensor]:
-    """The gradient of one unit: its rows one by one through transformers' own eager forward."""
+    """Returns the gradient of one unit, from its rows one by one through transformers' own eager
+    forward pass."""
     total = {name: torch.zeros_like(p) for name, p in session._parameters.items()}
     for example in examples:
         ids = torch.from_numpy(example.input_ids)[None]
@@ -130,7 +132,8 @@ def oracle_unit_gradient(
 def oracle_sum(
     session: PrivateSession, units: Sequence[Sequence[Example]]
 ) -> dict[str, torch.Tensor]:
-    """Clip each unit's gradient over all tensors jointly, then add: a loop, nothing else."""
+    """Clips each unit's gradient over all tensors jointly, then adds, in a loop and by nothing
+    else."""
     bound = session.dp.max_grad_norm
     total = {name: torch.zeros_like(p) for name, p in session._parameters.items()}
     for unit in units:

@@ -1,11 +1,13 @@
-"""Programs beside a test: ports for them, and which processes they have left behind."""
+"""Finds ports for programs beside a test, and the processes that they have left behind."""
 
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from tg_tinker import TrainingClient
@@ -14,13 +16,25 @@ SOAK = bool(os.environ.get("TG_TINKER_SOAK"))
 """Whether `make soak` runs: faults for longer."""
 
 
+RAY_WORKERS_END = 20_000
+"""`ray start` gives its workers the ports from 10002 to 19999."""
+
+
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback that were free a moment ago, all different."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    """Returns ports of the loopback that were free a moment ago, all different.
+
+    They lie below the ports that the system gives to whoever asks for any port: Ray asks for
+    dozens while it starts, and could take a port before the program that it was found for.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = range(RAY_WORKERS_END, max(lowest, RAY_WORKERS_END + 2000))
+    found: list[int] = []
+    for port in random.SystemRandom().sample(ports, 2000):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError(f"only {len(found)} of {count} ports are free in {ports}")
 
 
 def free_port() -> int:
@@ -29,7 +43,8 @@ def free_port() -> int:
 
 
 def descendants(session: int) -> list[str]:
-    """Processes of a session (in the sense of setsid), and those that Ray gave their own."""
+    """Returns the command lines of a session's processes (in the sense of setsid) that have not
+    ended."""
     out = subprocess.run(
         ["ps", "-wweo", "pid,sid,args"], capture_output=True, text=True, check=True
     ).stdout
@@ -49,24 +64,3 @@ def pid_of(tc: TrainingClient) -> int:
     import ray
 
     return ray.get(tc._calls.link.actor.__ray_call__.remote(lambda self: os.getpid()))
-
-
-def pid() -> int:
-    """Of this program's registry, once it is there."""
-    for _ in range(600):
-        out = subprocess.run(["ps", "-wweo", "pid,args"], capture_output=True, text=True).stdout
-        rows = [line.split(None, 1) for line in out.splitlines()[1:]]
-        found = [int(p) for p, name in rows if "ray::Registry" in name and _ours(int(p))]
-        if found:
-            return found[0]
-        time.sleep(0.05)
-    raise AssertionError("no registry came back")
-
-
-def _ours(pid: int) -> bool:
-    """Other clusters of this machine have registries of their own."""
-    home = f"TG_TINKER_HOME={os.environ['TG_TINKER_HOME']}".encode()
-    try:
-        return home in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return False

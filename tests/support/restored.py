@@ -1,4 +1,4 @@
-"""An older copy of the database under newer heads."""
+"""Defines an older copy of the database under newer heads."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from tg_tinker.records.audit_log import AuditRow, parse_rows
 
 @dataclass(frozen=True)
 class Restored:
-    """A service whose database was put back to before a deletion, and the files with it.
+    """A service whose database, with its files, was restored to the state before a deletion.
 
     Attributes:
         service: on the old database, by a new process of the registry.
-        newest: the same on the database of today.
-        kept, deleted: artifacts; the old database believes both alive, and both have their files.
+        newest: the same on the newest database.
+        kept, deleted: artifacts; the old database knows both as living, and both have their files.
     """
 
     service: Service
@@ -63,7 +63,7 @@ def old_copy(service: Service, path: Path) -> Path:
 
 
 def on(service: Service, database: Path) -> Service:
-    """The same home by a new process of the registry, on another database."""
+    """Returns the same home by a new process of the registry, on another database."""
     return replace(service, registry=Registry(f"sqlite:///{database}", service.home / KEYRING))
 
 
@@ -83,7 +83,7 @@ def loaded(of: Service, artifact: str) -> None:
 
 
 def train(of: Service) -> None:
-    """The actor of a new run, up to where it would load its model."""
+    """Starts the actor of a new run, up to the point where it would load its model."""
     config = TrainingConfig(model_ref="no/such/model")
     run = of.registry.runs.create(TENANT, config.model_dump_json())
     shown = of.registry.data_keys.capability(TENANT, run, epoch := of.registry.runs.claim(run))
@@ -92,7 +92,7 @@ def train(of: Service) -> None:
 
 
 def put_back(database: Path, service: Service) -> None:
-    """A copy of the database under the living registry."""
+    """Restores a copy of the database under the living registry."""
     with (
         closing(sqlite3.connect(database)) as source,
         closing(sqlite3.connect(service.home / DATABASE)) as live,

@@ -1,4 +1,4 @@
-"""Runs that lose their actor: what they train, and what must come back."""
+"""Defines runs that lose their actor: what they train, and what must be restored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def config(model: Path, **values: Any) -> TrainingConfig:
 
 
 def train(tc: TrainingClient, *steps: int) -> list[Any]:
-    """Steps by number, each on rows of its own."""
+    """Trains steps by number, each on rows of its own."""
     handles = []
     for step in steps:
         handles.append(tc.forward_backward({"input_ids": ROWS[step % 4 : step % 4 + 2]}))

@@ -1,4 +1,4 @@
-"""Requests to the sampling engine, and what they got."""
+"""Defines requests to the sampling engine, and what they got."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tg_tinker.sampling import SamplingParams
 
 
 class Reader:
-    """A request and what it got."""
+    """A request and the tokens that it got."""
 
     def __init__(self, prompt: list[int], params: SamplingParams) -> None:
         self.tokens: list[Token] = []
@@ -40,7 +40,8 @@ def alone(base: Base, prompt: list[int], params: SamplingParams) -> Reader:
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """The obvious rule, a character at a time: end where a stop is first complete."""
+    """Cuts by the obvious rule, a character at a time: the text ends where a stop is first
+    complete."""
     for end in range(len(text) + 1):
         complete = [stop for stop in stops if text[:end].endswith(stop)]
         if complete:

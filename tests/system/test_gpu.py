@@ -1,4 +1,4 @@
-"""On a GPU: training, privacy and sampling. Skipped, visibly, where there is none."""
+"""Tests training, privacy and sampling on a GPU. Skips, visibly, on a machine without a GPU."""
 
 from __future__ import annotations
 

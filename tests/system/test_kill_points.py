@@ -1,7 +1,8 @@
-"""kill -9 of a real training actor at named points: charges cover draws, draws cover steps.
+"""Tests kill -9 of a real training actor at named points: charges cover draws, and draws cover
+steps.
 
-The points are put into the actor's process by the test, through Ray's own door for debugging; the
-program has no switch for them.
+The test puts the points into the actor's process through Ray's own door for debugging. The program
+has no switch for them.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ ROUNDS = 8 if SOAK else 1
 
 
 class Point(NamedTuple):
-    """Where the actor dies, and what must be known of the call then.
+    """The point at which the actor dies, and what must be known of the call then.
 
     Attributes:
-        owner, method: what is called at that moment, see `doom`.
-        after: it dies when that has returned, not before it begins.
+        owner, method: the method that is called at that moment, see `doom`.
+        after: whether the actor dies when the method has returned, not before it begins.
         charged, drawn, saved: how many charges, draws of noise and artifacts the call has made.
     """
 
@@ -76,7 +77,8 @@ SHORT = ("after the charge", "in the middle of a save")
 
 
 def doom(log: str, owner: str = "", method: str = "", after: bool = False) -> Callable[[Any], None]:
-    """What the actor is made to run: it notes each draw of noise durably, and dies at the point."""
+    """Returns code that the actor runs: it notes each draw of noise durably, and dies at the
+    point."""
 
     def install(actor: Any) -> None:
         import signal
@@ -121,7 +123,7 @@ def doom(log: str, owner: str = "", method: str = "", after: bool = False) -> Ca
 
 
 @pytest.fixture(scope="module")
-def tc(home: Path, tiny_model: Path) -> Iterator[TrainingClient]:
+def tc(embedded: None, tiny_model: Path) -> Iterator[TrainingClient]:
     dp = DPConfig(sampling="worst_case", noise_multiplier=2.0, target_epsilon=None)
     config = TrainingConfig(
         model_ref=str(tiny_model), lora_config=LoRAConfig(rank=2), batch_size=2, dp_config=dp
@@ -137,7 +139,7 @@ def step(tc: TrainingClient) -> Any:
 
 
 def loss(tc: TrainingClient) -> float:
-    """Of a batch of its own; it stands for the weights."""
+    """Returns the loss of a fixed batch, which represents the weights."""
     tc.eval()
     found = tc.forward_backward({"input_ids": ROWS[2:4]}).result().loss
     tc.train()

@@ -1,8 +1,9 @@
-"""Requests and replies that Ray loses on purpose: each call is run once, and in order."""
+"""Tests requests and replies that Ray loses on purpose: each call is run once, and in order."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -12,11 +13,12 @@ from typing import Any
 
 import pytest
 
+from support.clusters import FORKING
 from support.machines import Machine, machine, up
 from support.processes import SOAK, free_port
 from tg_tinker.cluster import node
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.program
 
 BATCHES = 100 if SOAK else 24
 PUSH = "CoreWorkerService.grpc_client.PushTask"
@@ -96,8 +98,8 @@ print(json.dumps({
 def history(one: Machine, *words: object, **environment: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, *map(str, words)],
-        env=one.environment | environment, capture_output=True, text=True, timeout=250,
-        check=False,
+        env={**one.environment, FORKING: os.environ[FORKING], **environment},
+        capture_output=True, text=True, timeout=250, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -113,13 +115,13 @@ def faulty(one: Machine, model: Path, run: str, kind: str) -> dict[str, Any]:
 
 
 def injected(one: Machine) -> int:
-    """Faults of which Ray has written into the logs of programs."""
+    """Returns the number of faults that Ray has written into the logs of programs."""
     logs = one.home.parent.glob("**/logs/python-core-driver-*.log")
     return sum(log.read_bytes().count(INJECTED) for log in logs)
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Machine]:
+def cluster(forking: None) -> Iterator[Machine]:
     # Ray holds back what was sent behind a lost request, half a minute unless it is told.
     quick = {"RAY_actor_scheduling_queue_max_reorder_wait_seconds": "1"}
     with tempfile.TemporaryDirectory(prefix="tg", ignore_cleanup_errors=True) as short:
@@ -133,7 +135,8 @@ def cluster() -> Iterator[Machine]:
 
 @pytest.fixture(scope="module")
 def clean(cluster: Machine, tiny_model: Path) -> dict[str, Any]:
-    """The same calls with nothing lost; and runs for those that lose something."""
+    """Returns the answers to the same calls with nothing lost, and runs for the calls that lose
+    something."""
     return history(cluster, tiny_model, "new", BATCHES, len(KINDS) if SOAK else 1)
 
 
@@ -142,7 +145,7 @@ def clean(cluster: Machine, tiny_model: Path) -> dict[str, Any]:
 def test_each_call_is_run_once_and_in_order(
     cluster: Machine, tiny_model: Path, clean: dict[str, Any], kind: str
 ) -> None:
-    """To the bit: the norms, hashes and losses that a clean run of the same calls has."""
+    """Norms, hashes and losses equal those of a clean run of the same calls, to the bit."""
     if kind not in SHORT and not SOAK:
         pytest.skip("make soak")
     found = faulty(cluster, tiny_model, clean["spares"][[*KINDS].index(kind)], kind)

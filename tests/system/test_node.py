@@ -1,5 +1,8 @@
-"""A cluster that `tg-tinker up` starts: real Ray, found by programs and jobs, under TLS, and ended
-alone. Its second machine is another address of this one."""
+"""Tests a cluster that `tg-tinker up` starts: real Ray, found by programs and jobs, under TLS,
+and ended alone.
+
+Its second machine is another address of this one.
+"""
 
 from __future__ import annotations
 
@@ -47,14 +50,15 @@ for work in (
 
 @pytest.fixture
 def short() -> Iterator[Path]:
-    """Ray's sockets lie below it, whose paths have 107 characters at most."""
+    """Yields a folder with a short path: Ray's sockets are below it, and their paths have at
+    most 107 characters."""
     with tempfile.TemporaryDirectory(prefix="tg", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
 
 @pytest.fixture
 def ended(short: Path) -> Iterator[list[Machine]]:
-    """Machines that a test puts in; what still runs there is ended by its process."""
+    """Yields a list for machines. What still runs there at the end is ended by its process."""
     machines: list[Machine] = []
     yield machines
     for one in machines:
@@ -62,7 +66,7 @@ def ended(short: Path) -> Iterator[list[Machine]]:
 
 
 def of_cluster(port: int) -> list[str]:
-    """Programs that name the cluster's port; those of Ray do."""
+    """Returns the programs that name the cluster's port, as those of Ray do."""
     found = subprocess.run(["ps", "-wweo", "args"], capture_output=True, text=True, check=True)
     return [line for line in found.stdout.splitlines() if f":{port}" in line]
 
@@ -70,14 +74,14 @@ def of_cluster(port: int) -> list[str]:
 # --- a cluster -----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.program
 def test_a_cluster_outlives_programs_takes_jobs_and_ends_alone(
     short: Path, tiny_model: Path, ended: list[Machine]
 ) -> None:
     head, port = machine(short, "a"), free_port()
     ended.append(head)
     said = up(head, port=port)
-    assert "RAY_AUTH_MODE=token ray job submit" in said
+    assert "no_proxy=127.0.0.1 RAY_AUTH_MODE=token ray job submit" in said
     assert "runs already" in head.run("up", code=1)
     token = short / "user/.ray/auth_token"
     assert token.stat().st_mode & 0o777 == 0o600
@@ -109,7 +113,7 @@ def test_a_cluster_outlives_programs_takes_jobs_and_ends_alone(
     assert "ray stop" in head.run("down", code=1)
 
 
-@pytest.mark.slow
+@pytest.mark.program
 def test_two_machines_train_under_tls_and_are_refused_without(
     short: Path, tiny_model: Path, ended: list[Machine]
 ) -> None:
@@ -127,7 +131,7 @@ def test_two_machines_train_under_tls_and_are_refused_without(
     assert head.train(str(tiny_model))[1] == "1"
 
 
-@pytest.mark.slow
+@pytest.mark.program
 def test_two_machines_without_tls_are_refused_unless_overridden(
     short: Path, tiny_model: Path, ended: list[Machine]
 ) -> None:
@@ -157,7 +161,7 @@ def test_two_machines_without_tls_are_refused_unless_overridden(
 
 
 def test_the_process_of_another_program_is_never_taken_for_the_node(tmp_path: Path) -> None:
-    """After a restart of the machine its number may be anybody's."""
+    """After a restart of the machine, any program may have its number."""
     mine = node.Node("h:1", "", os.getpid(), node._begun(os.getpid()))
     note = tmp_path / "node.json"
     note.write_text(json.dumps(vars(mine)))
@@ -174,11 +178,28 @@ def test_the_process_of_another_program_is_never_taken_for_the_node(tmp_path: Pa
 def test_what_does_not_start_leaves_nothing_and_says_where_to_look(
     short: Path, ended: list[Machine]
 ) -> None:
-    one = machine(short, "a" * 90)  # too long for Ray's sockets
+    one = machine(short, "a")
     ended.append(one)
-    said = up(one, port=free_port(), code=1)
+    site = short / "site"
+    site.mkdir()
+    stops = "import sys\nif 'start' in sys.orig_argv:\n    raise SystemExit('Ray stops here')\n"
+    (site / "sitecustomize.py").write_text(stops)
+    path = f"{site}{os.pathsep}{one.environment.get('PYTHONPATH', '')}"
+    broken = replace(one, environment={**one.environment, "PYTHONPATH": path})
+    said = up(broken, port=free_port(), code=1)
     assert "node.log" in said
+    assert "Ray stops here" in (one.home / "node.log").read_text()
     assert not (one.home / "node.json").exists()
+
+
+def test_a_folder_that_is_too_long_for_ray_is_told_before_it_starts(
+    short: Path, ended: list[Machine]
+) -> None:
+    one = machine(short, "a" * 90)
+    ended.append(one)
+    assert "RAY_TMPDIR" in up(one, port=free_port(), code=1)
+    assert not (one.home / "node.json").exists()
+    assert not (one.home / "node.log").exists()
 
 
 def test_a_machine_joins_an_address_with_the_token_of_its_head(
@@ -190,7 +211,7 @@ def test_a_machine_joins_an_address_with_the_token_of_its_head(
         for more in ((), ("--without-tls",)):
             assert "HOST:PORT" in one.run("up", "--join", wrong, *more, code=1)
     nowhere = ("up", "--join", f"127.0.0.1:{free_port()}")
-    assert "copy the one of the head" in one.run(*nowhere, code=1).replace("\n", " ")
+    assert "copy the token of the head" in one.run(*nowhere, code=1).replace("\n", " ")
     mine = replace(one, environment={**one.environment, "RAY_AUTH_TOKEN": "0" * 64})
     assert "no cluster answers" in mine.run(*nowhere, code=1)
 
@@ -199,7 +220,7 @@ def test_a_machine_joins_an_address_with_the_token_of_its_head(
 def test_a_port_that_is_taken_is_told_before_ray_starts(
     short: Path, ended: list[Machine], option: str
 ) -> None:
-    """Else with another cluster's dashboard at it, jobs would go to that cluster."""
+    """Otherwise jobs would go to another cluster whose dashboard has the port."""
     one = machine(short, "a")
     ended.append(one)
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -224,13 +245,17 @@ def test_a_token_that_cannot_be_read_is_told_as_ours(short: Path) -> None:
 def test_two_do_not_start_a_node_of_one_home_at_once(tmp_path: Path) -> None:
     for _ in range(2):  # the first has ended
         with node.alone(tmp_path):  # noqa: SIM117
-            with pytest.raises(InvalidRequestError, match="just now"), node.alone(tmp_path):
+            with pytest.raises(InvalidRequestError, match="is starting"), node.alone(tmp_path):
                 pytest.fail("both are at it")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_address_that_others_reach_wants_tls(tmp_path: Path) -> None:
-    node.check_encrypted("127.0.0.1", {})
+    for here in ("127.0.0.1", "localhost", "::1"):
+        node.check_encrypted(here, {})
+    for elsewhere in ("127.example.org", "0.0.0.0"):
+        with pytest.raises(InvalidRequestError, match="without-tls"):
+            node.check_encrypted(elsewhere, {})
     files = {name: str(tmp_path / name) for name in node._TLS_FILES}
     for environment in ({}, {"RAY_USE_TLS": "1"}, {"RAY_USE_TLS": "1"} | files, files):
         with pytest.raises(InvalidRequestError, match="without-tls"):
@@ -262,12 +287,15 @@ def test_the_cluster_file_passes_rays_own_schema() -> None:
     for command in (config["head_start_ray_commands"][1], config["worker_start_ray_commands"][1]):
         assert {
             "RAY_AUTH_MODE=token",
+            "RAY_TMPDIR=~/.ray",
             "RAY_USE_TLS=1",
             "RAY_USAGE_STATS_ENABLED=0",
             "RAY_metric_cardinality_level=low",
+            "no_grpc_proxy=0.0.0.0/0,::/0",
         } <= {*command.split()}
         guide = (ROOT / "docs/deployment.md").read_text()
         files = [word for word in command.split() if word.startswith("RAY_TLS_")]
         assert len(files) == 3
         assert all(word in guide for word in files), "each machine's own, where the guide puts them"
+    assert "chmod 700 ~/.ray" in config["setup_commands"][1]
     assert [*config["file_mounts"]] == ["~/.ray/auth_token"], "one certificate does not fit all"

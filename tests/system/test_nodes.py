@@ -1,6 +1,6 @@
-"""A cluster of three nodes on this machine, of which one thing after the other is killed.
+"""Tests a cluster of three nodes on this machine, of which one part after the other is killed.
 
-The nodes share one address, so what machines say to each other is not tested here.
+The nodes share one address, so messages between machines are not tested here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from support.runs import config, fingerprints, lost, train
 from tg_tinker import PlacementError, ResourceConfig, ServiceClient, TrainingClient
 from tg_tinker.client.home import init_home
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.program
 
 BACK_WITHIN_S = 60.0
 """From the loss of a node to the next step."""
@@ -66,34 +66,37 @@ class Nodes:
         self._cluster.remove_node(node)
 
     def lose(self, node_id: str) -> None:
-        """kill -9 of a raylet, as the machine's end would; another node takes its place."""
+        """Kills a raylet by kill -9, as the end of its machine would; another node takes its
+        place."""
         (node,) = [one for one in self._cluster.worker_nodes if one.node_id == node_id]
         (raylet,) = node.all_processes["raylet"]
         os.kill(raylet.process.pid, signal.SIGKILL)
         self.add()
 
     def restart_gcs(self, after_s: float) -> None:
-        """By the main thread: what another one starts ends with it."""
+        """Restarts the GCS in the main thread, because a process that another thread starts ends
+        with that thread."""
         self.head.kill_gcs_server()
         time.sleep(after_s)
         self.head.start_gcs_server()
 
     def end(self) -> None:
-        """All at once; this program has left."""
+        """Ends all nodes at once, after this program has left."""
         for node in self._cluster.list_all_nodes():
             node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
 
 
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
-    """Ray's sockets lie below it, whose paths have 107 characters at most."""
+    """Yields a folder with a short path: Ray's sockets are below it, and their paths have at
+    most 107 characters."""
     with tempfile.TemporaryDirectory(prefix="tg", ignore_cleanup_errors=True) as short:
         yield Path(short)
 
 
 @pytest.fixture(scope="module")
-def around(home: Path, folder: Path) -> Iterator[pytest.MonkeyPatch]:
-    """What the nodes of this module find in their environment."""
+def around(forking: None, home: Path, folder: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Sets the environment of the nodes of this module."""
     from ray._private.authentication import authentication_token_setup as tokens
 
     with pytest.MonkeyPatch.context() as patched:
@@ -126,7 +129,7 @@ def service(nodes: Nodes) -> Iterator[ServiceClient]:
 
 @pytest.fixture(scope="module")
 def clean(service: ServiceClient, tiny_model: Path) -> list[Any]:
-    """What each call of a run that lost nothing answered, two for each step."""
+    """Returns the answers to the calls of a run that lost nothing, two for each step."""
     with service.create_training_client(here(tiny_model)) as tc:
         return fingerprints(train(tc, *range(1, STEPS + 1)))
 
@@ -186,7 +189,7 @@ def test_a_run_whose_node_is_gone_waits_for_it_and_a_new_client_is_refused_at_on
 def test_a_run_outlives_the_kill_of_its_program(
     nodes: Nodes, service: ServiceClient, tiny_model: Path, clean: list[Any]
 ) -> None:
-    """Whichever of the calls on their way had arrived: they were run in order, once."""
+    """Whichever of the calls on their way had arrived were run in order, once."""
     program = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", DRIVER, nodes.address, str(tiny_model)],
         stdout=subprocess.PIPE, text=True,
@@ -255,7 +258,7 @@ def test_doctor_compares_the_versions_and_clocks_of_all_nodes(
 
 
 def test_doctor_sees_what_of_ray_listens_and_how_it_was_started(nodes: Nodes) -> None:
-    """The parts of `exposure`: other clusters may run on this machine."""
+    """This tests the parts of `exposure`, because other clusters may run on this machine."""
     outside = doctor_cluster._outside(Path("/proc"))
     for kind, name in (("gcs_server", "GCS"), ("raylet", "raylet"), ("dashboard", "dashboard")):
         (started,) = nodes.head.all_processes[kind]

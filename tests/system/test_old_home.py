@@ -1,6 +1,6 @@
-"""A home of an earlier release under this one: it opens, verifies, loads, and goes on.
+"""Tests a home of an earlier release under this one: it opens, verifies, loads and continues.
 
-The home, its base model and what the old program said of it lie in `tests/vectors`; they are never
+The home, its base model and the old program's record of it are in `tests/vectors`. They are never
 made again.
 """
 
@@ -142,12 +142,13 @@ def test_a_run_comes_back_and_goes_on_as_it_did(service: ServiceClient, name: st
 
 @pytest.mark.parametrize("name", ["labelled", "weights only", "copied", "resealed", "parked"])
 def test_an_artifact_loads_to_the_same_loss(service: ServiceClient, name: str) -> None:
-    """Into the run that it is of; another would have to have the same adapter."""
+    """It loads into its own run; another run would need the same adapter."""
     expected = OLD["artifacts"][name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tc = service.get_training_client(OLD["runs"]["plain"]["id"])
-        tc.load_state(expected["id"])
+        loaded = tc.load_state(expected["id"])
+        assert "the artifact is of an older version" in " ".join(loaded.warnings)
         assert loss(tc) == pytest.approx(expected["evaluated_loss"], abs=2e-5)
 
 
@@ -200,7 +201,7 @@ def test_another_tenant_of_it_is_as_it_was(service: ServiceClient) -> None:
 
 
 def test_its_keys_rotate_and_retire(service: ServiceClient) -> None:
-    """`k1` still opens artifacts of the old home: they are wrapped anew, and open without it."""
+    """`k1` still opens artifacts of the old home. They are wrapped again, and open without it."""
     assert all(not problem for _, problem in service.rewrap_keys())
     service.retire_key("k1")
     assert [problem for problem in service.verify_artifacts() if problem[1]] == []

@@ -1,10 +1,12 @@
-"""Nothing readable at rest: a program with secrets everywhere, and a search of all it leaves.
+"""Tests that nothing is readable at rest: a program with secrets everywhere, and a search of all
+it leaves.
 
-`plaintext_program` does everything a user does. After each of its parts, all of it still running,
-the secrets are looked for in the object store's memory, in every file that Ray ever spilled, in
-Ray's session folder with its logs, in the home with registry and artifacts, in what the program
-printed, errors among it, in the metrics, and in the arguments and environment of every process. Ray
-is told to spill what it can, and freed objects keep their bytes until others take their place.
+`plaintext_program` does everything a user does. After each of its parts, while all of it still
+runs, the test searches for the secrets: in the object store's memory, in every file that Ray ever
+spilled, in Ray's session folder with its logs, in the home with registry and artifacts, in what the
+program printed (errors included), in the metrics, and in the arguments and environment of every
+process. Ray is configured to spill what it can, and freed objects keep their bytes until others
+take their place.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from support import plaintext_program as program
 from support.models import make_model
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.program,
     pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc"),
 ]
 
@@ -48,7 +50,8 @@ def text_forms(text: str) -> list[bytes]:
 
 
 def id_forms(text: str) -> list[bytes]:
-    """Its token ids (`models.make_tokenizer`: a token is a byte), packed or printed."""
+    """Returns the token ids of a text (`models.make_tokenizer`: a token is a byte), packed or
+    printed."""
     from tokenizers import pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -64,7 +67,7 @@ def raw_forms(secret: bytes) -> list[bytes]:
 
 
 class Search:
-    """What is looked for, and where."""
+    """The secrets to search for, and the places to search."""
 
     def __init__(self, folder: Path, home: Path, work: Path, leader: int) -> None:
         told = json.loads((folder / "secrets.json").read_text())
@@ -100,7 +103,7 @@ class Search:
                     yield f"{folder.name}/{file.relative_to(folder)}", read(file)
 
     def living(self) -> Iterator[tuple[str, bytes]]:
-        """Shared memory of the object store, arguments and environments, metrics."""
+        """Yields shared memory of the object store, arguments and environments, and metrics."""
         seen = set()
         for pid in members(self._leader):
             for name in ("cmdline", "environ"):
@@ -123,7 +126,7 @@ def tenant_keys(home: Path) -> list[bytes]:
 
 
 def members(leader: int) -> list[int]:
-    """The processes of a session, in the sense of setsid."""
+    """Returns the processes of a session, in the sense of setsid."""
     out = subprocess.run(["ps", "-eo", "pid,sid"], capture_output=True, text=True, check=True)
     rows = [line.split() for line in out.stdout.splitlines()[1:]]
     return [int(pid) for pid, session in rows if int(session) == leader]
@@ -144,7 +147,7 @@ def read(path: Path) -> bytes:
 
 
 def read_data(path: Path) -> bytes:
-    """A file without its holes."""
+    """Returns the content of a file without its holes."""
     found, end = [], 0
     with path.open("rb") as file:
         while True:
@@ -157,7 +160,7 @@ def read_data(path: Path) -> bytes:
 
 
 class Seen(NamedTuple):
-    """What was found in each part, as (secret, place), and after all had ended."""
+    """The findings in each part, as (secret, place), and those after all processes had ended."""
 
     found: dict[str, set[tuple[str, str]]]
     spilled: int  # bytes, before the controls
@@ -200,7 +203,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
 
 @contextlib.contextmanager
 def spilled_files(session: Path) -> Iterator[Path]:
-    """Gives every file that Ray spills a second name, since Ray removes them when they are read."""
+    """Gives every file that Ray spills a second name, because Ray removes a file when it is
+    read."""
     kept, stop = session / "kept", threading.Event()
     kept.mkdir()
 
@@ -234,7 +238,7 @@ def missed(found: set[tuple[str, str]]) -> list[str]:
 
 
 def await_controls(search: Search) -> None:
-    """Ray spills, and tells metrics, after some seconds."""
+    """Waits until the controls are found: Ray spills, and reports metrics, after some seconds."""
     deadline = time.monotonic() + 180
     while missed(search.everywhere()) and time.monotonic() < deadline:
         time.sleep(0.5)

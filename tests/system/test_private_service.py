@@ -1,4 +1,5 @@
-"""Private runs through a real embedded cluster: the whole way from a batch to a certificate."""
+"""Tests private runs through a real embedded cluster: the whole way from a batch to a
+certificate."""
 
 from __future__ import annotations
 
@@ -227,7 +228,7 @@ def test_registration_is_checked_and_never_changed(service: ServiceClient) -> No
             service.register_dataset("wrong", **wrong)
     with pytest.raises(InvalidRequestError):
         service.register_dataset("../up", epsilon=1.0)
-    with pytest.raises(NotFoundError, match=r"there are: .*fixed"):
+    with pytest.raises(NotFoundError, match=r"datasets with a ledger: .*fixed"):
         service.privacy_report("wrong")
 
 

@@ -1,11 +1,11 @@
-"""Ten thousand calls of one client, queued as fast as it may: in order, and not kept for ever."""
+"""Tests ten thousand calls of one client, queued as fast as possible: run in order, and not kept
+for ever."""
 
 from __future__ import annotations
 
 import resource
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +30,10 @@ ROW = [*range(1_000)]
 
 
 def mock(key: bytes) -> Any:
-    """An actor, made here so that it travels by value: its process cannot import this file."""
+    """Returns an actor.
+
+    It is defined here so that it travels by value: its process cannot import this file.
+    """
 
     @ray.remote(num_cpus=0)
     class Mock:
@@ -48,7 +51,7 @@ def mock(key: bytes) -> Any:
             return self._run
 
         def held(self) -> tuple[int, int]:
-            """Replies kept, and the most memory of this process so far."""
+            """Returns the number of replies kept, and the most memory of this process so far."""
             return len(self._calls._replies), 1024 * resource.getrusage(
                 resource.RUSAGE_SELF
             ).ru_maxrss
@@ -57,13 +60,13 @@ def mock(key: bytes) -> Any:
 
 
 @pytest.fixture
-def queued(home: Path) -> Iterator[tuple[TrainingClient, TrainingLink]]:
+def queued(embedded: None) -> Iterator[tuple[TrainingClient, TrainingLink]]:
     with ServiceClient("local"):
         key = new_key()
         link = TrainingLink(mock(key), key, lambda error, seen: error)  # type: ignore[arg-type]
         model = ModelInfo(
             vocab_size=len(ROW), context_length=len(ROW), num_trainable=1, base_digest="",
-            dtype="float32", device="cpu", flat_stream=True, num_threads=1,
+            dtype="float32", device="cpu", flat_stream=True, sampling="slots", num_threads=1,
         )  # fmt: skip
         nobody: Any = ActorLostError
         config = TrainingConfig(model_ref="mock")
@@ -93,4 +96,4 @@ def test_ten_thousand_queued_calls_keep_their_order_and_no_memory(
     assert found == [*range(1, CALLS + 1)]
     kept, actor = ray.get(link.actor.held.remote())
     assert kept == KEPT_REPLIES
-    assert actor - early < 32 * 2**20  # all of these calls are 120 MB
+    assert actor - early < 64 * 2**20  # the calls since then are 90 MB; at most 38 were seen

@@ -1,9 +1,9 @@
-"""The repository's cluster.yaml as it is, and the commands of docs/deployment.md word for word: two
-machines that `ray up` reaches by ssh, under TLS.
+"""Tests the repository's cluster.yaml as it is, and the commands of docs/deployment.md word for
+word.
 
-Each machine has its own network, processes, /etc, /tmp and home, in namespaces of Linux. So the
-file keeps its addresses and user, and the `ray stop` within it, which ends every cluster of a
-machine, meets no other cluster of this one.
+`ray up` reaches two machines by ssh, under TLS. Each machine has its own network, processes, /etc,
+/tmp and home, in namespaces of Linux. So the file keeps its addresses and user, and its `ray stop`,
+which ends every cluster of a machine, reaches no other cluster of this machine.
 """
 
 from __future__ import annotations
@@ -86,12 +86,13 @@ while :; do sleep 1 & wait $!; done  # the shell reaps what has lost its parent
 
 
 def made(folder: Path, address: str) -> None:
-    """What lies on a machine before it runs: /etc, and the home of cluster.yaml's user."""
+    """Makes what is on a machine before it runs: /etc, and the home of cluster.yaml's user."""
     home, user = folder / "home", CLUSTER["auth"]["ssh_user"]
     (home / ".ssh").mkdir(parents=True, mode=0o700)
     (home / "bin").mkdir()
     pip = home / "bin/pip"  # for nothing outside can be reached
-    pip.write_text('#!/bin/sh\n[ "$*" = "install tg-tinker" ]\n')
+    wheel = "/opt/tg-tinker/tg_tinker-0.1.0-py3-none-any.whl"
+    pip.write_text(f'#!/bin/sh\n[ "$*" = "install {wheel}" ]\n')
     pip.chmod(0o755)
     shutil.copytree("/etc", folder / "etc", symlinks=True)
     accounts = folder / "etc/passwd"
@@ -108,7 +109,7 @@ def make_key(path: Path) -> None:
 
 
 def certify(folder: Path, address: str) -> None:
-    """The guide's own commands; the authority is made once."""
+    """Runs the guide's own commands; the authority is made once."""
     authority, certificate = re.findall(r"^openssl req .*?(?=^openssl req|```)", GUIDE, re.S | re.M)
     script = certificate.replace("10.0.0.1", address)
     if not (folder.parent / "ca.crt").exists():
@@ -134,7 +135,7 @@ class Operator:
         }  # fmt: skip
 
     def run(self, command: str, code: int | None = 0) -> str:
-        """What a command prints, in a folder with the repository's cluster.yaml."""
+        """Returns the output of a command in a folder with the repository's cluster.yaml."""
         inside = f"cd ~ && {command}"
         done = subprocess.run(
             ["nsenter", f"--target={self._process}", "--mount", "--uts", "--net", "--pid",
@@ -205,15 +206,18 @@ def running(folder: Path) -> Iterator[Operator]:
 
 
 def lines(beginning: str) -> str:
-    """Those of the guide from one on, to the end of their block."""
+    """Returns the lines of the guide from this beginning to the end of their block."""
     found = re.search(f"^{re.escape(beginning)}.*?(?=```)", GUIDE, re.S | re.M)
     assert found is not None
     return found[0]
 
 
 def started(operator: Operator, up: str, status: str) -> str:
-    """What `status` says once both machines are in; as the guide has it, `ray up` again where one
-    did not start: Ray gives up after 30 s, which a busy computer may need."""
+    """Returns the output of `status` once both machines have joined.
+
+    As the guide describes, it runs `ray up` again where a machine did not start: Ray gives up after
+    30 s, which a busy computer may need.
+    """
     for _ in range(3):
         assert "Usage stats collection is disabled." in operator.run(up, code=None)
         operator.configure_head(lines("umask 077\n"))  # not before: cluster.yaml brings its own
@@ -225,7 +229,7 @@ def started(operator: Operator, up: str, status: str) -> str:
     pytest.fail(said)
 
 
-@pytest.mark.slow
+@pytest.mark.program
 @pytest.mark.timeout(900)
 def test_ray_up_starts_two_machines_under_tls_and_ray_down_ends_the_head(
     operator: Operator,

@@ -1,4 +1,5 @@
-"""A lost actor: what is told, and how its run comes back; a frozen one can do nothing."""
+"""Tests a lost actor: what the error reports, how the run is recovered, and that a frozen actor
+can do nothing."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def kill(tc: TrainingClient) -> None:
 
 @dataclass(frozen=True)
 class Clean:
-    """A run of four steps that lost nothing: what each call answered, and states by step."""
+    """A run of four steps that lost nothing: the answer to each call, and the states by step."""
 
     found: list[Any]
     artifacts: dict[int, str]
@@ -329,7 +330,8 @@ def _fetch(ref: Any) -> bytes:
 def test_an_actor_that_many_wait_for_weights_of_is_not_silent(
     service: ServiceClient, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or whoever gets a client of it meanwhile would take its run over, and kill it."""
+    """Otherwise a program that gets a client of the run meanwhile would take it over, and kill
+    the actor."""
     import ray
 
     monkeypatch.setattr(service._cluster, "silent_s", 10.0)

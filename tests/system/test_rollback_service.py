@@ -1,4 +1,5 @@
-"""An old database put back under a real service: refused, then booked, then training goes on."""
+"""Tests an old database that is restored under a real service: refused, then booked, then
+trained on."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from support import clusters
 from support.privacy_helpers import ROWS
 from support.storage_servers import free_ports
 from tg_tinker import (
@@ -49,7 +51,7 @@ def step(tc: TrainingClient) -> Any:
 
 
 def set_aside(home: Path, where: Path) -> None:
-    """The database while nobody has it open."""
+    """Copies the database while no process has it open."""
     where.mkdir()
     for file in home.glob("registry.db*"):
         shutil.copy2(file, where / file.name)
@@ -63,21 +65,21 @@ def put_back(home: Path, where: Path) -> None:
 
 
 def entries(service: ServiceClient) -> list[Entry]:
-    """As the database has them; the report would refuse an old one."""
+    """Returns the entries as the database has them; the report would refuse an old database."""
     return list(service._registry.ledgers.entries(service._tenant, DATA))
 
 
 def test_an_old_database_under_newer_heads_trains_nothing(
-    home: Path, tiny_model: Path, tmp_path: Path
+    embedded: None, home: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     old, heads = tmp_path / "old", home / "ledger-heads"
-    with ServiceClient(address="local") as service:
+    with clusters.service() as service:
         tc = service.create_training_client(config(tiny_model))  # never closed, like a crash
         step(tc)
         saved = tc.save_state().artifact_id
         before = entries(service)
     set_aside(home, old)
-    with ServiceClient(address="local") as service:
+    with clusters.service() as service:
         tc = service.get_training_client(tc.id)
         step(tc)
         newer = tc.save_state().artifact_id
@@ -92,7 +94,7 @@ def test_an_old_database_under_newer_heads_trains_nothing(
         "register": lambda service: service.register_dataset(DATA, 8.0),
         "report": lambda service: service.privacy_report(DATA),
     }
-    with ServiceClient(address="local") as service:
+    with clusters.service() as service:
         for who, part in (("both", None), ("the store", heads), ("home", home / "store/t")):
             if part is not None:  # only the other one still knows
                 part.rename(tmp_path / "hidden")
@@ -110,14 +112,14 @@ def test_an_old_database_under_newer_heads_trains_nothing(
 
     accepted = CliRunner().invoke(main, ["registry", "accept", "--yes"])
     assert accepted.exit_code == 0, accepted.output
-    with ServiceClient(address="local") as service, pytest.raises(LedgerMismatchError):
+    with clusters.service() as service, pytest.raises(LedgerMismatchError):
         service.create_training_client(config(tiny_model))  # charges are not accepted by it
     unknown = CliRunner().invoke(main, ["privacy", "book-missing", "nope"])
     assert (unknown.exit_code, "'nope' has no ledger" in unknown.output) == (1, True)
     booked = CliRunner().invoke(main, ["privacy", "book-missing", DATA])
     assert booked.exit_code == 0, booked.output
-    assert "2 charges were missing and are booked" in booked.output
-    with ServiceClient(address="local") as service:
+    assert "2 missing charges were restored" in booked.output
+    with clusters.service() as service:
         assert entries(service)[:-1] == before + lost
         assert service.privacy_report(DATA).total_epsilon == spent
         with (
@@ -131,9 +133,9 @@ def test_an_old_database_under_newer_heads_trains_nothing(
 
 
 def test_a_client_sends_what_it_saw_and_leaves_the_last_head_in_the_store(
-    home: Path, tiny_model: Path
+    embedded: None, home: Path, tiny_model: Path
 ) -> None:
-    with ServiceClient(address="local") as service:
+    with clusters.service() as service:
         with service.create_training_client(config(tiny_model)) as tc:
             step(tc)
             kept = tc._calls.link._kept
@@ -165,10 +167,10 @@ def completion(url: str, model: str) -> tuple[int, dict[str, Any]]:
 
 
 def test_an_old_database_under_newer_audit_heads_opens_nothing_that_was_shredded(
-    home: Path, tiny_model: Path, tmp_path: Path
+    embedded: None, home: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     plain = TrainingConfig(model_ref=str(tiny_model), lora_config=LoRAConfig(rank=2))
-    bank = partial(ServiceClient, address="local", tenant="bank")
+    bank = partial(clusters.service, tenant="bank")
     with bank() as service, service.create_training_client(plain) as tc:
         shredded = tc.save_state().artifact_id
     set_aside(home, tmp_path / "old")

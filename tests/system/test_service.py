@@ -1,4 +1,5 @@
-"""The API through a real embedded cluster: order, failure, repeats, life and death of actors."""
+"""Tests the API through a real embedded cluster: order, failure, repeats, life and death of
+actors."""
 
 from __future__ import annotations
 
@@ -54,13 +55,13 @@ def config(model: Path, **values: Any) -> TrainingConfig:
 
 @pytest.fixture(scope="module")
 def tc(service: ServiceClient, tiny_model: Path) -> Iterator[TrainingClient]:
-    """One client for the tests that leave it healthy."""
+    """Yields one client for the tests that leave it healthy."""
     with service.create_training_client(config(tiny_model)) as client:
         yield client
 
 
 def clean_window(tc: TrainingClient) -> None:
-    """Drops whatever an earlier test left pending."""
+    """Drops what an earlier test left pending."""
     tc.train()
     tc.optim_step().exception()  # perhaps of a spoiled window, which a sample would be told of
     tc.optim_step().exception()  # of an empty one, which is told to nobody
@@ -107,12 +108,13 @@ def test_sample_sees_every_step_queued_before_it(tc: TrainingClient) -> None:
 def test_step_is_read_without_waiting_behind_the_queue(tc: TrainingClient) -> None:
     clean_window(tc)
     before = tc.step
-    slow = tc.forward_backward(LONG)
+    slow = tc.forward_backward({"input_ids": LONG["input_ids"] * 20})
     seen = tc.step
     assert not slow.done()
     assert seen == before
     assert tc.info().queued >= 1
-    slow.result()
+    slow.cancel()
+    assert slow.exception(60) is not None
     clean_window(tc)
 
 
@@ -276,7 +278,7 @@ def test_a_call_of_another_epoch_is_refused(tc: TrainingClient) -> None:
         ({"input_ids": [[1, 2, 3]], "attention_mask": [[1, 0, 1]]}, "hole"),
         ({"input_ids": [[1, 259]]}, "vocabulary is 0..258"),
         ({"input_ids": [[1.5, 2.0]]}, "integers"),
-        ({"input_ids": [[1, 2]], "labels": [[-100, -100]]}, "labelled"),
+        ({"input_ids": [[1, 2]], "labels": [[-100, -100]]}, "labeled"),
         ({"input_ids": [[1] * 129]}, "context is 128"),
         ({"inputs": [[1]]}, "unknown batch keys"),
     ],
@@ -310,8 +312,8 @@ def test_bad_sampling_parameters_are_typed(
 
 
 def test_unknown_stream_parameters_and_lists_are_refused(tc: TrainingClient) -> None:
-    with pytest.raises(InvalidRequestError, match="min_p"):
-        tc.sample_stream("ab", min_p=0.1)
+    with pytest.raises(InvalidRequestError, match="mirostat"):
+        tc.sample_stream("ab", mirostat=2)
     with pytest.raises(InvalidRequestError, match="one prompt"):
         tc.sample_stream(["a", "b"])  # type: ignore[arg-type]
 
@@ -473,6 +475,32 @@ def test_saving_leaves_the_live_window_alone(tc: TrainingClient) -> None:
     assert handle.result().size_bytes > 0
 
 
+def test_no_call_takes_half_a_character_and_no_run_is_spoiled_by_it(
+    service: ServiceClient, tiny_model: Path
+) -> None:
+    """A step whose batch had such a name could never be recorded, and its run never be closed."""
+    half = "patient 4711\ud83d"
+    batch = {"input_ids": [[1, 2, 3]]}
+    with service.create_training_client(config(tiny_model)) as tc:
+        calls: list[Any] = [
+            lambda: tc.forward_backward(batch, half), lambda: tc.save_state(metadata={"a": [half]}),
+            lambda: tc.save_state(metadata={half: 1}), lambda: tc.load_state(half),
+            lambda: tc.sample("a", stop_sequences=[half]), lambda: tc.sample(["a", half]),
+            lambda: service.create_api_key(half), lambda: service.get_artifact(half),
+            lambda: service.get_training_client(half), lambda: service.privacy_report(half),
+            lambda: service.export_adapter("art-1", half),
+            lambda: service.import_adapter(half, str(tiny_model)),
+            lambda: ServiceClient(namespace=half), lambda: ServiceClient(database=f"sqlite:///{half}"),
+        ]  # fmt: skip
+        for call in calls:
+            with pytest.raises(InvalidRequestError) as caught:
+                call()
+            assert "4711" not in str(caught.value)
+        tc.forward_backward(batch, "\U0001f600")
+        assert tc.optim_step().result().step == 1
+    assert service.describe_training_client(tc.id).status == "completed"
+
+
 def test_metadata_that_json_cannot_hold_is_refused(tc: TrainingClient) -> None:
     with pytest.raises(InvalidRequestError, match="JSON"):
         tc.save_state(metadata={"x": object()})
@@ -535,18 +563,20 @@ def test_exported_adapter_generates_the_same_tokens_in_plain_peft(
     tc: TrainingClient, service: ServiceClient, tiny_model: Path, tmp_path: Path
 ) -> None:
     import torch
-    from peft import PeftModel
+    from peft import AutoPeftModelForCausalLM, PeftModel
     from transformers import AutoModelForCausalLM
 
     path = service.export_adapter(tc.save_state().artifact_id, tmp_path / "adapter")
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    model = PeftModel.from_pretrained(plain, path).eval()
     prompt = tc.tokenizer("hello")["input_ids"]
-    expected = model.generate(
-        torch.tensor([prompt]), max_new_tokens=24, do_sample=False, pad_token_id=256
-    )
     ours = tc.sample("hello", max_tokens=24, temperature=0).samples[0].token_ids
-    assert ours == expected[0, len(prompt) :].tolist()
+    of_given_base = PeftModel.from_pretrained(plain, path)
+    of_named_base = AutoPeftModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    for model in (of_given_base, of_named_base):
+        expected = model.eval().generate(
+            torch.tensor([prompt]), max_new_tokens=24, do_sample=False, pad_token_id=256
+        )
+        assert ours == expected[0, len(prompt) :].tolist()
     with pytest.raises(InvalidRequestError, match="exists"):
         service.export_adapter(tc.save_state().artifact_id, path)
 

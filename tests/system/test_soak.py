@@ -1,10 +1,12 @@
-"""Random operations, kills and cancels, against a book of what must have become of each call.
+"""Tests random operations, kills and cancels, against a book of what must have become of each call.
 
-Two runs take turns. What the first went through is repeated at the end by a run that loses nothing:
-every answer must be the same to the bit, so each call was run once or not at all, in order. The
-second is private: charges cover draws of noise, draws cover steps, and only a loss costs a charge.
+Two runs take turns. At the end, a run that loses nothing repeats what the first run went through.
+Every answer must be the same to the bit, so each call was run once or not at all, in order. The
+second run is private: charges cover draws of noise, draws cover steps, and only a loss costs a
+charge.
 
-Half a minute here; half an hour in `make soak`; TG_TINKER_SOAK_SECONDS and _SEED say otherwise.
+The test takes half a minute, and half an hour in `make soak`; TG_TINKER_SOAK_SECONDS and _SEED
+change that.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from typing import Any
 import pytest
 import ray
 
+from support.clusters import registry_pid
 from support.processes import SOAK, pid_of
-from support.processes import pid as registry_pid
 from support.runs import config
 from tg_tinker import (
     ActorLostError,
@@ -38,7 +40,7 @@ from tg_tinker import (
 )
 from tg_tinker.records.ledger import Ledger
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.program, pytest.mark.filterwarnings("ignore")]
 
 SECONDS = float(os.environ.get("TG_TINKER_SOAK_SECONDS") or (1800 if SOAK else 20))
 SEED = int(os.environ.get("TG_TINKER_SOAK_SEED") or 7)
@@ -68,17 +70,17 @@ def batch(number: int) -> dict[str, Any]:
 
 @dataclass
 class Book:
-    """What has become of a run's calls, as far as their answers tell.
+    """The fate of a run's calls, as far as their answers show it.
 
     Attributes:
-        exact: what was answered in a state once is answered there always.
-        past: the steps that its weights have made.
+        exact: whether the same state always gives the same answer.
+        past: the steps that have made its weights.
         window: batches that wait for their step.
-        spoiled: one of them was cancelled, so the next step drops them.
-        untold: a step failed, of which the next sample is to tell.
-        saved: what each artifact that `save_state` made holds.
-        point: the state that a lost actor comes back in.
-        answers: (past, window, operation) -> what was answered.
+        spoiled: whether one of them was canceled, so that the next step drops them.
+        untold: whether a step failed, which the next sample has to report.
+        saved: the steps in each artifact that `save_state` made.
+        point: the state in which a lost actor is recovered.
+        answers: (past, window, operation) -> the answer.
     """
 
     exact: bool
@@ -92,7 +94,7 @@ class Book:
     counts: Counter[str] = field(default_factory=Counter)
 
     def enter(self, call: Call) -> None:
-        """A call that was answered, by a result or an error of its own."""
+        """Enters a call that was answered, by a result or an error of its own."""
         operation, number, handle = call
         try:
             result = handle.result(ANSWER_S)
@@ -136,7 +138,7 @@ class Book:
 
 
 class Driver:
-    """One run, and all that is done to it. Each operation is a method of its name."""
+    """One run, and all operations on it. Each operation is a method of its name."""
 
     def __init__(self, service: ServiceClient, tc: TrainingClient, draw: random.Random) -> None:
         self.service, self.tc, self.draw = service, tc, draw
@@ -221,7 +223,7 @@ class Driver:
         assert self.tc.step == len(self.book.past)
 
     def _lose(self, calls: list[Call]) -> None:
-        """kill -9 of the actor at some moment of these calls; the run comes back."""
+        """Kills the actor by kill -9 at some moment of these calls; the run is recovered."""
         pid = pid_of_living(self.tc)
         time.sleep(self.draw.uniform(0, 0.1))
         os.kill(pid, signal.SIGKILL)
@@ -241,7 +243,7 @@ class Driver:
         self._resume(error)
 
     def _resume(self, error: ActorLostError) -> None:
-        """A save that was on its way was entered, or was not; nothing between the two."""
+        """Recovers the run. A save that was under way was entered as a whole or not at all."""
         new, book = self._listed() - self._artifacts, self.book
         if new:
             (artifact_id,) = new
@@ -262,7 +264,10 @@ class Driver:
 
 
 class PrivateDriver(Driver):
-    """Each draw of noise is noted durably before it is made, in whatever process makes it."""
+    """A private run.
+
+    Each draw of noise is noted durably before it is made, in whatever process makes it.
+    """
 
     def __init__(self, *arguments: Any, log: Path) -> None:
         super().__init__(*arguments)
@@ -342,7 +347,8 @@ def test_whatever_happens_each_call_is_run_once_or_not_at_all(
 
 
 def assert_repeats(service: ServiceClient, driver: Driver) -> None:
-    """A run that loses nothing answers the same on the same way, and ends in the same weights."""
+    """Checks that a run that loses nothing gives the same answers to the same calls, and ends in
+    the same weights."""
     past, book = driver.book.past, driver.book
     with service.create_training_client(driver.tc.config) as clean:
         for done, window in enumerate(past):

@@ -1,19 +1,17 @@
-"""The start of a client: where it may run, whether it fits, what it shares, and what it says."""
+"""Tests the start of a client: where it may run, whether it fits, what it shares, and what it
+reports."""
 
 from __future__ import annotations
 
 import gc
 import json
 import os
-import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +24,17 @@ from actors.engine.memory import adapter_values, check_room, estimate, stored_sh
 from actors.engine.model import Base
 from actors.training import warm_process
 from actors.training.storage_actor import NAME
-from serve_app import application
 from support.helpers import RAGGED, examples, session
 from support.models import make_model
+from support.two_nodes import asked, config_of, connected, create
+from support.two_nodes import cluster_of_two as cluster_of_two  # a fixture
 from tg_tinker import (
     DPConfig,
-    InvalidRequestError,
     LoRAConfig,
     OptimizerConfig,
     PlacementError,
-    ResourceConfig,
     ServiceClient,
-    TrainingClient,
-    TrainingConfig,
 )
-from tg_tinker.client.home import init_home
 
 SECOND_PROGRAM = """
 import os, sys, ray
@@ -55,10 +49,6 @@ with ServiceClient(address=sys.argv[1]) as service:
 
 
 # --- memory ----------------------------------------------------------------------------------
-
-
-def config_of(model: Path, lora: LoRAConfig | None, **more: Any) -> TrainingConfig:
-    return TrainingConfig(model_ref=str(model), lora_config=lora, **more)
 
 
 def sizes(model: Path) -> dict[str, Any]:
@@ -120,13 +110,16 @@ def test_a_model_too_large_to_convert_is_refused_before_it_is_read(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "host_memory", lambda: 1000)
-    with pytest.raises(PlacementError, match="to be converted"):
+    with pytest.raises(PlacementError, match="converting the model needs"):
         Base.load(str(tiny_model), cache=tmp_path / "cache", dtype="bfloat16")
     assert not (tmp_path / "cache").exists()
 
 
 def test_a_container_has_what_its_limit_leaves(tmp_path: Path) -> None:
-    """Where the machine has less, that counts. Cached files may be dropped, other memory not."""
+    """Where the machine has less, that counts.
+
+    Cached files may be dropped, other memory may not.
+    """
     group, mib = tmp_path / "sys/fs/cgroup", 2**20
     group.mkdir(parents=True)
     (tmp_path / "proc").mkdir()
@@ -162,7 +155,8 @@ def test_free_memory_is_a_number_of_this_machine() -> None:
 
 
 def test_weights_are_pages_of_their_file_and_no_copies(tmp_path: Path) -> None:
-    """Also after a step: a client's own memory holds its adapter, never the base model."""
+    """This also holds after a step: a client's own memory holds its adapter, never the base
+    model."""
     model = make_model(tmp_path, hidden_size=256, intermediate_size=1024)
     of = session(model)
     of.forward_backward(examples(RAGGED))
@@ -174,7 +168,8 @@ def test_weights_are_pages_of_their_file_and_no_copies(tmp_path: Path) -> None:
 
 
 def pages_of(file: Path) -> tuple[int, int]:
-    """Bytes of a file that this process holds, and those of them that it has copied."""
+    """Returns the bytes of a file that this process holds, and the part of them that it has
+    copied."""
     found, inside = {"Rss:": 0, "Anonymous:": 0}, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         name, *rest = line.split()
@@ -189,178 +184,31 @@ def pages_of(file: Path) -> tuple[int, int]:
 
 
 @pytest.fixture(scope="module")
-def cluster_of_two() -> Iterator[str]:
-    """A head with two GPUs, and a node with a resource and a label of its own; its address."""
-    from ray.cluster_utils import Cluster
-
-    # Not where `ray start` leaves its address: other programs here would find this cluster.
-    folder = tempfile.mkdtemp(prefix="tg-", dir="/tmp")
-    head = {"num_cpus": 2, "num_gpus": 2, "include_dashboard": False}  # GPUs on paper
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TMPDIR", folder)
-        found = Cluster(initialize_head=True, head_node_args=head)
-    found.add_node(num_cpus=4, resources={"team-a": 1}, labels={"zone": "north"})
-    found.wait_for_nodes()
-    yield found.address
-    found.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
 def two(cluster_of_two: str, home: Path) -> Iterator[ServiceClient]:
-    import ray
-
-    init_home(home)
-    with ServiceClient(address=cluster_of_two) as service:
+    with connected(cluster_of_two, home) as service:
         yield service
-    ray.shutdown()
 
 
-def create(service: ServiceClient, model: Path, **resources: Any) -> TrainingClient:
-    config = config_of(model, LoRAConfig(rank=2), resources=ResourceConfig(**resources))
-    return service.create_training_client(config)
-
-
-def asked(tc: TrainingClient, work: Any) -> Any:
-    import ray
-
-    return ray.get(tc._calls.link.actor.__ray_call__.remote(work))
-
-
-def node_of(tc: TrainingClient) -> dict[str, Any]:
-    import ray
-
-    here = asked(tc, lambda self: ray.get_runtime_context().get_node_id())
-    (node,) = (node for node in ray.nodes() if node["NodeID"] == here)
-    return dict(node)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "pin", [{"custom_resources": {"team-a": 0.499}}, {"node_labels": {"zone": "north"}}]
-)
-def test_a_pinned_client_and_its_sampler_run_on_the_node_that_fits(
-    two: ServiceClient, tiny_model: Path, pin: dict[str, Any]
-) -> None:
-    import ray
-    from ray._private.state import actors
-
-    with create(two, tiny_model, **pin) as tc, create(two, tiny_model, **pin) as again:
-        nodes = [node_of(tc), node_of(again)]
-        assert [node["Labels"].get("zone") for node in nodes] == ["north", "north"]
-        tc.sample("ab", max_tokens=2)
-    samplers = [
-        actor for actor in actors().values()
-        if actor["ActorClassName"].startswith("ServeReplica") and actor["State"] == "ALIVE"
-    ]  # fmt: skip
-    assert {actor["Address"]["NodeID"] for actor in samplers} == {nodes[0]["NodeID"]}
-    for actor in samplers:
-        replica = ray.get_actor(actor["Name"], namespace="serve")
-        look = replica.__ray_call__.remote(lambda self: os.environ.get("CUDA_VISIBLE_DEVICES"))
-        assert ray.get(look) == "", "it reserved no GPU"
-
-
-@pytest.mark.slow
-def test_gpus_are_reserved_as_asked_and_none_is_seen_without(
-    two: ServiceClient, tiny_model: Path
-) -> None:
-    def seen(tc: TrainingClient) -> tuple[list[str], str]:
-        import ray
-
-        return asked(  # type: ignore[no-any-return]
-            tc,
-            lambda self: (
-                sorted(ray.get_runtime_context().get_accelerator_ids()["GPU"]),
-                os.environ["CUDA_VISIBLE_DEVICES"],
-            ),
-        )
-
-    with (
-        create(two, tiny_model, num_gpus=0) as none,
-        create(two, tiny_model, num_gpus=0.5, num_cpus=0) as half,
-        create(two, tiny_model, num_gpus=0.5, num_cpus=0) as other,
-        create(two, tiny_model, num_cpus=0) as one,
-    ):
-        assert seen(none) == ([], "")
-        assert seen(half) == seen(other)
-        (its,), (ones,) = seen(half)[0], seen(one)[0]
-        assert (seen(half)[1], seen(one)[1]) == (its, ones)
-        assert {its, ones} == {"0", "1"}
-    with create(two, tiny_model, num_gpus=2, num_cpus=0) as both:
-        assert seen(both) == (["0", "1"], "0,1")
-
-
-def test_libraries_are_imported_without_a_look_at_gpus() -> None:
-    """For a process is kept warm before it is known which of them it may see."""
+@pytest.mark.program
+def test_libraries_are_imported_without_a_look_at_gpus_and_without_a_collection() -> None:
+    """A process is kept warm before it is known which GPUs it may see."""
     code = """
-import torch
+import gc, torch
 def looked(*_): raise SystemExit("looked at GPUs")
 torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = looked
-import actors.training.worker, serve_app.replica.replica
+import actors.training.warm_process
+collections = []
+gc.callbacks.append(lambda phase, info: collections.append(phase))
+actors.training.warm_process._import()
+assert len(collections) <= 2 and gc.isenabled()  # one at the end, start and stop
+import serve_app.replica.replica
 print("imported")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "imported\n", done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("pin", "message"),
-    [
-        ({"num_cpus": 5}, "wants 5 CPUs, no node has more than 4"),
-        ({"custom_resources": {"team-a": 1.5}}, "wants 1.5 team-as, no node .* more than 1"),
-        ({"custom_resources": {"team-b": 1}}, "wants 1 team-bs, no node .* more than 0"),
-        ({"num_gpus": 1, "custom_resources": {"team-a": 1}}, "no node has all of .*GPU.*team-a"),
-        ({"num_gpus": 1, "node_labels": {"zone": "north"}}, "no node with .*north.* more than 0"),
-        ({"node_labels": {"zone": "south"}}, "no living node has the labels .*south"),
-    ],
-)
-def test_a_pin_that_no_node_fits_is_refused_at_once(
-    two: ServiceClient, tiny_model: Path, pin: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(PlacementError, match=message):
-        create(two, tiny_model, **pin)
-
-
-@pytest.mark.slow
-def test_a_sampler_without_room_on_the_nodes_that_its_pins_allow_is_refused(
-    two: ServiceClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Serve would wait for ever. The head has GPUs, and the other node the pins."""
-    monkeypatch.setattr(application, "ROOM_S", 0.5)
-    of = partial(application.Place, "tg_tinker", "m", "auto", "", "", 1, threads=None)
-    application._await_room(of(num_gpus=1))
-    application._await_room(of(num_gpus=0, resources={"team-a": 0.001}))
-    for pinned in (
-        of(num_gpus=0, resources={"team-a": 1.5}), of(num_gpus=1, resources={"team-a": 0.001}),
-        of(num_gpus=1, labels={"zone": "north"}), of(num_gpus=0, labels={"zone": "south"}),
-    ):  # fmt: skip
-        with pytest.raises(PlacementError, match="on one node"):
-            application._await_room(pinned)
-
-
-@pytest.mark.slow
-def test_a_model_beyond_all_memory_is_refused_with_the_numbers(
-    two: ServiceClient, tiny_model: Path, tmp_path: Path
-) -> None:
-    """Four terabytes on paper: a file with a hole."""
-    (tmp_path / "config.json").write_text((tiny_model / "config.json").read_text())
-    size = 4 * 2**40
-    header = json.dumps(
-        {"w": {"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, size]}}
-    ).encode()
-    with (tmp_path / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
-        file.truncate(8 + len(header) + size)
-    with pytest.raises(
-        PlacementError, match=r"needs at least 4.* GB \(weights 4.4e\+03"
-    ) as refused:
-        create(two, tmp_path)
-    assert refused.value.details["weights"] == size
-    assert refused.value.details["available"] < psutil.virtual_memory().total
-
-
-@pytest.mark.slow
+@pytest.mark.program
 def test_a_start_tells_every_stage_in_order(two: ServiceClient, tiny_model: Path) -> None:
     said: list[str] = []
     config = config_of(tiny_model, LoRAConfig(rank=2), dtype="bfloat16")
@@ -370,17 +218,17 @@ def test_a_start_tells_every_stage_in_order(two: ServiceClient, tiny_model: Path
     assert [remark.split()[0] for remark in said] == [*begun]
 
 
-@pytest.mark.slow
+@pytest.mark.program
 def test_the_next_client_gets_a_process_that_has_its_libraries_from_whatever_program(
     two: ServiceClient, cluster_of_two: str, tiny_model: Path
 ) -> None:
     pin = {"node_labels": {"zone": "north"}}
     with create(two, tiny_model, **pin) as first:
-        assert asked(first, lambda self: os.getpid()) not in spares()
+        pid, raylet = asked(first, lambda self: (os.getpid(), os.getppid()))
+        assert pid not in spares(raylet)
         waited = time.monotonic()
-        while not spares() and time.monotonic() - waited < 60:
+        while not (waiting := spares(raylet)) and time.monotonic() - waited < 60:
             time.sleep(0.2)
-        waiting = spares()
         assert waiting
         done = subprocess.run(
             [sys.executable, "-c", SECOND_PROGRAM, cluster_of_two, str(tiny_model)],
@@ -411,7 +259,7 @@ def test_clients_that_load_at_once_leave_one_spare_process(
     assert len(asked_for) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.program
 def test_actors_that_carry_artifacts_import_no_libraries_of_training(
     two: ServiceClient, tiny_model: Path
 ) -> None:
@@ -422,7 +270,7 @@ def test_actors_that_carry_artifacts_import_no_libraries_of_training(
         assert not ray.get(storage.__ray_call__.remote(lambda self: "torch" in sys.modules))
 
 
-@pytest.mark.slow
+@pytest.mark.program
 def test_no_collection_goes_through_the_modules_of_an_actor_that_answers(
     two: ServiceClient, tiny_model: Path
 ) -> None:
@@ -434,10 +282,10 @@ def test_no_collection_goes_through_the_modules_of_an_actor_that_answers(
         assert ray.get(registry.__ray_call__.remote(lambda self: gc.get_freeze_count())) > 30_000
 
 
-def spares() -> set[int]:
-    """Idle processes of this cluster that were started for training actors."""
+def spares(raylet: int) -> set[int]:
+    """Returns the idle processes of a node that were started for training actors."""
     found = set()
-    for process in psutil.Process().children(recursive=True):
+    for process in psutil.Process(raylet).children():
         try:
             kept = "ray::IDLE" in " ".join(process.cmdline())
             if kept and "actors.training.warm_process.warm" in process.environ().values():
@@ -447,10 +295,10 @@ def spares() -> set[int]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.program
 def test_memory_that_a_step_has_freed_goes_back(two: ServiceClient, tiny_model: Path) -> None:
     def hold_and_free(self: Any) -> None:
-        """Pieces below the allocator's threshold: freed, they stay in its heap."""
+        """Frees pieces below the allocator's threshold, which then stay in its heap."""
         pieces = [bytearray(b"1") * 100_000 for _ in range(3000)]
         self.kept = bytearray(b"1") * 100_000  # above them
         del pieces
@@ -468,27 +316,3 @@ def test_memory_that_a_step_has_freed_goes_back(two: ServiceClient, tiny_model: 
 
 
 # --- the configuration -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"num_gpus": 1.5}, {"custom_resources": {"GPU": 1}}, {"custom_resources": {"a": 0}},
-        {"custom_resources": {"": 1}}, {"node_labels": {"zone": "!north"}},
-        {"node_labels": {"zone": "in(a,b)"}}, {"node_labels": {"": "x"}},
-    ],
-)  # fmt: skip
-def test_what_ray_cannot_reserve_is_refused_on_the_spot(values: dict[str, Any]) -> None:
-    with pytest.raises(InvalidRequestError):
-        ResourceConfig(**values)
-
-
-@pytest.mark.slow
-def test_the_deadline_names_the_pin(
-    two: ServiceClient, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    most = {"custom_resources": {"team-a": 0.6}}  # a sampler may hold a little of it
-    with create(two, tiny_model, **most) as holder:
-        monkeypatch.setattr(two._cluster, "placement_timeout_s", 2.0)
-        with pytest.raises(PlacementError, match=rf"team-a.*{holder.id}"):
-            create(two, tiny_model, **most)

@@ -1,4 +1,4 @@
-"""Calls of an actor: run once, in order, repeated from memory, and without foreign text."""
+"""Tests calls of an actor: run once, in order, repeated from memory, and without foreign text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def request(sequence: int, handle: str = "h", epoch: int = EPOCH) -> Request:
 
 
 class Work:
-    """What an actor does with a request: notes it, checks for a cancellation, and answers."""
+    """The work of an actor on a request: notes it, checks for a cancellation, and answers."""
 
     def __init__(self, before_check: Callable[[], object] = lambda: None) -> None:
         self.ran: list[str] = []
@@ -222,7 +222,7 @@ def test_the_clients_that_called_last_are_remembered_and_no_old_call_runs_again(
 
 
 def test_a_repeat_that_is_forgotten_is_refused_rather_than_run_again() -> None:
-    """It changed the weights once; its number is used up."""
+    """The call changed the weights once, and its number is used up."""
     calls, work = CallJournal(EPOCH), Work()
     for sequence in range(KEPT_REPLIES + 1):
         calls.run(request(sequence), work)
@@ -254,7 +254,7 @@ def test_a_flood_of_cancellations_is_bounded() -> None:
 
 
 class Flaky:
-    """A link on which the next answers are these errors, and then the reply that was journalled."""
+    """A link whose next answers are these errors, and then the reply from the journal."""
 
     def __init__(self, *errors: Exception) -> None:
         self._errors = [*errors]
@@ -273,7 +273,7 @@ def handle(*errors: Exception) -> FutureHandle[str]:
 
 
 def test_an_answer_that_was_lost_on_the_way_is_asked_for_again() -> None:
-    """Who takes the loss for the answer repeats a step that was made and paid for."""
+    """A client that takes the loss for the answer repeats a step that was made and paid for."""
     asked = handle(*(ClusterUnavailableError("lost on the way: ask again") for _ in range(2)))
     with pytest.raises(ClusterUnavailableError, match="ask again"):
         asked.result()
@@ -392,7 +392,8 @@ def test_an_actor_process_leaves_no_core_dump() -> None:
 
 
 def test_whoever_waits_for_a_call_that_never_comes_learns_it_and_asks_again() -> None:
-    """Its client was killed, or it was refused: a thread of the actor must not wait for ever."""
+    """The client was killed, or the call was refused: a thread of the actor must not wait for
+    ever."""
     calls, work = CallJournal(EPOCH), Work()
     assert raised(calls.wait("h-0", 0.01)).code == NOT_YET  # type: ignore[attr-defined]
     calls.run(request(1), work)  # refused: out of turn

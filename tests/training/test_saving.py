@@ -1,4 +1,5 @@
-"""Artifacts that a run saves by itself: when, which stay, and what a lost run makes of them."""
+"""Tests artifacts that a run saves automatically: when, which stay, and how a lost run uses
+them."""
 
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ def test_it_is_due_by_steps_or_by_time_counted_from_the_last_one() -> None:
     assert not never.due(10**9)
 
 
-def test_the_newest_stay_and_what_was_saved_or_labelled_by_hand(
+def test_the_newest_stay_and_what_was_saved_or_labeled_by_hand(
     service: Service, tiny_model: Path
 ) -> None:
     run = worker(service, tiny_model, every_steps=1, keep=2)
@@ -130,7 +131,7 @@ def test_no_step_fails_for_want_of_memory_to_copy_it_and_a_later_save_has_its_tu
     with monkeypatch.context() as patched:
         patched.setattr("actors.training.saving.Draft", full)  # on the saver's
         (warning,) = step(run).warnings
-        assert warning.endswith("failed, training goes on: OSError")
+        assert warning.endswith("failed, training continues: OSError")
         settled(run)
     run.saver.outcome(run.save_state(lambda: None, True, {}))  # which waits for one of the copies
     step(run)

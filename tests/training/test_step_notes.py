@@ -1,4 +1,4 @@
-"""Steps that the registry refuses to hear of for a while: each is in the audit log once."""
+"""Tests steps that the registry cannot record for a while: each is in the audit log once."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_settling_tells_them_and_says_whether_all_were_heard(door: Door) -> None
 def test_a_note_whose_answer_was_lost_is_told_again_and_leaves_one_row(
     door: Door, back_to: int
 ) -> None:
-    """And a step that is made again after an artifact was loaded has a row of its own."""
+    """A step that is made again after a load has a row of its own."""
     notes = StepNotes(door)
     made(notes, 1)
     door.loses_answers = True
@@ -178,7 +178,7 @@ def test_after_a_silence_it_asks_once_and_in_between_never(door: Door) -> None:
 
 
 def test_a_step_that_a_freeze_has_cut_in_two_is_not_answered(door: Door) -> None:
-    """Its own note is on its way when it asks: it waits for what is answered to that."""
+    """The actor's own note is under way when it asks, and it waits for the answer to that note."""
 
     def slowly(*note: Any) -> bool:
         time.sleep(0.2)
@@ -266,7 +266,10 @@ def test_a_registry_that_hangs_holds_up_no_step_and_one_try_waits_for_it(door: D
 
 @pytest.fixture
 def actor(door: Door) -> Any:
-    """Without Ray and a model; it was frozen for as long as `freeze` says."""
+    """Returns an actor without Ray and a model.
+
+    `taken_over` makes it one that was frozen and replaced.
+    """
     actor_type = vars(TrainingActor)["__ray_metadata__"].modified_class
     actor = actor_type.__new__(actor_type)
     actor._key, actor._epoch, actor._used = new_key(), door.epoch, 0.0
@@ -351,7 +354,8 @@ def test_an_actor_that_is_frozen_while_it_looks_for_an_answer_does_not_give_it(
 
 
 def test_a_question_beside_a_step_takes_no_row_from_it(door: Door, actor: Any) -> None:
-    """A slow copy of a checkpoint is under way after the step, and someone wants its weights."""
+    """A slow copy of a checkpoint is under way after the step, and a sampler requests the
+    weights."""
     actor._notes._asked -= step_notes.ASK_AFTER_S + 1
     assert answer(actor, actor.latest()) == "weights"
     assert door.asked == [0]
@@ -384,7 +388,7 @@ def test_a_run_is_settled_though_it_goes_on(door: Door) -> None:
 def test_an_actor_that_has_parked_tells_of_it_whoever_has_the_run_now(
     door: Door, actor: Any
 ) -> None:
-    """What it gave up it had saved: nothing that it answered is lost."""
+    """The actor saved what it gave up, so nothing that it answered is lost."""
     call(actor, "park")
     actor._worker.parked = True
     taken_over(actor, door)

@@ -1,4 +1,4 @@
-"""Configs: what they refuse and how they say it, and that they survive as JSON."""
+"""Tests configs: what they refuse, how their errors read, and that they survive as JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SECRET = "the patient in bed 7"
 
 
 def least(config: type[BaseModel]) -> dict[str, Any]:
-    """The arguments that have no default."""
+    """Returns the arguments that have no default."""
     return {"model_ref": "m"} if config is TrainingConfig else {}
 
 
@@ -140,7 +140,7 @@ def test_values_at_their_bounds_are_taken(config: type[BaseModel], values: dict[
 
 
 def test_every_numeric_field_has_its_range_checked() -> None:
-    """Whoever adds a number adds its bounds to the table above."""
+    """A new number needs its bounds in the table above."""
     for config in ALL:
         checked = {field for c, field, _ in OUT_OF_RANGE if c is config}
         for name, field in config.model_fields.items():
@@ -187,7 +187,7 @@ def test_a_wrong_choice_is_answered_with_the_choices(config: type[BaseModel], fi
 
 @pytest.mark.parametrize("targets", [[], "q_proj", [3], None])
 def test_target_modules_are_names_or_all_linear(targets: Any) -> None:
-    """One bare name is no list of its letters, and adapting nothing is no fine-tuning."""
+    """A bare name is not a list of its letters, and a run that adapts nothing is no fine-tuning."""
     with pytest.raises(InvalidRequestError, match="target_modules"):
         LoRAConfig(target_modules=targets)
     assert LoRAConfig(target_modules="all-linear").target_modules == "all-linear"
@@ -304,7 +304,7 @@ def test_a_config_is_frozen(config: type[BaseModel]) -> None:
 
 @pytest.mark.parametrize("config", ALL)
 def test_no_error_shows_a_text_that_was_passed(config: type[BaseModel]) -> None:
-    """Any string in any field but the free ones: refused or taken, never repeated."""
+    """Any text in any field except the free ones is refused or accepted, and never repeated."""
     for name in set(config.model_fields) - {"model_ref", "dataset_id"}:
         for wrong in (SECRET, [SECRET], {"key": SECRET}, SECRET.encode()):
             if name == "target_modules" and wrong == [SECRET]:

@@ -1,4 +1,4 @@
-"""The error tree: complete, drawn as it is, and the same on both sides of a wire."""
+"""Tests the error tree: complete, as drawn, and the same on both sides of a wire."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BRANCH = re.compile(r"^    ([│├└─ ]*)(\w+Error)\b(?: \((\w+)\))?")
 
 
 def drawn() -> list[tuple[int, str, str | None]]:
-    """(depth, class, built-in base) of every line of the tree in the docstring."""
+    """Returns (depth, class, built-in base) for every line of the tree in the docstring."""
     lines = (BRANCH.match(line) for line in (errors.__doc__ or "").splitlines())
     return [(len(m[1]) // 4, m[2], m[3]) for m in lines if m]
 

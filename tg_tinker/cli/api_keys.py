@@ -1,4 +1,4 @@
-"""The commands about API keys of HTTP clients: `api-keys create`, `list` and `revoke`."""
+"""Defines the commands about API keys of HTTP clients: `api-keys create`, `list` and `revoke`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 api_keys = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="""Keys for clients of `tg-tinker serve`.
+    help="""Create, list and revoke API keys for clients of `tg-tinker serve`.
 
-    As soon as there is one, every request needs one. Only hashes are stored: a
-    key is shown when it is made, and never again.
+    As soon as there is a key, every request needs one. Only hashes are stored, so
+    a key is shown once, when it is created.
 
       [cyan]tg-tinker api-keys create --label laptop --days 30[/]
       [cyan]tg-tinker api-keys list[/]
@@ -30,31 +30,31 @@ api_keys = typer.Typer(
 @api_keys.command("create")
 def create_key(
     ctx: typer.Context,
-    label: Annotated[str, typer.Option(help="A note for you.")] = "",
+    label: Annotated[str, typer.Option(help="Note for you, shown by `list`.")] = "",
     model: Annotated[
         list[str] | None,
-        typer.Option(help="A run or artifact it may use; repeat for more. All if left out."),
+        typer.Option(help="Run or artifact that the key may use; repeatable. All if left out."),
     ] = None,
-    days: Annotated[float, typer.Option(min=0.001, help="Until it expires.")] = 90,
+    days: Annotated[float, typer.Option(min=0.001, help="Days until the key expires.")] = 90,
 ) -> None:
-    """Make a key and print it, once.
+    """Create a key and print it once.
 
     [cyan]tg-tinker api-keys create --label laptop --model ARTIFACT_ID[/]
     """
     with connected(ctx, begins=True) as service:
-        token, info = service.create_api_key(label, model or (), days)
+        token, info = service.create_api_key(label, model or None, days)
         unknown = set(model or ()) - _names(service)
     for name in sorted(unknown):
         typer.echo(f"warning: there is no run or artifact {name} yet: see `tg-tinker runs` and"
                    " `tg-tinker artifacts list`", err=True)  # fmt: skip
     typer.echo(token)
-    typer.echo(f"key {info.key_id}, until {info.expires_at:%Y-%m-%d}: keep it, it is not stored",
+    typer.echo(f"key {info.key_id}, until {info.expires_at:%Y-%m-%d}: save it, it is not stored",
                err=True)  # fmt: skip
 
 
 @api_keys.command("list")
 def list_keys(ctx: typer.Context) -> None:
-    """List keys that are not revoked, oldest first.
+    """List the keys that are not revoked, oldest first.
 
     [cyan]tg-tinker api-keys list[/]
     """
@@ -70,9 +70,9 @@ def list_keys(ctx: typer.Context) -> None:
 
 @api_keys.command("revoke")
 def revoke_key(
-    ctx: typer.Context, key_id: Annotated[str, typer.Argument(help="As `list` shows it.")]
+    ctx: typer.Context, key_id: Annotated[str, typer.Argument(help="Key id, from `list`.")]
 ) -> None:
-    """End a key; servers notice within seconds.
+    """Revoke a key; servers stop accepting it within seconds.
 
     [cyan]tg-tinker api-keys revoke KEY_ID[/]
     """
@@ -82,7 +82,7 @@ def revoke_key(
 
 
 def _names(service: ServiceClient) -> set[str]:
-    """What a key may be bound to: the base model alone, runs, artifacts."""
+    """Returns the names that a key may be bound to: base, runs and artifacts."""
     runs = {run.training_client_id for run in service.list_training_clients()}
     return {"base"} | runs | {saved.artifact_id for saved in service.list_artifacts()}
 

@@ -1,4 +1,4 @@
-"""The commands about saved artifacts: `artifacts list`, `show`, `export`, `copy`, `shred`, ..."""
+"""Defines the commands about saved artifacts: `artifacts list`, `export`, `copy`, `shred`, ..."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ artifacts = typer.Typer(
     rich_markup_mode="rich",
     help="""Find, label, copy, export and delete saved artifacts.
 
-    They are encrypted; only an export writes weights in clear.
+    An artifact is the saved state of a run. Artifacts are encrypted; only an
+    export writes weights in clear.
 
       [cyan]tg-tinker artifacts list --label stage=prod[/]
       [cyan]tg-tinker artifacts label ARTIFACT_ID stage=prod owner=anna[/]
@@ -31,26 +32,26 @@ artifacts = typer.Typer(
       [cyan]tg-tinker artifacts shred ARTIFACT_ID[/]""",
 )
 
-_Id = Annotated[str, typer.Argument(help="See `tg-tinker artifacts list`.")]
-_Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+_Id = Annotated[str, typer.Argument(help="Artifact, from `tg-tinker artifacts list`.")]
+_Yes = Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")]
 _Day = datetime | None
 
 
 @artifacts.command("list")
 def list_artifacts(
     ctx: typer.Context,
-    run: Annotated[str | None, typer.Option(help="Saved by this run.")] = None,
+    run: Annotated[str | None, typer.Option(help="Run that saved the artifact.")] = None,
     label: Annotated[
-        str | None, typer.Option(metavar="NAME=VALUE", help="With this label.")
+        str | None, typer.Option(metavar="NAME=VALUE", help="Label of the artifact.")
     ] = None,
-    newer_than: Annotated[_Day, typer.Option(help="Made after this time, UTC.")] = None,
-    older_than: Annotated[_Day, typer.Option(help="Made before this time, UTC.")] = None,
+    newer_than: Annotated[_Day, typer.Option(help="Created after this time, UTC.")] = None,
+    older_than: Annotated[_Day, typer.Option(help="Created before this time, UTC.")] = None,
     after: Annotated[
-        str | None, typer.Option(metavar="ARTIFACT_ID", help="Those that follow this one.")
+        str | None, typer.Option(metavar="ARTIFACT_ID", help="Artifact after which to start.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many; else all.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Maximum number; all if left out.")] = None,
 ) -> None:
-    """List saved artifacts, oldest first; more conditions list fewer.
+    """List saved artifacts that fit all given options, oldest first.
 
     [cyan]tg-tinker artifacts list[/]
     [cyan]tg-tinker artifacts list --label stage=prod --older-than 2026-01-31[/]
@@ -62,7 +63,7 @@ def list_artifacts(
             after=after, limit=limit,
         )  # fmt: skip
     if not known and any((run, label, newer_than, older_than, after)):
-        typer.echo("no artifact fits: leave out a condition")
+        typer.echo("no artifact fits: leave out an option")
         return
     rows = [
         (item.artifact_id, item.training_client_id, str(item.step), _size(item),
@@ -76,7 +77,7 @@ def list_artifacts(
 
 @artifacts.command()
 def show(ctx: typer.Context, artifact_id: _Id) -> None:
-    """Show what is known of one artifact without opening it.
+    """Show one artifact without opening it.
 
     [cyan]tg-tinker artifacts show ARTIFACT_ID[/]
     """
@@ -87,7 +88,7 @@ def show(ctx: typer.Context, artifact_id: _Id) -> None:
         "run": item.training_client_id,
         "step": item.step,
         "size": f"{_size(item)}, encrypted",
-        "optimizer": "saved: resumes to the bit" if item.include_optimizer else "not saved",
+        "optimizer": "saved: resumes bit for bit" if item.include_optimizer else "not saved",
         "created": f"{item.created_at:%Y-%m-%d %H:%M:%S} UTC",
         "expires": _expiry(item),
         "labels": _labels(item),
@@ -100,12 +101,13 @@ def label(
     ctx: typer.Context,
     artifact_id: _Id,
     labels: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="None removes them all.")
+        list[str] | None,
+        typer.Argument(metavar="[NAME=VALUE]...", help="New labels; without any, all are removed."),
     ] = None,
 ) -> None:
-    """Give an artifact these labels, in place of those that it has.
+    """Replace all labels of an artifact by these.
 
-    They lie in the registry in clear: nothing secret belongs here.
+    Labels are stored in the registry in clear: put nothing secret into them.
 
       [cyan]tg-tinker artifacts label ARTIFACT_ID stage=prod owner=anna[/]
       [cyan]tg-tinker artifacts label ARTIFACT_ID[/]
@@ -122,14 +124,15 @@ def label(
 def expire(
     ctx: typer.Context,
     artifact_id: _Id,
-    days: Annotated[float | None, typer.Option(min=0, max=36_500, help="From now.")] = None,
-    at: Annotated[_Day, typer.Option(help="At this time, UTC.")] = None,
-    never: Annotated[bool, typer.Option("--never", help="Keep it for ever.")] = False,
+    days: Annotated[float | None, typer.Option(min=0, max=36_500, help="Days from now.")] = None,
+    at: Annotated[_Day, typer.Option(help="Time of expiry, UTC.")] = None,
+    never: Annotated[bool, typer.Option("--never", help="Remove the expiry.")] = False,
 ) -> None:
-    """Say until when an artifact may be opened; after that nothing loads it or samples from it.
+    """Set the time until which an artifact may be opened.
 
-    Its files stay until `delete --expired`; until then a later expiry, or
-    --never, makes it open again.
+    After this time nothing loads the artifact or samples from it. Its files
+    stay until `delete --expired`. Before that, a later time or --never makes
+    the artifact usable again.
 
       [cyan]tg-tinker artifacts expire ARTIFACT_ID --days 30[/]
       [cyan]tg-tinker artifacts expire ARTIFACT_ID --at 2027-01-31[/]
@@ -137,7 +140,7 @@ def expire(
       [cyan]tg-tinker artifacts delete --expired[/]
     """
     if [days is not None, at is not None, never].count(True) != 1:
-        raise InvalidRequestError("say one of --days N, --at DATE and --never")
+        raise InvalidRequestError("pass exactly one of --days N, --at DATE and --never")
     when = _utc(at) if days is None else datetime.now(UTC) + timedelta(days=days)
     with connector(ctx)() as service:
         item = service.set_expiry(artifact_id, when)
@@ -146,7 +149,7 @@ def expire(
 
 @artifacts.command()
 def copy(ctx: typer.Context, artifact_id: _Id) -> None:
-    """Make another artifact of the same content, under a key of its own; prints its id.
+    """Copy an artifact under a new data key and print the id of the copy.
 
     [cyan]tg-tinker artifacts copy ARTIFACT_ID[/]
     """
@@ -157,15 +160,17 @@ def copy(ctx: typer.Context, artifact_id: _Id) -> None:
 
 @artifacts.command()
 def reseal(ctx: typer.Context, artifact_id: _Id) -> None:
-    """Encrypt an artifact anew under a fresh key; its id stays, the old files go.
+    """Encrypt an artifact again under a fresh data key and remove the old files.
 
-    For when its key may have become known. `tg-tinker keys rotate` is for the
-    key of all artifacts, and touches no data. Backups made before still open
-    with the old key. Broken off, the artifact is whole: call it again.
+    Use it if the artifact's data key may have become known. The id stays the
+    same. `tg-tinker keys rotate` replaces the tenant key of all artifacts
+    instead, and touches no data. Backups made before still open with the old
+    key. If the command is interrupted, the artifact stays whole: run the
+    command again.
 
       [cyan]tg-tinker artifacts reseal ARTIFACT_ID[/]
     """
-    with connector(ctx)() as service, _working("encrypting anew"):
+    with connector(ctx)() as service, _working("encrypting again"):
         service.reseal_artifact(artifact_id)
     typer.echo(f"{artifact_id} is under a fresh key")
 
@@ -174,9 +179,9 @@ def reseal(ctx: typer.Context, artifact_id: _Id) -> None:
 def export(
     ctx: typer.Context,
     artifact_id: _Id,
-    path: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
+    path: Annotated[Path, typer.Argument(help="Folder to create; it must not exist yet.")],
 ) -> None:
-    """Write an adapter, decrypted, as a folder that PEFT can load.
+    """Write the LoRA adapter of an artifact, decrypted, as a folder that PEFT can load.
 
     [cyan]tg-tinker artifacts export ARTIFACT_ID my-adapter[/]
     """
@@ -188,16 +193,16 @@ def export(
 @artifacts.command("import")
 def import_adapter(
     ctx: typer.Context,
-    path: Annotated[Path, typer.Argument(help="A folder that PEFT's save_pretrained wrote.")],
+    path: Annotated[Path, typer.Argument(help="Folder that PEFT's save_pretrained wrote.")],
     model: Annotated[
-        str, typer.Option(help="The base model: hub id, Hugging Face directory or GGUF file.")
+        str, typer.Option(help="Base model: hub id, Hugging Face directory or GGUF file.")
     ],
 ) -> None:
-    """Take over a LoRA adapter from a PEFT folder; prints the id of its artifact.
+    """Import a LoRA adapter from a PEFT folder and print the id of its artifact.
 
     Names, shapes and settings must be those of a run on this base model.
-    Nothing is known of its training data: a private run that starts from it
-    has no guarantee, and must say allow_nonprivate_init.
+    TG-Tinker knows nothing of the adapter's training data: a private run that
+    starts from it has no privacy guarantee, and must set allow_nonprivate_init.
 
       [cyan]tg-tinker artifacts import my-adapter --model path/or/hub-id[/]
     """
@@ -209,11 +214,13 @@ def import_adapter(
 @artifacts.command("verify")
 def verify_artifacts(
     ctx: typer.Context,
-    artifact_id: Annotated[str | None, typer.Argument(help="One alone; else all.")] = None,
+    artifact_id: Annotated[
+        str | None, typer.Argument(help="Artifact; all that have not expired if left out.")
+    ] = None,
 ) -> None:
-    """Read and check artifacts again; ends with status 1 if one is damaged.
+    """Read and check one artifact, or all artifacts.
 
-    Of all, those that have expired are left out.
+    The exit status is 1 if an artifact is damaged.
 
     [cyan]tg-tinker artifacts verify[/]
     [cyan]tg-tinker artifacts verify ARTIFACT_ID[/]
@@ -229,29 +236,31 @@ def verify_artifacts(
 @artifacts.command()
 def delete(
     ctx: typer.Context,
-    artifact_id: Annotated[str | None, typer.Argument(help="Or --expired.")] = None,
+    artifact_id: Annotated[
+        str | None, typer.Argument(help="Artifact to delete, or pass --expired.")
+    ] = None,
     expired: Annotated[
-        bool, typer.Option("--expired", help="All whose time is over, instead of one.")
+        bool, typer.Option("--expired", help="Delete all artifacts that have expired.")
     ] = False,
     lost: Annotated[
-        bool, typer.Option("--lost", help="Also if this store has no file of it any more.")
+        bool, typer.Option("--lost", help="Delete it even if this store has no file of it.")
     ] = False,
     yes: _Yes = False,
 ) -> None:
-    """Delete an artifact and its key; nothing can bring it back.
+    """Delete an artifact with its key and files; only a backup could restore it.
 
     [cyan]tg-tinker artifacts delete ARTIFACT_ID --yes[/]
     [cyan]tg-tinker artifacts delete --expired[/]
     """
     if (artifact_id is None) != expired:
-        raise InvalidRequestError("name one artifact, or say --expired")
+        raise InvalidRequestError("name one artifact, or pass --expired")
     if expired and lost:
         raise InvalidRequestError(
-            "--lost is for one artifact that you name: what is nowhere any more is yours to confirm"
+            "--lost needs one named artifact: you must confirm for each that its files are gone"
         )
     with connector(ctx)() as service:
         if artifact_id is not None:
-            service.get_artifact(artifact_id)  # nobody is asked about what is not there
+            service.get_artifact(artifact_id)  # first: raises if the artifact does not exist
         if not yes:
             typer.confirm(f"Delete {artifact_id or 'all that have expired'} for good?", abort=True)
         if artifact_id is None:
@@ -262,10 +271,10 @@ def delete(
 
 @artifacts.command()
 def shred(ctx: typer.Context, artifact_id: _Id, yes: _Yes = False) -> None:
-    """Delete an artifact, its key first, and say what that does not reach.
+    """Delete an artifact, its key first, and print what this does not reach.
 
-    Without its key no copy of the files opens. Read what follows: backups,
-    copies, exports and running clients are for you to end.
+    Without the key no copy of the files opens. Read the printed list: you must
+    remove backups, copies and exports, and close running clients, yourself.
 
       [cyan]tg-tinker artifacts shred ARTIFACT_ID[/]
     """

@@ -1,4 +1,4 @@
-"""The commands of the audit log. `verify FILE` needs no cluster: an auditor runs it alone."""
+"""Defines the commands of the audit log. `verify FILE` needs no cluster: auditors run it alone."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 commands = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="""Who did what with runs, artifacts, budgets and keys, and proof of it.
+    help="""Show and verify who did what with runs, artifacts, budgets and keys.
 
-    Rows are chained by hashes. Whoever keeps a signed head, such as the last
-    line of an export, can show later that no row up to it was changed.
+    Each event is a row, and the rows are chained by hashes. Whoever keeps a
+    signed head, such as the last line of an export, can show later that no row
+    up to it was changed.
 
       [cyan]tg-tinker audit-log show[/]
       [cyan]tg-tinker audit-log export audit.jsonl[/]
@@ -29,17 +30,17 @@ commands = typer.Typer(
 
 _Since = Annotated[
     Path | None,
-    typer.Option(help="An earlier export, or a head you kept: the log must go through it."),
+    typer.Option(help="Earlier export, or a head you kept; the log must go through it."),
 ]
 
 
 @commands.command()
 def show(
     ctx: typer.Context,
-    since: Annotated[int, typer.Option(min=0, help="Rows after this one.")] = 0,
-    limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many.")] = 1000,
+    since: Annotated[int, typer.Option(min=0, help="Row after which to start.")] = 0,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Maximum number of rows.")] = 1000,
 ) -> None:
-    """List rows, oldest first.
+    """List the rows of the audit log, oldest first.
 
     [cyan]tg-tinker audit-log show --since 120[/]
     """
@@ -56,17 +57,17 @@ def show(
 def verify(
     ctx: typer.Context,
     file: Annotated[
-        Path | None, typer.Argument(help="Written by `export`; the service's log if left out.")
+        Path | None, typer.Argument(help="File from `export`; the service's log if left out.")
     ] = None,
     public_key: Annotated[
-        Path | None, typer.Option(help="The audit.pub of the home that signed FILE.")
+        Path | None, typer.Option(help="File audit.pub of the home that signed FILE.")
     ] = None,
     since: _Since = None,
 ) -> None:
-    """Check every row, the signed head, and that the log goes through heads known before.
+    """Check every row, the signed head, and that the log goes through known heads.
 
-    Without FILE it reads the service's log, and knows the heads that this home
-    and the artifact store keep. With FILE it needs no service.
+    Without FILE, the command reads the service's log and knows the heads that
+    this home and the artifact store keep. With FILE, it needs no service.
 
       [cyan]tg-tinker audit-log verify[/]
       [cyan]tg-tinker audit-log verify audit.jsonl --public-key audit.pub[/]
@@ -75,7 +76,7 @@ def verify(
     from tg_tinker.records.files import read_public_key, verify_export
 
     if (file is None) != (public_key is None):
-        raise InvalidRequestError("FILE and --public-key go together")
+        raise InvalidRequestError("FILE and --public-key go together: pass both or neither")
     if file is not None and public_key is not None:
         checked = verify_export(file, read_public_key(public_key), _head(since))
         typer.echo(f"verified: {checked}")
@@ -87,9 +88,9 @@ def verify(
 @commands.command()
 def export(
     ctx: typer.Context,
-    path: Annotated[Path, typer.Argument(help="A file that does not exist yet.")],
+    path: Annotated[Path, typer.Argument(help="File to create; it must not exist yet.")],
 ) -> None:
-    """Verify the log and write it: one row a line as JSON, the signed head last.
+    """Verify the log and write it as JSON lines: all rows, then the signed head.
 
     [cyan]tg-tinker audit-log export audit.jsonl[/]
     """

@@ -1,4 +1,4 @@
-"""The commands for training clients: which there are, how they are, parking and ending them."""
+"""Defines the commands that list, show, park and close training clients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from tg_tinker.types import CLOSED, NOT_STARTED
 clients = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="""Training clients of the cluster: programs may have ended, their clients live on.
+    help="""List, show, park and close the training clients of the cluster.
+
+    A training client trains one run in a process on the cluster, its actor. The
+    actor keeps running when the program that created it ends.
 
       [cyan]tg-tinker clients list[/]
       [cyan]tg-tinker clients info tc-0123456789abcdef[/]
@@ -21,15 +24,17 @@ clients = typer.Typer(
       [cyan]tg-tinker clients close tc-0123456789abcdef[/]""",
 )
 
-_Client = Annotated[str, typer.Argument(help="Id of the training client, as `list` shows it.")]
+_Client = Annotated[str, typer.Argument(help="Training client, as `clients list` shows it.")]
 
 
 @clients.command("list")
 def show_all(
     ctx: typer.Context,
-    everything: Annotated[bool, typer.Option("--all", help="Closed ones, too.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="List closed clients, too.")] = False,
 ) -> None:
-    """List clients that are not closed, oldest first, and why one has no actor.
+    """List the clients that are not closed, oldest first.
+
+    The last column says why a client has no actor.
 
     [cyan]tg-tinker clients list[/]
     [cyan]tg-tinker clients list --all[/]
@@ -46,7 +51,7 @@ def show_all(
 
 @clients.command()
 def info(ctx: typer.Context, client: _Client) -> None:
-    """Show one client. It is not brought back by that.
+    """Show one client, without starting an actor for it.
 
     [cyan]tg-tinker clients info tc-0123456789abcdef[/]
     """
@@ -65,28 +70,28 @@ def info(ctx: typer.Context, client: _Client) -> None:
 def park(ctx: typer.Context, client: _Client) -> None:
     """Save a client and free its memory, CPUs and GPUs until its next call.
 
-    Refused while gradients wait for their optimizer step.
+    This is refused while gradients wait for their optimizer step.
 
     [cyan]tg-tinker clients park tc-0123456789abcdef[/]
     """
     with connector(ctx)() as service:
         service.park_training_client(client)
-    typer.echo(f"{client} is parked: its next call brings it back")
+    typer.echo(f"{client} is parked: its next call restores it")
 
 
 @clients.command()
 def close(
     ctx: typer.Context,
     client: _Client,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """End a client: steps since its last artifact are lost, artifacts stay.
+    """Close a client. Steps since its last artifact are lost; artifacts stay.
 
     [cyan]tg-tinker clients close tc-0123456789abcdef[/]
     """
     with connector(ctx)() as service:
         found = service.describe_training_client(client)
-        question = f"End {client} at step {found.step}, last artifact: {found.last_artifact_id}?"
+        question = f"Close {client} at step {found.step}, last artifact: {found.last_artifact_id}?"
         if not yes and not typer.confirm(question):
             raise typer.Exit(1)
         service.close_training_client(client)

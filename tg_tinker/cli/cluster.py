@@ -1,4 +1,4 @@
-"""The commands about a cluster that outlives programs: `up`, `status`, `down`."""
+"""Defines the commands about a cluster that outlives programs: `up`, `status`, `down`."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ _GIB = 2**30
 @commands.command()
 def up(
     host: Annotated[
-        str, typer.Option(help="This machine's address for the others of the cluster.")
+        str, typer.Option(help="Address by which the other machines reach this one.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1024, max=65_535, help="Of the head.")] = 6379,
+    port: Annotated[int, typer.Option(min=1024, max=65_535, help="Port of the head.")] = 6379,
     dashboard_port: Annotated[
-        int, typer.Option(min=1024, max=65_535, help="For `ray job submit`, on this machine only.")
+        int, typer.Option(min=1024, max=65_535, help="Port for `ray job submit`, local only.")
     ] = 8265,
     join: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Join this head; make none here.")
+        str | None, typer.Option(metavar="HOST:PORT", help="Head to join; none is started here.")
     ] = None,
-    num_cpus: Annotated[int | None, typer.Option(min=0, help="All when left out.")] = None,
-    num_gpus: Annotated[int | None, typer.Option(min=0, help="All when left out.")] = None,
+    num_cpus: Annotated[int | None, typer.Option(min=0, help="CPUs; all if left out.")] = None,
+    num_gpus: Annotated[int | None, typer.Option(min=0, help="GPUs; all if left out.")] = None,
     without_tls: Annotated[
-        bool, typer.Option("--without-tls", help="Nobody else listens on this network.")
+        bool, typer.Option("--without-tls", help="Allow a network on which nobody else listens.")
     ] = False,
 ) -> None:
-    """Start a Ray cluster on this machine, or join one, with what TG-Tinker asks for.
+    """Start a Ray cluster on this machine with TG-Tinker's settings, or join one.
 
-    Programs, `ray job submit` and `tg-tinker serve` find it. Training clients
-    go on when a program ends. Strangers need the token in ~/.ray/auth_token;
-    no usage statistics leave.
+    Programs, `ray job submit` and `tg-tinker serve` find the cluster. Training
+    clients keep running when a program ends. Access requires the token in
+    ~/.ray/auth_token. Ray sends no usage statistics.
 
       [cyan]tg-tinker up[/]
       [cyan]tg-tinker up --host 10.0.0.1[/]
@@ -48,7 +48,9 @@ def up(
     from tg_tinker.backend import serve_backend
     from tg_tinker.client.home import init_home
     from tg_tinker.cluster import node
+    from tg_tinker.cluster.authentication import check_token, make_token, token_file
     from tg_tinker.cluster.connection import WITHOUT_TLS
+    from tg_tinker.errors import InvalidRequestError
     from tg_tinker.storage.home import home_directory
 
     home = home_directory()
@@ -63,9 +65,12 @@ def up(
     serve_backend().seal_http()
     with Console(stderr=True).status("starting Ray"), node.alone(home):
         if join is None:
-            node.make_token()
-        else:
-            node.check_token()
+            make_token()
+        elif not check_token():
+            raise InvalidRequestError(
+                f"there is no token at {token_file()}: copy the token of the head to this path, as"
+                " in docs/deployment.md"
+            )
         started = node.start(
             home, host=host, port=port, dashboard_port=dashboard_port, join=join,
             num_cpus=num_cpus, num_gpus=num_gpus,
@@ -74,16 +79,18 @@ def up(
     typer.echo(f"{'Joined' if join else 'Started'} the cluster at {started.address}")
     if started.dashboard:
         typer.echo(
-            "Programs of this user find it. As a job:\n  RAY_AUTH_MODE=token ray job submit"
+            # Without no_proxy, Ray would send its token to the proxy that HTTP_PROXY names.
+            "Programs of this user find it. To run a job:\n  no_proxy=127.0.0.1"
+            " RAY_AUTH_MODE=token ray job submit"
             f" --address {started.dashboard} -- python train.py"
         )
 
 
 @commands.command()
 def status(ctx: typer.Context) -> None:
-    """Show the cluster that runs here: its machines, what is free, who trains.
+    """Show the cluster that runs here: machines, free CPUs and GPUs, training clients.
 
-    Ends with status 1 if none runs.
+    The exit status is 1 if no cluster runs here.
 
       [cyan]tg-tinker status[/]
     """
@@ -100,7 +107,7 @@ def status(ctx: typer.Context) -> None:
     ]  # fmt: skip
     print_table(("machine", "CPUs", "GPUs", "memory"), rows)
     typer.echo(f"free: {found.free.get('CPU', 0):g} CPUs, {found.free.get('GPU', 0):g} GPUs")
-    for run in found.clients:  # of other tenants the id alone is told
+    for run in found.clients:  # for runs of other tenants only the id is known
         known = steps.get(run)
         typer.echo(f"trains: {run}" + (f", {known.status}, step {known.step}" if known else ""))
     if not found.clients:
@@ -110,11 +117,11 @@ def status(ctx: typer.Context) -> None:
 @commands.command()
 def down(
     ctx: typer.Context,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """End the cluster that `up` started here; other clusters of this machine stay.
+    """Stop the cluster that `tg-tinker up` started here; other clusters keep running.
 
-    Training clients end with it: what they did since their last save_state is
+    Its training clients end, and their steps since the last save_state are
     lost. Runs, artifacts, budgets and keys are on disk and stay.
 
       [cyan]tg-tinker down[/]
@@ -127,15 +134,15 @@ def down(
     running = node.read(home_directory())
     if running is None:
         raise ClusterUnavailableError(
-            "no cluster that `tg-tinker up` started from this home runs here; one that `ray start`"
-            " began ends with `ray stop`"
+            "no cluster that `tg-tinker up` started from this home runs here: end a cluster of"
+            " `ray start` with `ray stop`"
         )
     if not yes and running.dashboard:
         with connector(ctx)() as service:
             clients = service.cluster_status().clients
         if clients:
             many = f"{len(clients)} training clients" if len(clients) > 1 else clients[0]
-            typer.confirm(f"End {many}, and what was not saved?", abort=True)
+            typer.confirm(f"End {many} and lose what was not saved?", abort=True)
     node.stop(home_directory())
     what = "the cluster" if running.dashboard else "this machine's part of the cluster"
     typer.echo(f"Ended {what} at {running.address}")
@@ -146,18 +153,15 @@ def _host_of(join: str) -> str:
 
     host, _, port = join.rpartition(":")
     if not host or not port.isdecimal():
-        raise InvalidRequestError(f"--join {join!r} is not HOST:PORT, such as 10.0.0.1:6379")
+        raise InvalidRequestError(f"--join {join!r} is not HOST:PORT: pass one like 10.0.0.1:6379")
     return host.strip("[]")
 
 
 def _need_a_cluster() -> None:
     import os
 
-    from tg_tinker.cluster import node
     from tg_tinker.cluster.connection import running_cluster
     from tg_tinker.errors import ClusterUnavailableError
-    from tg_tinker.storage.home import home_directory
 
-    here = node.read(home_directory()) or running_cluster()
-    if not os.environ.get("RAY_ADDRESS") and here is None:
-        raise ClusterUnavailableError("no cluster runs here: `tg-tinker up` starts one")
+    if not os.environ.get("RAY_ADDRESS") and running_cluster() is None:
+        raise ClusterUnavailableError("no cluster runs here: start one with `tg-tinker up`")

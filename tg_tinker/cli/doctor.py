@@ -1,4 +1,4 @@
-"""The command `doctor`: what to mend before data is trusted to this machine."""
+"""Defines the command `doctor`, which finds problems before data is trusted to this machine."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from tg_tinker.storage.stores import shown_lines
 
 def doctor(
     store: Annotated[
-        str | None, typer.Option(help="Folder or URI, as in ServiceClient; the home's if left out.")
+        str | None, typer.Option(help="Store, a folder or URI; the home's store if left out.")
     ] = None,
     keyring: Annotated[
         str | None,
         typer.Option(help="Path or env:NAME; TG_TINKER_KEYRING or the home's if left out."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of objects.")] = False,
 ) -> None:
-    """Check keys, store, machine and cluster, and say what to do; starts none.
+    """Check keys, store, machine and cluster, and say how to repair problems.
 
-    A small probe is written into the store and removed again; a cluster that
-    runs is joined, to ask each machine. Exit status 1 is a problem; warnings
-    alone are 0.
+    The command writes a small probe into the store and removes it again. It joins
+    a running cluster to check each machine, but starts none. The exit status is 1
+    if there is a problem; warnings alone give 0.
 
       [cyan]tg-tinker doctor[/]
       [cyan]tg-tinker doctor --store s3://bucket/prefix --keyring env:TENANT_KEYS[/]

@@ -1,6 +1,6 @@
-"""The command `tg-tinker`. Each command is a thin shell over the SDK, which it imports late.
+"""Defines the program `tg-tinker`. Each command is a thin wrapper over the SDK and imports it late.
 
-The object of the click context, if there is one, makes the service: tests pass a fake.
+If the click context has an object, that object makes the service: tests pass a fake.
 """
 
 from __future__ import annotations
@@ -34,17 +34,20 @@ main = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,  # locals may hold training data
-    help="""Private fine-tuning of language models on your own Ray cluster.
+    help="""Fine-tune language models privately, on your own Ray cluster.
 
-    Start with [bold]tg-tinker demo[/]: it fine-tunes a small language model on
-    this machine with differential privacy, shows what it says before and after,
-    saves it encrypted and resumes it.
+    Start with the demo. It fine-tunes a small model on this machine with
+    differential privacy, shows answers before and after, saves an encrypted
+    artifact and resumes from it:
 
-    Then bring your own model and text:
+      [cyan]tg-tinker demo[/]
+
+    Then use your own model and text:
 
       [cyan]tg-tinker demo --model path/or/hub-id --data chats.jsonl --steps 200[/]
 
-    and look at what there is:
+    Look at your runs, saved artifacts, privacy budgets and the audit log. A run
+    is one training; an artifact is a saved state of a run:
 
       [cyan]tg-tinker runs[/]
       [cyan]tg-tinker artifacts list[/]
@@ -52,22 +55,22 @@ main = typer.Typer(
       [cyan]tg-tinker privacy report[/]
       [cyan]tg-tinker audit-log show[/]
 
-    or let others use it:
+    Let others use a model over HTTP:
 
       [cyan]tg-tinker serve[/]
 
-    or keep a cluster running, which outlives your programs:
+    Keep a cluster running after your programs end:
 
       [cyan]tg-tinker up[/]
       [cyan]tg-tinker status[/]
 
-    or see whether this machine keeps what it promises:
+    Check keys, store, machine and cluster before you trust them with data:
 
       [cyan]tg-tinker doctor[/]
 
-    All that lasts is in ~/.tg-tinker, or where TG_TINKER_HOME points; the keys
-    may be elsewhere, see [cyan]tg-tinker keys[/], and so may the registry: its
-    database is the one whose URL is in TG_TINKER_DATABASE.""",
+    All lasting state is in ~/.tg-tinker, or in the directory that TG_TINKER_HOME
+    names. Keys may be elsewhere, see [cyan]tg-tinker keys[/]. The registry's
+    database may be elsewhere, too: TG_TINKER_DATABASE holds its URL.""",
 )
 main.add_typer(privacy, name="privacy")
 main.add_typer(clients.clients, name="clients")
@@ -97,32 +100,37 @@ def demo(
         ),
     ] = None,
     epsilon: Annotated[
-        float, typer.Option(help="Privacy budget of each row; smaller is more private.")
+        float, typer.Option(help="Privacy budget epsilon of each row; smaller is more private.")
     ] = 8.0,
     no_privacy: Annotated[
         bool, typer.Option("--no-privacy", help="Train on the same rows without privacy.")
     ] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer step to train up to.")] = 8,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Optimizer steps in total, with those before --resume.")
+    ] = 8,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Rows per step, on average where they are drawn.")
+        int, typer.Option(min=1, help="Rows per step; in a private run the average.")
     ] = 64,
-    learning_rate: Annotated[float, typer.Option(help="Rate of AdamW.")] = 2e-2,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 2e-2,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA adapter.")] = 1,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row; the rest is cut.")] = 64,
-    output: Annotated[Path, typer.Option(help="Folder of the plot and the figures.")] = Path(
+    max_length: Annotated[
+        int, typer.Option(min=2, help="Maximum tokens of a row; longer rows are cut.")
+    ] = 64,
+    output: Annotated[Path, typer.Option(help="Folder for the plot and the figures.")] = Path(
         "demo-output"
     ),
     resume: Annotated[
-        str | None, typer.Option(metavar="ARTIFACT_ID", help="Go on from this artifact.")
+        str | None, typer.Option(metavar="ARTIFACT_ID", help="Artifact to continue from.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the adapter and the order of rows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the adapter and the row order.")] = 0,
 ) -> None:
     """Fine-tune a real model on this machine, privately, in a few minutes.
 
-    Held-out loss and completions before and after, live progress with the
-    privacy spent so far, an encrypted checkpoint, a resume, a plot and a
-    privacy report. Each run has a privacy budget of its own, for its rows and
-    steps. Ctrl-C at any moment saves a checkpoint and prints how to go on.
+    The demo shows held-out loss and answers before and after training, and live
+    progress with the privacy spent so far. It saves an encrypted artifact,
+    resumes from it, draws a plot and prints a privacy report. Each run has its
+    own privacy budget. Ctrl-C at any moment saves an artifact and prints the
+    command that continues the run.
 
       [cyan]tg-tinker demo[/]
       [cyan]tg-tinker demo --epsilon 3[/]
@@ -143,13 +151,14 @@ def demo(
 @main.command()
 def init(
     home: Annotated[
-        Path | None, typer.Option(help="TG_TINKER_HOME or ~/.tg-tinker if left out.")
+        Path | None, typer.Option(help="Directory; TG_TINKER_HOME or ~/.tg-tinker if left out.")
     ] = None,
 ) -> None:
-    """Make the home directory: keys, registry, artifacts.
+    """Create the home directory, with keys and an empty registry.
 
-    Needed once on the head node of a cluster; on a laptop it happens by
-    itself. Keep a copy of the keyring: without it no artifact can be opened.
+    Run it once on the head node of a cluster. On a laptop, commands that start
+    something create the home themselves. Keep a backup of the keyring: without
+    it no artifact can be opened.
 
       [cyan]tg-tinker init[/]
       [cyan]TG_TINKER_KEYRING=env:TENANT_KEYS tg-tinker init[/]
@@ -182,5 +191,5 @@ def version() -> None:
 
 
 def _program() -> str:
-    """How this program was called: its name where the shell finds it, else its path."""
+    """Returns the name of this program if the shell finds it, else the path it was called by."""
     return "tg-tinker" if shutil.which("tg-tinker") else sys.argv[0]

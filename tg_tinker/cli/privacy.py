@@ -1,4 +1,4 @@
-"""The commands about privacy: what was spent, what may be claimed, an attack on all that."""
+"""Defines the commands about privacy: budgets, certificates, ledgers, and a self-audit."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from tg_tinker.cli.shared import connector
+from tg_tinker.storage.files import new_file, new_folder
 from tg_tinker.storage.stores import shown_lines
 
 if TYPE_CHECKING:
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
 privacy = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="""What was spent of a data set's privacy budget, and proof of it.
+    help="""Report and certify what was spent of a dataset's privacy budget.
 
-    A data set is named by TrainingConfig.dataset_id; runs that name none use
-    the one called default.
+    TrainingConfig.dataset_id names the dataset of a private run; a run that
+    names none uses the dataset "default". Each dataset has a ledger, a
+    hash-chained list of all that its runs spent.
 
       [cyan]tg-tinker privacy report[/]
       [cyan]tg-tinker privacy certificate support-2026 > certificate.json[/]
@@ -30,12 +32,12 @@ privacy = typer.Typer(
 )
 
 
-_Dataset = Annotated[str, typer.Argument(help="As in TrainingConfig.dataset_id.")]
+_Dataset = Annotated[str, typer.Argument(help="Dataset, as in TrainingConfig.dataset_id.")]
 
 
 @privacy.command()
 def report(ctx: typer.Context, dataset_id: _Dataset = "default") -> None:
-    """Show a data set's epsilon, spent and left, and the runs that spent it.
+    """Show a dataset's epsilon, spent and registered, and the runs that spent it.
 
     [cyan]tg-tinker privacy report support-2026[/]
     """
@@ -44,10 +46,11 @@ def report(ctx: typer.Context, dataset_id: _Dataset = "default") -> None:
 
 @privacy.command()
 def certificate(ctx: typer.Context, dataset_id: _Dataset = "default") -> None:
-    """Print what may be claimed about all that was trained on it, as JSON.
+    """Print a JSON certificate of what may be claimed about training on a dataset.
 
-    For an auditor: budget and epsilon, adjacency, unit, the contract of every
-    run and who vouches for it, the ledger's head, and what is not covered.
+    It is meant for an auditor and states the budget and the epsilon spent, the
+    adjacency, the unit, the contract of every run and who vouches for it, the
+    ledger's head, and what the guarantee does not cover.
 
     [cyan]tg-tinker privacy certificate support-2026 > certificate.json[/]
     """
@@ -56,10 +59,10 @@ def certificate(ctx: typer.Context, dataset_id: _Dataset = "default") -> None:
 
 @privacy.command()
 def ledger(ctx: typer.Context, dataset_id: _Dataset = "default") -> None:
-    """Print the whole ledger, one JSON object per line.
+    """Print the whole ledger of a dataset, one JSON object per line.
 
-    It holds nothing that depends on training data. Whoever has it can verify
-    it, without this service.
+    The ledger holds nothing that depends on training data. Anyone who has it
+    can verify it without this service, see `tg-tinker privacy verify`.
 
     [cyan]tg-tinker privacy ledger support-2026 > ledger.jsonl[/]
     """
@@ -69,31 +72,32 @@ def ledger(ctx: typer.Context, dataset_id: _Dataset = "default") -> None:
 
 @privacy.command("book-missing")
 def book_missing(ctx: typer.Context, dataset_id: _Dataset = "default") -> None:
-    """Put back charges that an older copy of the registry's database has lost.
+    """Restore charges that an older copy of the registry's database has lost.
 
-    For when private runs are refused because the ledger is behind, and no
+    Use it if private runs are refused because the ledger is behind, and no
     newer copy of the database is left. The charges come from the heads in the
-    artifact store and in this home, so no less is booked than was spent. Runs
-    that made them may make no more; their artifacts load in new clients.
+    artifact store and in this home, so no less is restored than was spent. Runs
+    that made these charges may make no more; their artifacts load in new
+    clients.
 
       [cyan]tg-tinker privacy book-missing support-2026[/]
     """
     with connector(ctx)() as service:
         booked = service.book_missing_charges(dataset_id)
-    typer.echo(f"{booked} charges were missing and are booked" if booked else "nothing is missing")
+    typer.echo(f"{booked} missing charges were restored" if booked else "nothing is missing")
 
 
 @privacy.command()
 def verify(
-    file: Annotated[Path, typer.Argument(help="Written by `tg-tinker privacy ledger`.")],
+    file: Annotated[Path, typer.Argument(help="File from `tg-tinker privacy ledger`.")],
     head: Annotated[
-        str | None, typer.Option(help="A head you kept: the ledger must reach it.")
+        str | None, typer.Option(help="Head that you kept; the ledger must go through it.")
     ] = None,
 ) -> None:
-    """Replay an exported ledger by every rule; needs no service.
+    """Replay an exported ledger and check every rule; needs no service.
 
-    The chain shows that no entry was changed, left out or moved. That the end
-    was not cut off shows only a head that you kept from a certificate.
+    The chain shows that no entry was changed, left out or moved. Only a head
+    that you kept from a certificate shows that the end was not cut off.
 
       [cyan]tg-tinker privacy verify ledger.jsonl[/]
       [cyan]tg-tinker privacy verify ledger.jsonl --head 4f0c...[/]
@@ -103,46 +107,55 @@ def verify(
     checked = read_ledger(file)
     checked.check_head(head)
     typer.echo(shown_lines(str(checked)))
-    typer.echo("verified: every entry follows from the one before, and every rule held")
+    typer.echo("verified: every entry continues the chain, and every rule holds")
     if checked.sampled:
-        typer.echo("taken as stated: the epsilon tables of sampled runs, above that of one step")
+        typer.echo(
+            "not verified: the epsilon tables of sampled runs, except that they rise from one"
+            " step's epsilon or above"
+        )
 
 
 @privacy.command()
 def audit(
-    output: Annotated[Path, typer.Option(help="Folder of the plot and the figures.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder for the plot and the figures.")] = Path(
         "audit-output"
     ),
     canaries: Annotated[
-        int, typer.Option(min=1000, max=16_384, help="More find smaller errors, more slowly.")
+        int, typer.Option(min=1000, max=16_384, help="Canaries; more find smaller errors.")
     ] = 5000,
     epsilon: Annotated[
-        float, typer.Option(min=0.1, max=2.0, help="What the attacked mechanism claims.")
+        float, typer.Option(min=0.1, max=2.0, help="Epsilon that the mechanism claims.")
     ] = 2.0,
 ) -> None:
     """Attack the privacy mechanism on this machine, in about a minute.
 
-    Replays neighbouring data sets, measures the noise, and plants synthetic
-    canaries in real private steps to guess which took part. It reads no data
-    of yours and spends none of your budgets. Exit status 1 is a violation.
+    The audit replays neighboring datasets, measures the noise, and plants
+    synthetic canaries in real private steps to guess which ones took part. It
+    reads none of your data and spends none of your budgets. The exit status is
+    1 if a check finds a violation.
 
       [cyan]tg-tinker privacy audit[/]
       [cyan]tg-tinker privacy audit --canaries 15000[/]
     """
     from tg_tinker.backend import actors_backend
     from tg_tinker.demo import plots
+    from tg_tinker.demo.options import unwritable
 
     plots.check_available()
     with Console(stderr=True).status("starting") as status:
         found = actors_backend().privacy_audit(
             progress=status.update, canaries=canaries, epsilon=epsilon
         )
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "audit.json").write_text(json.dumps(found.to_json(), indent=2) + "\n")
-    plots.plot_audit(
-        found.scores_in, found.scores_out, sigma=found.sigma, claimed=found.claimed_epsilon,
-        bound=found.bound, verdict=found.verdict, path=output / "audit.png",
-    )  # fmt: skip
+    try:
+        new_folder(output)
+        with new_file(output / "audit.json", replace=True) as file:
+            file.write((json.dumps(found.to_json(), indent=2) + "\n").encode())
+        plots.plot_audit(
+            found.scores_in, found.scores_out, sigma=found.sigma, claimed=found.claimed_epsilon,
+            bound=found.bound, verdict=found.verdict, path=output / "audit.png",
+        )  # fmt: skip
+    except OSError as error:
+        raise unwritable(output, error) from None
     for check in found.checks:
         typer.echo(f"{'held    ' if check.passed else 'VIOLATED'}  {check.name}: {check.statement}")
     typer.echo(f"\n{found.verdict}\nPlot and figures: {output}")

@@ -1,4 +1,4 @@
-"""The command `profile`: where the time of a training step goes on this machine."""
+"""Defines the command `profile`, which measures the stages of a training step on this machine."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ def profile(
         str | None,
         typer.Option(help="Hub id, Hugging Face directory or GGUF file; SmolLM2-135M if left out."),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 8,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a row, all labelled.")] = 128,
-    rank: Annotated[int, typer.Option(min=0, help="Of the adapter; 0 trains all weights.")] = 16,
+    rows: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 8,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens per row, all labeled.")] = 128,
+    rank: Annotated[int, typer.Option(min=0, help="Adapter rank; 0 trains all weights.")] = 16,
     no_privacy: Annotated[
-        bool, typer.Option("--no-privacy", help="A step that is neither clipped nor noised.")
+        bool, typer.Option("--no-privacy", help="Measure a step without clipping and noise.")
     ] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Steps to measure, after one more.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to measure, after a warm-up.")] = 3,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of torch; every core if left out.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print seconds by stage.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print seconds by stage as JSON.")
+    ] = False,
 ) -> None:
-    """Measure a training step on random tokens and say where its time goes.
+    """Measure a training step on random tokens and show how long each stage takes.
 
-    Runs the very step of a training client, in this process and without a
-    cluster. Nothing is kept but a model that had to be converted.
+    The command runs the same step as a training client, in this process and
+    without a cluster. It keeps nothing except a model that it had to convert.
 
-    Where the head is frozen, "head and loss" holds its backward pass too.
+    If the model's head is frozen, "head and loss" includes the head's backward
+    pass.
 
       [cyan]tg-tinker profile[/]
       [cyan]tg-tinker profile --rows 1 --tokens 32 --steps 20[/]

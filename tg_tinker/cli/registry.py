@@ -1,4 +1,4 @@
-"""The commands of the registry's database: is it an older copy, going on from one, backups."""
+"""Defines the commands of the registry's database: check, accept, upgrade, backup, restore."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 commands = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="""The registry's database: whether it is the newest copy.
+    help="""Check, upgrade, back up and restore the registry's database.
 
-    The artifact store and the home keep signed heads of its audit log. Behind
-    one of them nothing is opened, saved or removed.
+    The database holds runs, artifacts, privacy ledgers and the audit log. The
+    artifact store and the home keep signed heads of the audit log. If the
+    database is behind one of these heads, nothing is opened, saved or removed.
 
       [cyan]tg-tinker registry check[/]
       [cyan]tg-tinker registry accept[/]
@@ -28,17 +29,18 @@ commands = typer.Typer(
       [cyan]tg-tinker registry upgrade[/]""",
 )
 _SHOWN = 10
-"""Heads that are named."""
+"""The maximum number of missing heads that are printed by name."""
 
 
-_Tenant = Annotated[str, typer.Option(help="Whose audit log, ledgers and artifacts.")]
+_Tenant = Annotated[str, typer.Option(help="Owner of audit log, ledgers and artifacts.")]
 
 
 @commands.command()
 def check(ctx: typer.Context, tenant: _Tenant = "default") -> None:
-    """Hold the database against all that the store and this home know of it.
+    """Compare the database with all heads that the store and this home keep of it.
 
-    Ends with status 1 if it is an older copy, or if a ledger is behind.
+    The exit status is 1 if the database is an older copy, if a ledger is behind,
+    or if the row of an API key is not as the registry wrote it.
 
       [cyan]tg-tinker registry check[/]
     """
@@ -52,14 +54,15 @@ def check(ctx: typer.Context, tenant: _Tenant = "default") -> None:
 def accept(
     ctx: typer.Context,
     tenant: _Tenant = "default",
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Go on from an older copy of the database, when no newer one is left.
+    """Continue from an older copy of the database, if no newer copy is left.
 
-    It becomes a row of the audit log for ever. What was deleted after the copy
-    was made opens again, if its files are there; what was saved since is left
-    over, and a sweep removes it. Charges of a privacy budget are not accepted:
-    tg-tinker privacy book-missing puts them back.
+    The audit log keeps a row about this for ever. Artifacts that were deleted
+    after the copy was made open again if their files are still there. Artifacts
+    that were saved since are unknown, and a sweep removes their files. Charges
+    of a privacy budget are not accepted: tg-tinker privacy book-missing
+    restores them.
 
       [cyan]tg-tinker registry accept[/]
     """
@@ -70,7 +73,7 @@ def accept(
             typer.echo("nothing to accept")
             return
         asked = bool(found.missing) and not yes
-        if asked and typer.prompt("Type accept to go on without what is lost") != "accept":
+        if asked and typer.prompt("Type accept to continue without what is lost") != "accept":
             typer.echo("nothing was accepted")
             raise typer.Exit(1)
         _tell_accepted(service.accept_registry())
@@ -78,39 +81,42 @@ def accept(
 
 def _tell(found: RegistryCheck) -> None:
     typer.echo(
-        f"audit log: {found.rows} rows, {found.heads} heads known, the newest in the store of row"
-        f" {found.stored}"
+        f"audit log: {found.rows} rows, {found.heads} heads known; the newest head in the store is"
+        f" of row {found.stored}"
     )
     for row in found.accepted:
         typer.echo(f"an older copy was accepted at row {row}")
     for name, why in found.foreign.items():
-        typer.echo(
-            f"passed over: {name}: {why}. Remove it, or find out which registry put it there"
-        )
+        typer.echo(f"ignored: {name}: {why}. Remove it, or find out which registry put it there")
     for name, why in found.damaged.items():
         typer.echo(
-            f"PROBLEM: {name} is no head of this audit log: {why}. Put its backup back; if there is"
-            " none, remove it, and `tg-tinker audit-log verify` keeps a new one"
+            f"PROBLEM: {name} is not a head of this audit log: {why}. Restore its backup; if there"
+            " is none, remove it, and `tg-tinker audit-log verify` keeps a new one"
         )
     if found.unfinished:
         typer.echo(
-            "PROBLEM: the store did not take the head of the last acceptance: `tg-tinker registry"
-            " accept` writes it"
+            "PROBLEM: the store does not have the head of the last acceptance: run `tg-tinker"
+            " registry accept` to write it"
         )
     missing = sorted(found.missing.items(), key=lambda item: -item[1])
     for name, row in missing[:_SHOWN]:
-        typer.echo(f"not known: row {row}, {name}")
+        typer.echo(f"not known to the database: row {row}, {name}")
     if missing:
-        more = f" ({len(missing) - _SHOWN} heads more)" if len(missing) > _SHOWN else ""
+        more = f" ({len(missing) - _SHOWN} more heads)" if len(missing) > _SHOWN else ""
         typer.echo(
             f"PROBLEM: the database is an older copy, or another one was in use meanwhile{more}."
-            " Nothing of this tenant is opened, saved or removed. Put the newest copy back; if it"
-            " is lost, `tg-tinker registry accept` goes on without it"
+            " Nothing of this tenant is opened, saved or removed. Restore the newest copy; if it is"
+            " lost, `tg-tinker registry accept` continues without it"
         )
     for dataset, why in found.ledgers.items():
         typer.echo(f"PROBLEM: ledger {dataset}: {why}")
+    for key, why in found.api_keys.items():
+        typer.echo(
+            f"PROBLEM: API key {key}: {why}. It opens nothing: find out who writes to the database,"
+            f" and remove the row with `tg-tinker api-keys revoke {key}`"
+        )
     if found.sound:
-        typer.echo("ok: the database knows all that the store and this home know of it")
+        typer.echo("ok: the database goes through all heads that the store and this home keep")
 
 
 def _tell_accepted(accepted: RegistryAcceptance) -> None:
@@ -122,20 +128,20 @@ def _tell_accepted(accepted: RegistryAcceptance) -> None:
         typer.echo(f"does not open: {artifact}: {why}")
     if accepted.lost:
         typer.echo(
-            "Put back what these need, keys or files, and accept again. What is lost for good is"
-            " forgotten by `tg-tinker artifacts delete --lost`; until then a sweep leaves alone"
-            " what may be left of it"
+            "Restore the keys or files that these artifacts need, and accept again. If an artifact"
+            " is lost for good, remove its entry with `tg-tinker artifacts delete --lost`; until"
+            " then a sweep leaves the rest of its files alone"
         )
     typer.echo(
-        "If some of these were deleted after the copy was made, delete them again: `tg-tinker"
-        " artifacts delete`. What was saved since is not known any more, and `tg-tinker artifacts"
-        " sweep` removes it. Charges are not accepted: `tg-tinker privacy book-missing` puts them"
-        " back"
+        "If some of these artifacts were deleted after the copy was made, delete them again with"
+        " `tg-tinker artifacts delete`. Artifacts that were saved since are not known any more, and"
+        " `tg-tinker artifacts sweep` removes their files. Charges are not accepted: `tg-tinker"
+        " privacy book-missing` restores them"
     )
 
 
 _Database = Annotated[
-    str | None, typer.Option(help="Its URL; TG_TINKER_DATABASE or the home's if left out.")
+    str | None, typer.Option(help="Database URL; TG_TINKER_DATABASE or the home's if left out.")
 ]
 
 
@@ -144,13 +150,13 @@ def upgrade(
     database: _Database = None,
     backup: Annotated[
         Path | None,
-        typer.Option(help="Where it is written as it was; a file in the home if left out."),
+        typer.Option(help="File for the backup; a new file in the home if left out."),
     ] = None,
 ) -> None:
-    """Bring the database of an older release to this one, after a backup.
+    """Upgrade the database of an older release to this release, after a backup.
 
-    Programs of the older release change nothing from then on: end them first.
-    The home of an embedded cluster is upgraded by itself when it is next used.
+    End programs of the older release first: they can change nothing afterwards.
+    The home of an embedded cluster is upgraded automatically at its next use.
 
       [cyan]tg-tinker registry upgrade[/]
       [cyan]tg-tinker registry upgrade --backup before.db[/]
@@ -164,18 +170,19 @@ def upgrade(
     if before == after:
         typer.echo(f"Nothing to do: the database has revision {after} already")
     else:
-        typer.echo(f"Upgraded from revision {before} to {after}. As it was, it is in {path}")
+        typer.echo(f"Upgraded from revision {before} to {after}. The backup is {path}")
 
 
 @commands.command()
 def backup(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="One that does not exist yet.")],
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="File that must not exist yet.")],
     database: _Database = None,
 ) -> None:
-    """Write the whole registry into one SQLite file, while it is in use.
+    """Write the whole registry into one SQLite file, even while it is in use.
 
-    It holds no key, no weight and no training data, but names, settings and
-    what was spent: keep it as safe as the registry. Keys are backed up apart.
+    The file holds no key, no weight and no training data, but it holds names,
+    settings and what was spent: protect it like the registry. Back up keys
+    separately.
 
       [cyan]tg-tinker registry backup monday.db[/]
     """
@@ -187,13 +194,13 @@ def backup(
 
 @commands.command()
 def restore(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="Written by `backup`.")],
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="File from `registry backup`.")],
     database: _Database = None,
 ) -> None:
-    """Put a backup into an empty database, of either kind.
+    """Restore a backup into an empty database, SQLite or PostgreSQL.
 
-    What was charged after the backup is missing from it. So run `registry
-    check` next: it compares the ledgers with the heads in the artifact store.
+    Charges after the backup are missing from it. So run `registry check` next:
+    it compares the ledgers with the heads in the artifact store.
 
       [cyan]tg-tinker registry restore monday.db[/]
       [cyan]tg-tinker registry restore monday.db --database postgresql+psycopg://tg@db/tg[/]
@@ -202,8 +209,8 @@ def restore(
 
     _print(actors_backend().restore_registry(path, _url(database)))
     typer.echo(
-        "Restored. Before anything trains: `tg-tinker registry check` compares these ledgers with"
-        " the heads in the store, `tg-tinker audit-log verify` the log"
+        "Restored. Before anything trains, run `tg-tinker registry check` to compare the ledgers"
+        " with the heads in the store, and `tg-tinker audit-log verify` to check the log"
     )
 
 

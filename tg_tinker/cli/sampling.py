@@ -1,4 +1,4 @@
-"""The commands about sampling: `serve`, `sample` and `chat`."""
+"""Defines the commands about sampling: `serve`, `sample` and `chat`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,9 +14,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tg_tinker.cli.http_client import stream
+from tg_tinker.cli.http_client import Server
 from tg_tinker.cli.shared import connector
 from tg_tinker.errors import InvalidRequestError, TGTinkerError
+from tg_tinker.storage.files import new_file
+from tg_tinker.texts import check_text
 
 if TYPE_CHECKING:
     pass
@@ -24,18 +26,21 @@ if TYPE_CHECKING:
 commands = typer.Typer()
 
 _Url = Annotated[
-    str, typer.Option(envvar="TG_TINKER_URL", help="Of the server, as `tg-tinker serve` prints it.")
+    str, typer.Option(envvar="TG_TINKER_URL", help="Server URL that `tg-tinker serve` prints.")
 ]
 _Key = Annotated[
-    str | None, typer.Option(envvar="TG_TINKER_API_KEY", help="Where the server wants one.")
+    str | None, typer.Option(envvar="TG_TINKER_API_KEY", help="API key, if the server needs one.")
 ]
 _Model = Annotated[
-    str, typer.Option(help="base, a run, run@step, run@>=step, or an artifact of the server.")
+    str, typer.Option(help="Model: base, a run, run@step, run@>=step, or an artifact.")
 ]
-_MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
-_Temperature = Annotated[float, typer.Option(min=0, help="0 takes the most probable token.")]
-_Seed = Annotated[int | None, typer.Option(min=0, help="Repeats the same answer.")]
+_MaxTokens = Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")]
+_Temperature = Annotated[
+    float, typer.Option(min=0, help="Sampling temperature; 0 takes the most probable token.")
+]
+_Seed = Annotated[int | None, typer.Option(min=0, help="Sampling seed, to repeat an answer.")]
 _URL = "http://127.0.0.1:8000/v1"
+_STOP = "Ctrl-C stops it; on a cluster that outlives this command, `serve shutdown` does."
 
 
 @commands.command()
@@ -45,19 +50,22 @@ def serve(
         str | None,
         typer.Option(help="Hub id, Hugging Face directory or GGUF file; SmolLM2-135M if left out."),
     ] = None,
-    host: Annotated[str, typer.Option(help="Others than loopback need an API key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65_535)] = 8000,
-    replicas: Annotated[int, typer.Option(min=1, help="Copies of the model at most.")] = 1,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but loopback needs an API key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="Port to listen on.")] = 8000,
+    replicas: Annotated[int, typer.Option(min=1, help="Maximum replicas of the model.")] = 1,
     write_config: Annotated[
         Path | None,
-        typer.Option(help="Write a file for `serve deploy` instead, and start nothing."),
+        typer.Option(help="File to write for `serve deploy`; nothing is started then."),
     ] = None,
 ) -> None:
-    """Answer requests over HTTP, as OpenAI's API does, until Ctrl-C.
+    """Serve a model over HTTP with OpenAI's API, until Ctrl-C.
 
-    Serves the base model, every saved artifact of runs on it, and runs that live
-    on the same Ray cluster. A cluster that `ray start --head` left running is
-    used; else one starts for this command.
+    It serves the base model, every saved artifact of runs on this base model,
+    and runs that are live on the same Ray cluster. It uses a cluster that
+    `tg-tinker up` or `ray start --head` left running, or else starts one for
+    this command.
 
       [cyan]tg-tinker serve[/]
       [cyan]curl localhost:8000/v1/models[/]
@@ -74,19 +82,22 @@ def serve(
     check_serving(model, host, port)
     console, stopped = Console(stderr=True), threading.Event()
     with connector(ctx, begins=True)() as service:
-        # Not before: Ray, when it starts, sets one of its own that prints frames.
+        # Only now: Ray sets its own handler when it starts, and that one prints stack frames.
         signal.signal(signal.SIGTERM, lambda *_: stopped.set())
         with console.status("loading the model"):
             url = service.serve_http(model, host, port, max_replicas=replicas)
-        keys = service.list_api_keys()
         console.print(
-            f"Serving at [bold]{url}[/]. "
-            + (f"{len(keys)} API keys open it." if keys else "Open to everyone on this machine:")
-            + ("" if keys else " `tg-tinker api-keys create` ends that. Ctrl-C stops it.")
+            f"Serving at [bold]{url}[/]. {_opened_by(len(service.list_api_keys()))} {_STOP}"
         )
         console.print(f"Metrics for Prometheus: {' '.join(service.metrics_urls())}", style="dim")
         while not stopped.wait(1):
             pass
+
+
+def _opened_by(keys: int) -> str:
+    if not keys:
+        return "Open to everyone on this machine; `tg-tinker api-keys create` makes keys required."
+    return "1 API key opens it." if keys == 1 else f"{keys} API keys open it."
 
 
 def _write_config(path: Path, model: str, host: str, port: int, replicas: int) -> None:
@@ -94,29 +105,30 @@ def _write_config(path: Path, model: str, host: str, port: int, replicas: int) -
 
     model = str(Path(model).absolute()) if Path(model).exists() else model
     try:
-        with path.open("x") as file:
-            file.write(serve_backend().config(model, "auto", host, port, replicas, "tg_tinker"))
+        with new_file(path) as file:
+            written = serve_backend().config(model, "auto", host, port, replicas, "tg_tinker")
+            file.write(written.encode())
     except OSError as error:
         raise InvalidRequestError(
-            f"cannot write {path} ({error.strerror}): choose another name, or remove what is there"
+            f"cannot write {path} ({error.strerror}): choose another name, or remove that file"
         ) from None
     typer.echo(f"{path}: deploy it with `serve deploy {path}`")
 
 
 @commands.command()
 def sample(
-    prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads it from stdin.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from stdin.")],
     model: _Model = "base",
     max_tokens: _MaxTokens = 128,
     temperature: _Temperature = 1.0,
     seed: _Seed = None,
     show_as_it_grows: Annotated[
-        bool, typer.Option("--stream", help="Print the text as it is drawn.")
+        bool, typer.Option("--stream", help="Print the text as it is generated.")
     ] = False,
     url: _Url = _URL,
     key: _Key = None,
 ) -> None:
-    """Complete a text on a running server.
+    """Complete a text with a model on a running server (see `tg-tinker serve`).
 
     [cyan]tg-tinker sample "Once upon a time" --stream[/]
     [cyan]tg-tinker sample - --model ARTIFACT_ID --temperature 0 < prompt.txt[/]
@@ -125,55 +137,67 @@ def sample(
         "model": model, "prompt": _text(prompt), "max_tokens": max_tokens,
         "temperature": temperature, "seed": seed,
     }  # fmt: skip
-    parts = []
+    server, parts = _server(url, key), []
     try:
-        for event in stream(url, key, "completions", body):
+        for event in server.stream("completions", body):
             parts.append(event["choices"][0]["text"])
             if show_as_it_grows:
                 typer.echo(parts[-1], nl=False)
     finally:
-        if show_as_it_grows and parts:  # also after Ctrl-C: the shell's prompt begins a line
+        if show_as_it_grows and parts:  # also after Ctrl-C: the shell's prompt needs a new line
             typer.echo()
     if not show_as_it_grows:
         typer.echo("".join(parts))
 
 
+def _server(url: str, key: str | None) -> Server:
+    """Returns the server of a command, and warns if others can read what the command sends."""
+    server = Server(url, key)
+    if server.warning:
+        typer.echo(f"warning: {server.warning}", err=True)
+    return server
+
+
 def _text(prompt: str) -> str:
-    try:
-        text = sys.stdin.read() if prompt == "-" else prompt
-        text.encode()  # bytes that are no text may have come in as lone surrogates
-    except UnicodeError:
-        raise InvalidRequestError(
-            "the prompt is not UTF-8 text: convert it first, such as with `iconv -t utf-8`"
-        ) from None
-    return text
+    return _utf8(lambda: sys.stdin.read() if prompt == "-" else prompt, "the prompt")
+
+
+def _utf8(read: Callable[[], str], what: str) -> str:
+    """Returns a text of the command line; Python reads bytes that are no UTF-8 as surrogates."""
+    with contextlib.suppress(UnicodeDecodeError, InvalidRequestError):
+        return check_text(read(), what)
+    raise InvalidRequestError(
+        f"{what} is not UTF-8 text: convert it first, for example with `iconv -t utf-8`"
+    )
 
 
 @commands.command()
 def chat(
     model: _Model = "base",
-    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message, sent first.")] = None,
     max_tokens: _MaxTokens = 256,
     temperature: _Temperature = 0.7,
     url: _Url = _URL,
     key: _Key = None,
 ) -> None:
-    """Talk to a model on a running server; an empty line or Ctrl-D ends it.
+    """Chat with a model on a running server; an empty line or Ctrl-D ends the chat.
 
-    Ctrl-C ends an answer. The exit status is 1 if one ended with an error.
+    Ctrl-C stops the current answer. The exit status is 1 if an answer ended
+    with an error.
 
     [cyan]tg-tinker chat --model ARTIFACT_ID[/]
     """
+    server, failed = _server(url, key), False
     messages: list[dict[str, str]] = []
-    failed = False
     if system is not None:
-        messages.append({"role": "system", "content": system})
+        text = _utf8(lambda: system, "the system message")
+        messages.append({"role": "system", "content": text})
     while said := _ask():
         messages.append({"role": "user", "content": said})
         body = {"model": model, "messages": messages, "max_tokens": max_tokens,
                 "temperature": temperature}  # fmt: skip
         try:
-            answer = _answer(stream(url, key, "chat/completions", body))
+            answer = _answer(server.stream("chat/completions", body))
         except TGTinkerError as error:
             Console(stderr=True).print(f"[red]error:[/] {escape(error.message)}", soft_wrap=True)
             messages.pop()
@@ -184,7 +208,7 @@ def chat(
 
 
 def _answer(events: Iterator[dict[str, Any]]) -> str:
-    """Prints an answer as it grows, until its end or Ctrl-C."""
+    """Prints an answer as it arrives, until its end or Ctrl-C. Returns the printed text."""
     parts = []
     try:
         with contextlib.suppress(KeyboardInterrupt):
@@ -198,6 +222,6 @@ def _answer(events: Iterator[dict[str, Any]]) -> str:
 
 def _ask() -> str:
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        return _utf8(lambda: input("> " if sys.stdin.isatty() else ""), "the message").strip()
     except EOFError:
         return ""

@@ -1,4 +1,4 @@
-"""What all commands share: the service they call, tables, and errors in one line."""
+"""Holds what all commands share: the service that they call, tables, and errors in one line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ _INTERRUPTED = 130
 
 
 class OneLineErrors(TyperGroup):
-    """Ends every command alike: an error of ours is one line on stderr and status 1."""
+    """A command group that prints each of our errors as one line on stderr and exits with 1.
+
+    Ctrl-C exits with status 130.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -39,10 +42,10 @@ class OneLineErrors(TyperGroup):
 
 
 def connector(ctx: typer.Context, *, begins: bool = False) -> Callable[..., ServiceClient]:
-    """What connects a command to the service.
+    """Returns the function that connects a command to the service.
 
     Args:
-        begins: it begins something, so it may make a home where there is none.
+        begins: whether the command starts something new, and so may create a missing home.
     """
     from tg_tinker.client.home import check_home
     from tg_tinker.client.service import ServiceClient
@@ -57,8 +60,11 @@ def connector(ctx: typer.Context, *, begins: bool = False) -> Callable[..., Serv
 def print_table(
     columns: Sequence[str], rows: Sequence[tuple[str, ...]], maker: str = "`tg-tinker demo`"
 ) -> None:
-    """A table on a terminal; elsewhere the same, never cut to a width. No cell commands the
-    terminal: whoever writes to the database may have put it there."""
+    """Prints a table, or, if there are no rows, that `maker` makes one.
+
+    Outside a terminal, lines are not cut to a width. Control characters in cells are escaped,
+    because anyone who can write to the database may have put them there.
+    """
     console = Console() if sys.stdout.isatty() else Console(width=4000)
     table = Table(*columns, box=None, header_style="bold", pad_edge=False)
     for row in rows:
@@ -67,7 +73,11 @@ def print_table(
 
 
 def report(outcomes: Iterator[tuple[str, str]], title: str) -> int:
-    """Shows progress and what failed; how many did."""
+    """Shows progress, then prints each failure on stderr. Returns the number of failures.
+
+    Args:
+        outcomes: (name, problem) pairs; the problem is empty on success.
+    """
     failed, console = [], Console(stderr=True)
     for name, problem in track(outcomes, title, console=console):
         if problem:
@@ -79,7 +89,7 @@ def report(outcomes: Iterator[tuple[str, str]], title: str) -> int:
 
 @contextlib.contextmanager
 def connected(ctx: typer.Context, begins: bool = False) -> Iterator[ServiceClient]:
-    """The service, and a line that says what takes time."""
+    """Yields the service, and shows a status line while the block runs."""
     connect = connector(ctx, begins=begins)
     with Console(stderr=True).status("opening the registry"), connect() as service:
         yield service

@@ -1,4 +1,4 @@
-"""The command `artifacts sweep`: files in the store that belong to no artifact."""
+"""Defines the command `artifacts sweep`, which removes files that belong to no artifact."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 def sweep(
     ctx: typer.Context,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List what would be removed, remove nothing.")
+        bool, typer.Option("--dry-run", help="List what would be removed; remove nothing.")
     ] = False,
     min_age: Annotated[
-        float, typer.Option(min=0, help="Hours between the two sweeps that find the same.")
+        float, typer.Option(min=0, help="Minimum time between the two sweeps, in hours.")
     ] = 1.0,
 ) -> None:
-    """Remove files in the store that belong to no artifact, such as of a killed save.
+    """Remove files in the store that belong to no artifact, such as after a killed save.
 
-    It takes two sweeps: the first notes what it finds, a later one removes what
-    is still the same. Artifacts are never touched. Give --min-age more hours
-    than a file of a save takes to upload. Ends with status 1 if the store
-    refused something.
+    It takes two sweeps: the first notes such files as orphans, and a later one
+    removes those that have not changed. Artifacts are never touched. Set
+    --min-age to more hours than the upload of one file of a save takes. The
+    exit status is 1 if the store refused something.
 
       [cyan]tg-tinker artifacts sweep[/]
       [cyan]tg-tinker artifacts sweep --dry-run --min-age 24[/]
@@ -44,15 +44,15 @@ def sweep(
     for orphan in by_state["due"]:
         typer.echo(f"would remove {orphan.name}: {_amount([orphan])}")
     for orphan in by_state["unknown"]:
-        typer.echo(f"left alone, no name that TG-Tinker gives: {orphan.name}")
+        typer.echo(f"left alone, because TG-Tinker gives no such name: {orphan.name}")
     for orphan in by_state["refused"]:
         typer.echo(f"{orphan.name}: {orphan.problem}", err=True)
     done = by_state["due" if dry_run else "removed"]
     typer.echo(f"{'would remove' if dry_run else 'removed'} {len(done)} orphans ({_amount(done)})")
     if waiting := by_state["waiting"]:
         typer.echo(
-            f"{len(waiting)} waiting ({_amount(waiting)}): removed by a sweep that finds them the"
-            f" same, {min_age:g} hours or more after the first"
+            f"{len(waiting)} waiting ({_amount(waiting)}): a sweep {min_age:g} hours or more after"
+            " the first removes those that have not changed"
         )
     raise typer.Exit(bool(by_state["refused"]))
 

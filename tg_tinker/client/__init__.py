@@ -1,17 +1,17 @@
-"""What a program holds: `ServiceClient`, `TrainingClient`, and handles of calls.
+"""Provides the objects that a program uses: `ServiceClient`, `TrainingClient`, call handles.
 
 - service.py: `ServiceClient`, the entry point.
-- runs.py, placement.py: its part that starts runs and ends them; what actors occupy.
-- artifacts.py, keys.py, records.py: its parts about saved artifacts, about keys, and about ledgers
-  and audit logs.
-- home.py, serving.py: the home made and checked; what is checked before a model is served.
-- training.py: `TrainingClient`, one run: it checks, then sends.
-- calls.py: its calls: their numbers and order, their queue, recovery, closing.
+- runs.py, placement.py: the start and the end of runs; the resources that actors occupy.
+- artifacts.py, keys.py, records.py: the methods of `ServiceClient` about artifacts, about keys, and
+  about ledgers and audit logs.
+- home.py, serving.py: the creation and check of the home; the checks before a model is served.
+- training.py: `TrainingClient`, which checks the calls of one run and then sends them.
+- calls.py: the numbers, the order and the queue of these calls; recovery and closing.
 - future.py: the handle of a call that was sent.
-- actor_link.py: one training actor, as a client reaches it.
-- lost_calls.py: calls whose answer did not arrive, sent again.
-- recovery.py: where a lost actor comes back, and what that means to the loop that used it.
+- actor_link.py: the connection of a client to one training actor.
+- lost_calls.py: the repetition of calls whose answer did not arrive.
+- recovery.py: the recovery of a run whose actor is lost, and the error that its loop receives.
 
-It imports all of `tg_tinker` but demo and commands. It trains nothing, stores nothing and names no
-package above: what it needs of them it asks `tg_tinker.backend` for.
+The package imports all of `tg_tinker` except the demo and the commands. It trains nothing and
+stores nothing. It names no upper package and calls them only through `tg_tinker.backend`.
 """

@@ -1,7 +1,7 @@
-"""One training actor in one epoch, as a client reaches it: sealed calls out, replies back.
+"""Connects a client to one training actor in one epoch: sends sealed calls and opens replies.
 
-A call or its answer may be lost on the way while the actor lives; `lost_calls` gets it through.
-When the actor itself is gone, every call that has no answer ends with one and the same error.
+A call or its answer may be lost on the way while the actor is alive; `lost_calls` then delivers it.
+When the actor itself is gone, every unanswered call ends with the same error.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ if TYPE_CHECKING:
 _SETTLE_S = 90.0
 
 Explain = Callable[[ActorLostError, int], ActorLostError]
-"""(what is known of the loss, the last step seen) -> the error that says from where to repeat."""
+"""Maps a first error and the last seen step to the error that says which step to repeat from."""
 
 
 class TrainingLink:
-    """See the module.
+    """The connection of a client to one training actor in one epoch.
 
     Attributes:
-        actor: its handle.
-        lost: the error of the calls that were lost with it; None while it lives, as far as known.
-        told: the caller was told of it. Only then may a next call go to another actor: calls that
-            were queued before are meant to follow those that were lost.
+        actor: the Ray handle of the actor.
+        lost: the error of all calls that were lost with the actor; None while no loss is known.
+        told: whether the caller has received this error. Only then may a later call go to another
+            actor, because calls that were queued before must follow the lost calls.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class TrainingLink:
         self._key = key
         self._explain = explain
         self._kept = kept
-        self._seen = 0  # the last step that an answer told of
+        self._seen = 0  # the last step in an answer
         self._sent: dict[str, tuple[Any, Request]] = {}  # by request id, until answered
         self._lost_calls = LostCalls(actor, key, self._sent)
         self._void: set[Any] = set()
@@ -73,13 +73,13 @@ class TrainingLink:
 
     @property
     def ledger_place(self) -> str:
-        """Where the ledger of a private run was last seen to end."""
+        """The last seen head position of the ledger, ``SEQ-HASH``; empty without a private run."""
         return self._kept.place if self._kept else ""
 
     # --- calls -------------------------------------------------------------------------------
 
     def send(self, request: Request) -> ray.ObjectRef[bytes]:
-        """A ref to the answer; of a save it comes when it is durable."""
+        """Sends a call and returns a ref to its answer; a save answers once it is durable."""
         name = request.request_id
         ref: ray.ObjectRef[bytes] = send(self.actor.call, seal_payload(self._key, request))
         self._sent[name] = ref, request
@@ -90,11 +90,12 @@ class TrainingLink:
         return ref
 
     def open(self, ref: Any, request_id: str, timeout: float | None = None) -> Reply:
-        """The reply behind a ref.
+        """Waits for the reply of a ref and returns it.
 
         Raises:
-            FutureTimeoutError: nothing within `timeout` seconds.
-            ActorLostError: the actor is gone, and the reply with it.
+            FutureTimeoutError: there is no reply within `timeout` seconds.
+            ActorLostError: the actor is gone, and the reply is lost.
+            ClusterUnavailableError: the reply was lost on the way; a later call may still get it.
         """
         if ref in self._void and self.lost is not None:
             raise self.lost
@@ -109,13 +110,17 @@ class TrainingLink:
         return reply
 
     def done(self, ref: Any, request_id: str) -> bool:
-        """Whether a call has its answer, or will have none. One that was lost on the way has not:
-        it is sent again meanwhile."""
+        """Returns whether a call has an answer or will never have an answer.
+
+        A call that was lost on the way is not done: it is sent again in the background.
+        """
         return ref in self._void or (bool(split([ref])[0]) and self._answered(ref, request_id))
 
     def when_done(self, ref: Any, request_id: str, work: Callable[[], object]) -> None:
-        """Runs `work` on the dispatcher thread once `done`, or a lost call could not be sent again:
-        what it takes then is that error."""
+        """Runs `work` on the dispatcher thread once the call is `done`.
+
+        `work` also runs if a lost call cannot be sent again; `open` then raises that error.
+        """
 
         def look() -> None:
             if self._answered(ref, request_id):
@@ -128,33 +133,38 @@ class TrainingLink:
 
     @property
     def unanswered(self) -> int:
-        """How many calls nobody has taken an answer of; at least those that `waiting` counts."""
+        """The number of calls whose answer was not taken; never less than `waiting`."""
         return len(self._sent)
 
     def waiting(self) -> int:
-        """How many calls have no answer yet. Forgets those that have one, and sends those again
-        that were lost."""
+        """Returns the number of calls without an answer.
+
+        This also forgets answered calls, and sends lost calls again.
+        """
         names = {ref: name for name, (ref, _) in [*self._sent.items()]}
         done, pending = split([*names])
         return len(pending) + sum(not self._answered(ref, names[ref]) for ref in done)
 
     @property
     def parked(self) -> bool:
-        """Whether the actor is gone and nothing was lost with it."""
+        """Whether the run is parked: the actor is gone and nothing was lost with it."""
         return self.lost is not None and self.lost.details.get("reason") == PARKED
 
     def park(self) -> None:
-        """After the actor has parked its run."""
+        """Records that the actor has parked its run, and ends the actor."""
         self.abandon(self.expect_loss(PARKED))
         kill(self.actor)
 
     def expect_loss(self, reason: str = "it did not answer") -> ActorLostError:
-        """What to tell if the actor turns out to be gone; asked before the run comes back."""
+        """Returns the error to raise if the actor is gone.
+
+        The caller asks for it before the run is recovered.
+        """
         known = ActorLostError(reason, details={"reason": reason})
         return self.lost or self._explain(known, self._seen)
 
     def abandon(self, lost: ActorLostError) -> None:
-        """Another actor has the run: no answer of this one that is still to come counts."""
+        """Records that another actor has the run: later answers of this actor do not count."""
         sent = [(name, ref) for name, (ref, _) in [*self._sent.items()]]
         self._void |= {*split([ref for _, ref in sent])[1]}
         self._void |= {ref for name, ref in sent if self._lost_calls.looks_for(name)}
@@ -163,7 +173,7 @@ class TrainingLink:
             self.told = True
 
     def loss(self, error: TGTinkerError) -> ActorLostError:
-        """The one error of all calls that this actor has lost; told to the caller by this."""
+        """Returns the common error of all calls lost with this actor, and sets `told`."""
         with self._losing:
             if self.lost is None:
                 known = error if isinstance(error, ActorLostError) else ActorLostError(str(error))
@@ -171,10 +181,10 @@ class TrainingLink:
             self.told = True
             return self.lost
 
-    # --- beside the calls --------------------------------------------------------------------
+    # --- outside the order of calls ----------------------------------------------------------
 
     def load(self, progress: Callable[[str], None]) -> Any:
-        """Loads the model, telling `progress` what takes time; a `ModelInfo`."""
+        """Loads the model and returns its `ModelInfo`; `progress` receives a message per stage."""
         ref, heard = send(self.actor.load), 0
         loaded = False
         while not loaded:
@@ -186,7 +196,7 @@ class TrainingLink:
         return open_reply(self._key, fetch(ref)).unwrap()
 
     def description(self) -> Any:
-        """The `ModelInfo`, or None while the model loads."""
+        """Returns the `ModelInfo`; None while the model is loading."""
         sealed = ask(self.actor.description)
         return None if sealed is None else open_reply(self._key, sealed).unwrap()
 
@@ -199,10 +209,10 @@ class TrainingLink:
         return info
 
     def settle(self) -> bool:
-        """Whether the registry has heard of the last completed step by now.
+        """Returns whether the registry has recorded the last completed step.
 
         Raises:
-            FutureTimeoutError: the actor is silent.
+            FutureTimeoutError: the actor did not answer within `_SETTLE_S`.
         """
         return bool(ask_again(self.actor.settle, timeout=_SETTLE_S))
 
@@ -222,24 +232,26 @@ class TrainingLink:
         left = None if limit is None else max(0.0, limit - time.monotonic())
         if not wait([search], left).done:
             raise FutureTimeoutError(
-                "no answer within the timeout: it was lost on the way and is asked for again; ask"
-                " again, too, or cancel the call"
+                "no answer within the timeout: the answer was lost on the way and is requested"
+                " again; ask again for the result, or cancel the call"
             )
         self._lost_calls.taken(request_id)
         return search.result()
 
     def _arrived(self, ref: Any, timeout: float | None) -> Reply | None:
-        """What became of a call, as its ref tells it; None where that was lost on the way."""
+        """Returns the reply of a call from its ref; None if the reply was lost on the way."""
         with suppress(ClusterUnavailableError):
             reply = open_reply(self._key, fetch(ref, timeout))
             return reply if reply.final else None
         return None
 
     def _answered(self, ref: Any, request_id: str) -> bool:
-        """Of a ref that is there: whether its call has its answer, or will have none. One that has
-        is forgotten, one that was lost is sent again."""
+        """Returns, for a ref that has arrived, whether its call has or will never have an answer.
+
+        An answered call is forgotten, and a lost call is sent again.
+        """
         reply = None
-        with suppress(ActorLostError):  # told when somebody takes it
+        with suppress(ActorLostError):  # `open` raises it
             reply = self._arrived(ref, 0)
             if reply is None and not self.told:
                 reply = self._lost_calls.found(request_id)
@@ -251,7 +263,10 @@ class TrainingLink:
         return True
 
     def _watch_beginning(self, begun: Any, request_id: str) -> None:
-        """Of a save: if its call was lost, or one before it, nobody else would send them again."""
+        """Starts a search for a save whose call, or an earlier call, was lost.
+
+        The ref of a save only waits for its end, so nothing else would send these calls again.
+        """
         with suppress(ActorLostError):
             if request_id in self._sent and self._arrived(begun, 0) is None:
                 self._lost_calls.search(request_id)

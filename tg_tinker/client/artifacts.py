@@ -1,6 +1,6 @@
-"""Lists, opens, changes and removes the artifacts of one tenant, in one store.
+"""Lists, opens, changes and removes the artifacts of one tenant in one store.
 
-What a caller may ask for is checked here; files and keys are for the upper packages.
+This module checks the arguments of the caller. The upper packages handle files and keys.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from pathlib import Path
 from tg_tinker.backend import Registry, actors_backend
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.labels import check_labels, parse_label
+from tg_tinker.texts import check_path
 from tg_tinker.types import ArtifactInfo, ArtifactQuery, Orphan
 
 MOST_LISTED = 10_000
-"""Artifacts of one page, where a page is asked for."""
+"""The maximum `limit` of one page of artifacts."""
 
 
 class Artifacts:
-    """See `ServiceClient` for what each method promises.
+    """The part of `ServiceClient` about artifacts; `ServiceClient` documents each method.
 
-    What is copied, resealed, exported or verified is decrypted in the program that calls. That
-    process then writes no core file any more: its RLIMIT_CORE is 0 for good, soft and hard.
+    To copy, reseal, export or verify an artifact decrypts it in the calling process. From then on
+    this process writes no core file: its soft and hard RLIMIT_CORE are permanently 0.
     """
 
     def __init__(self, registry: Registry, store: str, tenant: str) -> None:
@@ -43,7 +44,7 @@ class Artifacts:
         whole = isinstance(limit, int) and not isinstance(limit, bool)
         if limit is not None and not (whole and 1 <= limit <= MOST_LISTED):
             raise InvalidRequestError(
-                f"limit={limit!r:.80} is out of range: a whole number in [1, {MOST_LISTED}]"
+                f"limit={limit!r:.80} is out of range: use a whole number in [1, {MOST_LISTED}]"
             )
         wanted = None if label is None else parse_label(label)
         query = ArtifactQuery(run, wanted, newer_than, older_than, after, limit)
@@ -56,10 +57,10 @@ class Artifacts:
 
     def set_labels(self, artifact_id: str, labels: Mapping[str, str]) -> ArtifactInfo:
         check_labels(labels)
-        labelled: ArtifactInfo = self._registry.catalogue.set_labels(
+        labeled: ArtifactInfo = self._registry.catalogue.set_labels(
             self._tenant, artifact_id, dict(labels)
         )
-        return labelled
+        return labeled
 
     def set_expiry(self, artifact_id: str, when: datetime | None) -> ArtifactInfo:
         _check_time(when)
@@ -96,8 +97,11 @@ class Artifacts:
         return not_reached
 
     def export_adapter(self, artifact_id: str, target: Path) -> Path:
+        check_path(target)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise InvalidRequestError(f"{target} exists: export into a new or empty directory")
+            raise InvalidRequestError(
+                f"{target} already exists: export into a new or empty directory"
+            )
         actors_backend().export_adapter(
             self._registry, self._store, self._tenant, artifact_id, target
         )
@@ -110,7 +114,9 @@ class Artifacts:
 
     def sweep(self, min_age_s: float, dry_run: bool) -> Iterator[Orphan]:
         if not 0 <= min_age_s < math.inf:
-            raise InvalidRequestError(f"min_age_s={min_age_s}: it must be 0 or more seconds")
+            raise InvalidRequestError(
+                f"min_age_s={min_age_s} is out of range: it must be finite, and 0 or more seconds"
+            )
         found: Iterator[Orphan] = actors_backend().sweep_store(
             self._registry, self._store, self._tenant, min_age_s, dry_run
         )
@@ -120,9 +126,9 @@ class Artifacts:
 def _check_time(when: datetime | None) -> None:
     if when is not None and not isinstance(when, datetime):
         raise InvalidRequestError(
-            f"{when!r:.80} is no datetime: say datetime(..., tzinfo=timezone.utc)"
+            f"{when!r:.80} is not a datetime: use datetime(..., tzinfo=timezone.utc)"
         )
     if when is not None and when.utcoffset() is None:
         raise InvalidRequestError(
-            f"{when.isoformat()} has no time zone: say datetime(..., tzinfo=timezone.utc)"
+            f"{when.isoformat()} has no time zone: use datetime(..., tzinfo=timezone.utc)"
         )

@@ -1,8 +1,8 @@
-"""Sends the calls of one training client in order, and brings their run back when it was lost.
+"""Sends the calls of one training client in order, and recovers their run when its actor is lost.
 
-Numbers each call, refuses one too many, hands out its `FutureHandle`, and keeps which saves
-`close` has to wait for. What is called, and with what, is for `training`; how a call and its answer
-travel is for `actor_link`; where a living actor comes from is for `runs`.
+This module numbers each call, refuses a call when the queue is full, returns its `FutureHandle`,
+and tracks the saves that `close` waits for. `training` builds and checks the calls, `actor_link`
+transports calls and answers, and `recovery` finds or starts the actor.
 """
 
 from __future__ import annotations
@@ -18,24 +18,27 @@ from tg_tinker.client.future import FutureHandle
 from tg_tinker.client.recovery import Reach, Reached, Recover
 from tg_tinker.cluster.messages import Request
 from tg_tinker.errors import ActorLostError, InvalidRequestError, QueueFullError
+from tg_tinker.texts import check_texts
 from tg_tinker.types import PARKED, ModelInfo, SaveStateResult, TrainingClientInfo
 
 _Sent = TypeVar("_Sent")
 
 MAX_QUEUED = 1000
-"""Calls of one client that may wait on its actor."""
+"""The maximum number of calls of one client that wait on its actor."""
 
 
 class OrderedCalls:
-    """From one client to the living actor of its run, whichever that is.
+    """The ordered calls of one client to the current actor of its run.
 
     Args:
-        reached: the actor that the first call goes to.
-        recover: whether the next call after a loss brings the run back.
-        describe: what the registry knows of the run now.
-        reach: finds the living actor, or brings the run back.
-        finish: ends the run of an epoch.
-        park_after_minutes: after so long a pause the actor may have parked itself.
+        run_id: the id of the run.
+        reached: the actor that receives the first call.
+        recover: whether the next call after a loss recovers the run.
+        describe: returns the registry's current description of the run.
+        reach: finds the living actor, or recovers the run.
+        finish: ends the run if it is still in the given epoch.
+        park_after_minutes: the minutes without a call after which the actor parks itself; None
+            means never.
     """
 
     def __init__(
@@ -77,26 +80,33 @@ class OrderedCalls:
     # --- calls -------------------------------------------------------------------------------
 
     def submit(self, operation: str, **arguments: Any) -> FutureHandle[Any]:
-        """Sends one call; the lock makes the order of calls the order of their numbers."""
+        """Sends one call and returns its handle; the lock keeps calls in order of their numbers.
+
+        Raises:
+            QueueFullError: `MAX_QUEUED` calls of this client wait on the actor.
+            InvalidRequestError: the client is closed, or an argument is no valid text.
+        """
+        for name, argument in arguments.items():
+            check_texts(argument, name)
         self.revive()
         with self.lock:
             link = self.link
             if link.unanswered >= MAX_QUEUED and link.waiting() >= MAX_QUEUED:
                 raise QueueFullError(
                     f"{MAX_QUEUED} calls are waiting on this client: take the results of earlier"
-                    " ones first"
+                    " calls first"
                 )
             ref, request = self.send(link.send, operation, arguments)
         return FutureHandle(link, ref, request.request_id, self._id, operation)
 
     def submit_save(self, **arguments: Any) -> FutureHandle[SaveStateResult]:
-        """Sends a `save_state`, which `close` waits for."""
+        """Sends a `save_state` call and returns its handle; `close` waits for the save."""
         save: FutureHandle[SaveStateResult] = self.submit("save_state", **arguments)
         self._saves = [*(other for other in self._saves if not other.done()), save]
         return save
 
     def ask(self, question: Callable[[TrainingLink], _Sent]) -> _Sent:
-        """Asks the actor something that changes nothing, beside the calls."""
+        """Asks the actor a question that changes nothing, outside the order of calls."""
         self.revive()
         link = self.link
         try:
@@ -112,18 +122,22 @@ class OrderedCalls:
     def send(
         self, send: Callable[[Request], _Sent], operation: str, arguments: dict[str, Any]
     ) -> tuple[_Sent, Request]:
-        """Numbers and sends one call. Call it with the lock held."""
+        """Numbers and sends one call; the caller must hold the lock."""
         request = self.next_request(operation, **arguments)
         try:
             return send(request), request
         except BaseException:
-            # Whether it went out is unknown: later calls start a numbering of their own, since
-            # the actor would wait for ever for a number that never arrives.
+            # It is unknown whether the call went out. Later calls start a new numbering: the actor
+            # would otherwise wait forever for a number that never arrives.
             self._renumber()
             raise
 
     def next_request(self, operation: str, **arguments: Any) -> Request:
-        """Takes the next number. Call it with the lock held."""
+        """Returns a request with the next number; the caller must hold the lock.
+
+        Raises:
+            InvalidRequestError: the client is closed.
+        """
         self._refuse_closed()
         number, self._sequence = self._sequence, self._sequence + 1
         return Request(
@@ -136,10 +150,14 @@ class OrderedCalls:
             ledger=self.link.ledger_place,
         )
 
-    # --- the actor they go to ----------------------------------------------------------------
+    # --- the current actor -------------------------------------------------------------------
 
     def revive(self) -> None:
-        """Before a call: once its caller knows what was lost, the run comes back."""
+        """Prepares a call: recovers a lost run, once its loss was reported to the caller.
+
+        Raises:
+            ActorLostError: the actor is lost, and only `recover()` may recover the run.
+        """
         with self._recovering:
             self._notice_parking()
             lost = self.link.lost if self.link.told else None
@@ -150,7 +168,7 @@ class OrderedCalls:
             self.recover()
 
     def recover(self) -> None:
-        """Reaches the run's actor again; where it is gone, brings the run back."""
+        """Reconnects to the run's actor, or recovers the run if its actor is gone."""
         self._refuse_closed()
         with self._recovering:
             lost = self.link.expect_loss()
@@ -159,29 +177,33 @@ class OrderedCalls:
                 self._attach(reached, lost)
 
     def park(self) -> None:
-        """Parks the run after the calls queued before; the actor is gone then."""
+        """Parks the run after all queued calls, and ends its actor."""
         with self._recovering:
             if not self.link.parked:
                 self.submit("park").result()
                 self.link.park()
 
     def close(self) -> None:
-        """Ends the run after its last save."""
+        """Ends the run after its last save; repeating it changes nothing."""
         if not self.closed:
             for save in self._saves:
-                save.exception()  # waits; what it is, its handle tells
+                # Waits for the end. The handle of the save reports an error.
+                save.exception()
             self._finish(self.epoch, self.link)
             self.closed = True
 
     def _attach(self, reached: Reached, lost: ActorLostError) -> None:
-        """From now on calls go to this actor; the last one has nothing to say any more."""
+        """Sends later calls to this actor; open calls to the previous actor end with `lost`."""
         with self.lock:
             self.link.abandon(lost)
             self.reached = reached
             self._renumber()
 
     def _notice_parking(self) -> None:
-        """An actor that parks itself tells nobody: after half of its patience it is asked for."""
+        """Detects that the actor has parked itself, which the actor does not report.
+
+        The registry is asked only after a pause of half of `park_after_minutes`.
+        """
         now = time.monotonic()
         paused = self._patience is not None and now - self._used > 30 * self._patience
         self._used = now
@@ -191,5 +213,5 @@ class OrderedCalls:
     def _refuse_closed(self) -> None:
         if self.closed:
             raise InvalidRequestError(
-                f"client {self._id} is closed: service.get_training_client(id) opens the run again"
+                f"client {self._id} is closed: service.get_training_client(id) reopens the run"
             )

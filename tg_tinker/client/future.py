@@ -1,4 +1,4 @@
-"""The handle of a call that was sent: its result, now or later.
+"""Provides the handle of a call that was sent, which gives access to its later result.
 
 handle = tc.forward_backward(batch)     # returns at once
 handle.add_done_callback(lambda h: print(h.status()))
@@ -30,13 +30,13 @@ Result = TypeVar("Result")
 
 
 class FutureHandle(Generic[Result]):
-    """Wraps the Ray `ObjectRef` of one call to a training actor.
+    """The handle of one call to a training actor; it wraps a Ray `ObjectRef`.
 
     Attributes:
         future_id: the request id, chosen by the SDK.
-        training_client_id: the client that was called.
-        operation: the method that was called.
-        object_ref: Ray's ref; what it points to is sealed.
+        training_client_id: the id of the training client that sent the call.
+        operation: the name of the method that was called.
+        object_ref: Ray's reference to the sealed answer.
     """
 
     def __init__(
@@ -59,16 +59,19 @@ class FutureHandle(Generic[Result]):
         return f"<FutureHandle {self.operation} {self.future_id}>"
 
     def result(self, timeout: float | None = None) -> Result:
-        """Waits for the result, at most `timeout` seconds.
+        """Waits for the result and returns it.
 
-        What the call wants to be known is given as warnings when it is first taken.
+        The first call that returns the result also issues its `warnings` as Python warnings.
+
+        Args:
+            timeout: the maximum wait in seconds; None waits without a limit.
 
         Raises:
-            FutureTimeoutError: not yet; the call goes on and can be asked again.
-            ClusterUnavailableError: the answer was lost on the way; ask again for it, and do not
-                repeat the call.
-            FutureCancelledError: it was cancelled before it changed anything.
-            TGTinkerError: what the call raised.
+            FutureTimeoutError: there is no answer yet. The call continues, and you can ask again.
+            ClusterUnavailableError: the answer was lost on the way. Ask for the result again, and
+                do not repeat the call.
+            FutureCancelledError: the call was canceled before it changed anything.
+            TGTinkerError: the error of the call.
         """
         value: Result = self._wait(timeout).unwrap()
         if not self._taken:
@@ -78,18 +81,18 @@ class FutureHandle(Generic[Result]):
         return value
 
     def exception(self, timeout: float | None = None) -> TGTinkerError | None:
-        """The error of the call, None if it succeeded; waits like `result`."""
+        """Waits like `result`; returns the error of the call, or None if the call succeeded."""
         error = self._wait(timeout).error
         return None if error is None else from_wire(error)
 
     def done(self) -> bool:
-        """Whether the call has answered: a result, an error, or a cancellation."""
+        """Returns whether the call has answered: with a result, an error, or a cancellation."""
         return self._reply is not None or self._link.done(self.object_ref, self.future_id)
 
     def status(self) -> str:
-        """`pending`, `done`, `failed` or `cancelled`.
+        """Returns `pending`, `done`, `failed` or `cancelled`.
 
-        An answer that was lost on the way is still to come: `pending`.
+        The status is `pending` while an answer that was lost on the way is asked for again.
         """
         if not self.done():
             return "pending"
@@ -101,18 +104,20 @@ class FutureHandle(Generic[Result]):
         return "cancelled" if isinstance(error, FutureCancelledError) else "failed"
 
     def cancel(self) -> bool:
-        """Asks the call to stop; false if it has answered already.
+        """Asks the call to stop; returns False if the call has already answered.
 
-        A call that waits, or a batch between two micro-batches, then ends with
-        `FutureCancelledError`; an optimizer step that has begun is finished. A cancelled
-        `forward_backward` spoils its window: the next `optim_step` drops it.
+        A waiting call, or a batch between two micro-batches, then ends with `FutureCancelledError`.
+        An optimizer step that has begun is finished. A canceled `forward_backward` in train mode
+        spoils its accumulation window: the next `optim_step` raises `WindowSpoiledError` and drops
+        all gradients since the last step.
         """
         return not self.done() and self._link.cancel(self.future_id)
 
     def add_done_callback(self, function: Callable[[FutureHandle[Result]], object]) -> None:
-        """Calls `function(handle)` once it is done, on a thread of the SDK.
+        """Calls `function(handle)` on a thread of the SDK once the call is done.
 
-        It may call the client. An exception in it is logged by type and goes no further.
+        The function may call the client. If the function raises an exception, the SDK logs the type
+        of the exception and does not raise it.
         """
         if self._reply is not None:
             dispatch(lambda: function(self))
@@ -140,7 +145,8 @@ class FutureHandle(Generic[Result]):
                 raise
             except TGTinkerError as error:
                 reply = Reply(error=error.to_wire())
-                if isinstance(error, ActorLostError):  # else the actor may still have the answer
+                # After any other error the actor may still have the answer.
+                if isinstance(error, ActorLostError):
                     self._reply = reply
                 return reply
         return self._reply

@@ -1,6 +1,6 @@
-"""Finds and makes the home directory: registry, store, keyring and converted models of one user.
+"""Checks and creates the home directory: registry, store, keyring, converted models of one user.
 
-What lies in it is for its owners: `storage` says where, the upper packages what.
+`storage` knows the locations in the home, and the upper packages own the contents.
 """
 
 from __future__ import annotations
@@ -18,30 +18,32 @@ _log = logging.getLogger("tg_tinker")
 
 
 def check_home() -> None:
-    """For who only looks: a home that is made for it would say that there is nothing.
+    """Checks that a home exists, for commands that only read and must not create an empty home.
 
     Raises:
-        StorageError: there is none.
+        StorageError: there is no home.
     """
     home = home_directory()
     if not database_file(home).exists():
         raise StorageError(
-            f"there is no home of TG-Tinker at {home}: correct TG_TINKER_HOME, put a lost"
-            f" {database_file(home).name} back, or run `tg-tinker init` to make a home"
+            f"there is no TG-Tinker home at {home}: correct TG_TINKER_HOME, restore a lost"
+            f" {database_file(home).name}, or run `tg-tinker init` to create a home"
         )
 
 
 def init_home(home: Path | None = None, keyring: str | None = None) -> Path:
-    """Makes the home directory where there is none: a keyring and an empty registry.
+    """Creates a missing home directory, with a keyring and an empty registry; returns its path.
 
     Args:
-        keyring: where the keyring is, as `ServiceClient` takes it.
+        home: the path of the home directory; None means the default home.
+        keyring: the location of the keyring, as in `ServiceClient`.
     """
     home = home or home_directory()
     place = default_place(home) if keyring is None else place_of(keyring)
     if actors_backend().create_home(home, str(place)):
         _log.warning(
-            "made a new home in %s: back up its keyring, it opens every artifact, and audit.key",
+            "made a new home in %s: back up audit.key, secrets.json and the keyring, which opens"
+            " every artifact",
             home,
         )
     return home

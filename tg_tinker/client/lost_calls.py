@@ -1,8 +1,9 @@
-"""Calls whose answer did not arrive though their actor lives: asked for, and sent again.
+"""Finds the answers of calls whose answer did not arrive although their actor is alive.
 
-A call goes out again under its old number: the actor answers what it has run from memory and
-refuses what is not yet its turn, so each call is run once and in order. One thread does this for
-all calls of a link, while there are any: whoever wants an answer waits no longer than they say.
+A lost call is sent again under its old number. The actor stores the replies of the calls that it
+has run, and refuses a call that is out of order. So each call runs once and in order. A single
+background thread searches for all lost calls of a link, so a caller waits no longer than its own
+timeout.
 """
 
 from __future__ import annotations
@@ -21,17 +22,20 @@ from tg_tinker.errors import ClusterUnavailableError, FutureTimeoutError, TGTink
 from tg_tinker.storage.envelope import open_payload, seal_payload
 
 TRIES = 8
-"""Times that a call is sent, without getting on, before its actor counts as unreachable."""
+"""The number of attempts without progress after which the actor counts as unreachable."""
 
 _STORED_S = 30.0
 _PAUSE_S = 0.2
 
 
 class LostCalls:
-    """Those of one link.
+    """The lost calls of one link.
 
     Args:
-        sent: (ref, request) by request id, of calls without an answer; the link keeps it.
+        actor: the Ray handle of the training actor.
+        key: the transport key.
+        sent: the (ref, request) of each unanswered call, by request id. The link updates this
+            mapping.
     """
 
     def __init__(self, actor: Any, key: bytes, sent: Mapping[str, tuple[Any, Request]]) -> None:
@@ -45,15 +49,15 @@ class LostCalls:
         return request_id in self._searches
 
     def looks_for(self, request_id: str) -> bool:
-        """Whether a search goes on, or has failed."""
+        """Returns whether a search for this call is running or has failed."""
         search = self._searches.get(request_id)
         return search is not None and (not search.done() or _failed(search))
 
     def search(self, request_id: str) -> Future[Reply]:
-        """The search for an answer, begun by this if there is none.
+        """Returns the search for an answer, and starts the search if there is none.
 
-        It ends with a reply, with `ActorLostError`, or with `ClusterUnavailableError` where nothing
-        gets through: that stays until somebody has `taken` it.
+        The search ends with a reply, with `ActorLostError`, or with `ClusterUnavailableError` if no
+        call reaches the actor. Such a failure stays until `taken` is called.
         """
         with self._lock:
             if request_id not in self._searches:
@@ -61,10 +65,12 @@ class LostCalls:
             return self._searches[request_id]
 
     def found(self, request_id: str) -> Reply | None:
-        """What the search has found so far. Begins one where there is none, or it has failed.
+        """Returns the reply that a search has found; None while the search is running.
+
+        Starts a search if there is none, or if the last search failed.
 
         Raises:
-            ActorLostError: so it ended.
+            ActorLostError: the search found that the actor is gone.
         """
         with self._lock:
             search = self._searches.get(request_id)
@@ -74,7 +80,10 @@ class LostCalls:
             return search.result() if search.done() else None
 
     def taken(self, request_id: str) -> None:
-        """Somebody was told what came of it: a reply is forgotten, after a failure it goes on."""
+        """Records that a caller has received the outcome of a search.
+
+        A reply is then forgotten, and a failed search starts again.
+        """
         with self._lock:
             search = self._searches.get(request_id)
             if search is not None and _failed(search):
@@ -85,7 +94,7 @@ class LostCalls:
     # --- the thread --------------------------------------------------------------------------
 
     def _begin(self, request_id: str) -> None:
-        """Call it with the lock held."""
+        """Starts a search; the caller must hold the lock."""
         if not self._working:
             threading.Thread(target=self._work, daemon=True).start()
             self._working = True
@@ -96,7 +105,7 @@ class LostCalls:
         while (request_id := self._next()) is not None:
             try:
                 found = self._found(request_id)
-            except BaseException as error:  # Ray ends a waiting thread with SystemExit
+            except BaseException as error:  # Ray ends waiting threads with SystemExit
                 self._end(request_id, error)
             else:
                 if found is None:
@@ -111,11 +120,14 @@ class LostCalls:
             return self._waiting.popleft() if self._working else None
 
     def _end(self, request_id: str, error: BaseException) -> None:
-        """A search fails, and where nothing gets through all others with it."""
+        """Fails a search with an error.
+
+        If the actor cannot be reached, all waiting searches fail with the same error.
+        """
         if not isinstance(error, TGTinkerError):
             error = ClusterUnavailableError(
-                f"the answer to this call cannot be asked for ({type(error).__name__}): has this"
-                " process left its Ray cluster?"
+                f"the answer to this call cannot be requested ({type(error).__name__}): check"
+                " whether this process has left its Ray cluster"
             )
         ended = [request_id]
         if isinstance(error, ClusterUnavailableError) and request_id in self._sent:
@@ -126,7 +138,7 @@ class LostCalls:
             self._searches[one].set_exception(error)
 
     def _found(self, request_id: str) -> Reply | None:
-        """None of a save that goes on."""
+        """Returns the reply to a lost call; None for a save that is still running."""
         if (stored := self._stored(request_id)) is not None:
             return stored
         _, request = self._sent.get(request_id, (None, None))
@@ -142,7 +154,7 @@ class LostCalls:
         return None
 
     def _again(self, request: Request) -> Reply:
-        """Sends a call once more, and before it those of its handle that the actor misses."""
+        """Sends a call again, after the earlier calls of its handle that the actor lacks."""
         attempt, reached = 0, -1
         while attempt < TRIES:
             attempt += 1
@@ -151,7 +163,7 @@ class LostCalls:
                 due = _due(reply)
                 if due is None:
                     return reply
-                if due > reached:  # some of those before it have arrived: it is within reach
+                if due > reached:  # progress: some of the earlier calls have arrived
                     attempt, reached = 0, due
                 for earlier in self._between(request, due):
                     self._call(earlier)
@@ -160,7 +172,8 @@ class LostCalls:
                     raise
                 time.sleep(_PAUSE_S * attempt)
         raise ClusterUnavailableError(
-            f"{TRIES} times a call or its answer was lost on the way to the actor: ask again"
+            f"a call to the actor or its answer was lost on the way {TRIES} times: ask again for"
+            " the result"
         )
 
     def _between(self, request: Request, due: int) -> list[Request]:
@@ -181,5 +194,5 @@ def _failed(search: Future[Reply]) -> bool:
 
 
 def _due(reply: Reply) -> int | None:
-    """The number of the call that the actor has to get first; None where it has run this one."""
+    """Returns the number of the call that the actor needs first; None if it has run this call."""
     return int(reply.error[2]["due"]) if reply.error and reply.code == OUT_OF_TURN else None

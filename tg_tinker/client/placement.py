@@ -1,6 +1,6 @@
-"""Says what the actors of a run occupy on this cluster, and where a sampler finds its things.
+"""Determines the resources of a run's actors on this cluster, and the settings of its sampler.
 
-Finding a node that has the room is for `cluster`.
+`cluster` finds a node that has these resources.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ from tg_tinker.cluster.cluster import Cluster
 from tg_tinker.config import ResourceConfig, TrainingConfig
 
 PIN = 0.001
-"""Of each custom resource of a client, for its sampler: it places it there, and leaves the rest."""
+"""The amount that a sampler reserves of each custom resource of its client.
+
+The reservation places the sampler on these nodes and leaves the rest of the resource free.
+"""
 
 
 class Placement:
-    """On one cluster, of actors that use one home and one store."""
+    """The placement of actors on one cluster, with one home and one store."""
 
     def __init__(self, cluster: Cluster, home: Path, store: str) -> None:
         self._cluster, self._home, self._store = cluster, home, store
 
     def resources(self, wanted: ResourceConfig) -> ResourceConfig:
-        """The defaults of `ResourceConfig` made explicit for this cluster."""
+        """Returns `wanted` with its defaults replaced by the values for this cluster."""
         embedded = self._cluster.embedded
         gpus = wanted.num_gpus
         if gpus is None:
@@ -33,7 +36,7 @@ class Placement:
         return wanted.model_copy(update=made_explicit)
 
     def of_sampler(self, config: TrainingConfig) -> dict[str, Any]:
-        """Where the sampler of a base model finds things, and what it occupies."""
+        """Returns the paths, the model and the resources of the sampler of a base model."""
         resources = self.resources(config.resources)
         return {
             "model_ref": config.model_ref,
@@ -49,7 +52,10 @@ class Placement:
 
 
 def with_absolute_path(config: TrainingConfig) -> TrainingConfig:
-    """Actors work in directories of their own."""
+    """Returns the configuration with an absolute path to a local model.
+
+    Actors have other working directories. A `model_ref` that is not a path stays as it is.
+    """
     if not Path(config.model_ref).exists():
         return config
     return config.model_copy(update={"model_ref": str(Path(config.model_ref).absolute())})

@@ -1,7 +1,7 @@
-"""Answers what the records of one tenant say: privacy ledgers, the audit log, an older database.
+"""Reads, checks and repairs the records of one tenant: privacy ledgers and the audit log.
 
-Holds each against the heads that the store and this home know of it. The rules of ledgers and log
-are those of `tg_tinker.records`; here they are read, verified, and gone on from.
+Each record is compared with the heads that the store and this home keep of it. `tg_tinker.records`
+defines the rules of ledgers and of the audit log.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from tg_tinker.records.audit_log import AuditRow, empty, parse_rows, verify
 from tg_tinker.records.files import KeptHead, keep_head, paged, read_head, read_public_key
 from tg_tinker.records.heads import AuditHead
 from tg_tinker.records.report import PrivacyReport, dataset_of
+from tg_tinker.records.successions import Signers
 from tg_tinker.types import RegistryAcceptance, RegistryCheck
 
 MOST_AUDIT_ROWS = 10_000
-"""Of one page of the audit log."""
+"""The maximum number of rows in one page of the audit log."""
 
 
 class Records:
-    """See `ServiceClient` for what each method promises.
+    """The part of `ServiceClient` about records; `ServiceClient` documents each method.
 
     Args:
-        audit_keys: folder with the public key that signs the log.
+        audit_keys: the folder of the public key that verifies the signatures of the audit log.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Records:
     # --- ledgers -----------------------------------------------------------------------------
 
     def meet_ledger(self, dataset: str) -> KeptHead:
-        """What this home knows of a ledger, after it was held against all heads."""
+        """Compares a ledger with all its known heads; returns the head that this home keeps."""
         kept = KeptHead(self._home, self._tenant, dataset)
         actors_backend().meet_ledger(self._registry, self._store, self._tenant, dataset, kept.lines)
         return kept
@@ -47,7 +48,7 @@ class Records:
         self, dataset_id: str, epsilon: float | None, delta: float, unit: str
     ) -> None:
         if not isinstance(dataset_id, str):
-            raise InvalidRequestError("dataset_id must be a string: the name of the data set")
+            raise InvalidRequestError("dataset_id must be a string: the name of the dataset")
         dp = DPConfig(target_epsilon=epsilon, target_delta=delta, unit=unit)
         checked = TrainingConfig(model_ref="any", dataset_id=dataset_id)
         self.meet_ledger(dataset_id)
@@ -59,7 +60,9 @@ class Records:
         entries = self._registry.ledgers.entries(self._tenant, dataset_id)
         if not entries:
             known = ", ".join(self._registry.ledgers.datasets(self._tenant)) or "none yet"
-            raise NotFoundError(f"data set {dataset_id!r} has no ledger; there are: {known}")
+            raise NotFoundError(
+                f"dataset {dataset_id!r} has no ledger; datasets with a ledger: {known}"
+            )
         self.meet_ledger(dataset_id)
         return PrivacyReport(entries)
 
@@ -69,7 +72,8 @@ class Records:
             self._registry, self._store, self._tenant, dataset_id, kept.lines
         )
         if not booked:
-            self.privacy_report(dataset_id)  # whose ledger is there, and whole
+            # Raises if the ledger does not exist or is not complete.
+            self.privacy_report(dataset_id)
         return booked
 
     # --- audit log ---------------------------------------------------------------------------
@@ -77,8 +81,8 @@ class Records:
     def audit_log(self, since: int = 0, limit: int = 1000) -> list[AuditRow]:
         if since < 0 or not 1 <= limit <= MOST_AUDIT_ROWS:
             raise InvalidRequestError(
-                f"since={since}, limit={limit}: since must be 0 or more, limit in"
-                f" [1, {MOST_AUDIT_ROWS}]"
+                f"since={since}, limit={limit} is out of range: since must be 0 or more, and limit"
+                f" in [1, {MOST_AUDIT_ROWS}]"
             )
         return list(parse_rows(self._registry.audit_log.rows(self._tenant, since, limit), since))
 
@@ -87,9 +91,10 @@ class Records:
         public_key = read_public_key(self._audit_keys / "audit.pub")
         own: list[AuditHead] = [read_head(kept)] if kept.exists() else []
         now: AuditHead = self._registry.audit_log.head(self._tenant)
+        signers = Signers(public_key, self._registry.audit_log.successions(self._tenant))
         for one in (*own, now):
-            one.check(public_key)
-        own += actors_backend().audit_heads(self._store, self._tenant, public_key)
+            one.check(signers.at(one.seq))
+        own += actors_backend().audit_heads(self._store, self._tenant, signers)
         known = [now] if head is None else [head, now]
         rows = paged(self.audit_log)
         found = verify(rows, since=empty(self._tenant), known=known, own=own, public_key=public_key)

@@ -1,7 +1,7 @@
-"""Where a lost actor comes back: a new one under the next epoch, from what its run saved last; and
-what that means to the loop that used it.
+"""Reaches the actor of a run, and replaces a lost actor by a new one under the next epoch.
 
-`runs` starts runs and ends them; here is how the actor of one is reached at any time.
+The new actor continues from the artifact that its run saved or loaded last. This module also builds
+the error that tells a training loop which steps to repeat. `runs` starts and ends runs.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from tg_tinker.records.report import dataset_of
 from tg_tinker.types import ModelInfo, TrainingClientInfo
 
 Progress = Callable[[str], None]
-"""Called with what a client that is being created waits for."""
+"""A function that receives messages about the start of a client: what it is waiting for."""
 
 _WAIT_FOR_ANOTHER_S = 180.0
-"""How long a client waits for another one that brings the same run back."""
+"""The maximum wait for another client that recovers the same run, in seconds."""
 
 _log = logging.getLogger("tg_tinker")
 
 Recover = Literal["auto", "manual"]
-"""Whether the next call after an `ActorLostError` brings the run back, or `recover()` does."""
+"""Whether the next call after an `ActorLostError` recovers the run (auto) or `recover()` does."""
 
 
 @dataclass(frozen=True)
 class Reached:
-    """A run's living actor, as one client has reached it."""
+    """The living actor of a run, with the connection of one client to it."""
 
     epoch: int
     link: TrainingLink
@@ -52,13 +52,13 @@ Reach = Callable[[], Reached]
 
 
 def check_recover(recover: str) -> None:
-    """Raises InvalidRequestError unless it is a value of `Recover`."""
+    """Raises InvalidRequestError unless `recover` is a value of `Recover`."""
     if recover not in get_args(Recover):
-        raise InvalidRequestError(f"recover={recover!r:.80}: use 'auto' or 'manual'")
+        raise InvalidRequestError(f"recover={recover!r:.80} is unknown: use 'auto' or 'manual'")
 
 
 class Recovery:
-    """Reaches the actors of one tenant's runs: the living one, or a new one where it was lost."""
+    """The access to the actors of one tenant's runs, with recovery of lost actors."""
 
     def __init__(
         self, registry: RemoteRegistry, store: str, tenant: str, home: Path, cluster: Cluster,
@@ -69,24 +69,36 @@ class Recovery:
         self._records, self._placement = records, placement
 
     def warn_of_loss(self, before: TrainingClientInfo) -> None:
-        """Says what was lost since a run was described. Also where its model then did not load: the
-        next try finds the run at the step that it comes back in, and nothing lost."""
+        """Warns about the steps that a run has lost since it was described.
+
+        A failed recovery warns too: the next attempt finds the run at its restored step and no
+        longer sees the loss.
+        """
         now, _ = self._registry.runs.get(self._tenant, before.training_client_id)
         if now.epoch != before.epoch and before.step > now.step:
             warnings.warn(
-                f"steps lost after the last artifact: {before.step - now.step}; the run goes on"
+                f"steps lost after the last artifact: {before.step - now.step}; the run continues"
                 f" from step {now.step}",
                 stacklevel=4,
             )
 
     def met(self, config: TrainingConfig) -> KeptHead | None:
-        """What this home knows of a private run's ledger, after it was held against all heads."""
+        """Compares a private run's ledger with all its known heads.
+
+        Returns the head that this home keeps; None for a run without privacy.
+        """
         return self._records.meet_ledger(dataset_of(config)) if config.private else None
 
     def reach(
         self, run_id: str, config: TrainingConfig, progress: Progress | None = None
     ) -> Reached:
-        """The living actor of a run; where there is none, a new one in its last saved state."""
+        """Returns the living actor of a run, or starts a new actor in the last saved state.
+
+        Raises:
+            ActorLostError: the run cannot be recovered, or its model is still loading after
+                `_WAIT_FOR_ANOTHER_S`.
+            LedgerMismatchError: the ledger of a private run is behind a known head, or has forked.
+        """
         kept = self.met(config)
         deadline = time.monotonic() + _WAIT_FOR_ANOTHER_S
         while time.monotonic() < deadline:
@@ -100,8 +112,8 @@ class Recovery:
                 reached = None if model is None else Reached(epoch, link, model)
             if reached is not None:
                 return reached
-            time.sleep(0.3)  # somebody else creates it or brings it back
-        raise ActorLostError(f"{run_id} is still loading its model: ask again in a moment")
+            time.sleep(0.3)  # another client creates or recovers the run
+        raise ActorLostError(f"{run_id} is still loading its model: try again in a moment")
 
     def _bring_back(
         self,
@@ -111,15 +123,22 @@ class Recovery:
         progress: Progress | None,
         kept: KeptHead | None,
     ) -> Reached | None:
-        """A new actor under the epoch after `last`; None where somebody else is quicker."""
-        # There is one, before anything changes.
+        """Starts a new actor in the epoch after `last`, the last known epoch.
+
+        Returns None if another client was faster.
+
+        Raises:
+            ActorLostError: the run cannot be recovered.
+        """
+        # Before anything changes: raises if the run cannot be recovered.
         self._registry.runs.resume_point(self._tenant, run_id)
         epoch = 0
         try:
             epoch = self._registry.runs.claim(run_id, last)
-            # Nobody saves any more.
+            # Asked again: after the claim no earlier actor can save.
             resume, _ = self._registry.runs.resume_point(self._tenant, run_id)
-            self._cluster.kill_training(run_id, last)  # it may only be silent
+            # The last actor may be alive and only silent.
+            self._cluster.kill_training(run_id, last)
             reached = self.open(run_id, epoch, config, progress, kept, resume)
         except ActorLostError:
             if self._registry.runs.get(self._tenant, run_id)[0].epoch == epoch:
@@ -138,9 +157,13 @@ class Recovery:
         kept: KeptHead | None,
         resume: str | None = None,
     ) -> Reached:
-        """Starts an actor under an epoch just claimed; loads its model, and an artifact."""
+        """Starts an actor in a newly claimed epoch, and loads the model.
+
+        Args:
+            resume: the id of the artifact to load; None starts from the base model.
+        """
         tell = progress or partial(_log.info, "%s: %s", run_id)
-        tell("waiting for a place on the cluster")
+        tell("waiting for room on the cluster")
         if epoch > 1:
             self._cluster.await_possible(config.resources)
         resources = self._placement.resources(config.resources)
@@ -171,11 +194,11 @@ class Recovery:
         return TrainingLink(actor, self._registry.key, partial(self._lost, run_id, epoch), kept)
 
     def _others(self, run_id: str) -> set[str]:
-        """Runs of this tenant beside one."""
+        """Returns the ids of the other runs of this tenant."""
         return {run.training_client_id for run in self._registry.runs.of(self._tenant)} - {run_id}
 
     def _lost(self, run_id: str, epoch: int, known: ActorLostError, seen: int) -> ActorLostError:
-        """What the loss of an epoch's actor means; see `lost_actor`."""
+        """Builds the error for the loss of an epoch's actor; see `lost_actor`."""
         info, _ = self._registry.runs.get(self._tenant, run_id)
         try:
             _, step = self._registry.runs.resume_point(self._tenant, run_id)
@@ -188,22 +211,25 @@ class Recovery:
 def lost_actor(
     run: TrainingClientInfo, epoch: int, seen: int, resume_step: int, reason: str
 ) -> ActorLostError:
-    """The one error of all calls that were lost with the actor of an epoch.
+    """Returns the common error of all calls that were lost with the actor of an epoch.
 
     Args:
-        run: as the registry knows it now; somebody else may have brought it back already.
-        seen: the last step that the client heard of.
-        resume_step: of the state that the run comes back in.
+        run: the registry's current description of the run; another client may already have
+            recovered the run.
+        epoch: the epoch of the lost actor.
+        seen: the last step that the client has seen.
+        resume_step: the step of the state that the run resumes from.
+        reason: why the actor is gone.
     """
-    if run.epoch != epoch and not run.reason:  # it goes on elsewhere
+    if run.epoch != epoch and not run.reason:  # the run already continues elsewhere
         resume_step = run.step
     lost = max(0, max(run.step, seen) - resume_step)
     steps = f"steps lost after it: {lost}" if lost else "no step is lost"
     return ActorLostError(
-        f"the actor of {run.training_client_id} is gone ({reason}), and calls that it had not"
-        f" answered with it. The run comes back at step {resume_step}; {steps}."
-        f" Repeat from step {resume_step + 1}: the next call brings it back; where"
-        ' recover="manual", tc.recover() or service.get_training_client(id) does',
+        f"the actor of {run.training_client_id} is gone ({reason}), and its unanswered calls are"
+        f" lost. The run resumes at step {resume_step}; {steps}."
+        f" Repeat from step {resume_step + 1}: the next call recovers the run; with"
+        ' recover="manual", call tc.recover() or service.get_training_client(id)',
         details={
             "resume_step": resume_step, "lost_steps": lost, "epoch": epoch, "reason": reason,
         },

@@ -1,7 +1,7 @@
-"""Starts the runs of one tenant, finds them, and ends them.
+"""Starts, finds and ends the runs of one tenant, and creates their `TrainingClient` objects.
 
-Makes the `TrainingClient` of each. How its actor is reached, and comes back, is for `recovery`;
-what an actor occupies for `placement`; what is known of a run is in the registry.
+`recovery` reaches and replaces the actors, `placement` determines their resources, and the registry
+stores the state of each run.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,16 +34,17 @@ from tg_tinker.errors import (
 )
 from tg_tinker.records.ledger import Ledger
 from tg_tinker.records.report import dataset_of
+from tg_tinker.texts import check_path
 from tg_tinker.types import PARKED, ArtifactInfo, TrainingClientInfo
 
 _log = logging.getLogger("tg_tinker")
 
-NO_ACTOR = "no actor on this cluster: get_training_client brings it back"
-"""Why a run that nobody ended is listed as failed."""
+NO_ACTOR = "no actor on this cluster: get_training_client recovers it"
+"""The `reason` of a run that is listed as failed although it was not ended."""
 
 
 class Runs:
-    """See `ServiceClient` for what each method promises."""
+    """The part of `ServiceClient` about runs; `ServiceClient` documents each method."""
 
     def __init__(
         self,
@@ -64,7 +66,7 @@ class Runs:
             self.release_reservations_of_the_dead(dataset_of(config))
         elif config.dataset_id and self._registry.ledgers.entries(self._tenant, config.dataset_id):
             raise InvalidRequestError(
-                f"data set {config.dataset_id!r} has a privacy ledger: a run without dp_config may"
+                f"dataset {config.dataset_id!r} has a privacy ledger: a run without dp_config may"
                 " not train on it. Add a DPConfig, or leave out dataset_id if this is other data"
             )
         config = with_absolute_path(config)
@@ -78,6 +80,8 @@ class Runs:
             raise
         if client.privacy is not None:
             _log.warning("%s", client.privacy.message)
+        for warning in reached.model.warnings:
+            warnings.warn(warning, stacklevel=3)
         return client
 
     def get(
@@ -89,7 +93,8 @@ class Runs:
         try:
             reached = self._recovery.reach(training_client_id, config, progress)
         except BaseException:
-            with contextlib.suppress(TGTinkerError):  # or it would take the place of what failed
+            # An error of the warning must not replace the original error.
+            with contextlib.suppress(TGTinkerError):
                 self._recovery.warn_of_loss(info)
             raise
         self._recovery.warn_of_loss(info)
@@ -119,13 +124,13 @@ class Runs:
     def close(self, training_client_id: str) -> None:
         info, _, link = self._found(training_client_id)
         if info.reason and info.reason != PARKED:
-            return  # it was ended before
+            return  # the run has already ended
         self._finish(training_client_id, info.epoch, link)
 
     def import_adapter(
         self, path: Path, model_ref: str, dtype: str, progress: Progress | None
     ) -> ArtifactInfo:
-        files = PeftFiles.read(path)
+        files = PeftFiles.read(check_path(path))
         config = TrainingConfig(model_ref=model_ref, dtype=dtype, lora_config=files.lora)
         with self.create(config, progress, recover="manual") as client:
             artifact_id = take_over(client, files)
@@ -137,7 +142,7 @@ class Runs:
     def _found(
         self, training_client_id: str
     ) -> tuple[TrainingClientInfo, str, TrainingLink | None]:
-        """A run, its configuration, and its actor if it has one."""
+        """Returns a run, its configuration as JSON, and the link to its actor, or None."""
         info, stored = self._registry.runs.get(self._tenant, training_client_id)
         actor = self._cluster.find_training(training_client_id, info.epoch)
         if actor is None:
@@ -173,23 +178,27 @@ class Runs:
 
     def _finish(self, run_id: str, epoch: int, link: TrainingLink | None) -> None:
         if not self._cluster.connected:
-            return  # the actor ended with its cluster, or outlives this connection to it
+            return  # the actor ended with its cluster, or it outlives this connection
         if link is not None:
             with contextlib.suppress(ActorLostError, FutureTimeoutError):
                 if not link.settle():
                     raise StorageError(
-                        f"the registry could not be told of the last steps, so {run_id} stays open:"
-                        " the notes of them would end with its actor. See that its database takes"
-                        " changes, then close it again"
+                        f"the registry could not record the last steps, so {run_id} stays open:"
+                        " its actor has the only record of them. Check that the registry's database"
+                        " accepts changes, then close the run again"
                     )
                 known = link.info()
                 self._registry.runs.record(run_id, epoch, known.step, known.status)
         self._registry.runs.finish(run_id, epoch, "completed")
-        self._cluster.kill_training(run_id, epoch)  # by name: it may only be silent
+        # By name: the actor may be alive and only silent.
+        self._cluster.kill_training(run_id, epoch)
 
     def release_reservations_of_the_dead(self, dataset: str) -> None:
-        """A script that was killed could not give back what it had planned. Whether a run of
-        another embedded cluster lives cannot be seen from here, so that one stays."""
+        """Releases the reserved budget of runs without an actor, which a killed script leaves.
+
+        A parked run keeps its reservation. This process cannot see whether a run of another
+        embedded cluster is alive, so that run keeps its reservation too.
+        """
         entries = self._registry.ledgers.entries(self._tenant, dataset)
         accounts = Ledger.replay(entries).accounts
         reserving = [run for run, account in accounts.items() if account.reserved]
@@ -204,7 +213,11 @@ class Runs:
 
 
 def _as_it_is(run: TrainingClientInfo, living: set[str]) -> TrainingClientInfo:
-    """The registry's word on a run, and that its actor is gone where nobody has told it."""
+    """Returns the run as it is listed: without its actor, an active run counts as failed.
+
+    Args:
+        living: the names of all living actors.
+    """
     if run.reason or f"{run.training_client_id}@{run.epoch}" in living:
         return run
     return replace(run, status="failed" if run.status == "active" else run.status, reason=NO_ACTOR)

@@ -1,6 +1,6 @@
-"""Checks what serving a base model over HTTP needs, before anything is started for it.
+"""Checks the conditions for serving a base model over HTTP, before anything is started.
 
-Who may sample is in `keys`; the serving itself is the cluster's.
+`keys` decides who may sample, and `cluster` serves the model.
 """
 
 from __future__ import annotations
@@ -15,26 +15,31 @@ from tg_tinker.errors import NotFoundError
 
 
 def check_serving(model_ref: str, host: str, port: int) -> None:
-    """What would stop `ServiceClient.serve_http`, told before a cluster is started for it.
+    """Checks the arguments of `ServiceClient.serve_http` before a cluster is started.
 
     Raises:
-        NotFoundError: no such path; whether the hub has a model is not asked.
-        InvalidRequestError: a host without an address.
+        NotFoundError: the model path does not exist. The hub is not asked for the model.
+        InvalidRequestError: the host has no address.
         ClusterUnavailableError: the port is taken.
     """
     check_model(model_ref)
     addresses(host, port)
     if (os.environ.get("RAY_ADDRESS") or running_cluster() or "local") == "local":
-        check_port(host, port)  # on a cluster that runs, its own Serve may have it
+        # A running cluster may use the port for its own Serve.
+        check_port(host, port)
 
 
 def check_model(model_ref: str) -> None:
-    """A model that is a path, or no hub id, must be here: replicas find out late."""
+    """Checks that a model exists, unless it has the form of a hub id: replicas would fail late.
+
+    Raises:
+        NotFoundError: the path does not exist.
+    """
     path = Path(model_ref)
-    with contextlib.suppress(RuntimeError):  # ~ of a user that there is not
+    with contextlib.suppress(RuntimeError):  # the user in ~user does not exist
         path = path.expanduser()
     if not path.exists() and (model_ref.startswith(("/", ".", "~")) or model_ref.count("/") != 1):
         raise NotFoundError(
-            f"model_ref {model_ref!r}: there is no such path here, and it is no hub id such as"
-            " 'org/name'"
+            f"model_ref {model_ref!r}: there is no such path here, and it is not a hub id: use a"
+            " path or a hub id such as 'org/name'"
         )

@@ -1,6 +1,6 @@
-"""`TrainingClient`: all that a training loop may ask of one run, and what it checks before sending.
+"""Provides `TrainingClient`: the operations of a training loop on one run, checked before sending.
 
-`calls` sends each call in its turn and brings a lost run back; `ServiceClient` makes the clients.
+`calls` sends the calls in order and recovers a lost run; `ServiceClient` creates the clients.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tg_tinker.client.recovery import Reached
 from tg_tinker.cluster.cluster import SamplerLink
 from tg_tinker.cluster.messages import SampleRequest, SnapshotRef
 from tg_tinker.config import TrainingConfig
-from tg_tinker.data.batch import BatchData, check_bounds, from_examples, normalise, require_ids
+from tg_tinker.data.batch import BatchData, check_bounds, from_examples, normalize, require_ids
 from tg_tinker.data.hashing import resolve_batch_hash
 from tg_tinker.data.peft_files import PeftFiles
 from tg_tinker.data.text import load_tokenizer
@@ -41,10 +41,11 @@ from tg_tinker.types import (
 
 
 class TrainingClient:
-    """Training, sampling and checkpoints of one run, which one Ray actor executes in order.
+    """A client for training, sampling and checkpoints of one run.
 
-    Calls that return a `FutureHandle` may be queued ahead without waiting. Use it as a context
-    manager, or `close()` it: the actor holds its resources until then.
+    One Ray actor executes the calls in order. Calls that return a `FutureHandle` may be queued
+    without waiting for earlier results. Use the client as a context manager, or call `close()`:
+    the actor holds its resources until then.
     """
 
     def __init__(
@@ -68,12 +69,12 @@ class TrainingClient:
 
     @property
     def id(self) -> str:
-        """Unique identifier of this training client."""
+        """The unique identifier of this training client."""
         return self._id
 
     @property
     def step(self) -> int:
-        """Optimizer steps completed; does not wait behind queued calls."""
+        """The number of completed optimizer steps; reading it does not wait for queued calls."""
         closed = self._calls.closed
         return self.info().step if closed else self._calls.ask(lambda link: link.info().step)
 
@@ -84,18 +85,22 @@ class TrainingClient:
 
     @property
     def status(self) -> str:
-        """`active`; `completed` at `max_steps` or when closed; `failed` when its actor is gone."""
+        """The status of the run: `active`, `completed` or `failed`.
+
+        A run is `completed` at `max_steps` or when it is closed, and `failed` when its actor is
+        gone.
+        """
         return self.info().status
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's transformers tokenizer, with its chat template."""
+        """The transformers tokenizer of the model, with its chat template."""
         return load_tokenizer(self._calls.ask(lambda link: link.tokenizer_files()))
 
     def info(self) -> TrainingClientInfo:
-        """What registry and actor know of this run. Where its actor is gone, `reason` says how.
+        """Returns the description of this run by the registry and its actor.
 
-        To ask brings no run back.
+        If the actor is gone, `reason` says why. This method never recovers a run.
         """
         known = self._describe()
         values = {**vars(known), "num_trainable": self._calls.model.num_trainable}
@@ -106,7 +111,7 @@ class TrainingClient:
                 queued = link.waiting()
                 values |= {"step": actor.step, "status": actor.status, "queued": queued}
             except (ActorLostError, ClusterUnavailableError) as error:
-                # Another client of this run may have closed it: then it ended well.
+                # A run that another client closed or parked has not failed.
                 gone = known.status == "active" and not known.reason
                 values |= {"status": "failed"} if gone else {}
                 reason = (link.lost or error).details.get("reason", error.code)
@@ -120,26 +125,31 @@ class TrainingClient:
         batch: BatchData | Mapping[str, Any],
         batch_hash: str | None = None,
     ) -> FutureHandle[ForwardBackwardResult]:
-        """Loss of a batch and, in train mode, its gradient added to the current step.
+        """Computes the loss of a batch and, in train mode, adds its gradient to the current step.
 
-        Gradients add up until `optim_step`; how a step's rows are split into calls changes
-        nothing but rounding. In a private run each unit's gradient is clipped first; a row that
-        cannot count (too long, used up, repeated in the step) adds nothing and is reported in
-        `warnings`, and an empty batch is allowed.
+        Gradients add up until `optim_step`. The split of a step's rows into calls changes only
+        rounding. In a private run each unit's gradient is clipped first, and an empty batch is
+        allowed. A row of a private run that cannot count (too long, use limit reached, repeated in
+        the step) adds nothing, and `warnings` reports it.
 
         Args:
-            batch: see `BatchData`; a dict with the same keys works everywhere.
-            batch_hash: your own name for the batch, echoed back; one that starts with
-                ``sha256:`` is checked.
+            batch: the rows of the batch, see `BatchData`; a dict with the same keys works too.
+            batch_hash: your own name for the batch, which the result returns. A name that starts
+                with ``sha256:`` must equal the hash of the batch.
+
+        Returns:
+            The handle of the call. Its result raises `DPBudgetExceededError` if no step, or no use
+            of any of these units, is left.
 
         Raises:
             InvalidRequestError: the batch is malformed or does not fit the model; it was not sent.
         """
         counted = self._config.private and self._training
-        examples = normalise(batch, may_be_empty=counted)
+        examples = normalize(batch, may_be_empty=counted)
         if counted and self._config.dp_config and self._config.dp_config.unit == "id":
             require_ids(examples)
-        if not counted:  # a defect of a private row makes it add zero: an error would tell of it
+        # In a private run a defective row adds zero, because an error would reveal the row.
+        if not counted:
             model = self._calls.model
             check_bounds(examples, model.vocab_size, model.context_length)
         if batch_hash is not None:
@@ -149,26 +159,29 @@ class TrainingClient:
         )
 
     def optim_step(self, apply_dp_noise: bool = True) -> FutureHandle[OptimStepResult]:
-        """One optimizer step on the mean gradient since the last one.
+        """Runs one optimizer step on the mean gradient since the last step.
 
-        In a private run: checks the budget, charges it durably, adds noise, then steps.
+        A private run checks the budget, charges it durably, adds noise, and then steps.
 
         Args:
-            apply_dp_noise: False is refused in a private run, unless its data set was registered
-                without a limit; then epsilon is infinite from this step on.
+            apply_dp_noise: False is refused in a private run, unless its dataset is registered
+                without a limit. Then epsilon is infinite from this step on.
 
-        The result raises `DPBudgetExceededError` when the budget cannot pay; nothing has changed.
+        Returns:
+            The handle of the call. Its result raises `DPBudgetExceededError` if the budget cannot
+            pay for the step; then weights, optimizer, ledger and step are unchanged, and the
+            gradients since the last step are dropped.
         """
         return self._calls.submit("optim_step", apply_dp_noise=apply_dp_noise)
 
     def train(self) -> None:
-        """Later `forward_backward` calls of this handle compute gradients, with dropout."""
+        """Makes later `forward_backward` calls of this client compute gradients, with dropout."""
         self._training = True
 
     def eval(self) -> None:
-        """Later `forward_backward` calls of this handle only compute the loss.
+        """Makes later `forward_backward` calls of this client compute only the loss.
 
-        Pending gradients stay as they are.
+        Pending gradients stay unchanged.
         """
         self._training = False
 
@@ -187,11 +200,16 @@ class TrainingClient:
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
     ) -> SampleResult:
-        """Completions by the weights after every step queued before this call.
+        """Generates completions with the weights after every step that was queued before this call.
 
-        They are drawn beside training, by the sampling application of the base model, which the
-        first call starts. A step that failed since the last call raises its error here, once.
-        See `SamplingParams` for the parameters and their ranges.
+        The sampling application of the base model generates the completions beside training; the
+        first call starts it. See `SamplingParams` for the parameters and their ranges.
+
+        Raises:
+            InvalidRequestError: a parameter is out of range, a prompt is not text, or the
+                architecture of the model cannot be sampled.
+            WindowSpoiledError, NonFiniteError: the last `optim_step` failed with this error, which
+                is raised here once.
         """
         params = SamplingParams(
             max_tokens, temperature, top_p, top_k, as_stops(stop_sequences), num_completions,
@@ -209,20 +227,27 @@ class TrainingClient:
         temperature: float = 1.0,
         **kwargs: Any,
     ) -> Iterator[StreamChunk]:
-        """Like `sample` for one prompt, chunk by chunk; leaving the loop stops the generation.
+        """Generates completions of one prompt like `sample`, and yields them chunk by chunk.
+
+        Leaving the loop over the chunks stops the generation.
 
         Args:
-            kwargs: the other parameters of `sample`.
+            prompts: one prompt, as a string.
+            max_tokens, temperature: as in `sample`.
+            kwargs: the other parameters of `sample`, or of `SamplingParams`.
+
+        Raises:
+            InvalidRequestError: see `sample`.
         """
         if not isinstance(prompts, str):
-            raise InvalidRequestError("sample_stream takes one prompt, a string")
+            raise InvalidRequestError("sample_stream takes one prompt: pass a single string")
         stops = as_stops(kwargs.pop("stop_sequences", None))
         try:
             params = SamplingParams(max_tokens, temperature, stop_sequences=stops, **kwargs)
         except TypeError:
             known = ", ".join(SamplingParams.__dataclass_fields__)
             raise InvalidRequestError(
-                f"sample_stream got unknown parameters among {sorted(kwargs)}; known: {known}"
+                f"sample_stream has an unknown parameter among {sorted(kwargs)}; known: {known}"
             ) from None
         return self._chunks(self._snapshot(), prompts, params)
 
@@ -231,37 +256,49 @@ class TrainingClient:
     def save_state(
         self, include_optimizer: bool = True, metadata: dict[str, Any] | None = None
     ) -> SaveStateResult:
-        """Saves the state after the last `optim_step`, sealed; returns when it is durable.
+        """Saves the state after the last `optim_step`, encrypted; returns when it is durable.
+
+        Pending gradients are not saved and stay unchanged.
 
         Args:
-            include_optimizer: needed to resume exactly.
-            metadata: anything JSON can hold; stored encrypted.
+            include_optimizer: whether to save the optimizer state, which an exact resume needs.
+            metadata: your own data, in any form that JSON supports; it is stored encrypted.
+
+        Raises:
+            InvalidRequestError: JSON does not support `metadata`; nothing was saved.
         """
         return self.save_state_async(include_optimizer, metadata).result()
 
     def save_state_async(
         self, include_optimizer: bool = True, metadata: dict[str, Any] | None = None
     ) -> FutureHandle[SaveStateResult]:
-        """Like `save_state`, without waiting: training is held up while the state is copied.
+        """Saves like `save_state`, but returns at once.
 
-        `close` waits for it.
+        Training pauses only while the state is copied. `close` waits until the artifact is durable.
+
+        Raises:
+            InvalidRequestError: JSON does not support `metadata`; nothing was saved.
         """
         try:
             copy = json.loads(json.dumps(metadata or {}, allow_nan=True))
         except (TypeError, ValueError) as error:
             raise InvalidRequestError(
-                f"metadata must be what JSON can hold ({type(error).__name__}): strings, numbers,"
+                f"JSON cannot hold this metadata ({type(error).__name__}): use strings, numbers,"
                 " lists, dicts with string keys"
             ) from None
         return self._calls.submit_save(include_optimizer=include_optimizer, metadata=copy)
 
     def load_state(self, artifact_id: str) -> LoadStateResult:
-        """Restores an artifact; pending gradients are dropped.
+        """Restores the state of an artifact and drops pending gradients.
 
         Raises:
-            NotFoundError: no such artifact.
-            ArtifactMismatchError: of another model, rank or layer set; nothing was changed.
-            IntegrityError: stored bytes are not what was saved; nothing was changed.
+            NotFoundError: the artifact does not exist or has expired.
+            ArtifactMismatchError: the artifact has another model, rank or layer set; nothing was
+                changed.
+            IntegrityError: the stored bytes differ from the saved bytes; nothing was changed.
+            LineageError: a private run may not start from this artifact; nothing was changed.
+            LedgerMismatchError: the ledgers are older than when the artifact was saved, or have
+                forked; nothing was changed.
         """
         result: LoadStateResult = self._calls.submit("load_state", artifact_id=artifact_id).result()
         return result
@@ -270,30 +307,31 @@ class TrainingClient:
 
     @property
     def privacy(self) -> PrivacyInfo | None:
-        """Contract, uses or steps left, and epsilon; None in a run without privacy."""
+        """The contract, the uses or steps left, and epsilon; None in a run without privacy."""
         return self._describe_privacy() if self._config.private else None
 
     def poisson_batches(self, dataset: BatchData | Mapping[str, Any]) -> Iterator[BatchData]:
-        """Batches that the server draws: each unit is in each step with the same chance.
+        """Yields batches that the server draws: each unit is in each step with the same chance.
 
-        The rows go to the actor once, which keeps their keyed hashes. Each batch is one whole
-        step; some are empty. Ends when no step is left.
+        The rows are sent to the actor once, and the actor keeps their keyed hashes. Each batch is
+        one complete step; some batches are empty. The iteration ends when no step is left.
 
             for batch in tc.poisson_batches(dataset):
                 tc.forward_backward(batch)
                 tc.optim_step()
 
         Args:
-            dataset: all rows, as a batch; `DPConfig.dataset_size` distinct units.
+            dataset: all rows as one batch, with `DPConfig.dataset_size` distinct units.
 
         Raises:
-            InvalidRequestError: the run's contract is another, or the size differs.
+            InvalidRequestError: the run has another contract, or the number of units differs.
         """
-        examples, calls = normalise(dataset), self._calls
+        examples, calls = normalize(dataset), self._calls
         reached: Reached | None = None
         while True:
             calls.revive()
-            if reached is not calls.reached:  # an actor that brings a run back knows no units
+            # The new actor of a recovered run does not know the units.
+            if reached is not calls.reached:
                 reached = calls.reached
                 units: list[list[int]] = calls.submit("register_units", examples=examples).result()
             try:
@@ -305,35 +343,37 @@ class TrainingClient:
     # --- life --------------------------------------------------------------------------------
 
     def recover(self) -> None:
-        """Reaches the run's actor again; where it is gone, brings the run back.
+        """Reconnects to the run's actor, or recovers the run if its actor is gone.
 
-        From what it saved or loaded last, under a new epoch; a run without an artifact begins
-        again, with the same first weights. An actor that has not answered for half a minute counts
-        as gone. Nothing happens while the actor of this client answers.
+        A recovered run continues from the artifact that it saved or loaded last, under a new epoch.
+        A run without an artifact starts again with the same initial weights. An actor that has not
+        answered for 30 seconds counts as gone. If the actor of this client answers, nothing
+        changes.
 
         Raises:
-            ActorLostError: it cannot come back.
-            PlacementError: no room on the cluster.
+            ActorLostError: the run cannot be recovered.
+            PlacementError: the cluster has no room for the actor.
         """
         self._calls.recover()
 
     def park(self) -> None:
-        """Saves the run after the calls queued before, and frees its actor's memory, CPUs and GPUs.
+        """Saves the run after all queued calls, and frees the memory, CPUs and GPUs of its actor.
 
-        The next call of any client object, or `get_training_client`, brings it back under a new
-        epoch, at the same step, to the bit where it is not private.
+        The next call of any client object, or `get_training_client`, restores the run under a new
+        epoch at the same step, with the same weights and optimizer. On a CPU a non-private run then
+        reaches the same bits as without the pause.
 
         Raises:
-            InvalidRequestError: gradients wait for their `optim_step`; nothing was changed.
-            StorageError: it could not be saved; nothing was changed.
+            InvalidRequestError: pending gradients wait for an `optim_step`; nothing was changed.
+            StorageError: the run could not be saved; nothing was changed.
         """
         self._calls.park()
 
     def close(self) -> None:
-        """Ends the run and frees its resources; saved artifacts stay. Safe to repeat.
+        """Ends the run and frees its resources. Artifacts stay, and a repeated call does nothing.
 
         Raises:
-            StorageError: the registry takes no notes of the last steps; the run stays open.
+            StorageError: the registry could not record the last steps; the run stays open.
         """
         self._calls.close()
 
@@ -347,7 +387,7 @@ class TrainingClient:
         return f"<TrainingClient {self._id} of {self._config.model_ref}>"
 
     def _repr_html_(self) -> str:
-        """A small table for notebooks."""
+        """Returns a small HTML table for notebooks."""
         info = self.info()
         rows = {
             "id": info.training_client_id, "model": info.model_ref, "status": info.status,
@@ -363,8 +403,12 @@ class TrainingClient:
     # --- inside ------------------------------------------------------------------------------
 
     def _snapshot(self) -> FutureHandle[SnapshotRef]:
-        """Asks for the weights after every call queued before this one."""
-        if not self._calls.model.flat_stream:
+        """Requests the weights after every call that was queued before this call.
+
+        Raises:
+            InvalidRequestError: the architecture of the model cannot be sampled.
+        """
+        if not self._calls.model.sampling:
             raise InvalidRequestError(NOT_SAMPLED)
         return self._calls.submit("snapshot")
 
@@ -380,7 +424,7 @@ class TrainingClient:
 
 
 def take_over(client: TrainingClient, files: PeftFiles) -> str:
-    """Loads an adapter from elsewhere into a new run and saves it; the artifact's id."""
+    """Loads an imported adapter into a new run and saves it; returns the id of the artifact."""
     loading = client._calls.submit("load_adapter", config=files.config, weights=files.weights)
     loading.result()
     return client.save_state(include_optimizer=False).artifact_id

@@ -1,15 +1,18 @@
-"""The door to Ray: everything that the SDK asks of a cluster goes through here.
+"""Contains all access to Ray: every request of the SDK to a cluster passes through this package.
 
-- ray_calls.py: calls to actors, refs, Ray's errors as ours.
-- messages.py: the one form of a request and of a reply.
-- connection.py: finding a cluster, or starting one inside this process.
-- cluster.py: who runs there, and where a new actor finds room.
-- node.py: a Ray node with our settings, for `tg-tinker up` and `down`.
-- ports.py: ports that a server is to listen at.
-- named_actors.py: actors by their names.
-- remote_registry.py: the registry as other processes call it.
-- interrupts.py: Ctrl-C at moments that cannot be cut in two.
+- ray_calls.py: calls to actors and their refs; the translation of Ray's errors.
+- messages.py: the form of requests and replies.
+- connection.py: the search for a cluster, and the start of an embedded cluster.
+- cluster.py: the actors on a cluster, and the placement of a new actor.
+- node.py: a Ray node with the settings of TG-Tinker, for `tg-tinker up` and `down`.
+- authentication.py: Ray's token, and the check that a cluster requires it.
+- other_users.py: what other users of this machine cannot have written, replaced or opened.
+- ports.py, ray_folder.py: the checks of a server's address and port, and of Ray's own folder.
+- named_actors.py: the search for actors by name.
+- remote_registry.py: the calls of other processes to the registry.
+- interrupts.py: the delay of Ctrl-C during calls that must not be interrupted.
 
-It imports values, `tg_tinker.storage` and `tg_tinker.backend`, and loads Ray when it is first
-needed. What a call means is left to `tg_tinker.client`.
+The package imports the modules at the base of `tg_tinker`, `tg_tinker.storage` and
+`tg_tinker.backend`. It loads Ray when Ray is first needed. `tg_tinker.client` gives calls their
+meaning.
 """

@@ -1,4 +1,4 @@
-"""One cluster, as a service uses it: who runs there, and where a new actor finds room."""
+"""Provides the cluster of a service: its living actors, and the placement of new actors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tg_tinker.backend import actors_backend, serve_backend
-from tg_tinker.cluster.connection import check_encrypted, connect, living_nodes, refuse_another
+from tg_tinker.cluster.connection import (
+    check_encrypted,
+    check_requires_token,
+    connect,
+    living_nodes,
+    refuse_another,
+)
 from tg_tinker.cluster.messages import SampleRequest
 from tg_tinker.cluster.named_actors import living_actors, named_actor
 from tg_tinker.cluster.node import read, tls_is_on
@@ -33,12 +39,12 @@ _log = logging.getLogger("tg_tinker")
 
 
 class Cluster:
-    """A connection of this process to Ray; embedded clusters end with their last user."""
+    """A connection of this process to Ray; an embedded cluster ends with its last user."""
 
     placement_timeout_s = 120.0
     silent_s = 30.0
     _embedded_users = 0
-    _started: ClassVar[set[str]] = set()  # runs, by embedded clusters of this process
+    _started: ClassVar[set[str]] = set()  # ids of the runs that this process has started
     _lock = threading.Lock()
 
     def __init__(self, address: str | None, namespace: str) -> None:
@@ -47,6 +53,7 @@ class Cluster:
             if lazy_ray().is_initialized():
                 refuse_another(address)
                 self.embedded = Cluster._embedded_users > 0
+                check_requires_token()
                 check_encrypted()
             else:
                 self.embedded = connect(address)
@@ -59,7 +66,7 @@ class Cluster:
         return self._open and bool(lazy_ray().is_initialized())
 
     def close(self) -> None:
-        """Leaves the cluster; the last user of an embedded one ends it. Safe to repeat."""
+        """Leaves the cluster, and ends an embedded cluster without other users; may be repeated."""
         with Cluster._lock:
             if not self._open:
                 return
@@ -71,7 +78,11 @@ class Cluster:
                 lazy_ray().shutdown()
 
     def registry(self, database: str, keyring: str, audit_keys: str) -> RemoteRegistry:
-        """The one registry of the namespace; on a cluster it shares its database with none."""
+        """Returns the registry of the namespace, and starts the registry if it does not run.
+
+        On a cluster that is not embedded, registries that were opened earlier on the same database
+        can then change nothing. On an embedded cluster they work beside each other.
+        """
         sole = not self.embedded
         if self.embedded and database.startswith(SQLITE):
             _upgrade(Path(database.removeprefix(f"{SQLITE}/")))
@@ -82,7 +93,7 @@ class Cluster:
             return RemoteRegistry(actor)
 
     def status(self) -> ClusterStatus:
-        """Machines, what of them is free, and who trains there."""
+        """Returns the machines, the free resources, and the runs with a living training actor."""
         nodes = living_nodes()
         with translated():
             free = dict(lazy_ray().available_resources())
@@ -97,26 +108,26 @@ class Cluster:
             return dict(lazy_ray().cluster_resources())
 
     def most_gpus(self, resources: ResourceConfig) -> float:
-        """Of one node that a client's pins allow."""
+        """Returns the most GPUs of any single node that a client's pins allow; 0 without a node."""
         allowed = [node["Resources"] for node in living_nodes() if _allows(resources, node)]
         return max((has.get("GPU", 0) for has in allowed), default=0)
 
     def metrics_urls(self) -> list[str]:
-        """Where Prometheus finds the metrics of each living node."""
+        """Returns the URL of the Prometheus metrics of each living node."""
         nodes = living_nodes()
         return [f"http://{n['NodeManagerAddress']}:{n['MetricsExportPort']}/metrics" for n in nodes]
 
     def start_training(
         self, resources: ResourceConfig, others: Callable[[], set[str]], **arguments: Any
     ) -> Any:
-        """A placed training actor.
+        """Starts a training actor, and returns it when a node has placed it.
 
         Args:
-            others: runs that a refusal may name: those of this tenant.
+            others: returns the ids of the other runs of this tenant, which an error may name.
 
         Raises:
-            PlacementError: the cluster is too small, or has no room within the deadline.
-            InvalidRequestError: machines have joined it since, and Ray's TLS is off.
+            PlacementError: the cluster is too small, or has no room within `placement_timeout_s`.
+            InvalidRequestError: the cluster has several machines now, and Ray's TLS is off.
         """
         check_encrypted()
         num_cpus, num_gpus = resources.num_cpus or 0, resources.num_gpus or 0
@@ -132,22 +143,25 @@ class Cluster:
                 ready = [actor.ready.remote()]
                 placed = bool(lazy_ray().wait(ready, timeout=self.placement_timeout_s)[0])
         finally:
-            if not placed:  # also after Ctrl-C: a waiting actor would take the next free place
+            # Also after Ctrl-C: a waiting actor would take the next free resources.
+            if not placed:
                 kill(actor)
         if not placed:
             raise PlacementError(
                 f"no node had {num_cpus:g} CPUs and {num_gpus:g} GPUs{_pins(resources)} free within"
                 f" {self.placement_timeout_s:g} s. Yours: {self._holders(others())}. Close a client"
-                " or ask for less in ResourceConfig",
+                " or request less in ResourceConfig",
                 details={"num_cpus": num_cpus, "num_gpus": num_gpus},
             )
         return actor
 
     def await_possible(self, resources: ResourceConfig) -> None:
-        """For a run that had a place: the node that it had may come back.
+        """Waits until a node of the cluster could hold a run that was placed before.
+
+        The node of a lost actor may return within this time.
 
         Raises:
-            PlacementError: no living node could hold it within the deadline.
+            PlacementError: no living node could hold the run within `placement_timeout_s`.
         """
         deadline = time.monotonic() + self.placement_timeout_s
         while True:
@@ -159,13 +173,17 @@ class Cluster:
             time.sleep(1)
 
     def _refuse_impossible(self, resources: ResourceConfig) -> None:
-        """What no waiting would help: one node must have all of it."""
+        """Checks that a single node has all the resources, so that waiting can succeed.
+
+        Raises:
+            PlacementError: no living node has all the resources and labels.
+        """
         labels = resources.node_labels
         nodes = [n["Resources"] for n in living_nodes() if labels.items() <= n["Labels"].items()]
         if not nodes:
             raise PlacementError(
-                f"no living node has the labels {labels}: start one with `ray start --labels`, or"
-                " change node_labels in ResourceConfig",
+                f"no living node has the labels {labels}: start a node with `ray start --labels`,"
+                " or change node_labels in ResourceConfig",
                 details={"node_labels": labels},
             )
         wanted = {"CPU": resources.num_cpus or 0, "GPU": resources.num_gpus or 0}
@@ -173,14 +191,14 @@ class Cluster:
         for name, amount in wanted.items():
             if amount > (most := max(has.get(name, 0) for has in nodes)):
                 raise PlacementError(
-                    f"the client wants {amount:g} {name}s, no node{_pins(resources)} has more than"
-                    f" {most:g}: ask for less in ResourceConfig or add a larger node",
+                    f"the client wants {amount:g} {name}s, but no node{_pins(resources)} has more"
+                    f" than {most:g}: request less in ResourceConfig or add a larger node",
                     details={"resource": name, "wanted": amount, "most": most},
                 )
         if not any(all(has.get(name, 0) >= wanted[name] for name in wanted) for has in nodes):
             raise PlacementError(
-                f"no node has all of {wanted} together: ask for less in ResourceConfig or add one"
-                " that has",
+                f"no node has all of {wanted} together: request less in ResourceConfig or add a"
+                " node that has all of them",
                 details={"wanted": wanted},
             )
 
@@ -193,15 +211,17 @@ class Cluster:
         return f"{', '.join(runs) or 'no client'}; free are {cpus:g} CPUs and {gpus:g} GPUs"
 
     def would_see(self, run_id: str) -> bool:
-        """Whether a run that has no actor here has none anywhere: embedded clusters of several
-        processes may share one home, and see only their own actors."""
+        """Returns whether this process would see the actor of a run if the run has an actor.
+
+        Embedded clusters of several processes may share one home and see only their own actors.
+        """
         return not self.embedded or run_id in Cluster._started
 
     def find_training(self, run_id: str, epoch: int) -> Any | None:
-        """The living actor of a run's epoch, if there is one.
+        """Returns the living actor of a run's epoch, or None.
 
-        One that is silent for long counts as lost: another may take its run over, after which it
-        can publish and charge nothing even if it wakes up.
+        An actor that does not answer within `silent_s` counts as lost. Another actor may then take
+        over its run, after which the silent actor cannot publish or charge even if it wakes up.
         """
         deadline = time.monotonic() + self.silent_s
         while True:
@@ -211,13 +231,13 @@ class Cluster:
                 return actor
             except (ActorLostError, FutureTimeoutError):
                 return None
-            except ClusterUnavailableError:  # the network, perhaps, or it has just died
+            except ClusterUnavailableError:  # a network fault, or the actor has just died
                 if time.monotonic() > deadline:
                     return None
                 time.sleep(0.2)
 
     def sampler(self, key: bytes, **arguments: Any) -> SamplerLink:
-        """The sampling application of a base model, deployed where it does not run yet."""
+        """Returns the sampling application of a base model, and deploys it if it does not run."""
         where = {"namespace": self.namespace, "embedded": self.embedded, **arguments}
         with translated():
             self._samplers.append(SamplerLink(serve_backend().connect(**where), key))
@@ -226,51 +246,57 @@ class Cluster:
     def serve_http(
         self, host: str, port: int, replicas: int, where: dict[str, Any], **options: Any
     ) -> None:
-        """The same at an HTTP address."""
+        """Deploys the sampling application of a base model at an HTTP address."""
         place = {"namespace": self.namespace, **where}
         with translated():
             serve_backend().serve_http(host, port, replicas, place, **options)
 
     def kill_training(self, run_id: str, epoch: int) -> None:
-        """Ends the actor of a run's epoch, where there is one."""
+        """Ends the actor of a run's epoch if it exists."""
         with contextlib.suppress(ActorLostError, ClusterUnavailableError):
             kill(named_actor(self.namespace, f"{run_id}@{epoch}"))
 
 
 class SamplerLink:
-    """The sampling application of a base model as a client reaches it: sealed both ways."""
+    """The connection of a client to a sampling application; requests and replies are sealed."""
 
     def __init__(self, application: Any, key: bytes) -> None:
         self._application = application
         self._key = key
 
     def sample(self, request: SampleRequest) -> Any:
-        """All completions; Ctrl-C frees their slots."""
+        """Returns all completions; Ctrl-C frees the slots of the request."""
         with translated():
             sealed = self._application.sample(seal_payload(self._key, request))
         return open_payload(self._key, sealed).unwrap()
 
     def close(self) -> None:
-        """Whatever state the cluster is in."""
+        """Closes the connection in any state of the cluster; ignores errors."""
         with contextlib.suppress(Exception):
             self._application.close()
 
     def stream(self, request: SampleRequest) -> Iterator[Any]:
-        """Chunks as they grow; leaving the loop early frees their slots."""
+        """Yields the chunks as they are generated; leaving the loop early frees their slots."""
         with translated():
             for sealed in self._application.stream(seal_payload(self._key, request)):
                 yield open_payload(self._key, sealed).unwrap()
 
 
 def _upgrade(file: Path) -> None:
-    """Brings the registry of an embedded home to this release; a cluster's is its operator's."""
+    """Upgrades the registry of an embedded home to this release, after a backup.
+
+    The operator of a cluster upgrades the registry of the cluster.
+
+    Raises:
+        StorageError: a cluster that `tg-tinker up` started may still use the registry.
+    """
     found = revision_on_record(file)
     if found in (None, REVISION):
         return
     if read(file.parent) is not None:
         raise StorageError(
-            f"the registry {file} is of an older release, and `tg-tinker up` started a cluster on"
-            " its home that may still use it: `tg-tinker down`, then `tg-tinker registry upgrade`"
+            f"the registry {file} is of an older release, and a cluster of `tg-tinker up` on its"
+            " home may still use it: run `tg-tinker down`, then `tg-tinker registry upgrade`"
         )
     backup = file.with_name(
         f"{file.stem}-{found}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.db"
@@ -278,15 +304,15 @@ def _upgrade(file: Path) -> None:
     before, after = actors_backend().upgrade_registry(f"{SQLITE}/{file}", backup)
     if before != after:
         _log.warning(
-            "upgraded the registry %s from revision %s to %s; as it was before, it is in %s",
+            "upgraded the registry %s from revision %s to %s; the previous state is in %s",
             file, before, after, backup,
         )  # fmt: skip
 
 
 def _allows(resources: ResourceConfig, node: Any) -> bool:
     has, pins = node["Resources"], resources.custom_resources.items()
-    labelled = resources.node_labels.items() <= node["Labels"].items()
-    return labelled and all(amount <= has.get(name, 0) for name, amount in pins)
+    labeled = resources.node_labels.items() <= node["Labels"].items()
+    return labeled and all(amount <= has.get(name, 0) for name, amount in pins)
 
 
 def _pins(resources: ResourceConfig) -> str:

@@ -1,4 +1,4 @@
-"""How this process comes to a Ray cluster: a running one, or one that it starts inside itself."""
+"""Connects this process to a running Ray cluster, or starts an embedded cluster inside it."""
 
 from __future__ import annotations
 
@@ -10,58 +10,117 @@ from pathlib import Path
 from typing import Any
 
 from tg_tinker.backend import serve_backend
+from tg_tinker.cluster import node
+from tg_tinker.cluster.authentication import (
+    check_authenticated,
+    check_token,
+    make_token,
+    require_token,
+)
 from tg_tinker.cluster.interrupts import ctrl_c_held_back
-from tg_tinker.cluster.node import answers, tls_is_on
+from tg_tinker.cluster.other_users import is_foreign_link, keeps_out, others_listen, read_own
 from tg_tinker.cluster.ray_calls import lazy_ray, translated
+from tg_tinker.cluster.ray_folder import private_ray_folder, ray_folder
 from tg_tinker.errors import ClusterUnavailableError, InvalidRequestError
+from tg_tinker.storage.home import home_directory
 
 WITHOUT_TLS = "TG_TINKER_WITHOUT_TLS"
 
-_STARTED_BY_RAY_START = Path("/tmp/ray/ray_current_cluster")  # noqa: S108
+_SHARED = Path("/tmp/ray")  # noqa: S108
+"""Ray's folder in programs whose environment names no other."""
+
 _OBJECT_STORE_BYTES = 512 * 2**20
 
 
 def refuse_another(address: str | None) -> None:
-    """A process has one Ray connection: a service elsewhere would silently use this one."""
+    """Checks that an address does not name another cluster than the connected one.
+
+    A process has one Ray connection, so a second service would silently use the same cluster.
+
+    Raises:
+        InvalidRequestError: the address names another cluster.
+    """
     current = lazy_ray().get_runtime_context().gcs_address
     if address not in (None, "auto", "local", current):
         raise InvalidRequestError(
-            f"this process is connected to the Ray cluster at {current} already: leave out"
-            f" address={address!r}, or use a process of its own"
+            f"this process is already connected to the Ray cluster at {current}: leave out"
+            f" address={address!r}, or use another process"
         )
 
 
 def connect(address: str | None) -> bool:
-    """Connects this process; true if it had to start an embedded cluster."""
-    target = address or os.environ.get("RAY_ADDRESS") or running_cluster()
-    quiet = {"configure_logging": False, "log_to_driver": False, "logging_level": logging.ERROR}
-    if target is None or target == "local":
-        serve_backend().seal_http()
-        with _quiet_stderr(), _starting():
-            lazy_ray().init(
-                address="local", include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES, **quiet,
-            )  # fmt: skip
-        _close_token_file()
+    """Connects this process; returns whether it started an embedded cluster.
+
+    Raises:
+        ClusterUnavailableError: no cluster answers, Ray did not start, or see `running_cluster`.
+        InvalidRequestError: the address is not supported, the cluster requires no token, or see
+            `check_encrypted` and `check_ray_folder`.
+        StorageError: see `make_token`.
+    """
+    target = address or os.environ.get("RAY_ADDRESS")
+    if target in (None, "auto"):
+        # Ray itself would follow links, and take any cluster that it sees on this machine.
+        target = running_cluster() or ("local" if target is None else None)
+    if target is None:
+        raise ClusterUnavailableError(f"no cluster runs here: {_START_ONE}")
+    if target == "local":
+        _start_embedded()
         return True
     if "://" in target:
         raise InvalidRequestError(
-            f"address {target!r}: run on the head node, by `ray job submit`, or use HTTP; Ray"
-            " Client connections are not supported"
+            f"address {target!r}: Ray Client connections are not supported; run on the head node,"
+            " use `ray job submit`, or use HTTP"
         )
-    if target != "auto" and not answers(target):
-        raise ClusterUnavailableError(
-            f"no Ray cluster answers at {target}: start one with `ray start --head`, correct"
-            " RAY_ADDRESS or `address`, or pass address='local' for an embedded one"
-        )
+    if not node.answers(target):
+        raise ClusterUnavailableError(f"no Ray cluster answers at {target}: {_START_ONE}")
+    check_token()
+    check_authenticated(target)
+    require_token()
     with _starting():
-        lazy_ray().init(address=target, **quiet)
-    try:
+        lazy_ray().init(address=target, **_QUIET)
+    with _left_on_error():
         check_encrypted()
-    except InvalidRequestError:
+    return False
+
+
+_QUIET = {"configure_logging": False, "log_to_driver": False, "logging_level": logging.ERROR}
+_START_ONE = (
+    "start a cluster with `ray start --head`, correct RAY_ADDRESS or `address`, or pass"
+    " address='local' for an embedded cluster"
+)
+
+
+def _start_embedded() -> None:
+    folder = private_ray_folder()
+    make_token()
+    serve_backend().seal_http()
+    require_token()
+    with _quiet_stderr(), _starting():
+        lazy_ray().init(
+            address="local", include_dashboard=False, _temp_dir=str(folder),
+            object_store_memory=_OBJECT_STORE_BYTES, **_QUIET,
+        )  # fmt: skip
+    with _left_on_error():
+        check_requires_token()
+
+
+@contextlib.contextmanager
+def _left_on_error() -> Iterator[None]:
+    """Leaves the cluster, and ends an embedded one, if the block fails."""
+    try:
+        yield
+    except BaseException:
         lazy_ray().shutdown()
         raise
-    return False
+
+
+def check_requires_token() -> None:
+    """Checks that the cluster of this process refuses programs without its token.
+
+    Raises:
+        InvalidRequestError: the cluster answers to everyone.
+    """
+    check_authenticated(lazy_ray().get_runtime_context().gcs_address)
 
 
 def living_nodes() -> list[Any]:
@@ -70,64 +129,97 @@ def living_nodes() -> list[Any]:
 
 
 def check_encrypted() -> None:
-    """Between machines Ray sends in clear what is not sealed here, the transport key among it.
+    """Checks that a cluster of several machines uses Ray's TLS.
+
+    Without TLS, Ray sends all data that TG-Tinker does not seal in clear between machines. This
+    includes the transport key.
 
     Raises:
-        InvalidRequestError: the cluster has several, Ray's TLS is off, and nobody has allowed it.
+        InvalidRequestError: the cluster has several machines, Ray's TLS is off, and
+            TG_TINKER_WITHOUT_TLS=1 is not set.
     """
     _refuse_unencrypted({node["NodeManagerAddress"] for node in living_nodes()})
 
 
 def _refuse_unencrypted(machines: set[str]) -> None:
-    if len(machines) < 2 or tls_is_on() or os.environ.get(WITHOUT_TLS) == "1":
+    if len(machines) < 2 or node.tls_is_on() or os.environ.get(WITHOUT_TLS) == "1":
         return
     raise InvalidRequestError(
-        f"this cluster has {len(machines)} machines and Ray's TLS is off: who listens between them"
-        " reads keys and batches. Set RAY_USE_TLS=1 and its certificates on every machine"
-        f" (docs/deployment.md), or {WITHOUT_TLS}=1 on a network that nobody else shares"
+        f"this cluster has {len(machines)} machines and Ray's TLS is off: anyone on their network"
+        " can read keys and batches. Set RAY_USE_TLS=1 and its certificates on every machine"
+        f" (docs/deployment.md), or set {WITHOUT_TLS}=1 on a network that nobody else shares"
     )
 
 
 @contextlib.contextmanager
 def _starting() -> Iterator[None]:
-    """Around `ray.init`: cut in two by Ctrl-C, it leaves a process that crashes at its end."""
+    """Delays Ctrl-C during `ray.init`, and translates its errors.
+
+    An interrupted `ray.init` would leave a process that crashes at its end.
+
+    Raises:
+        ClusterUnavailableError: Ray did not start, or refused this process.
+    """
     try:
         with ctrl_c_held_back():
             yield
     except KeyboardInterrupt:
         lazy_ray().shutdown()
         raise
-    except (
-        ConnectionError, RuntimeError, ValueError, lazy_ray().exceptions.AuthenticationError,
-    ) as error:  # fmt: skip
+    except Exception as error:  # Ray raises a bare `Exception` where a process of it is late
         raise ClusterUnavailableError(
             f"Ray did not start, or refused this process ({type(error).__name__}): check"
-            " `ray status` and RAY_ADDRESS, that RAY_AUTH_MODE is as the cluster was started with,"
-            " and that RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token holds its token"
+            " `ray status` and RAY_ADDRESS, that RAY_AUTH_MODE is the same as at the start of the"
+            " cluster, and that RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token contains its token. On a"
+            " busy machine, try again"
         ) from None
 
 
 def running_cluster() -> str | None:
-    """The cluster that `ray start` left running on this machine. Embedded ones write no file."""
-    try:
-        # Anyone may write into the shared temporary directory: trust this user's file only.
-        if _STARTED_BY_RAY_START.stat().st_uid != os.getuid():
-            return None
-        address = _STARTED_BY_RAY_START.read_text().strip()
-    except OSError:
-        return None
-    return address if answers(address) else None
+    """Returns the address of the cluster that runs on this machine for this user, or None.
+
+    It is the cluster that `tg-tinker up` left running, or else that of `ray start`. Embedded
+    clusters write no address file, so this function never returns them.
+
+    Raises:
+        ClusterUnavailableError: other users could have put the address of `ray start` in its place.
+    """
+    running = node.read(home_directory())
+    if running is not None and not others_listen(running.address):
+        return running.address
+    noted = (_noted_in(folder) for folder in dict.fromkeys((ray_folder(), _SHARED)))
+    return next((address for address in noted if address), None)
 
 
-def _close_token_file() -> None:
-    """Ray writes its cluster token readable by all; whoever reads it may run code."""
-    token = Path.home() / ".ray" / "auth_token"
-    with contextlib.suppress(OSError):
-        token.chmod(0o600)
+def _noted_in(folder: Path) -> str:
+    """Returns the address that `ray start` has written into Ray's folder; empty if there is none.
+
+    Anyone may write into a shared temporary directory, and Ray opens its own folder to all users.
+    A program would give its token to the cluster at this address, and run what it answers.
+
+    Raises:
+        ClusterUnavailableError: a cluster of this user answers, but others may write there.
+    """
+    if is_foreign_link(folder):
+        return ""
+    place = Path(
+        os.path.realpath(folder)
+    )  # What is checked is what is read, whatever links lead there then.
+    is_kept = keeps_out(place)
+    address = (read_own(place / "ray_current_cluster") or "").strip()
+    if not node.answers(address) or others_listen(address):
+        return ""
+    if not is_kept:
+        raise ClusterUnavailableError(
+            f"a cluster seems to run here, but other users may write to {folder}, where `ray start`"
+            " noted its address: name it, by `address` or RAY_ADDRESS, or pass address='local' for"
+            " an embedded cluster. A cluster of `tg-tinker up` is found without"
+        )
+    return address
 
 
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Drops Ray's start-up notices; its errors come as exceptions."""
+    """Hides Ray's messages at start-up; errors are raised as exceptions."""
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
         yield

@@ -1,4 +1,4 @@
-"""Ctrl-C at moments that cannot be cut in two."""
+"""Delays Ctrl-C during calls that must not be interrupted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def ctrl_c_held_back() -> Iterator[None]:
-    """Ctrl-C within the block takes effect at its end: a call is sent whole or not at all."""
+    """Delays Ctrl-C within the block until its end, so that the block runs completely.
+
+    Outside of the main thread the block runs without a change.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

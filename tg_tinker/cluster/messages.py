@@ -1,7 +1,7 @@
-"""What travels between a `TrainingClient` and its actor: one request form, one reply form.
+"""Defines the messages between a `TrainingClient` and its actor: requests and replies.
 
-Both are always sealed (`envelope.seal_payload`) under the transport key that the registry keeps
-in memory: Ray spills large values to disk in clear, and many small ones add up to a large one.
+Both are always sealed (`envelope.seal_payload`) with the transport key that the registry keeps in
+memory. Ray spills large values to disk in clear, and many small values add up to a large value.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from tg_tinker.errors import Wire, from_wire
 from tg_tinker.sampling import SamplingParams
 
 OUT_OF_TURN = "out_of_turn"
-"""The code of the `ServiceError` that refuses a call before its turn; `details["due"]` is the
-number of the call that is missing. It is not remembered: the same call is taken in its turn."""
+"""The code of the `ServiceError` that refuses a call out of order.
+
+`details["due"]` is the number of the missing call. The actor does not store this reply, so it runs
+the same call when the call is due."""
 
 NOT_YET = "not_yet"
-"""The code of the `ServiceError` by which `saved` says that its call has not come for long."""
+"""The code of the `ServiceError` of `saved` if its call has not arrived within the timeout."""
 
 TRAINING_OPERATIONS = (
     "forward_backward", "optim_step", "snapshot", "save_state", "load_state", "load_adapter",
@@ -27,16 +29,17 @@ TRAINING_OPERATIONS = (
 
 @dataclass(frozen=True, repr=False)
 class Request:
-    """One call, numbered so that the actor can tell a repeat from a new call.
+    """One call, with a number by which the actor distinguishes a repeat from a new call.
 
     Attributes:
-        request_id: chosen by the SDK, unique; the `future_id` of the handle.
+        request_id: a unique id that the SDK chooses; the `future_id` of the handle.
         operation: one of `TRAINING_OPERATIONS`.
-        epoch: the actor generation this handle belongs to.
-        handle: the id of the `TrainingClient` object; order is kept per handle.
-        sequence: 0, 1, 2, ... within the handle.
-        arguments: keyword arguments of the operation.
-        ledger: where the client last saw the ledger of its data set end, ``SEQ-HASH``.
+        epoch: the epoch of the actor that this handle belongs to.
+        handle: the id of the sending client object; calls are ordered per handle.
+        sequence: the number of the call within the handle: 0, 1, 2, ...
+        arguments: the keyword arguments of the operation.
+        ledger: the last head position of the dataset's ledger that the client saw, ``SEQ-HASH``;
+            empty without a private run.
     """
 
     request_id: str
@@ -50,31 +53,33 @@ class Request:
 
 @dataclass(frozen=True)
 class SnapshotRef:
-    """Where a sampler gets the weights of one step.
+    """A reference by which a sampler fetches the weights of one step.
 
     Attributes:
-        name: unique for these very weights.
-        version: ``run@step``, as answers carry it.
+        name: a name that is unique for these weights.
+        version: ``run@step``, as in the answers of the sampler.
         actor: the training actor's name in the service's namespace.
-        shared: they are a LoRA adapter, which shares the base model with others.
+        shared: whether the weights are a LoRA adapter, which shares the base model.
+        tenant: the tenant of the run, as the training actor was told at its start.
     """
 
     name: str
     version: str
     actor: str
     shared: bool
+    tenant: str = ""
 
 
 @dataclass(frozen=True)
 class Saving:
-    """What `save_state` answers once the state is copied: the artifact that it will become."""
+    """The answer of `save_state` once the state is copied: the id of the future artifact."""
 
     artifact_id: str
 
 
 @dataclass(frozen=True, repr=False)
 class SampleRequest:
-    """One call of `sample` or `sample_stream`, to a sampler."""
+    """One call of `sample` or `sample_stream` to a sampler."""
 
     snapshot: SnapshotRef
     prompts: list[str]
@@ -83,10 +88,12 @@ class SampleRequest:
 
 @dataclass(frozen=True, repr=False)
 class Reply:
-    """The answer: a value, or an error as plain values (never an exception with a traceback).
+    """The answer to a request: a value, or an error as plain values without a traceback.
 
     Attributes:
-        ledger_head: a private run's `LedgerHead` after its last charge, a line; else empty.
+        value: the result of the call; None for an error.
+        error: the error in the form of `to_wire`; None for a result.
+        ledger_head: the `LedgerHead` line of a private run after its last charge; else empty.
     """
 
     value: Any = None
@@ -95,16 +102,16 @@ class Reply:
 
     @property
     def code(self) -> str:
-        """Of the error; empty without one."""
+        """The code of the error; empty without an error."""
         return "" if self.error is None else str(self.error[2].get("code", ""))
 
     @property
     def final(self) -> bool:
-        """Whether it says what became of the call, not only that it has to come again."""
+        """Whether the reply is the outcome of the call, and not a request to repeat the call."""
         return self.code not in (OUT_OF_TURN, NOT_YET)
 
     def unwrap(self) -> Any:
-        """The value; raises the error as a clean local copy."""
+        """Returns the value, or raises the error as a clean local copy."""
         if self.error is not None:
             raise from_wire(self.error) from None
         return self.value

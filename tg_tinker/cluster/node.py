@@ -1,7 +1,7 @@
-"""A Ray node with the settings that TG-Tinker asks for: `tg-tinker up` starts it, `down` ends it.
+"""Starts and ends a Ray node with the settings of TG-Tinker, for `tg-tinker up` and `down`.
 
-Ray itself is started as a program of its own and outlives this process. It ends by its process
-alone: other clusters of this machine stay, which `ray stop` would end, too.
+Ray runs as a separate program that outlives this process. Only this program is ended: `ray stop`
+would also end the other clusters of this machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from tg_tinker.errors import ClusterUnavailableError, InvalidRequestError, StorageError
+from tg_tinker.cluster.authentication import check_authenticated
+from tg_tinker.cluster.other_users import read_own
+from tg_tinker.cluster.ray_folder import private_ray_folder
+from tg_tinker.errors import ClusterUnavailableError, InvalidRequestError
+from tg_tinker.hosts import is_loopback
 
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 
@@ -29,8 +33,9 @@ STARTS_WITHIN_S, ENDS_WITHIN_S = 90.0, 30.0
 _ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_metric_cardinality_level": "low",  # no names of runs in metrics
-    # Else the end waits half a minute for training actors to end by themselves.
+    "RAY_metric_cardinality_level": "low",  # no run ids in metrics
+    "no_grpc_proxy": "0.0.0.0/0,::/0",  # no token to the proxy that http_proxy names
+    # The default waits 30 seconds for training actors to end by themselves.
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
 }
 _TLS_FILES = ("RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
@@ -41,10 +46,11 @@ class Node:
     """A node that was started from this home.
 
     Attributes:
-        address: of the cluster, ``host:port``.
-        dashboard: where `ray job submit` reaches it; empty on a machine that joined.
-        pid, begun: the program that ends the node when it ends, and when it began, in the kernel's
-            ticks: a number may be another program's by now.
+        address: the ``host:port`` of the cluster.
+        dashboard: the URL for `ray job submit`; empty on a machine that joined a cluster.
+        pid: the id of the process whose end ends the node.
+        begun: the start time of this process in the kernel's ticks. It identifies the process,
+            because the system may have given `pid` to another program since.
     """
 
     address: str
@@ -58,20 +64,22 @@ class Node:
 
 
 def read(home: Path) -> Node | None:
-    """The node that `start` left running, if it still runs."""
+    """Returns the node that `start` left running; None if no node runs."""
     try:
-        found = Node(**json.loads((home / "node.json").read_text()))
-    except (OSError, ValueError, TypeError):
+        found = Node(**json.loads(read_own(home / "node.json") or ""))
+    except (ValueError, TypeError):
         return None
     return found if found.alive else None
 
 
 @contextmanager
 def alone(home: Path) -> Iterator[None]:
-    """Around `start`: two at once of a home write one log, and each takes the other's Ray for its.
+    """Holds a lock of the home during `start`.
+
+    Two simultaneous starts would share a log, and each would mistake the other's Ray for its own.
 
     Raises:
-        InvalidRequestError: another program is at it.
+        InvalidRequestError: another program is starting a node of this home.
     """
     folder = os.open(home, os.O_RDONLY)
     try:
@@ -79,7 +87,7 @@ def alone(home: Path) -> Iterator[None]:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InvalidRequestError(
-                "another `tg-tinker up` of this home starts a node just now: wait for it to end"
+                "another `tg-tinker up` of this home is starting a node: wait until it has finished"
             ) from None
         yield
     finally:
@@ -91,17 +99,22 @@ def start(
     join: str | None = None, num_cpus: int | None = None, num_gpus: int | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Node:  # fmt: skip
-    """Starts the head of a cluster, or joins one, and returns once it answers.
+    """Starts the head of a cluster, or joins a cluster; returns the node once it answers.
 
     Args:
-        host: address of this machine, by which the others reach it.
-        join: ``host:port`` of a running head; `port` and `dashboard_port` are not used then.
-        environment: of the programs to be started; the token of `ray get-auth-token` in it.
+        home: the home directory, which stores the log and the file ``node.json``.
+        host: the address by which other machines reach this machine.
+        port, dashboard_port: the ports of a new head.
+        join: the ``host:port`` of a running head to join; the two ports are then not used.
+        num_cpus, num_gpus: the CPUs and GPUs that the node offers; None means all of them.
+        environment: the environment of the started programs, which provides the token of
+            `ray get-auth-token`.
 
     Raises:
-        InvalidRequestError: a node of this home runs already.
-        ClusterUnavailableError: a port is taken, no head answers, or Ray did not start; then it
-            says where its log is.
+        InvalidRequestError: a node of this home is already running, or see `check_ray_folder` and
+            `check_authenticated`.
+        ClusterUnavailableError: a port is taken, no head answers, or Ray did not start; the message
+            then names the log.
     """
     if (running := read(home)) is not None:
         raise InvalidRequestError(
@@ -113,13 +126,16 @@ def start(
         _check_free("--dashboard-port", LOOPBACK, dashboard_port)
     elif not answers(join):
         raise ClusterUnavailableError(
-            f"no cluster answers at {join}: see `tg-tinker status` on its head, and the firewall"
+            f"no cluster answers at {join}: check `tg-tinker status` on its head, and the firewall"
         )
+    else:
+        check_authenticated(join, environment)
     head = {"--port": port, "--dashboard-host": LOOPBACK, "--dashboard-port": dashboard_port}
     options = {
         **({"--address": join} if join else head),
+        "--temp-dir": private_ray_folder(environment),
         "--node-ip-address": host,
-        # A second cluster on this machine would find the agent's usual port taken, and run no job.
+        # With the default port taken, a second cluster on this machine could not run jobs.
         "--dashboard-agent-listen-port": _free_port(),
         "--num-cpus": num_cpus,
         "--num-gpus": num_gpus,
@@ -135,6 +151,7 @@ def start(
     try:
         own = _await_start(process, log)
         node = replace(node, address=join or f"{own}:{port}")
+        check_authenticated(node.address, environment)
         note = home / "node.json"
         note.touch(mode=0o600)
         note.write_text(json.dumps(asdict(node)))
@@ -145,17 +162,20 @@ def start(
 
 
 def answers(address: str) -> bool:
-    """Whether something listens at ``host:port``."""
+    """Returns whether a program listens at ``host:port``."""
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=3):
             return True
-    except (OSError, ValueError):
+    except (OSError, ValueError, OverflowError):
         return False
 
 
 def stop(home: Path) -> Node | None:
-    """Ends the node that `start` began, with all of its processes; None where none runs."""
+    """Ends the node that `start` left running, with all its processes.
+
+    Returns the node that was ended; None if no node was running.
+    """
     node = read(home)
     if node is not None:
         end(node)
@@ -164,99 +184,73 @@ def stop(home: Path) -> Node | None:
 
 
 def end(node: Node) -> None:
-    """By a signal that its programs obey, after a while by one that they must."""
+    """Ends a node by SIGTERM, and after `ENDS_WITHIN_S` seconds by SIGKILL to its process group."""
     deadline = time.monotonic() + ENDS_WITHIN_S
     with suppress(ProcessLookupError):
         os.kill(node.pid, signal.SIGTERM)
         while node.alive and time.monotonic() < deadline:
             with suppress(ChildProcessError):
-                os.waitpid(node.pid, os.WNOHANG)  # ours, where it did not get far
+                os.waitpid(node.pid, os.WNOHANG)  # our own child if its start failed
             time.sleep(0.1)
         if node.alive:
             os.killpg(node.pid, signal.SIGKILL)
 
 
 def tls_is_on(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether Ray encrypts its own connections in programs with this environment."""
+    """Returns whether Ray encrypts its own connections in programs with this environment."""
     return environment.get("RAY_USE_TLS") == "1"
 
 
 def tls_files(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """Where Ray looks for this machine's certificate, its key, and the authority."""
+    """Returns the paths of this machine's certificate, its key and the CA; empty where not set."""
     return tuple(environment.get(name, "") for name in _TLS_FILES)
 
 
 def check_encrypted(host: str, environment: Mapping[str, str] = os.environ) -> None:
-    """Between machines Ray sends in clear what we do not seal ourselves, and the token with it.
+    """Checks that Ray uses TLS if other machines reach this host.
+
+    Without TLS, Ray sends all data that TG-Tinker does not seal in clear between machines. This
+    includes the token.
 
     Raises:
-        InvalidRequestError: other machines reach `host`, and Ray's TLS is off or lacks a file.
+        InvalidRequestError: other machines reach `host`, and Ray's TLS is off or a file is missing.
     """
-    if host.startswith("127.") or host in ("localhost", "::1"):
+    if is_loopback(host):
         return
     on = tls_is_on(environment)
     lacking = [name for name in _TLS_FILES if not Path(environment.get(name) or "/").is_file()]
     if not on or lacking:
         wrong = f"{', '.join(lacking)} name no file" if on else "RAY_USE_TLS is not 1"
         raise InvalidRequestError(
-            f"{host} is reached by other machines, and Ray's TLS is off ({wrong}): set it up as"
-            " docs/deployment.md says, or use --without-tls on a network that nobody else shares"
+            f"other machines can reach {host}, and Ray's TLS is off or incomplete ({wrong}): set it"
+            " up (docs/deployment.md), or use --without-tls on a network that nobody else shares"
         )
-
-
-def check_token(environment: Mapping[str, str] = os.environ) -> None:
-    """A machine that joins has to have its head's token.
-
-    Raises:
-        InvalidRequestError: there is none.
-    """
-    given = environment.get("RAY_AUTH_TOKEN") or environment.get("RAY_AUTH_TOKEN_PATH")
-    if not given and not (token := _token_file()).is_file():
-        raise InvalidRequestError(
-            f"there is no token at {token}: copy the one of the head there, as docs/deployment.md"
-            " says"
-        )
-
-
-def make_token(environment: Mapping[str, str] = os.environ) -> None:
-    """The token that keeps strangers from running code on the cluster, where there is none yet.
-
-    Ray writes its file readable by all; whoever reads it may run code.
-    """
-    if environment.get("RAY_AUTH_TOKEN") or environment.get("RAY_AUTH_TOKEN_PATH"):
-        return
-    done = subprocess.run(
-        [*_RAY, "get-auth-token", "--generate"], env={**environment, **_ENVIRONMENT},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, umask=0o077, check=False,
-    )  # fmt: skip
-    token = _token_file()
-    if done.returncode or not token.is_file():
-        raise StorageError(f"Ray could not make its token in {token}: is the folder yours?")
-    token.chmod(0o600)
-
-
-def _token_file() -> Path:
-    return Path.home() / ".ray" / "auth_token"
 
 
 def _check_free(option: str, host: str, port: int) -> None:
-    """With its own port taken Ray tries for long; with that of the dashboard it starts without one
-    and says nothing, so that jobs would go to whoever has it."""
+    """Checks that a port is free before Ray starts.
+
+    If its own port is taken, Ray retries for a long time. If the port of the dashboard is taken,
+    Ray silently starts without a dashboard, and jobs would go to the program that uses the port.
+
+    Raises:
+        ClusterUnavailableError: the port is taken.
+    """
     try:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Ray does
             probe.bind((host, port))
     except OSError as error:
         raise ClusterUnavailableError(
-            f"cannot listen on port {port} ({error.strerror}): end the cluster or program that has"
-            f" it, or take another {option}"
+            f"cannot listen on port {port} ({error.strerror}): end the cluster or program that uses"
+            f" it, or choose another {option}"
         ) from None
 
 
 def _launched(
     arguments: list[str], log: Path, environment: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
-    """In a session of its own: Ctrl-C in this terminal is not for it."""
+    """Starts Ray in a separate session, so that Ctrl-C in this terminal does not reach it."""
     with log.open("wb") as output:
         return subprocess.Popen(
             [*_RAY, *arguments, "--log-style", "record"], env=environment, stdin=subprocess.DEVNULL,
@@ -265,7 +259,13 @@ def _launched(
 
 
 def _await_start(process: subprocess.Popen[bytes], log: Path) -> str:
-    """The address that Ray took for this machine: it replaces one of the loopback."""
+    """Waits until Ray runs; returns the address that Ray uses for this machine.
+
+    Ray replaces a loopback address by an address of this machine.
+
+    Raises:
+        ClusterUnavailableError: Ray did not start within `STARTS_WITHIN_S` seconds.
+    """
     deadline = time.monotonic() + STARTS_WITHIN_S
     while b"Ray runtime started" not in log.read_bytes():
         if process.poll() is not None or time.monotonic() > deadline:
@@ -286,7 +286,7 @@ def _free_port() -> int:
 
 
 def _begun(pid: int) -> int:
-    """When a process began, in ticks since the boot (proc(5)); 0 where there is none."""
+    """Returns the start time of a process in ticks since boot (proc(5)); 0 if it has ended."""
     with suppress(OSError, IndexError, ValueError):
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
         return 0 if state == "Z" else int(rest[18])

@@ -1,4 +1,4 @@
-"""Ports that a server is to listen at."""
+"""Checks the address and the port on which a server is to listen."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from tg_tinker.errors import ClusterUnavailableError, InvalidRequestError
 
 
 def addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
-    """Families and socket addresses of a host, IPv4 first.
+    """Returns the address families and socket addresses of a host, IPv4 first.
 
     Raises:
-        InvalidRequestError: it has none.
+        InvalidRequestError: the host has no address.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         raise InvalidRequestError(
-            f"host {host!r} has no address: 127.0.0.1 is this machine, 0.0.0.0 all its networks"
+            f"host {host!r} has no address: use 127.0.0.1 (this machine) or 0.0.0.0 (all networks)"
         ) from None
     return sorted(((entry[0], entry[4]) for entry in found), key=lambda pair: pair[0])
 
 
 def check_port(host: str, port: int) -> None:
-    """Whether a program may listen there.
+    """Checks that a program may listen on a port.
 
-    Serve itself sets SO_REUSEPORT: it would share the port of another server of this user.
+    Serve sets SO_REUSEPORT and would share the port with another server of this user.
 
     Raises:
-        InvalidRequestError: a host without an address.
-        ClusterUnavailableError: the port is taken, or the system does not give it.
+        InvalidRequestError: the host has no address.
+        ClusterUnavailableError: the port is taken, or the system does not allow it.
     """
     family, address = addresses(host, port)[0]
     try:
@@ -39,6 +39,6 @@ def check_port(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         raise ClusterUnavailableError(
-            f"cannot listen on port {port} of {host} ({error.strerror}): stop the program that has"
-            " it, or take another --port"
+            f"cannot listen on port {port} of {host} ({error.strerror}): stop the program that uses"
+            " it, or choose another --port"
         ) from None

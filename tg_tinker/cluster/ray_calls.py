@@ -1,6 +1,6 @@
-"""The SDK's only door to Ray's actors: calls, refs and what becomes of them.
+"""Calls Ray's actors, and waits for their answers; the SDK calls actors only through this module.
 
-Ray's own exceptions end here: what leaves this module is a value or a `TGTinkerError`.
+The module translates Ray's exceptions: its functions return values or raise a `TGTinkerError`.
 """
 
 from __future__ import annotations
@@ -16,55 +16,60 @@ from typing import Any
 
 from tg_tinker.errors import ActorLostError, ClusterUnavailableError, FutureTimeoutError
 
-# Before Ray is first imported, which is why the other packages import this module first.
-# No telemetry leaves.
+# These variables must be set before Ray is first imported, so other packages import this module
+# first. No telemetry leaves the machine.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# A handle asked after its service closed must fail, not start a cluster of Ray's own choice.
+# A handle that is used after its service is closed must fail, and must not start a cluster.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
-# Else Ray's own series name each actor, and with it each run, to whoever reaches their port.
+# By default Ray's own metrics show each actor name, and so each run, to anyone at their port.
 os.environ.setdefault("RAY_metric_cardinality_level", "low")
-# Serve brings gRPC along, whose fork handlers meddle with the start of the next embedded cluster.
+# By default gRPC sends Ray's token to the proxy that http_proxy names, also for this machine.
+os.environ.setdefault("no_grpc_proxy", "0.0.0.0/0,::/0")
+# Serve loads gRPC, whose fork handlers disturb the start of the next embedded cluster.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 _RESTART_S = 30.0
-"""How long a call waits for an actor that restarts."""
+"""The maximum wait of a call for an actor that restarts, in seconds."""
 _RESTARTING = "actor_restarting"
 _LEFT = "left_cluster"
 _log = logging.getLogger("tg_tinker")
 
 
 def ask(method: Any, *arguments: Any, timeout: float | None = None) -> Any:
-    """Calls an actor's method and waits for what it returns."""
+    """Calls an actor's method and returns its answer; raises as `fetch`."""
     return fetch(send(method, *arguments), timeout)
 
 
 def send(method: Any, *arguments: Any) -> Any:
-    """Calls an actor's method; a ref to what it will return."""
+    """Calls an actor's method and returns a ref to its answer."""
     with translated():
         return method.remote(*arguments)
 
 
 def fetch(ref: Any, timeout: float | None = None) -> Any:
-    """Waits for what a ref stands for.
+    """Waits for the value of a ref and returns it.
 
     Raises:
-        FutureTimeoutError: nothing within `timeout` seconds.
-        ActorLostError: its actor is gone; `details["reason"]` says how.
-        ClusterUnavailableError: the answer was lost on the way; the actor may live.
+        FutureTimeoutError: there is no value within `timeout` seconds.
+        ActorLostError: the actor is gone; `details["reason"]` says why.
+        ClusterUnavailableError: the answer was lost on the way; the actor may still be alive.
     """
     with translated():
         return lazy_ray().get(ref, timeout=timeout)
 
 
 def kill(actor: Any) -> None:
-    """Ends an actor and frees what it holds."""
+    """Ends an actor and frees its resources; ignores errors."""
     with contextlib.suppress(Exception):
         lazy_ray().kill(actor)
 
 
 def split(refs: list[Any], wait_s: float | None = 0) -> tuple[list[Any], list[Any]]:
-    """Those refs that have answered, however, and those that have not; waits for all of them at
-    most `wait_s` seconds, None for ever."""
+    """Splits refs into answered refs and pending refs; an error is an answer.
+
+    Args:
+        wait_s: the maximum wait for all refs in seconds; None waits without a limit.
+    """
     if not refs:
         return [], []
     with translated():
@@ -84,7 +89,10 @@ def dispatch(work: Callable[[], object]) -> None:
 
 
 def ask_again(method: Any, *arguments: Any, timeout: float | None = None) -> Any:
-    """`ask` of an actor that Ray restarts, until it is back: for what may be done twice."""
+    """Calls like `ask`, and repeats the call while Ray restarts the actor.
+
+    Use this function only for methods that may run twice. It waits `_RESTART_S` for the actor.
+    """
     deadline = time.monotonic() + _RESTART_S
     while True:
         try:
@@ -96,12 +104,12 @@ def ask_again(method: Any, *arguments: Any, timeout: float | None = None) -> Any
 
 
 def restarting(error: ClusterUnavailableError) -> bool:
-    """Whether Ray said that the actor may answer again; the call was done or not."""
+    """Returns whether the actor may answer again; it is unknown whether the call was done."""
     return error.code == _RESTARTING
 
 
 def left(error: ClusterUnavailableError) -> bool:
-    """Whether this process has no cluster any more, or a dead one: to try again changes nothing."""
+    """Returns whether this process has lost its cluster for good, so that a retry cannot help."""
     return error.code == _LEFT
 
 
@@ -110,11 +118,17 @@ def left(error: ClusterUnavailableError) -> bool:
 
 @contextlib.contextmanager
 def translated() -> Iterator[None]:
-    """Ray's exceptions as ours, without their texts: those may quote arguments."""
+    """Translates Ray's exceptions to `TGTinkerError`, without their texts, which may quote data.
+
+    Raises:
+        FutureTimeoutError: the answer did not arrive within the timeout.
+        ActorLostError: the actor is gone.
+        ClusterUnavailableError: the cluster or the actor does not answer, or was left.
+    """
     if not lazy_ray().is_initialized():
         raise ClusterUnavailableError(
-            "this process has left its Ray cluster: open a new ServiceClient, and reach the run"
-            " again with get_training_client",
+            "this process has left its Ray cluster: open a new ServiceClient, and reconnect to the"
+            " run with get_training_client",
             code=_LEFT,
         )
     errors = lazy_ray().exceptions
@@ -122,24 +136,26 @@ def translated() -> Iterator[None]:
         yield
     except errors.GetTimeoutError:
         raise FutureTimeoutError(
-            "no answer within the timeout: the call goes on, ask for its result again or cancel it"
+            "no answer within the timeout: the call continues; ask again for its result, or cancel"
+            " it"
         ) from None
     except errors.ActorUnavailableError:
         if _embedded_died():
             raise ClusterUnavailableError(
                 "the Ray cluster that this program had started has died: start the program again;"
-                " get_training_client brings the run back from its last artifact",
+                " get_training_client recovers the run from its last artifact",
                 code=_LEFT,
             ) from None
         raise ClusterUnavailableError(
-            "a call to an actor, or its answer, was lost on the way, or Ray restarts it: ask again",
+            "a call to an actor or its answer was lost on the way, or Ray restarts the actor: ask"
+            " again",
             code=_RESTARTING,
         ) from None
     except errors.RayActorError as error:
         reason = _how_it_ended(error)
         raise ActorLostError(
-            f"the actor of this client is gone ({reason}): service.get_training_client(id) brings"
-            " the run back from its last artifact",
+            f"the actor of this client is gone ({reason}): service.get_training_client(id) recovers"
+            " the run from its last artifact",
             details={"reason": reason},
         ) from None
     except (errors.RayError, ConnectionError) as error:
@@ -150,7 +166,7 @@ def translated() -> Iterator[None]:
 
 
 def _embedded_died() -> bool:
-    """Of a cluster that this program has started; nobody starts a part of it again."""
+    """Returns whether a cluster that this program started has died; nothing restarts its parts."""
     node = lazy_ray()._private.worker._global_node
     ours = node.all_processes if node is not None else {}
     return any(
@@ -160,7 +176,7 @@ def _embedded_died() -> bool:
 
 
 def _how_it_ended(error: Any) -> str:
-    """One of our own phrases: Ray's text may quote arguments."""
+    """Returns the reason as one of our own phrases: Ray's text may quote arguments."""
     text = str(error).lower()
     if "node_out_of_memory" in text or "low on memory" in text:
         return "out of memory"
@@ -182,7 +198,10 @@ _work_lock = threading.Lock()
 
 
 def _dispatcher() -> queue.SimpleQueue[Callable[[], object]]:
-    """The queue of the thread that runs callbacks: not Ray's, so they may call the client."""
+    """Returns the queue of the thread that runs callbacks, and starts the thread if needed.
+
+    It is not a thread of Ray, so callbacks may call the client.
+    """
     global _work
     with _work_lock:
         if _work is None:

@@ -1,10 +1,11 @@
-"""One training batch: what a caller may pass, and the one form everything else works with.
+"""Checks a training batch and converts it into the one form that all other code uses.
 
     from tg_tinker import BatchData
     BatchData(input_ids=[[5, 6, 7], [8, 9]], labels=[[-100, 6, 7], [8, 9]])
 
-`normalise` turns it into `Example`s: ragged, unpadded, checked. It knows neither torch nor
-a tokenizer; the bounds of a model are checked by `check_bounds`.
+`normalize` turns a batch into checked `Example`s of different lengths, without padding.
+`check_bounds` compares them with the limits of a model. This module needs neither torch nor a
+tokenizer.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from tg_tinker.errors import InvalidRequestError
 
 IGNORED = -100
-"""Label of a token that carries no loss (the Hugging Face convention)."""
+"""The label of a token that does not count in the loss (the Hugging Face convention)."""
 
 FIELDS = ("input_ids", "attention_mask", "labels", "example_ids")
 Row = npt.NDArray[np.int64]
@@ -31,12 +32,14 @@ class BatchData:
     """A training batch.
 
     Args:
-        input_ids: token ids, one row per example; rows may differ in length. Lists, numpy
-            arrays or tensors.
-        attention_mask: 1 for kept tokens, 0 for padding on either side; all kept when missing.
-        labels: token ids of the same shape, -100 where no loss is wanted; shifted inside, so
-            pass them aligned with `input_ids`. The inputs themselves when missing.
-        example_ids: one string per row, naming the unit of privacy in private runs.
+        input_ids: the token ids, one row per example, as lists, numpy arrays or tensors. Rows may
+            differ in length.
+        attention_mask: 1 for a token to keep, 0 for padding at either end of a row. Without a mask
+            all tokens are kept.
+        labels: token ids of the same shape, -100 where no loss is wanted. Pass them aligned with
+            `input_ids`: they are shifted inside. Without labels the inputs are the labels.
+        example_ids: one string per row. In private runs with ``unit="id"`` it names the unit of
+            privacy.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class BatchData:
         self.example_ids = example_ids
 
     def __repr__(self) -> str:
-        """Sizes only: a batch that lands in a log must not take its tokens along."""
+        """Returns sizes only, so that a batch in a log does not show its tokens."""
         try:
             return f"BatchData({len(self)} rows, contents hidden)"
         except TypeError:
@@ -64,13 +67,13 @@ class BatchData:
 
 @dataclass(frozen=True, repr=False)
 class Example:
-    """One normalised row: T tokens, no padding.
+    """One normalized row of T tokens, without padding.
 
     Attributes:
         input_ids: int64 [T], T >= 1.
-        labels: int64 [T]; `labels[t]` is predicted from the tokens before t, so `labels[0]`
-            carries no loss.
-        example_id: the caller's name of the unit, if any.
+        labels: int64 [T]. The model predicts `labels[t]` from the tokens before t, so `labels[0]`
+            does not count in the loss.
+        example_id: the caller's name of the unit of privacy, or None.
     """
 
     input_ids: Row
@@ -81,18 +84,21 @@ class Example:
         return f"Example({len(self.input_ids)} tokens, contents hidden)"
 
     @property
-    def num_labelled(self) -> int:
+    def num_labeled(self) -> int:
         return int((self.labels[1:] != IGNORED).sum())
 
 
-def normalise(batch: BatchData | Mapping[str, Any], *, may_be_empty: bool = False) -> list[Example]:
-    """Checked, unpadded rows; masked tokens at either end are cut with their labels.
+def normalize(batch: BatchData | Mapping[str, Any], *, may_be_empty: bool = False) -> list[Example]:
+    """Returns the rows of a batch, checked and without padding.
+
+    Masked tokens at either end of a row are removed together with their labels.
 
     Args:
-        may_be_empty: a Poisson sample may hold no row at all.
+        may_be_empty: accept a batch without rows, as a Poisson sample can be.
 
     Raises:
-        InvalidRequestError: wrong shape, type or mask, naming the row and the field.
+        InvalidRequestError: a shape, a type or a mask is wrong. The message names the row and the
+            field.
     """
     fields = _fields(batch)
     rows = _rows(fields["input_ids"], "input_ids")
@@ -107,7 +113,10 @@ def normalise(batch: BatchData | Mapping[str, Any], *, may_be_empty: bool = Fals
 
 
 def from_examples(examples: Sequence[Example]) -> BatchData:
-    """The batch that `normalise` turns into these rows; their ids stay theirs."""
+    """Returns the batch that `normalize` turns into these rows, with their ids.
+
+    If a row has no id, the batch has no ids.
+    """
     names = [example.example_id for example in examples]
     return BatchData(
         input_ids=[example.input_ids for example in examples],
@@ -117,25 +126,25 @@ def from_examples(examples: Sequence[Example]) -> BatchData:
 
 
 def check_bounds(examples: Sequence[Example], vocab_size: int, context_length: int) -> None:
-    """Refuses a batch that this model cannot take or learn from.
+    """Checks that a model can take these rows and learn from them.
 
     Raises:
-        InvalidRequestError: a row longer than the context, an id outside the vocabulary, or
-            no labelled token in the whole batch.
+        InvalidRequestError: a row is longer than the context, an id is outside the vocabulary, or
+            the whole batch has no labeled token.
     """
     for i, example in enumerate(examples):
         if len(example.input_ids) > context_length:
             raise InvalidRequestError(
-                f"row {i} has {len(example.input_ids)} tokens, the context is {context_length}:"
-                " cut or split it",
+                f"row {i} has {len(example.input_ids)} tokens, but the model's context is"
+                f" {context_length}: cut or split the row",
                 details={"row": i, "tokens": len(example.input_ids), "context": context_length},
             )
         kept = example.labels[example.labels != IGNORED]
         for name, ids in (("input_ids", example.input_ids), ("labels", kept)):
             _check_vocabulary(i, name, ids, vocab_size)
-    if not any(example.num_labelled for example in examples):
+    if not any(example.num_labeled for example in examples):
         raise InvalidRequestError(
-            "no token of the batch is labelled: every label after the first of its row is -100."
+            "no token of the batch is labeled: in every row all labels after the first are -100."
             " Leave out `labels` to train on the inputs themselves"
         )
 
@@ -145,7 +154,7 @@ def _check_vocabulary(row: int, name: str, ids: Row, vocab_size: int) -> None:
     if len(outside):
         hint = " (only labels may be -100)" if name == "input_ids" else " or -100"
         raise InvalidRequestError(
-            f"{name} of row {row} holds the id {int(outside[0])}, the vocabulary is"
+            f"{name} of row {row} holds the id {int(outside[0])}, but the vocabulary is"
             f" 0..{vocab_size - 1}{hint}: use this model's tokenizer, `tc.tokenizer`",
             details={"row": row, "field": name, "vocab_size": vocab_size},
         )
@@ -154,17 +163,17 @@ def _check_vocabulary(row: int, name: str, ids: Row, vocab_size: int) -> None:
 def _fields(batch: BatchData | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(batch, BatchData):
         return {name: getattr(batch, name) for name in FIELDS}
-    # By its methods: what tokenizers return need not be registered as a mapping.
+    # Tested by its methods, because a tokenizer may return a dict that is no registered mapping.
     if not hasattr(batch, "keys"):
         raise InvalidRequestError(
-            f"a batch is a BatchData or a dict, got {type(batch).__name__}; its keys are"
+            f"a batch must be a BatchData or a dict, got {type(batch).__name__}: pass the keys"
             f" {', '.join(FIELDS)}"
         )
     unknown = sorted(str(key) for key in batch if key not in FIELDS)
     if unknown:
         raise InvalidRequestError(f"unknown batch keys {unknown}; known keys: {', '.join(FIELDS)}")
     if batch.get("input_ids") is None:
-        raise InvalidRequestError("the batch has no input_ids")
+        raise InvalidRequestError("the batch has no input_ids: pass one list of token ids per row")
     return {name: batch.get(name) for name in FIELDS}
 
 
@@ -179,7 +188,7 @@ def _row(index: int, row: Any, name: str) -> Row:
     row = row.tolist() if hasattr(row, "tolist") else row
     if isinstance(row, str) or not hasattr(row, "__len__"):
         raise InvalidRequestError(
-            f"{name} must be a list of rows; wrap a single row as [row]",
+            f"{name} must be a list of rows: wrap a single row as [row]",
             details={"field": name, "row": index},
         )
     try:
@@ -198,27 +207,29 @@ def _row(index: int, row: Any, name: str) -> Row:
 
 
 def _like(rows: list[Row], fields: dict[str, Any], name: str) -> list[Row] | None:
-    """The field as rows of the same lengths as `input_ids`, None where it was left out."""
+    """Returns a field as rows of the same lengths as `input_ids`, or None if it was left out."""
     if fields[name] is None:
         return None
     others = _rows(fields[name], name)
     if len(others) != len(rows):
-        raise InvalidRequestError(f"{name} has {len(others)} rows, input_ids has {len(rows)}")
+        raise InvalidRequestError(
+            f"{name} has {len(others)} rows, but input_ids has {len(rows)}: pass one for each"
+        )
     for i, (row, other) in enumerate(zip(rows, others, strict=True)):
         if len(row) != len(other):
             raise InvalidRequestError(
-                f"{name} of row {i} has {len(other)} entries, its input_ids {len(row)};"
-                " they must be equal",
+                f"{name} of row {i} has {len(other)} entries, but its input_ids have {len(row)}:"
+                " the lengths must be equal",
                 details={"field": name, "row": i},
             )
     return others
 
 
 def require_ids(examples: Sequence[Example]) -> None:
-    """Refuses rows without an id, where ids are the unit of privacy.
+    """Checks that every row has an id, for runs in which the id is the unit of privacy.
 
     Raises:
-        InvalidRequestError: see above.
+        InvalidRequestError: a row has no id.
     """
     if any(example.example_id is None for example in examples):
         raise InvalidRequestError(
@@ -235,7 +246,9 @@ def _example_ids(value: Any, count: int) -> list[str | None]:
     if not all(str(name).isprintable() for name in names):
         raise InvalidRequestError("example_ids must be printable text, without line breaks")
     if len(names) != count:
-        raise InvalidRequestError(f"example_ids has {len(names)} entries, input_ids {count} rows")
+        raise InvalidRequestError(
+            f"example_ids has {len(names)} entries, but input_ids has {count} rows: pass one each"
+        )
     return [str(name) for name in names]
 
 
@@ -258,7 +271,7 @@ def _kept(index: int, mask: Row) -> tuple[int, int]:
     if stop - start != len(kept):
         raise InvalidRequestError(
             f"attention_mask of row {index} has a hole: only padding at the ends can be masked."
-            " To take tokens out of the loss set their labels to -100",
+            " To leave tokens out of the loss, set their labels to -100",
             details={"row": index},
         )
     return start, stop

@@ -1,106 +1,269 @@
-"""Chats into token ids and labels, by the chat template of the model.
+"""Converts chats into token ids and labels, by the chat template of the model.
 
     from tg_tinker.data import render_prompt, to_batch
     batch = to_batch(tc.tokenizer, [{"prompt": "Capital of France?", "completion": "Paris."}])
     tc.forward_backward(batch)
     tc.sample(render_prompt(tc.tokenizer, "Capital of Spain?"))
 
-What the model should say (every assistant message, or the completion) is labelled up to and
-including the first end-of-text token; everything else has the label -100. The text is rendered
-turn by turn and each piece is tokenised on its own, so a prompt has in training the very tokens
-that it has in sampling. A tokenizer without a chat template takes prompt and completion as they
-are and ends with its end-of-text token.
+The answers (every assistant message, or the completion) are labeled up to and including the control
+token that ends them; sampling ends there, too. All other tokens have the label -100. A chat is
+rendered and tokenized as a whole. The tokens before an answer are those that `render_prompt` and
+`/v1/chat/completions` send for the same history; `ChatWarning` says where they are not. Without a
+chat template, prompt and completion are used unchanged, and the end-of-text token is appended.
 
-`tokenizer` is always a transformers tokenizer; `text` loads it and encodes prompts for sampling.
+Control tokens that a message spells out become ordinary text, so that no content ends a turn or
+opens another one.
+
+`tokenizer` is always a transformers tokenizer. `template` finds the answers in a chat, `text` turns
+texts into tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 from tg_tinker.data.batch import IGNORED, BatchData
-from tg_tinker.data.rows import Encoded, as_batch, check_row
-from tg_tinker.data.text import encode_prompt
+from tg_tinker.data.rows import (
+    Encoded,
+    Row,
+    RowOfFile,
+    as_batch,
+    check_messages,
+    check_row,
+    name_of_row,
+)
+from tg_tinker.data.template import (
+    Layout,
+    Message,
+    control_ids,
+    final_id,
+    lay_out_chat,
+    lay_out_prompt,
+    shared_length,
+)
+from tg_tinker.data.text import (
+    ChatPrompt,
+    encode_prompt,
+    tokens_divided,
+)
 from tg_tinker.errors import InvalidRequestError
 
-Message = dict[str, str]
+ControlText = Literal["text", "refuse"]
+"""What to do with a control token that a message spells out: read it as text, or refuse the row."""
+
+
+class ChatWarning(UserWarning):
+    """A chat template makes training differ from what the rows say, or from sampling."""
 
 
 def to_batch(
-    tokenizer: Any, rows: Iterable[Mapping[str, Any]], max_length: int | None = None
+    tokenizer: Any,
+    rows: Iterable[Mapping[str, Any]],
+    max_length: int | None = None,
+    control_text: ControlText = "text",
 ) -> BatchData:
-    """Rows of text as one batch: what `forward_backward` takes. See `encode_row`."""
-    return as_batch(encode_rows(tokenizer, rows, max_length))
+    """Returns rows of text as one batch for `forward_backward`. See `encode_row`."""
+    return as_batch(encode_rows(tokenizer, rows, max_length, control_text))
 
 
 def encode_rows(
-    tokenizer: Any, rows: Iterable[Mapping[str, Any]], max_length: int | None = None
+    tokenizer: Any,
+    rows: Iterable[Mapping[str, Any]],
+    max_length: int | None = None,
+    control_text: ControlText = "text",
 ) -> list[Encoded]:
-    """`encode_row` for each row; an error names the row, counted from 0."""
-    return [_encode(tokenizer, row, max_length, f"row {i}") for i, row in enumerate(rows)]
+    """Encodes each row as `encode_row` does. An error names the row, counted from 0."""
+    encoder = _Encoder(tokenizer, max_length, control_text)
+    encoded = [encoder.encode(row, f"row {i}") for i, row in enumerate(rows)]
+    encoder.warn()
+    return encoded
 
 
-def encode_row(tokenizer: Any, row: Mapping[str, Any], max_length: int | None = None) -> Encoded:
-    """(input_ids, labels) of one chat or pair; labels are -100 where no loss is wanted.
+def encode_row(
+    tokenizer: Any,
+    row: Mapping[str, Any],
+    max_length: int | None = None,
+    control_text: ControlText = "text",
+) -> Encoded:
+    """Returns (input_ids, labels) of one chat or pair; labels are -100 where no loss is wanted.
 
     Args:
-        tokenizer: the model's own, `tc.tokenizer`.
+        tokenizer: the model's own tokenizer, `tc.tokenizer`.
         row: ``{"messages": [...]}`` or ``{"prompt": ..., "completion": ...}``.
-        max_length: tokens, T; what is longer is cut at the end.
+        max_length: the maximum number of tokens; a longer row is cut at its end. None: no limit.
+        control_text: ``"text"`` reads a control token that a message spells out, such as
+            ``<|im_end|>``, as ordinary text; ``"refuse"`` refuses the row. It does not apply to
+            models without a chat template, whose prompts and completions are used unchanged.
 
     Raises:
-        InvalidRequestError: the row has another form, nothing labelled is left of it, or its
-            chat template cannot be followed turn by turn.
+        InvalidRequestError: the row has another form, the cut row has no labeled token, or the chat
+            template rejects the roles.
+
+    Warns:
+        ChatWarning: an earlier answer is not learned, since the template changes it; see
+            `split_turns`. Or the request for an answer, which sampling sends, is not part of the
+            rendered chat. Or a token of the rendered chat would span the start of an answer, and is
+            split there as in sampling.
     """
-    return _encode(tokenizer, row, max_length, "the row")
+    encoder = _Encoder(tokenizer, max_length, control_text)
+    encoded = encoder.encode(row, "the row")
+    encoder.warn()
+    return encoded
+
+
+def split_turns(row: Mapping[str, Any]) -> list[Row]:
+    """Returns a row for each answer of a chat: the messages up to it.
+
+    It serves templates that change earlier answers, which drop the reasoning of earlier turns for
+    example: `encode_row` learns only the last answer of such rows. All rows of one chat belong to
+    the same person, so give them one unit id when you train with privacy.
+    """
+    checked = check_row(row, "the row")
+    messages = checked.get("messages", [])
+    turns = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
+    split: list[Row] = [{"messages": messages[: turn + 1]} for turn in turns] or [checked]
+    return [RowOfFile(one, row.place) for one in split] if isinstance(row, RowOfFile) else split
 
 
 def render_prompt(tokenizer: Any, text: str) -> str:
-    """What to pass to `sample` to have `text` answered: rendered as a user's message."""
+    """Returns the prompt for `sample` that asks the model to answer `text`, a user's message.
+
+    With a chat template it is a `ChatPrompt`: a string that carries its tokens.
+    """
     return render_row_prompt(tokenizer, {"prompt": text, "completion": ""})
 
 
-def render_messages(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
-    """What to pass to `sample` to have the last of these messages answered.
+def render_messages(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> ChatPrompt:
+    """Returns the prompt for `sample` that asks the model to answer the last of these messages.
 
     Raises:
-        InvalidRequestError: the model has no chat template, or it refuses these roles.
+        InvalidRequestError: the model has no chat template, or the template rejects these roles.
     """
-    if tokenizer.chat_template is None:
-        raise InvalidRequestError(
-            "this model has no chat template: use completions, with a prompt of your own form"
-        )
-    try:
-        text: str = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-        )
-    except Exception as error:  # whatever the template raises: its text could quote a message
-        raise InvalidRequestError(
-            f"the model's chat template refuses these messages ({type(error).__name__}): check the"
-            " order of the roles"
-        ) from None
-    return text
+    layout = lay_out_prompt(tokenizer, check_messages(messages, "the chat"), "the chat")
+    ids, _, _ = _tokens(tokenizer, layout, "the chat")
+    return ChatPrompt(layout.text, ids)
 
 
 def render_row_prompt(tokenizer: Any, row: Mapping[str, Any]) -> str:
-    """What to pass to `sample` to have the model give its first answer of this row."""
+    """Returns the prompt for `sample` that asks the model for the first answer of this row."""
     checked = check_row(row, "the row")
     if tokenizer.chat_template is None and "prompt" in checked:
         return str(checked["prompt"])
-    return next(_exchanges(tokenizer, _messages(checked), "the row"))[0]
+    messages = _messages(checked)
+    return render_messages(tokenizer, messages[: _first_answer(messages, "the row")])
 
 
-def _encode(tokenizer: Any, row: Mapping[str, Any], max_length: int | None, where: str) -> Encoded:
-    checked = check_row(row, where)
-    if tokenizer.chat_template is None:
-        encoded = _encode_pair(tokenizer, checked, where)
-    else:
-        encoded = _encode_chat(tokenizer, _messages(checked), where)
-    return _cut(encoded, max_length, where)
+class _Encoder:
+    """An encoder of many rows, which warns once for all of them."""
+
+    def __init__(self, tokenizer: Any, max_length: int | None, control_text: ControlText) -> None:
+        self._tokenizer, self._max_length, self._control_text = tokenizer, max_length, control_text
+        self._warnings: dict[str, None] = {}
+
+    def warn(self) -> None:
+        for message in self._warnings:
+            warnings.warn(message, ChatWarning, stacklevel=3)
+
+    def encode(self, row: Mapping[str, Any], where: str) -> Encoded:
+        where = name_of_row(row, where)
+        checked = check_row(row, where)
+        if self._tokenizer.chat_template is None:
+            encoded = self._encode_pair(checked, where)
+        else:
+            encoded = self._encode_chat(_messages(checked), where)
+        return _cut(encoded, self._max_length, where)
+
+    def _encode_chat(self, messages: list[Message], where: str) -> Encoded:
+        _first_answer(messages, where)
+        layout = lay_out_chat(self._tokenizer, messages, where)
+        if layout.cuts and self._control_text == "refuse":
+            raise InvalidRequestError(
+                f"{where} has a message that spells out a control token of this model: remove it,"
+                ' or pass control_text="text"'
+            )
+        ids, at, spanned = _tokens(self._tokenizer, layout, where)
+        labels = [IGNORED] * len(ids)
+        for answer in layout.answers:
+            start = at[answer.start]
+            stop = at[answer.stop] if answer.ended else self._stop(layout, ids, answer.stop)
+            labels[start:stop] = ids[start:stop]
+        end = final_id(self._tokenizer)
+        if end is not None and not layout.answers[-1].ended:
+            # The template does not end its last answer: the model must learn that it ends.
+            ids.append(end)
+            labels.append(end)
+        self._warnings |= dict.fromkeys(_noteworthy(layout, spanned))
+        return ids, labels
+
+    def _stop(self, layout: Layout, ids: list[int], offset: int) -> int:
+        """Returns the number of tokens before an offset, without one that spans it."""
+        starts, cuts = (
+            [place for place in places if place <= offset]
+            for places in (layout.starts, layout.cuts)
+        )
+        controls = [place for place in layout.controls if place < offset]
+        until, _, _ = tokens_divided(self._tokenizer, layout.text[:offset], starts, cuts, controls)
+        return shared_length(ids, until)
+
+    def _encode_pair(self, row: Row, where: str) -> Encoded:
+        """Encodes a pair without a chat template: prompt, completion, end-of-text token."""
+        tokenizer = self._tokenizer
+        if "messages" in row or tokenizer.eos_token_id is None:
+            lacks = "chat template" if "messages" in row else "end-of-text token"
+            raise InvalidRequestError(
+                f"{where}: this model's tokenizer has no {lacks}: pass "
+                + ("prompt and completion" if "messages" in row else "input_ids in a BatchData")
+            )
+        prompt = row["prompt"]
+        asked = encode_prompt(tokenizer, prompt)
+        ids, at, spanned = tokens_divided(tokenizer, prompt + row["completion"], [len(prompt)])
+        answer = [*ids[at[len(prompt)] :], tokenizer.eos_token_id]
+        if spanned:
+            self._warnings[_SPANNED] = None
+        return asked + answer, [IGNORED] * len(asked) + answer
 
 
-def _messages(row: dict[str, Any]) -> list[Message]:
+def _tokens(tokenizer: Any, layout: Layout, where: str) -> tuple[list[int], dict[int, int], bool]:
+    """Returns what `tokens_divided` does for a chat.
+
+    Raises:
+        InvalidRequestError: the tokenizer reads a control token that the template did not write.
+    """
+    ended = [answer.stop for answer in layout.answers if answer.ended]
+    found = tokens_divided(
+        tokenizer, layout.text, [*layout.starts, *ended], layout.cuts, layout.controls
+    )
+    controls = control_ids(tokenizer)
+    if sum(index in controls for index in found[0]) > len(layout.controls):
+        raise InvalidRequestError(
+            f"{where} has text that the tokenizer reads as a control token of this model: remove it"
+        )
+    return found
+
+
+_CHANGED = (
+    "the chat template changes an earlier answer of some rows once the chat goes on (many drop its"
+    " reasoning), so those answers are not learned: make a row of each answer by"
+    " tg_tinker.data.split_turns"
+)
+_UNLIKE = (
+    "the chat template requests an answer by text that it does not write before the answers of some"
+    " rows (such as <think>), so sampling sends text that training has not seen: write that text"
+    " at the beginning of the answers, or use a template without it"
+)
+_SPANNED = (
+    "in some rows a token would span the start of the answer: it is split there, as in sampling"
+)
+
+
+def _noteworthy(layout: Layout, spanned: bool) -> Iterable[str]:
+    found = {_CHANGED: layout.changed, _UNLIKE: layout.unlike_prompt, _SPANNED: spanned}
+    return [message for message, holds in found.items() if holds]
+
+
+def _messages(row: Row) -> list[Message]:
     if "messages" in row:
         return list(row["messages"])
     return [
@@ -109,91 +272,30 @@ def _messages(row: dict[str, Any]) -> list[Message]:
     ]
 
 
-def _encode_chat(tokenizer: Any, messages: list[Message], where: str) -> Encoded:
-    ids: list[int] = []
-    labels: list[int] = []
-    for prompt, answer in _exchanges(tokenizer, messages, where):
-        asked = _tokens(tokenizer, prompt) if ids else encode_prompt(tokenizer, prompt)
-        answered = _tokens(tokenizer, answer)
-        ids += asked + answered
-        labels += _masked(asked) + _labels(answered, tokenizer.eos_token_id)
-    return ids, labels
+def _first_answer(messages: Sequence[Message], where: str) -> int:
+    """Returns the number of the first assistant message.
 
-
-def _encode_pair(tokenizer: Any, row: dict[str, Any], where: str) -> Encoded:
-    """Without a template: the prompt as sampling encodes it, the completion, end of text."""
-    if "messages" in row or tokenizer.eos_token_id is None:
-        lacks = "chat template" if "messages" in row else "end-of-text token"
+    Raises:
+        InvalidRequestError: there is none, or it is the first message.
+    """
+    first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
+    if first is None:
         raise InvalidRequestError(
-            f"{where}: this model's tokenizer has no {lacks}; pass "
-            + ("prompt and completion" if "messages" in row else "input_ids in a BatchData")
+            f"{where} has no assistant message: add the answer that the model must learn"
         )
-    prompt = encode_prompt(tokenizer, row["prompt"])
-    answer = [*_tokens(tokenizer, row["completion"]), tokenizer.eos_token_id]
-    return prompt + answer, _masked(prompt) + answer
-
-
-def _exchanges(tokenizer: Any, messages: list[Message], where: str) -> Iterator[tuple[str, str]]:
-    """Per assistant message: the text since the last one, and the text of the answer."""
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
-        raise InvalidRequestError(f"{where} has no assistant message: there is nothing to learn")
-    if turns[0] == 0:
+    if first == 0:
         raise InvalidRequestError(
-            f"{where} begins with an assistant message: put what it answers before it"
+            f"{where} begins with an assistant message: put the message that it answers before it"
         )
-    done = ""
-    for turn in turns:
-        prefix = _render(tokenizer, messages[:turn], True, where)
-        full = _render(tokenizer, messages[: turn + 1], False, where)
-        if not (prefix.startswith(done) and full.startswith(prefix)):
-            raise InvalidRequestError(_REWRITES.format(where=where, turn=turn))
-        yield prefix[len(done) :], full[len(prefix) :]
-        done = full
-
-
-_REWRITES = (
-    "{where}: up to message {turn} the chat template rewrites earlier turns or the prompt that it"
-    " gives to sampling, so no labels fit both; use prompt/completion rows of one exchange each,"
-    " or pass input_ids and labels of your own in a BatchData"
-)
-
-
-def _render(tokenizer: Any, messages: list[Message], prompt: bool, where: str) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    except TemplateError:
-        pass  # The template's own message may quote the chat.
-    else:
-        return str(text)
-    raise InvalidRequestError(
-        f"{where}: the model's chat template refuses these roles; most want user and assistant in"
-        " turn, some no system message"
-    )
-
-
-def _tokens(tokenizer: Any, piece: str) -> list[int]:
-    return list(tokenizer(piece, add_special_tokens=False)["input_ids"])
-
-
-def _masked(tokens: Sequence[int]) -> list[int]:
-    return [IGNORED] * len(tokens)
-
-
-def _labels(tokens: list[int], eos: int | None) -> list[int]:
-    """The tokens themselves up to and including the first end of text, masked after it."""
-    end = tokens.index(eos) + 1 if eos is not None and eos in tokens else len(tokens)
-    return tokens[:end] + _masked(tokens[end:])
+    return first
 
 
 def _cut(encoded: Encoded, max_length: int | None, where: str) -> Encoded:
     ids, labels = encoded[0][:max_length], encoded[1][:max_length]
-    # The first token of a row is predicted from nothing, so its label carries no loss.
+    # No token comes before the first token of a row, so its label does not count in the loss.
     if all(label == IGNORED for label in labels[1:]):
         raise InvalidRequestError(
-            f"{where} has {len(encoded[0])} tokens and nothing labelled within max_length"
+            f"{where} has {len(encoded[0])} tokens, but none is labeled within max_length"
             f" {max_length}: raise max_length, shorten the prompt or leave the row out",
             details={"tokens": len(encoded[0]), "max_length": max_length},
         )

@@ -1,32 +1,35 @@
-"""A LoRA adapter in a directory as PEFT writes it: JSON and safetensors, never a pickle.
+"""Reads a LoRA adapter from a directory that PEFT wrote: JSON and safetensors, never a pickle.
 
-Here is checked what needs no model; that the tensors are those of a run on the model, the actor
-checks (`actors.artifacts.adapters`).
+This module makes the checks that need no model. `actors.artifacts.adapters` then checks that the
+tensors are those of a run on the model.
 """
 
 from __future__ import annotations
 
 import json
-import stat
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tg_tinker.config import LoRAConfig
 from tg_tinker.errors import InvalidRequestError, NotFoundError, StorageError
+from tg_tinker.storage.files import opened_regular
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MOST_CONFIG_BYTES, MOST_WEIGHT_BYTES = 2**20, 2**30
+MOST_KEYS, MOST_LEVELS = 200, 8
+"""The maximum number of keys of each object in the config, and of objects and lists in another."""
 
 
 @dataclass(frozen=True, repr=False)
 class PeftFiles:
-    """What the directory holds.
+    """The contents of an adapter's directory.
 
     Attributes:
         config: the whole `adapter_config.json`.
-        lora: the part of it that shapes the tensors.
-        weights: `adapter_model.safetensors`, not looked into yet.
+        lora: the settings in `config` that determine the names and shapes of the tensors.
+        weights: the bytes of `adapter_model.safetensors`, not parsed yet.
     """
 
     config: dict[str, Any]
@@ -35,17 +38,17 @@ class PeftFiles:
 
     @classmethod
     def read(cls, directory: Path) -> PeftFiles:
-        """The adapter of a directory.
+        """Returns the adapter in a directory.
 
         Raises:
-            NotFoundError: there is no such directory, or a file is missing.
-            InvalidRequestError: a pickle, a file that is too large, or no LoRA adapter that
-                `LoRAConfig` can describe.
+            NotFoundError: the directory or a file does not exist.
+            InvalidRequestError: the weights are a pickle, a file is too large, or the adapter is
+                none that `LoRAConfig` can describe.
             StorageError: a file cannot be read.
         """
         if (directory / "adapter_model.bin").exists() and not (directory / WEIGHTS).exists():
             raise InvalidRequestError(
-                "adapter_model.bin is a pickle, which may run code when it is read: where you trust"
+                "adapter_model.bin is a pickle, which may run code when it is read: if you trust"
                 " it, load it with PEFT and save_pretrained(path, safe_serialization=True)"
             )
         config = _config(_content(directory / CONFIG, MOST_CONFIG_BYTES))
@@ -55,14 +58,9 @@ class PeftFiles:
 
 def _content(path: Path, most: int) -> bytes:
     try:
-        state = path.stat()
-        if not stat.S_ISREG(state.st_mode):
-            raise InvalidRequestError(f"{path.name} is no plain file: nothing of it was read")
-        if (size := state.st_size) > most:
-            raise InvalidRequestError(
-                f"{path.name} has {size} bytes, at most {most} are imported: is it an adapter?"
-            )
-        return path.read_bytes()
+        with opened_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(most + 1) if size <= most else b""
     except (FileNotFoundError, NotADirectoryError):
         raise NotFoundError(
             f"{path} does not exist: name the directory that PEFT's save_pretrained wrote, with"
@@ -70,21 +68,39 @@ def _content(path: Path, most: int) -> bytes:
         ) from None
     except OSError as error:
         raise StorageError(f"cannot read {path} ({error.strerror})") from None
+    if max(size, len(content)) > most:
+        raise InvalidRequestError(
+            f"{path.name} has {max(size, len(content))} bytes, more than the {most} that can be"
+            " imported: check that it is an adapter"
+        )
+    return content
 
 
 def _config(content: bytes) -> dict[str, Any]:
     try:
         found = json.loads(content, object_pairs_hook=_once_each)
     except _TwiceError:
-        raise InvalidRequestError(f"{CONFIG} says one name twice: leave one of them") from None
+        raise InvalidRequestError(f"{CONFIG} has one key twice: remove one of the two") from None
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or found.get("peft_type") != "LORA":
         raise InvalidRequestError(
-            f"{CONFIG} is not of a LoRA adapter: its peft_type must be LORA, others are not trained"
-            " here"
+            f"{CONFIG} is not from a LoRA adapter: peft_type must be LORA, the only type that"
+            " TG-Tinker trains"
+        )
+    if not _is_bounded(found):
+        raise InvalidRequestError(
+            f"{CONFIG} has more than {MOST_KEYS} keys, or more than {MOST_LEVELS} levels: check"
+            " that PEFT wrote it"
         )
     return found
+
+
+def _is_bounded(value: Any, levels: int = MOST_LEVELS) -> bool:
+    """Returns whether a JSON value is small enough to be compared and repeated in messages."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    keys = len(value) if isinstance(value, dict) else 0
+    return levels > 0 and keys <= MOST_KEYS and all(_is_bounded(one, levels - 1) for one in inside)
 
 
 class _TwiceError(ValueError):
@@ -92,7 +108,10 @@ class _TwiceError(ValueError):
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of a name that is there twice, PEFT would take one value and a reader see the other."""
+    """Returns the pairs as a dict; rejects a repeated key.
+
+    PEFT would use one value of a repeated key, and a person might read the other.
+    """
     found = dict(pairs)
     if len(found) != len(pairs):
         raise _TwiceError
@@ -100,10 +119,15 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _lora(config: dict[str, Any]) -> LoRAConfig:
-    """The run that would train it; whether the rest of the file agrees, the actor compares."""
+    """Returns the `LoRAConfig` of a run that would train this adapter.
+
+    The actor compares the rest of the file with that run.
+    """
     missing = sorted({"r", "lora_alpha", "lora_dropout", "target_modules", "bias"} - config.keys())
     if missing:
-        raise InvalidRequestError(f"{CONFIG} does not say {missing[0]}: PEFT writes it")
+        raise InvalidRequestError(
+            f"{CONFIG} has no {missing[0]}: save the adapter again with PEFT, which writes it"
+        )
     targets = config["target_modules"]
     if isinstance(targets, str):
         raise InvalidRequestError(
@@ -111,7 +135,7 @@ def _lora(config: dict[str, Any]) -> LoRAConfig:
         )
     for name in ("r", "lora_alpha", "lora_dropout"):
         if isinstance(config[name], bool) or not isinstance(config[name], int | float):
-            raise InvalidRequestError(f"{CONFIG} has no number as {name}")
+            raise InvalidRequestError(f"{name} in {CONFIG} must be a number")
     return LoRAConfig(
         rank=config["r"],
         alpha=config["lora_alpha"],

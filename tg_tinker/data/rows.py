@@ -1,12 +1,12 @@
-"""Rows of text from a file, and endless shuffled batches of encoded rows.
+"""Reads rows of text from a file, and makes endless shuffled batches of encoded rows.
 
     rows = read_rows("chats.jsonl")
     training, held_out = split_rows(rows, held_out=48, seed=0)
 
 A row is a chat, ``{"messages": [{"role": "user", "content": "..."}, ...]}``, or a pair,
-``{"prompt": "...", "completion": "..."}``; other columns of a file are left out. This module is
-the only one of the SDK that knows pyarrow. Turning text into tokens is the work of `chat`.
-Errors name files, rows and keys, never what stands in them.
+``{"prompt": "...", "completion": "..."}``. Other columns of a file are ignored. `chat` turns the
+text into tokens. In the SDK, only this module imports pyarrow. Errors name files, rows and keys,
+never their contents.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from typing import Any, TypeVar
 
 from tg_tinker.data.batch import BatchData
 from tg_tinker.errors import InvalidRequestError, NotFoundError
+from tg_tinker.texts import check_text
 
 FORMS = (("messages",), ("prompt", "completion"))
-"""The keys of a chat and of a pair. A row holds all keys of exactly one of them."""
+"""The keys of a chat and of a pair. A row has all keys of exactly one of these two forms."""
 
 Row = dict[str, Any]
+_UNNAMED = "the row"
 Encoded = tuple[list[int], list[int]]
-"""Token ids of one row and its labels, of equal length."""
+"""The token ids of one row and its labels, of equal length."""
 
 _ACCEPTED = 'a row is {"messages": [{"role", "content"}, ...]} or {"prompt", "completion"}'
 _COLUMNS = [key for form in FORMS for key in form]
@@ -34,12 +36,13 @@ _T = TypeVar("_T")
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """All rows of a `.jsonl` or `.parquet` file, checked.
+    """Returns all rows of a `.jsonl` or `.parquet` file, checked, as `RowOfFile`s.
 
     Raises:
-        NotFoundError: there is no such file.
-        InvalidRequestError: another extension, a broken file, or a row of another form, named by
-            its line (JSONL, from 1) or its index (Parquet, from 0).
+        NotFoundError: the file does not exist.
+        InvalidRequestError: the file has another extension, is damaged or holds no row, or a row
+            has another form. The message names the row by its line (JSONL, from 1) or its index
+            (Parquet, from 0).
     """
     path = Path(path)
     if not path.is_file():
@@ -50,58 +53,97 @@ def read_rows(path: str | Path) -> list[Row]:
             f"{path} ends in {path.suffix!r}: pass a .jsonl file (one JSON object per line) or a"
             " .parquet file"
         )
-    rows = [check_row(row, where) for where, row in readers[path.suffix.lower()](path)]
+    found = readers[path.suffix.lower()](path)
+    rows: list[Row] = [RowOfFile(check_row(row, where), where) for where, row in found]
     if not rows:
-        raise InvalidRequestError(f"{path} has no rows; {_ACCEPTED}")
+        raise InvalidRequestError(f"{path} has no rows: {_ACCEPTED}")
     return rows
 
 
-def check_row(row: object, where: str) -> Row:
-    """The row with the keys of its form and nothing else.
+class RowOfFile(Row):
+    """A row that knows its place, such as ``line 2 of chats.jsonl``, for later errors.
+
+    It is equal to a plain dict with the same keys and values.
+    """
+
+    __slots__ = ("place",)
+
+    def __init__(self, row: Row, place: str) -> None:
+        super().__init__(row)
+        self.place = place
+
+
+def name_of_row(row: object, name: str = _UNNAMED) -> str:
+    """Returns how an error names a row: by its place in a file too, if it comes from one.
 
     Args:
-        row: what was read.
-        where: how an error should call it, such as ``row 3``.
+        name: a name such as ``row 3``. A name that has the place already is returned unchanged.
     """
+    if not isinstance(row, RowOfFile) or name.startswith(row.place):
+        return name
+    return row.place if name == _UNNAMED else f"{row.place} ({name})"
+
+
+def check_row(row: object, where: str) -> Row:
+    """Returns the row with only the keys of its form.
+
+    Args:
+        row: the object that was read.
+        where: the name of the row in error messages, such as ``row 3``; see `name_of_row`.
+
+    Raises:
+        InvalidRequestError: the row is no chat and no pair, is both, or a text of it is no valid
+            text.
+    """
+    where = name_of_row(row, where)
     if not isinstance(row, Mapping):
-        raise InvalidRequestError(f"{where} is not an object; {_ACCEPTED}")
+        raise InvalidRequestError(f"{where} is not an object: {_ACCEPTED}")
     forms = [form for form in FORMS if all(row.get(key) is not None for key in form)]
     if len(forms) != 1:
         found = "both forms" if forms else "neither form"
-        raise InvalidRequestError(f"{where} has {found}; {_ACCEPTED}")
+        raise InvalidRequestError(f"{where} has {found}: {_ACCEPTED}")
     if forms[0] == ("messages",):
-        return {"messages": _check_messages(row["messages"], where)}
+        return {"messages": check_messages(row["messages"], where)}
     if not all(isinstance(row[key], str) for key in forms[0]):
         raise InvalidRequestError(f"{where}: prompt and completion must be strings")
-    return {key: row[key] for key in forms[0]}
+    return {key: check_text(row[key], f"the {key} of {where}") for key in forms[0]}
 
 
 def split_rows(rows: Sequence[_T], held_out: int, seed: int) -> tuple[list[_T], list[_T]]:
-    """(training rows, held-out rows): a random split that only `seed` and the length decide."""
+    """Returns (training rows, held-out rows), a random split.
+
+    The split depends only on `seed` and on the numbers of rows.
+
+    Raises:
+        InvalidRequestError: `held_out` is negative or leaves no row for training.
+    """
     if not 0 <= held_out < len(rows):
         raise InvalidRequestError(
-            f"cannot hold out {held_out} of {len(rows)} rows: at least one must be left to train"
-            " on; pass more rows or hold out fewer"
+            f"cannot hold out {held_out} of {len(rows)} rows: at least one row must be left for"
+            " training. Pass more rows or hold out fewer"
         )
     order = _shuffled(len(rows), _generator(seed))
     return [rows[i] for i in order[held_out:]], [rows[i] for i in order[:held_out]]
 
 
 def make_batches(encoded: Sequence[Encoded], batch_size: int, seed: int) -> Iterator[BatchData]:
-    """Endless batches of exactly `batch_size` rows; equal seeds give equal batches.
+    """Yields batches of exactly `batch_size` rows without end; equal seeds give equal batches.
 
-    Every epoch uses each row once, in a new order. What an epoch leaves over goes into the next
-    one's first batch.
+    Every epoch uses each row once, in a new order. Rows that an epoch leaves over go into the
+    first batch of the next epoch.
+
+    Raises:
+        InvalidRequestError: there are no rows, or `batch_size` is below 1.
     """
     if not encoded:
-        raise InvalidRequestError("no rows to make batches of: pass at least one")
+        raise InvalidRequestError("no rows to make batches from: pass at least one row")
     if batch_size < 1:
         raise InvalidRequestError(f"batch_size must be at least 1, got {batch_size}")
     return _batches(encoded, batch_size, _generator(seed))
 
 
 def as_batch(encoded: Sequence[Encoded]) -> BatchData:
-    """Encoded rows, ragged, as one batch."""
+    """Returns encoded rows as one batch, without padding."""
     return BatchData(
         input_ids=[ids for ids, _ in encoded], labels=[labels for _, labels in encoded]
     )
@@ -125,12 +167,12 @@ def _generator(seed: int) -> random.Random:
 
 
 def _shuffled(count: int, generator: random.Random) -> list[int]:
-    # `random()` is the one method that Python promises to repeat across versions.
+    # Python promises equal values in all its versions for `random()`, but not for `shuffle()`.
     keys = [generator.random() for _ in range(count)]
     return sorted(range(count), key=keys.__getitem__)
 
 
-def _check_messages(messages: object, where: str) -> list[dict[str, str]]:
+def check_messages(messages: object, where: str) -> list[dict[str, str]]:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise InvalidRequestError(f"{where}: messages must be a list with at least one message")
     return [
@@ -140,15 +182,16 @@ def _check_messages(messages: object, where: str) -> list[dict[str, str]]:
 
 def _check_message(message: object, where: str) -> dict[str, str]:
     if not isinstance(message, Mapping):
-        raise InvalidRequestError(f'{where} is not an object; pass {{"role", "content"}}')
-    # Dropping a filled key, such as a tool call, would train on another conversation.
+        raise InvalidRequestError(f'{where} is not an object: pass {{"role", "content"}}')
+    # Without a filled key, such as a tool call, the row would be another conversation.
     filled = {key for key, value in message.items() if value is not None}
     strings = all(isinstance(message.get(key), str) for key in ("role", "content"))
     if filled != {"role", "content"} or not strings:
         raise InvalidRequestError(
-            f'{where} must have the keys "role" and "content", both strings, and no other'
+            f'{where} must have the keys "role" and "content", both strings, and no other key'
         )
-    return {"role": message["role"], "content": message["content"]}
+    keys = ("role", "content")
+    return {key: check_text(message[key], f"the {key} of {where}") for key in keys}
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, object]]:
@@ -163,20 +206,44 @@ def _parse(line: bytes, where: str) -> object:
     try:
         value: object = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):
-        pass  # The parser's error carries the line: it must not become the context of ours.
+        pass  # raised below: the parser's error holds the line and must not become our context
     else:
         return value
-    raise InvalidRequestError(f"{where} is not valid JSON in UTF-8; {_ACCEPTED}")
+    raise InvalidRequestError(f"{where} is not valid JSON in UTF-8: {_ACCEPTED}")
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
-    rows = (row for batch in _load_parquet(path).to_batches(1024) for row in batch.to_pylist())
-    for index, row in enumerate(rows):
-        yield f"row {index} of {path}", row
+    begun = 0
+    for batch in _load_parquet(path).to_batches(1024):
+        for index, row in enumerate(_decoded(batch, begun, path), begun):
+            yield f"row {index} of {path}", row
+        begun += batch.num_rows
+
+
+def _decoded(batch: Any, begun: int, path: Path) -> list[Row]:
+    """Returns the rows of a batch of pyarrow; their numbers start at `begun`."""
+    try:
+        rows: list[Row] = batch.to_pylist()
+    except UnicodeDecodeError:
+        pass  # raised below: this error holds the text and must not become our context
+    else:
+        return rows
+    bad = begun + next(i for i in range(batch.num_rows) if not _is_text(batch.slice(i, 1)))
+    raise InvalidRequestError(
+        f"row {bad} of {path} has a text that is not UTF-8: write the file again with valid strings"
+    )
+
+
+def _is_text(batch: Any) -> bool:
+    try:
+        batch.to_pylist()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _load_parquet(path: Path) -> Any:
-    """The columns of a row, as a pyarrow table."""
+    """Returns the columns that a row may have, as a pyarrow table."""
     import pyarrow
     from pyarrow import parquet
 
@@ -187,5 +254,5 @@ def _load_parquet(path: Path) -> Any:
     except (pyarrow.ArrowException, OSError):
         raise InvalidRequestError(f"{path} is not a readable Parquet file") from None
     if not columns:
-        raise InvalidRequestError(f"{path} has none of the columns of a row; {_ACCEPTED}")
+        raise InvalidRequestError(f"{path} has none of the columns of a row: {_ACCEPTED}")
     return table

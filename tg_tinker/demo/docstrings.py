@@ -1,12 +1,13 @@
-"""The demo's text: question/answer pairs from the docstrings of Python's standard library.
+"""Makes the demo's text: question/answer pairs from the docstrings of Python's standard library.
 
     >>> from tg_tinker.demo.docstrings import docstring_rows
     >>> docstring_rows()[0].keys()
     dict_keys(['prompt', 'completion'])
 
-Some 4,000 pairs, the same on every machine with the same Python version. The sources are parsed,
-never imported, so nothing of them runs. Left out are packages that distributors split off (such
-as tkinter), tests, private names, and every answer that an earlier pair already gives.
+There are about 4,000 pairs, the same on every machine with the same Python version. The sources are
+parsed and never imported, so none of their code runs. The text leaves out packages that
+distributors split off (such as tkinter), tests, private names, and every answer that an earlier
+pair already gives.
 """
 
 from __future__ import annotations
@@ -21,26 +22,26 @@ from pathlib import Path
 from tg_tinker.errors import NotFoundError
 
 MIN_CHARS, MAX_CHARS = 20, 400
-"""Length of an answer; longer first paragraphs teach too little per second of a demo."""
+"""The bounds of an answer's length. Longer answers take a demo more time than they teach."""
 
 _SPLIT_OFF = {
     "distutils", "ensurepip", "idlelib", "lib2to3", "test", "tkinter", "turtle", "turtledemo",
     "venv",
 }  # fmt: skip
 _PUBLIC_NAMES = {"_pydecimal": "decimal", "_pyio": "io", "_collections_abc": "collections.abc"}
-"""Modules whose sources stand under a private name."""
+"""The public names of modules whose sources have a private name."""
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def docstring_rows(library: Path | None = None) -> list[dict[str, str]]:
-    """``{"prompt", "completion"}`` rows in the order of their module names and sources.
+    """Returns ``{"prompt", "completion"}`` rows, ordered by module name and position in the source.
 
     Args:
-        library: folder with the sources; that of the running Python when None.
+        library: the folder with the sources; None means the library of the running Python.
 
     Raises:
-        NotFoundError: this Python comes without the sources of its library.
+        NotFoundError: this Python has no sources of its library.
     """
     root = library or Path(sysconfig.get_path("stdlib"))
     names: dict[str, str] = {}
@@ -52,8 +53,8 @@ def docstring_rows(library: Path | None = None) -> list[dict[str, str]]:
                 answers.add(answer)
     if not names:
         raise NotFoundError(
-            "this Python has no library sources to make the demo's text from: pass a file of your"
-            " own with --data"
+            "this Python has no library sources, from which the demo makes its text: pass your own"
+            " file with --data"
         )
     return [_row(name, answer) for name, answer in names.items()]
 
@@ -63,7 +64,7 @@ def _row(name: str, answer: str) -> dict[str, str]:
 
 
 def _modules(root: Path) -> Iterator[tuple[str, Path]]:
-    """(dotted public name, source file) of each module, in order."""
+    """Yields (dotted public name, source file) of each module, in order."""
     for top in sorted(sys.stdlib_module_names - _SPLIT_OFF):
         files = [root / f"{top}.py", *sorted((root / top).rglob("*.py"))]
         for path in files:
@@ -73,7 +74,10 @@ def _modules(root: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _dotted_name(path: Path) -> str | None:
-    """`xml/dom/__init__.py` is `xml.dom`; None for private modules and tests."""
+    """Returns the dotted name of a module: `xml/dom/__init__.py` is `xml.dom`.
+
+    Returns None for private modules and tests.
+    """
     parts = [_PUBLIC_NAMES.get(part, part) for part in path.with_suffix("").parts]
     parts = parts[:-1] if parts[-1] == "__init__" else parts
     hidden = any(part.startswith("_") or part in ("test", "tests") for part in parts)
@@ -81,7 +85,7 @@ def _dotted_name(path: Path) -> str | None:
 
 
 def _documented(path: Path) -> Iterator[tuple[str, str]]:
-    """(qualified name, answer) of each public definition with a fitting docstring."""
+    """Yields (qualified name, answer) of each public definition with a fitting docstring."""
     for name, node in _definitions(ast.parse(path.read_bytes()), ""):
         paragraph = (ast.get_docstring(node) or "").split("\n\n")[0]
         answer = " ".join(inspect.cleandoc(paragraph).split())
@@ -90,7 +94,7 @@ def _documented(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _definitions(node: ast.AST, prefix: str) -> Iterator[tuple[str, Definition]]:
-    """Public classes, functions and methods, also those under `if` and `try`, in order."""
+    """Yields public classes, functions and methods in order, also those under `if` and `try`."""
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, Definition):
             if isinstance(child, ast.stmt | ast.ExceptHandler):

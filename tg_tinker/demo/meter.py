@@ -1,4 +1,4 @@
-"""Progress of the demo's training, as it is shown and as it is written down."""
+"""Shows the progress of the demo's training, and defines the record of a step."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-_MOST_LINES = 10  # steps between progress lines where the output is no terminal
+_MOST_LINES = 10  # maximum steps between two progress lines if the output is not a terminal
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One finished step.
+    """The record of one finished step.
 
     Attributes:
-        loss: mean of the step's rows in nats per token; NaN if no row was drawn.
-        seconds: wall time.
-        epsilon: of the data set after this step; None without privacy.
+        loss: the mean over the step's rows in nats per token; NaN if no row was drawn.
+        seconds: the wall time of the step in seconds.
+        epsilon: the epsilon spent from the dataset after this step; None without privacy.
     """
 
     step: int
@@ -29,7 +29,7 @@ class StepRecord:
 
 
 class Meter:
-    """Progress of training: a live bar on a terminal, a line now and then elsewhere."""
+    """The progress of training: a live bar on a terminal, else a line every few steps."""
 
     def __init__(self, console: Console, total: int, budget: float | None) -> None:
         self._console, self._total, self._budget = console, total, budget

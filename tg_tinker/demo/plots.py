@@ -1,4 +1,7 @@
-"""Pictures of a training run and of an audit. The only door to matplotlib, never to a screen."""
+"""Draws pictures of a training run and of an audit into files.
+
+Only this module imports matplotlib. It opens no window.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tg_tinker.errors import NotFoundError
+from tg_tinker.storage.files import new_file
 
 WINDOW = 10
-"""Steps in the moving average of a long run; a short one has a quarter of its own."""
+"""The steps in the moving average of a long run. For a short run it is a quarter of its steps."""
 
 _STEP, _AVERAGE, _BEFORE, _AFTER, _TEXT = "#a9c4e4", "#1f5fa8", "#8a8f98", "#2a8a4a", "#2b2f36"
 _SPENT = "#b4541a"
@@ -19,10 +23,12 @@ _WRONG = "#c0272d"
 
 
 def check_available() -> None:
-    """Raises `NotFoundError` where matplotlib is not installed, before hours of training."""
+    """Raises `NotFoundError` if matplotlib is not installed. Call it before hours of training."""
     if importlib.util.find_spec("matplotlib") is None:
         raise NotFoundError(
-            "the plot needs matplotlib: pip install 'tg-tinker[demo]'", details={"extra": "demo"}
+            "the plot needs matplotlib: install the extra 'demo' (in a clone: pip install -e"
+            " '.[demo]')",
+            details={"extra": "demo"},
         )
 
 
@@ -35,17 +41,20 @@ def plot_training(
     epsilons: Sequence[float] = (),
     budget: float | None = None,
 ) -> Path:
-    """Writes training loss per step, its moving average and held-out loss before and after.
+    """Writes a plot of the training loss, its moving average, and the held-out losses.
 
     Args:
         history: (step, loss in nats per token) of each step, in order; may be empty. The loss
             of a step without rows is NaN and leaves a gap.
-        held_out_before: loss on rows never trained on, before the first of these steps.
-        held_out_after: the same after the last.
-        path: the PNG to write or overwrite.
+        held_out_before: the loss on held-out rows before the first of these steps.
+        held_out_after: the loss on held-out rows after the last of these steps.
+        path: the PNG file to write or overwrite.
         model: a short name for the title.
-        epsilons: of a private run, spent after each step; drawn against an axis of their own.
-        budget: the epsilon that may be spent.
+        epsilons: for a private run, the epsilon spent after each step. It has its own axis.
+        budget: the epsilon that may be spent; None draws no budget.
+
+    Returns:
+        The path of the PNG file.
     """
     figure = _figure()
     axes = figure.add_subplot()
@@ -56,8 +65,7 @@ def plot_training(
     if epsilons:
         _draw_epsilons(axes, history, epsilons, budget)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=_TEXT)
-    figure.savefig(path)
-    return Path(path)
+    return _saved(figure, Path(path))
 
 
 def plot_audit(
@@ -70,16 +78,19 @@ def plot_audit(
     verdict: str,
     path: str | Path,
 ) -> Path:
-    """Writes the scores of an audit's canaries as the claim predicts them and as they came.
+    """Writes a plot of the scores of an audit's canaries, measured and as the claim predicts them.
 
     Args:
-        scores_in: of the canaries that were in the step, in units of C; may be empty.
-        scores_out: of those that were not.
-        sigma: the noise multiplier that the claim rests on.
-        claimed: epsilon of one step, as claimed.
-        bound: epsilon at least, by the attacker's right guesses.
-        verdict: the title.
-        path: the PNG to write or overwrite.
+        scores_in: the scores of the canaries that were in the step, in units of C; may be empty.
+        scores_out: the scores of the canaries that were not in the step; may be empty.
+        sigma: the noise multiplier of the claim.
+        claimed: the claimed epsilon of one step.
+        bound: the lower bound of epsilon that the attacker's correct guesses prove.
+        verdict: the verdict for the title.
+        path: the PNG file to write or overwrite.
+
+    Returns:
+        The path of the PNG file.
     """
     figure = _figure()
     upper, lower = figure.subplots(2, 1, height_ratios=[6, 1])
@@ -87,8 +98,13 @@ def plot_audit(
     _draw_bound(lower, bound, claimed)
     _title(upper, f"Privacy audit: {verdict}")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, labelcolor=_TEXT)
-    figure.savefig(path)
-    return Path(path)
+    return _saved(figure, Path(path))
+
+
+def _saved(figure: Any, path: Path) -> Path:
+    with new_file(path, replace=True) as file:
+        figure.savefig(file, format="png")
+    return path
 
 
 def _figure() -> Any:
@@ -104,9 +120,9 @@ def _figure() -> Any:
 
 
 def moving_average(losses: Sequence[float], window: int = WINDOW) -> list[float]:
-    """Mean over the `window` values around each place, over those there are near the ends.
+    """Returns the mean over the `window` values around each position, over fewer near the ends.
 
-    A NaN counts as not there; the mean of none is NaN.
+    NaN values are left out. A mean over no value is NaN.
     """
     half = window // 2
     spans = [losses[max(0, i - half) : i + window - half] for i in range(len(losses))]
@@ -119,7 +135,7 @@ def _draw_training(axes: Any, history: Sequence[tuple[int, float]]) -> None:
     style = {"linewidth": 1.0, "marker": ".", "markersize": 3.0}
     axes.plot(steps, losses, color=_STEP, label="training loss of each step", **style)
     window = max(3, min(WINDOW, len(losses) // 4))
-    label = f"training loss, mean of {window} steps around"
+    label = f"training loss, moving average of {window} steps"
     axes.plot(steps, moving_average(losses, window), color=_AVERAGE, linewidth=2.4, label=label)
 
 
@@ -127,19 +143,19 @@ def _draw_held_out(
     axes: Any, history: Sequence[tuple[int, float]], before: float, after: float
 ) -> None:
     first, last = (history[0][0] - 1, history[-1][0]) if history else (0, 0)
-    for step, loss, colour, when in (
+    for step, loss, color, when in (
         (first, before, _BEFORE, "before"),
         (last, after, _AFTER, "after"),
     ):
-        axes.axhline(loss, color=colour, linewidth=1.0, linestyle=(0, (5, 4)), zorder=1)
+        axes.axhline(loss, color=color, linewidth=1.0, linestyle=(0, (5, 4)), zorder=1)
         label = f"held-out loss {when} training: {loss:.3f}"
-        axes.plot([step], [loss], "o", color=colour, markersize=8, zorder=4, label=label)
+        axes.plot([step], [loss], "o", color=color, markersize=8, zorder=4, label=label)
 
 
 def _draw_epsilons(
     axes: Any, history: Sequence[tuple[int, float]], epsilons: Sequence[float], budget: float | None
 ) -> None:
-    """Privacy spent, as stairs from the first step's start to the last step's end."""
+    """Draws the privacy spent as stairs over all steps."""
     steps = [history[0][0] - 1, *(step for step, _ in history)]
     before = 0.0 if steps[0] == 0 else epsilons[0]
     right = axes.twinx()
@@ -152,7 +168,7 @@ def _draw_epsilons(
     right.tick_params(colors=_SPENT)
     right.spines[["top", "left"]].set_visible(False)
     right.spines["right"].set_color(_SPENT)
-    axes.set_zorder(right.get_zorder() + 1)  # losses above, and visible through
+    axes.set_zorder(right.get_zorder() + 1)  # the losses lie above the stairs
     axes.patch.set_visible(False)
 
 
@@ -181,24 +197,27 @@ def _plain(axes: Any) -> None:
 def _draw_scores(
     axes: Any, scores_in: Sequence[float], scores_out: Sequence[float], sigma: float
 ) -> None:
-    """Both histograms on one set of bins, as wide as all scores or 4 sigma, and the claim."""
+    """Draws both histograms and the curves of the claim over the same bins.
+
+    The bins span all scores, and at least 4 sigma around both means.
+    """
     scores = [*scores_in, *scores_out]
     low, high = min([-4 * sigma, *scores]), max([1 + 4 * sigma, *scores])
     bins = [low + (high - low) * place / 60 for place in range(61)]
     line = [low + (high - low) * place / 600 for place in range(601)]
-    for values, mean, colour, where in (
+    for values, mean, color, where in (
         (scores_out, 0.0, _BEFORE, "out of"),
         (scores_in, 1.0, _AVERAGE, "in"),
     ):
         if values:
             label = f"{len(values)} canaries {where} the step"
-            axes.hist(values, bins, density=True, color=colour, alpha=0.35, label=label)
+            axes.hist(values, bins, density=True, color=color, alpha=0.35, label=label)
         bell = [
             math.exp(-(((x - mean) / sigma) ** 2) / 2) / (sigma * math.sqrt(2 * math.pi))
             for x in line
         ]
-        axes.plot(line, bell, color=colour, linewidth=2.0, label=f"as claimed, {where} the step")
-    axes.set_xlabel("score: what was released along the canary, in units of C", color=_TEXT)
+        axes.plot(line, bell, color=color, linewidth=2.0, label=f"as claimed, {where} the step")
+    axes.set_xlabel("score: released value along the canary, in units of C", color=_TEXT)
     axes.set_ylabel("density", color=_TEXT)
     axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
     axes.margins(x=0)
@@ -206,10 +225,10 @@ def _draw_scores(
 
 
 def _draw_bound(axes: Any, bound: float, claimed: float) -> None:
-    """The epsilon that the guesses prove, as a bar, and the claim that it must not pass."""
-    colour = _AFTER if bound <= claimed else _WRONG
+    """Draws the epsilon that the guesses prove as a bar, and the claim that it must not exceed."""
+    color = _AFTER if bound <= claimed else _WRONG
     axes.barh(
-        [0], [bound], color=colour, height=0.6, label=f"epsilon at least {bound:.2f} (95 % sure)"
+        [0], [bound], color=color, height=0.6, label=f"epsilon at least {bound:.2f} (95 % sure)"
     )
     axes.axvline(claimed, color=_TEXT, linewidth=2.5, label=f"epsilon claimed: {claimed:g}")
     axes.set_xlim(0, 1.25 * max(bound, claimed))

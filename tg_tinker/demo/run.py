@@ -1,10 +1,11 @@
-"""Runs `tg-tinker demo`: a real, private fine-tune, start to finish, by the public API.
+"""Runs `tg-tinker demo`: a real, private fine-tune from start to finish, by the public API.
 
-`Demo.run` is the whole story and a template for a training loop of your own. Every run is
-private and has a data set, so a privacy budget, of its own; `no_privacy` trains on the same rows
-without. Ctrl-C at any moment takes back the calls that are queued, saves a checkpoint and says
-how to go on; a second Ctrl-C leaves without one. What it trains by is in `options`, its text in
-`docstrings`, what came of it is shown and written by `outcome`; the service does all training.
+`Demo.run` shows all steps, and is a template for your own training loop. Every run is private and
+has its own dataset, and so its own privacy budget. `no_privacy` trains on the same rows without
+privacy. Ctrl-C at any moment cancels the queued calls, saves a checkpoint and prints the command
+that continues. A second Ctrl-C exits without a checkpoint. `options` makes the configuration,
+`docstrings` makes the text, and `outcome` prints and writes the results. The service does all
+training.
 """
 
 from __future__ import annotations
@@ -50,22 +51,22 @@ from tg_tinker.types import (
 )
 
 HELD_OUT = 48
-"""Rows kept for measuring; a fifth of a smaller file."""
+"""The maximum number of rows that are held out. A small file holds out a fifth of its rows."""
 
 SHOWN = 3
-"""Held-out rows whose completions are shown."""
+"""The number of held-out rows whose answers are shown."""
 
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
+"""The exit status after Ctrl-C, the same as in shells."""
 
-_FEW = 10  # rows per expected row of a step, below which noise drowns what is learned
+_FEW = 10  # with fewer rows per expected row of a step, noise hides what the model learns
 _ANSWER_TOKENS = 40
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class DemoData:
-    """Encoded rows to train on and to measure by, and the rows whose answers are shown."""
+    """Encoded rows for training and for held-out loss, and the rows whose answers are shown."""
 
     training: list[Encoded]
     held_out: list[Encoded]
@@ -82,9 +83,9 @@ def run_demo(
 
     Args:
         options: see `DemoOptions`.
-        console: where to write; the terminal when None.
-        connect: makes the service.
-        program: how the user calls this program, for the commands it suggests.
+        console: the console to print to; the terminal if None.
+        connect: returns the service.
+        program: the name by which the user calls this program, for suggested commands.
     """
     console = console or Console()
     try:
@@ -139,11 +140,11 @@ class Demo:
         outcome.show_next(self._console, self._program)
 
     def leave(self) -> None:
-        """Takes back what is queued, saves, and says how to go on."""
-        self._console.print("\n[bold]Stopping.[/] Ctrl-C again leaves without a checkpoint.")
+        """Cancels queued calls, saves a checkpoint, and prints the command that continues."""
+        self._console.print("\n[bold]Stopping.[/] Ctrl-C again exits without a checkpoint.")
         try:
             if self._client is not None:
-                # Newest first: a step must not run on half of its gradients.
+                # The newest call first, so that no step runs on half of its gradients.
                 for handle in reversed(self._in_flight):
                     handle.cancel()
                 self._artifact_id = self._save_state(self._client).artifact_id
@@ -152,19 +153,22 @@ class Demo:
         if self._artifact_id is None:
             self._console.print("Nothing was trained yet.")
         else:
-            self._console.print(f"Checkpoint: [bold]{self._artifact_id}[/]. Go on with")
+            self._console.print(f"Checkpoint: [bold]{self._artifact_id}[/]. Continue with")
             command = resume_command(self._options, self._artifact_id, self._program)
             show_command(self._console, command)
 
     # --- the parts of `run`, in order --------------------------------------------------------
 
     def _begin(self, rows: Sequence[Row]) -> tuple[TrainingClient, DemoData]:
-        """A client and its data. A new private run states its size, so it is encoded before."""
+        """Returns a client and its data.
+
+        A new private run must state the number of its rows, so they are encoded before.
+        """
         if self._options.no_privacy or self._artifact_id is not None:
             client = self._client = self._open(self._artifact_id)
             data = self._encode(client, rows)
         else:
-            with self._create(self._config) as reader:  # trains nothing: it has the tokenizer
+            with self._create(self._config) as reader:  # trains nothing, only for its tokenizer
                 data = self._encode(reader, rows)
             self._config = private_config(self._config, self._options, len(data.training))
             client = self._client = self._open(None)
@@ -175,10 +179,10 @@ class Demo:
         return client, data
 
     def _open(self, artifact_id: str | None) -> TrainingClient:
-        """A new run, or one that goes on from an artifact.
+        """Returns a client of a new run, or of a run that continues from an artifact.
 
-        What was trained privately goes on in its own run only, which has the budget; anything
-        else in a new run, by the options of this one.
+        A private artifact continues in its own run, which has the budget. Without privacy, a new
+        run with the present options starts from the artifact.
         """
         if artifact_id is not None and not self._options.no_privacy:
             return self._take_up(artifact_id)
@@ -198,8 +202,8 @@ class Demo:
         if not client.config.private:
             client.close()
             raise InvalidRequestError(
-                f"{artifact_id} was trained without privacy, which no later step can add: go on"
-                " with --no-privacy, or start anew without --resume"
+                f"{artifact_id} was trained without privacy, and no later step can add it: continue"
+                " with --no-privacy, or start a new run without --resume"
             )
         self._load(client, artifact_id)
         return client
@@ -216,23 +220,24 @@ class Demo:
         dataset = loaded.metadata.get("dataset_id")
         if dataset is not None:
             raise InvalidRequestError(
-                f"{artifact_id} was trained privately on data set {dataset}; steps without privacy"
-                " would void that. Leave out --no-privacy to go on, or --resume to start anew"
+                f"{artifact_id} was trained privately on dataset {dataset}, and steps without"
+                " privacy would void its guarantee: leave out --no-privacy to continue, or --resume"
+                " to start a new run"
             )
 
     def _explain(self, privacy: PrivacyInfo, num_rows: int) -> None:
-        """The contract of the run, in the words of someone who reads it for the first time."""
+        """Prints the contract of the run, in words for a first-time reader."""
         self._console.print(
             f"[bold]Private[/]: epsilon {privacy.target_epsilon:g} at delta {privacy.delta:g} for"
-            f" each of {num_rows:,} rows. The server draws about {privacy.expected_batch} of them"
-            f" for a step, cuts each one's gradient to length {privacy.max_grad_norm:g} and adds"
-            f" noise of {privacy.noise_multiplier:.3g} times that; the budget pays for"
-            f" {privacy.limit} steps.\n"
+            f" each of {num_rows:,} rows. For each step the server draws about"
+            f" {privacy.expected_batch} rows, clips each row's gradient to norm"
+            f" {privacy.max_grad_norm:g} and adds noise of {privacy.noise_multiplier:.3g} times"
+            f" this norm. The budget pays for {privacy.limit} steps.\n"
         )
         if num_rows < _FEW * privacy.expected_batch:
             self._console.print(
-                "So few rows are hard to learn from privately: the same noise hides any one of"
-                " them, whether there are a hundred or a million. Expect little.\n",
+                "So few rows are hard to learn from privately: the noise must hide any single row,"
+                " and is the same for a hundred rows as for a million. Expect little progress.\n",
                 style="yellow",
             )
 
@@ -240,7 +245,7 @@ class Demo:
         with self._console.status(f"encoding {len(rows):,} rows"):
             encoded, rows = self._encode_usable(client.tokenizer, rows)
             pairs = list(zip(encoded, rows, strict=True))
-        if not self._options.no_privacy:  # a distinct row is what privacy protects
+        if not self._options.no_privacy:  # the unit of privacy is a distinct row
             pairs = list({tuple(pair[0][0]): pair for pair in reversed(pairs)}.values())[::-1]
         held_out = min(HELD_OUT, max(1, len(pairs) // 5))
         training, kept = split_rows(pairs, held_out, self._options.seed)
@@ -256,16 +261,17 @@ class Demo:
     def _encode_usable(
         self, tokenizer: Any, rows: Sequence[Row]
     ) -> tuple[list[Encoded], list[Row]]:
-        """Rows of which something labelled is left within `max_length`; the others are counted."""
+        """Returns the rows that have a labeled token within `max_length`, encoded and as they are.
+
+        Prints how many other rows were left out, and why.
+        """
         encoded, kept, problem = [], [], None
         for index, row in enumerate(rows):
             try:
                 encoded.append(encode_row(tokenizer, row, self._options.max_length))
                 kept.append(row)
             except InvalidRequestError as error:
-                problem = (
-                    problem or f"row {index} {error.message.removeprefix('the row').lstrip(': ')}"
-                )
+                problem = problem or error.message.replace("the row", f"row {index}", 1)
         if problem is not None:
             self._console.print(
                 Text(f"Left out {len(rows) - len(kept)} of {len(rows)} rows; {problem}"),
@@ -276,7 +282,7 @@ class Demo:
         return encoded, kept
 
     def _evaluate(self, client: TrainingClient, rows: Sequence[Encoded], when: str) -> float:
-        """Mean loss per labelled token over rows that were not trained on."""
+        """Returns and prints the mean loss per labeled token over held-out rows."""
         with self._console.status(f"measuring held-out loss {when}"):
             loss = self._mean_loss(client, rows)
         self._console.print(f"Held-out loss {when}: [bold]{loss:.4f}[/] nats per token")
@@ -289,11 +295,11 @@ class Demo:
         handles = [self._send_batch(client, as_batch(part)) for part in parts]
         client.train()
         losses = [self._wait(handle).loss for handle in handles]
-        weights = [sum(_num_labelled(row) for row in part) for part in parts]
+        weights = [sum(_num_labeled(row) for row in part) for part in parts]
         return sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
 
     def _complete(self, client: TrainingClient, rows: Sequence[Row], when: str) -> None:
-        """Shows what the model answers now, with its earlier answers and the held-out rows'."""
+        """Prints the model's present answers, its earlier answers, and the held-out rows."""
         prompts = [render_row_prompt(client.tokenizer, row) for row in rows]
         with self._console.status(f"sampling {when}"):
             result = client.sample(prompts, max_tokens=_ANSWER_TOKENS, temperature=0.0)
@@ -301,7 +307,10 @@ class Demo:
         self._answers.show(self._console, rows)
 
     def _train(self, client: TrainingClient, rows: Sequence[Encoded]) -> list[StepRecord]:
-        """Trains up to the wanted step, showing loss, epsilon, speed and time left."""
+        """Trains up to the wanted step and returns the records of the steps.
+
+        Shows loss, epsilon, speed and time left.
+        """
         history: list[StepRecord] = []
         first = client.step
         wanted = max(0, self._options.steps - first)
@@ -316,16 +325,20 @@ class Demo:
         return history
 
     def _batches(self, client: TrainingClient, rows: Sequence[Encoded]) -> Iterator[BatchData]:
-        """What this client still has to train on: the server's draws, or shuffled epochs."""
+        """Returns the batches that remain for this client.
+
+        In a private run these are the server's draws, else shuffled epochs.
+        """
         if client.config.private:
             return client.poisson_batches(as_batch(rows))
         batches = make_batches(rows, self._options.batch_size, self._options.seed)
         return islice(batches, client.step, None)
 
     def _steps(self, client: TrainingClient, batches: Iterator[BatchData]) -> Iterator[StepRecord]:
-        """Steps in order; each is sent before the last is waited for, so the actor never idles.
+        """Yields the records of steps in order.
 
-        A drawn batch is there only once the step before it is done: then there is no queue.
+        Sends each step before it waits for the previous one, so that the actor never idles. In a
+        private run the server draws a batch only after the previous step, so there is no queue.
         """
         last, started = None, time.perf_counter()
         for batch in batches:
@@ -365,13 +378,13 @@ class Demo:
         return client.save_state(metadata=notes)
 
     def _end(self, client: TrainingClient) -> int:
-        """The last step. Only the checkpoint is left: a GPU is free for the next client."""
+        """Closes the client and returns its last step. Its GPU is free for the next client."""
         step, self._client = client.step, None
         client.close()
         return step
 
     def _check_resume(self, step: int, saved: SaveStateResult, loss: float, data: DemoData) -> None:
-        """A new client takes up the checkpoint, is found equal, and takes one more step."""
+        """Resumes the checkpoint in a new client, compares the two, and takes one more step."""
         with self._open(saved.artifact_id) as client:
             resumed_step, resumed_loss = client.step, self._mean_loss(client, data.held_out)
             if step != resumed_step or not math.isclose(loss, resumed_loss, rel_tol=1e-5):
@@ -387,9 +400,11 @@ class Demo:
         )
 
     def _report_privacy(self, client: TrainingClient) -> None:
-        """What the finished run cost, from the ledger, which is verified here."""
+        """Prints the privacy that the finished run has spent, from its ledger, verified here."""
         if not client.config.private:
-            self._console.print("Trained without privacy: nothing bounds what it remembers.\n")
+            self._console.print(
+                "Trained without privacy: nothing limits what the model remembers.\n"
+            )
             return
         report = self._service.privacy_report(dataset_of(client.config))
         show_privacy(self._console, report, client.id)
@@ -418,11 +433,11 @@ class Demo:
 
 def _one_more(record: StepRecord | None) -> str:
     if record is None:
-        return "The privacy budget pays for no step more."
+        return "The privacy budget pays for no further step."
     spent = "" if record.epsilon is None else f", epsilon {record.epsilon:.2f}"
     return f"Step {record.step} from there: loss {record.loss:.4f}{spent}."
 
 
-def _num_labelled(row: Encoded) -> int:
-    """Labels that count in the loss: the first token of a row is predicted from nothing."""
+def _num_labeled(row: Encoded) -> int:
+    """Returns the number of labels that count in the loss: not that of a row's first token."""
     return sum(label != IGNORED for label in row[1][1:])

@@ -1,13 +1,14 @@
-"""What a tenant can verify: the rules of ledgers and of the audit log, as pure functions.
+"""Holds the rules that a tenant can verify: those of ledgers and of the audit log.
 
-- entries.py: entries of a ledger: form, hash and place.
-- ledger.py: the ledger of a data set, a hash-chained list, and the rules that it obeys.
-- audit_log.py: the audit log of a tenant: rows, chain and signed heads.
-- heads.py: signed heads of ledgers.
-- files.py: exports of the audit log, and heads that somebody keeps.
+- entries.py: entries of a ledger: format, hash and position.
+- ledger.py: the ledger of a dataset, a hash-chained list, and its rules.
+- audit_log.py: the audit log of a tenant: rows, chain and verification.
+- heads.py: signed heads of audit logs and ledgers.
+- successions.py: how a signing key follows another, and which key is in force at a row.
+- files.py: exports of the audit log, and files with kept heads.
 - accounting.py: epsilon of Gaussian mechanisms in closed form.
-- report.py: what privacy looks like from outside: report and certificate.
+- report.py: the privacy of runs and datasets: values, report and certificate.
 
-It imports values and `tg_tinker.storage`, so that an auditor needs no cluster. Who writes records,
-and in which transaction, is left to `actors.registry`.
+The package imports value modules and `tg_tinker.storage`, so an auditor needs no cluster.
+`actors.registry` decides who writes records, and in which transaction.
 """

@@ -1,14 +1,13 @@
-"""Epsilon of Gaussian mechanisms in closed form: pure arithmetic, so that anyone can check it.
+"""Computes epsilon of Gaussian mechanisms in closed form, by arithmetic that anyone can check.
 
     >>> round(gaussian_epsilon(mu=1.0, delta=1e-5), 3)      # one use at sigma = 1
     4.377
     >>> round(gaussian_epsilon(mu=2**0.5, delta=1e-5), 3)   # two uses
     6.573
 
-Throughout, sigma is the noise's standard deviation over the L2 bound C of one unit, and mu is
-C times the square root of the uses over that standard deviation: k uses at sigma have
-mu = sqrt(k) / sigma, and uses at several sigmas have mu^2 = the sum of 1 / sigma^2.
-Numerical accountants (prv, pld) are in `actors.privacy.accountants`.
+In this module sigma is the standard deviation of the noise divided by C, the L2 bound of one unit.
+k uses at one sigma have mu = sqrt(k) / sigma. Uses at several sigmas have mu^2 = the sum of
+1 / sigma^2. The numerical accountants (prv, pld) are in `actors.privacy.accountants`.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from collections.abc import Callable
 from functools import lru_cache
 
 MAX_ORDER = 512
-"""Largest Renyi order tried; larger ones matter for epsilons below 0.01 only."""
+"""The largest Renyi order that is tried; larger orders matter only for epsilons below 0.01."""
 
 SIGMA_RANGE = (1e-4, 1e6)
-"""Noise multipliers for which all of this is far from overflow and from rounding to nothing."""
+"""The noise multipliers for which these formulas neither overflow nor round to zero."""
 
 _SQRT2 = math.sqrt(2.0)
 
 
 def gaussian_delta(mu: float, epsilon: float) -> float:
-    """The exact delta at which a Gaussian mechanism is (epsilon, delta)-private.
+    """Returns the exact delta at which a Gaussian mechanism is (epsilon, delta)-private.
 
     Balle and Wang 2018, arXiv:1805.06530, Theorem 8.
     """
@@ -38,7 +37,10 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """The smallest epsilon at this delta, rounded up in the twelfth digit; 0 for mu = 0."""
+    """Returns the smallest epsilon at this delta, rounded up in the twelfth digit.
+
+    Returns 0 if mu is 0, or so small that (0, delta)-privacy holds.
+    """
     if mu == 0 or gaussian_delta(mu, 0.0) <= delta:
         return 0.0
     if math.isinf(mu):
@@ -47,16 +49,20 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 def gaussian_mu(epsilon: float, delta: float) -> float:
-    """The largest mu that an (epsilon, delta) budget pays for, rounded down."""
+    """Returns the largest mu that an (epsilon, delta) budget pays for, rounded down.
+
+    Returns infinity if epsilon is infinite.
+    """
     if math.isinf(epsilon):
         return math.inf
     return 1 / _smallest(lambda sigma: gaussian_delta(1 / sigma, epsilon) <= delta)
 
 
 def subsampled_gaussian_epsilon(sigma: float, rate: float, delta: float) -> float:
-    """The exact epsilon of one Gaussian step on a Poisson sample.
+    """Returns the exact epsilon of one Gaussian step on a Poisson sample.
 
-    Balle, Barthe and Gaboardi 2018, arXiv:1807.01647, Theorem 8. More steps cost at least this.
+    Balle, Barthe and Gaboardi 2018, arXiv:1807.01647, Theorem 8. Several steps cost at least as
+    much.
     """
     unsampled = gaussian_epsilon(1 / sigma, min(1.0, delta / rate))
     if unsampled > 700:  # rate * exp(unsampled), which would overflow
@@ -66,14 +72,15 @@ def subsampled_gaussian_epsilon(sigma: float, rate: float, delta: float) -> floa
 
 @lru_cache(maxsize=4096)
 def subsampled_gaussian_rdp(sigma: float, rate: float, order: int) -> float:
-    """Renyi divergence of one Gaussian step on a Poisson sample, at an integer order >= 2.
+    """Returns the Renyi divergence of one Gaussian step on a Poisson sample, at an integer order.
 
-    Mironov, Talwar and Zhang 2019, arXiv:1908.10530, section 3.3. A unit takes part with
-    probability `rate`; without it the step sees a null example in its place.
+    The order must be 2 or more. Mironov, Talwar and Zhang 2019, arXiv:1908.10530, section 3.3. A
+    unit takes part with probability `rate`. In the neighboring dataset a null example takes the
+    place of the unit.
     """
     if rate >= 1:
         return order / (2 * sigma**2)
-    # The sum of the plain binomial is 1 and taken out: what is left loses no digits.
+    # The plain binomial terms add up to 1. Leaving this 1 out keeps all digits of the rest.
     terms = [
         _log_binomial(order, k)
         + (order - k) * math.log1p(-rate)
@@ -87,7 +94,7 @@ def subsampled_gaussian_rdp(sigma: float, rate: float, order: int) -> float:
 
 
 def rdp_epsilon(rdp: float, order: float, delta: float) -> float:
-    """Epsilon of a mechanism whose Renyi divergence at `order` is `rdp`.
+    """Returns epsilon of a mechanism whose Renyi divergence at `order` is `rdp`.
 
     Canonne, Kamath and Steinke 2020, arXiv:2004.00010, Proposition 12.
     """
@@ -98,7 +105,7 @@ def rdp_epsilon(rdp: float, order: float, delta: float) -> float:
 
 
 def filter_order(epsilon: float, delta: float) -> int:
-    """The order at which a Renyi filter lets a budget pay for the most Gaussian noise."""
+    """Returns the order at which a Renyi filter lets a budget pay for the largest mu."""
     reference = min(epsilon, 1e3)
 
     def paid(order: int) -> float:  # mu^2 that fits
@@ -108,7 +115,7 @@ def filter_order(epsilon: float, delta: float) -> int:
 
 
 def largest_count(fits: Callable[[int], bool], limit: int = 10_000_000) -> int:
-    """The largest n for which a monotone test holds, 0 if it fails at 1, at most `limit`."""
+    """Returns the largest n up to `limit` for which a monotone test holds; 0 if it fails at 1."""
     if limit < 1 or not fits(1):
         return 0
     low, high = 1, 2
@@ -122,16 +129,20 @@ def largest_count(fits: Callable[[int], bool], limit: int = 10_000_000) -> int:
 
 
 def smallest_sigma(fits: Callable[[float], bool]) -> float:
-    """The smallest noise multiplier for which a monotone test holds, rounded up to 4 digits.
+    """Returns the smallest noise multiplier for which a monotone test holds.
 
-    Infinite if the test holds for none.
+    The result is rounded up to 4 significant digits. It is infinite if the test holds for no
+    noise multiplier.
     """
     raw = _smallest(fits, relative=1e-4)
     return raw if math.isinf(raw) else _rounded_up(raw)
 
 
 def _smallest(holds: Callable[[float], bool], relative: float = 1e-12) -> float:
-    """The smallest positive number for which a monotone test holds, from above."""
+    """Returns the smallest positive number for which a monotone test holds, rounded up.
+
+    Returns infinity if the test fails for every number up to about 1e12.
+    """
     low, high = 0.0, 1.0
     while not holds(high):
         low, high = high, 2 * high
@@ -161,7 +172,10 @@ def _normal_cdf(x: float) -> float:
 
 
 def _log_normal_cdf(x: float) -> float:
-    """Also where the value itself underflows: Mills' ratio bounds it from below there."""
+    """Returns the log of the normal CDF at x.
+
+    Below -35, before the CDF underflows, the result is a lower bound from Mills' ratio.
+    """
     if x > -35:
         return math.log(_normal_cdf(x))
     return -x * x / 2 - math.log(-x * math.sqrt(2 * math.pi)) + math.log1p(-1 / (x * x))

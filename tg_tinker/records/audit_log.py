@@ -1,23 +1,24 @@
-"""The audit log of a tenant: an append-only, hash-chained list of rows, and its signed heads.
+"""Defines the audit log of a tenant: an append-only, hash-chained list of rows.
 
     head = verify(rows, known=[kept])     # raises IntegrityError at the first row that breaks
     head.check(public_key)                # a signed head, from the holder of the signing key
 
-Pure rules: no database, no clock, no key. The registry stores what `chained` returns, in the
-transaction of what it records; anyone who holds an exported log verifies it with the very same
-code. `docs/audit-log.md` has the format to the byte.
+These are pure rules: no database, no clock, no key. The registry stores the row that `chained`
+returns in the same transaction as the event that the row records. Anyone who holds an exported log
+verifies it with the same code. `docs/audit-log.md` describes every byte of the format.
 
-A row is a JSON object of the fields of `AuditRow`; `hash` is SHA-256 over its canonical JSON
-(keys sorted, no spaces, ASCII) without `hash`. A row in any other notation is refused, so there is
-one text for one row. `details` is flat: it holds ids, numbers and HMACs, never content.
+A row is a JSON object of the fields of `AuditRow`. Its `hash` is SHA-256 over its canonical JSON
+(keys sorted, no spaces, ASCII) without `hash`. Rows in any other notation are refused, so each row
+has exactly one text. `details` is flat: it holds ids, numbers and HMACs, never content.
 
-What a chain proves is relative to a head that somebody kept: rows up to it are those which the
-head was made of. Without one it proves only that the rows fit each other.
+The proof of a chain is relative to a head that somebody kept: the rows up to that head are the rows
+from which the head was made. Without a kept head the chain proves only that its rows fit together.
 
-An operator whose newest database is lost may go on from an older copy. A row `registry.accept`
-then names the heads of what was lost (`accepted_by`): who operates the service lets them be, who
-kept one in other hands is refused and told of the row. Rows need no key, so this one is signed:
-who can write to the database cannot let an older copy pass.
+An operator who has lost the newest database may continue from an older copy. A `registry.accept`
+row then names the heads whose rows are lost, see `accepted_by`. Verification accepts this loss for
+heads that the operator keeps. For a head that somebody else kept, verification fails and names
+the row. A row needs no key, except that this row is signed: write access to the database is not
+enough to make an older copy pass.
 """
 
 from __future__ import annotations
@@ -31,35 +32,37 @@ from typing import Any
 
 from tg_tinker.errors import IntegrityError
 from tg_tinker.records.heads import AuditHead
+from tg_tinker.records.successions import SUCCEED, Signers, Succession
 from tg_tinker.storage.envelope import check_signature, sign
 
 GENESIS = "0" * 64
-"""`previous` of the first row, which has `seq` 1."""
+"""The value of `previous` in the first row, which has `seq` 1."""
 
 ACCEPT = "registry.accept"
-"""The event of a row that accepts an older copy of the database."""
+"""The event of a row by which the operator accepts an older copy of the database."""
 
 _ACCEPT_DOMAIN = b"tg-tinker registry accept v1\n"
 _ROW = ("seq", "time", "tenant", "who", "event", "subject", "outcome", "details", "previous")
+_HASH_KEY, _PREVIOUS_KEY = ',"hash":"', ',"previous":"'
 _HASH = re.compile(r"[0-9a-f]{64}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}\+00:00", re.ASCII)
 
 
 @dataclass(frozen=True)
 class AuditRow:
-    """One event.
+    """One row of an audit log, the record of one event.
 
     Attributes:
-        seq: 1, 2, 3, ... within the tenant.
-        time: UTC, ISO 8601 with microseconds, by the registry's clock.
-        tenant: whose log it is.
-        who: `sdk`, `RUN@EPOCH`, `api-key ID`, or `anyone` where no key was asked for.
-        event: such as `artifact.save`; `docs/audit-log.md` lists them.
-        subject: the run, artifact, data set or key that it is about.
-        outcome: `ok`, or the code of the error that refused it.
-        details: names to texts and whole numbers.
-        previous: `hash` of the row before; `GENESIS` in the first.
-        hash: SHA-256 of all of the above, hex.
+        seq: the number of the row within the tenant's log: 1, 2, 3, ...
+        time: the registry's time, UTC, ISO 8601 with microseconds.
+        tenant: the tenant that owns the log.
+        who: `sdk`, `RUN@EPOCH`, `api-key ID`, or `anyone` where no key was required.
+        event: the name of the event, such as `artifact.save`; `docs/audit-log.md` lists them.
+        subject: the run, artifact, dataset or key that the event is about.
+        outcome: `ok`, or the code of the error that refused the event.
+        details: texts and whole numbers by name.
+        previous: the `hash` of the row before; `GENESIS` in the first row.
+        hash: SHA-256 of all fields above, in hex.
     """
 
     seq: int
@@ -75,11 +78,11 @@ class AuditRow:
 
     @classmethod
     def parse(cls, line: str) -> AuditRow:
-        """The row that this line is.
+        """Returns the row that a line holds.
 
         Raises:
-            IntegrityError: unknown, missing or repeated keys, another type, nesting, or another
-                notation than the canonical one.
+            IntegrityError: keys are unknown, missing or repeated, a value has another type or is
+                nested, or the notation is not the canonical one.
         """
         values = _object(line, (*_ROW, "hash"), "a row of an audit log")
         if not _sound(values):
@@ -90,12 +93,12 @@ class AuditRow:
         return row
 
     def line(self) -> str:
-        """Canonical JSON, without a line end."""
+        """Returns the row as canonical JSON, without a line end."""
         return _canonical(vars(self))
 
 
 def empty(tenant: str) -> AuditHead:
-    """The head of a log without rows: where each begins."""
+    """Returns the head of a log without rows, from which every log begins."""
     return AuditHead(tenant, 0, GENESIS, "")
 
 
@@ -103,7 +106,7 @@ def chained(
     last: AuditRow | None, *, time: str, tenant: str, who: str, event: str, subject: str,
     outcome: str, details: Mapping[str, str | int],
 ) -> AuditRow:  # fmt: skip
-    """The row that follows `last`; None begins a log.
+    """Returns the row that follows `last`, or the first row of a log if `last` is None.
 
     Raises:
         ValueError: a detail is nested, or another value has the wrong type.
@@ -118,13 +121,33 @@ def chained(
 
 
 def row_hash(row: AuditRow) -> str:
-    """SHA-256 of a row's canonical JSON without its own hash."""
+    """Returns the SHA-256 of a row's canonical JSON without its own hash, in hex."""
     body = {name: getattr(row, name) for name in _ROW}
     return hashlib.sha256(_canonical(body).encode()).hexdigest()
 
 
+def continued(previous: str, line: str) -> tuple[str, str] | None:
+    """Returns the hash of the row in a line, and the line without this hash; None if the row does
+    not continue the row with hash `previous`, or its hash is not that of its text.
+
+    It compares texts, which takes a fraction of the time of `verify`. A text that continues a row
+    may still be no row: `AuditRow.parse` tells.
+    """
+    at = line.rfind(_HASH_KEY)  # no object and no bare quote follows it in a row
+    end = at + len(_HASH_KEY) + len(GENESIS)
+    found, body = line[at + len(_HASH_KEY) : end], line[:at] + line[end + 1 :]
+    before = body.rfind(_PREVIOUS_KEY) + len(_PREVIOUS_KEY)
+    if at < 0 or line[end : end + 1] != '"' or not body.startswith(f'{previous}"', before):
+        return None
+    return (found, body) if hashlib.sha256(body.encode()).hexdigest() == found else None
+
+
 def parse_rows(lines: Iterable[str], after: int = 0) -> Iterator[AuditRow]:
-    """The rows that follow row `after`. Raises IntegrityError: names the first that is none."""
+    """Yields the rows that follow row `after`.
+
+    Raises:
+        IntegrityError: a line is no row. The message names the first one.
+    """
     for number, line in enumerate(lines, after + 1):
         try:
             row = AuditRow.parse(line)
@@ -136,51 +159,81 @@ def parse_rows(lines: Iterable[str], after: int = 0) -> Iterator[AuditRow]:
 def acceptance(
     places: Iterable[str], tenant: str, previous: str, signing_key: bytes
 ) -> dict[str, str | int]:
-    """Details of a row `registry.accept` that lets these heads be, after the row of that hash."""
+    """Returns the details of a `registry.accept` row, which accepts the loss of these heads.
+
+    Args:
+        places: the positions of the heads, ``SEQ-HASH``.
+        previous: the `hash` of the row before the new row.
+    """
     heads = " ".join(sorted(places))
     signature = sign(signing_key, _acceptance(tenant, previous, heads)).hex()
     return {"heads": heads, "signature": signature}
 
 
 def accepted_by(row: AuditRow, public_key: bytes) -> list[str]:
-    """Places of the heads whose loss the holder of the signing key accepted with this row."""
+    """Returns the positions of the heads whose loss the signing key's holder accepted by this row.
+
+    Returns an empty list for any other row, and for a row whose signature does not verify.
+    """
     if row.event != ACCEPT:
         return []
     heads, signature = (str(row.details.get(name, "")) for name in ("heads", "signature"))
     try:
         message = _acceptance(row.tenant, row.previous, heads)
         check_signature(public_key, bytes.fromhex(signature), message)
-    except (IntegrityError, ValueError):  # anybody who can write to the database made that row
+    except (IntegrityError, ValueError):  # write access to the database is enough for this row
         return []
     return heads.split()
+
+
+def succession_details(step: Succession) -> dict[str, str | int]:
+    """Returns the details of an `audit_key.rotate` row; its subject is the newer key."""
+    return {name: value for name, value in vars(step).items() if name != "key"}
+
+
+def succession_of(row: AuditRow) -> Succession | None:
+    """Returns the rotation of the signing key that a row records.
+
+    Returns None for any other row, and for a row whose signatures do not verify.
+    """
+    if row.event != SUCCEED:
+        return None
+    try:
+        return Succession.parse(_canonical({**row.details, "key": row.subject}))
+    except IntegrityError:  # write access to the database is enough for this row
+        return None
 
 
 def verify(
     rows: Iterable[AuditRow], since: AuditHead | None = None, known: Iterable[AuditHead] = (),
     own: Iterable[AuditHead] = (), public_key: bytes = b"",
 ) -> AuditHead:  # fmt: skip
-    """The head that the rows reach; its `since` is the oldest head that they were held against.
+    """Returns the head that the rows reach; its `since` is the oldest known head they go through.
 
     Args:
-        rows: in order; all from the first one, or all after `since`.
-        since: where they begin. None: at the beginning of the log.
+        rows: the rows in order: all rows of the log, or all rows after `since`.
+        since: the head after which the rows begin. None: the rows begin with the log.
         known: heads that the chain must go through.
-        own: heads in the operator's hands: the chain goes through them, or accepts their loss.
-        public_key: of the rows that accept; without it none does.
+        own: heads that the operator keeps. The chain must go through each of them, or a row must
+            accept its loss.
+        public_key: the key that verifies rows that accept a loss, or another signing key of the
+            same home: see `successions.Signers`. Without it no row accepts a loss.
 
     Raises:
-        IntegrityError: names the first row that was changed, left out, added or moved, or the
-            head that the chain does not go through.
+        IntegrityError: a row was changed, left out, added or moved, or the chain does not go
+            through a head. The message names the first such row, or the head.
     """
     strict = [*([] if since is None else [since]), *known]
-    heads = [*own, *strict]  # of two of one row the operator's: it was known before
+    heads = [*own, *strict]  # of two heads of one row, the operator's comes first: known earlier
     start = at = since or empty(_tenant_of(heads))
     wanted = {head.place for head in heads}
-    passed, accepted = {at.place}, dict[str, int]()
+    passed, acceptances, steps = {at.place}, list[AuditRow](), list[tuple[int, Succession]]()
     for row in rows:
         at = _next(at, row)
         passed |= {at.place} & wanted
-        accepted |= dict.fromkeys(accepted_by(row, public_key), row.seq)
+        acceptances += [row] if row.event == ACCEPT else []
+        steps += [] if (step := succession_of(row)) is None else [(row.seq, step)]
+    accepted = _accepted(acceptances, public_key, steps)
     for head in sorted(heads, key=lambda head: head.seq):
         let_be = head.place in passed or (head not in strict and head.place in accepted)
         if head.seq >= start.seq and not let_be:
@@ -196,8 +249,19 @@ def verify(
 def _tenant_of(heads: list[AuditHead]) -> str:
     tenants = {head.tenant for head in heads}
     if len(tenants) > 1:
-        raise IntegrityError("the known heads are of different tenants' audit logs")
+        raise IntegrityError("the known heads belong to different tenants' audit logs")
     return next(iter(tenants), "")
+
+
+def _accepted(
+    rows: list[AuditRow], public_key: bytes, steps: list[tuple[int, Succession]]
+) -> dict[str, int]:
+    """Returns the row that accepts the loss of each head, by the head's position. Only the newest
+    signing key accepts: an older one may be stolen, and a rotation repeats what it accepted."""
+    if not (rows and public_key):
+        return {}
+    newest = Signers(public_key, steps).newest
+    return {place: row.seq for row in rows for place in accepted_by(row, newest)}
 
 
 def _acceptance(tenant: str, previous: str, heads: str) -> bytes:
@@ -206,52 +270,57 @@ def _acceptance(tenant: str, previous: str, heads: str) -> bytes:
 
 
 def _missed(head: AuditHead, end: AuditHead, accepted_at: int | None) -> IntegrityError:
-    """Why a log that ends there does not go through a head."""
+    """Returns the error for a log that ends at `end` and does not go through `head`."""
     if head.seq > end.seq:
         message = (
-            f"the audit log ends at row {end.seq}, a head of row {head.seq} is known: its end was"
-            " cut off, or an old copy was put in its place"
+            f"although the audit log ends at row {end.seq}, a head of row {head.seq} is known: the"
+            " end of the log was cut off, or an older copy replaced it"
         )
     else:
         message = (
-            f"the audit log forked: row {head.seq} is not the one of the head that was known of it"
-            f" ({head.time}). It, or a row before it, was rewritten"
+            f"the audit log forked: row {head.seq} does not match the known head of that row"
+            f" ({head.time}). This row or an earlier one was rewritten"
         )
     if accepted_at is not None:
         message += (
             f". The operator accepted that at row {accepted_at}, as the loss of a newer database:"
-            " if you do too, keep a head of a later row from now on"
+            " if you accept it too, keep a head of a later row from now on"
         )
     return IntegrityError(message)
 
 
 def _next(at: AuditHead, row: AuditRow) -> AuditHead:
-    """The head after one more row."""
+    """Returns the head after one more row."""
     place = f"row {at.seq + 1} of the audit log"
     if row.seq != at.seq + 1:
         raise IntegrityError(f"{place} is row {row.seq}: rows were left out, added or moved")
     if row.tenant != (at.tenant or row.tenant):
         raise IntegrityError(f"{place} is from another tenant's log")
     if row.previous != at.hash:
-        raise IntegrityError(f"{place} does not continue the row before it: one was changed")
+        raise IntegrityError(
+            f"{place} does not continue the row before it: one of these two rows was changed"
+        )
     if row_hash(row) != row.hash:
-        raise IntegrityError(f"{place} was changed: its hash is another")
+        raise IntegrityError(f"{place} was changed: its hash does not match its contents")
     return AuditHead(row.tenant, row.seq, row.hash, row.time)
 
 
 def _object(line: str, names: tuple[str, ...], what: str) -> dict[str, Any]:
-    """A JSON object of exactly these keys. A repeated key is not canonical: see `parse`."""
+    """Returns a JSON object of exactly these keys.
+
+    `AuditRow.parse` finds repeated keys, because they are not canonical.
+    """
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or set(found) != set(names):
-        raise IntegrityError(f"this is not {what}: it has not just {', '.join(names)}")
+        raise IntegrityError(f"this is not {what}: it must have just the keys {', '.join(names)}")
     return found
 
 
 def _sound(values: Mapping[str, Any]) -> bool:
-    """Whether each value has its type; the only nesting is `details`."""
+    """Returns whether each value has its type; only `details` may be an object."""
     texts = (*_ROW[1:7], "previous", "hash")
     return (
         type(values["seq"]) is int

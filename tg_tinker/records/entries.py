@@ -1,4 +1,4 @@
-"""Entries of a ledger: their form, hash and place."""
+"""Defines the entries of a ledger: their format, hash and position."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GENESIS = "0" * 64
 CHAIN = ("seq", "prev", "hash")
 
 
-# Nine digits: a number that no chain reaches, and that every database takes.
+# At most nine digits: no chain gets that long, and every database can store the number.
 _AT = re.compile(r"(0|[1-9]\d{0,8})-([0-9a-f]{64})", re.ASCII)
 
 
@@ -41,7 +41,7 @@ GAUSSIAN = ("participation", "worst_case")
 
 
 def registration(dataset: str, epsilon: float | None, delta: float, unit: str, born: str) -> Entry:
-    """The body of a ledger's first entry; its Renyi order follows from the budget."""
+    """Returns the body of a ledger's first entry; the budget determines its Renyi order."""
     return {
         "type": "register", "version": VERSION, "dataset": dataset, "epsilon": epsilon,
         "delta": delta, "unit": unit, "born": born,
@@ -50,29 +50,29 @@ def registration(dataset: str, epsilon: float | None, delta: float, unit: str, b
 
 
 def place_of(seq: int, found: str) -> str:
-    """An entry's place in a chain as text, ``SEQ-HASH``."""
+    """Returns the position of an entry in a chain as text, ``SEQ-HASH``."""
     return f"{seq}-{found}"
 
 
 def is_place(text: str) -> bool:
-    """Whether `parse_place` takes it."""
+    """Returns whether `parse_place` accepts the text."""
     return _AT.fullmatch(text) is not None
 
 
 def parse_place(place: str) -> tuple[int, str]:
-    """The inverse of `place_of`.
+    """Returns the (seq, hash) of a text that `place_of` made.
 
     Raises:
-        IntegrityError: this is no such text.
+        IntegrityError: `place_of` makes no such text.
     """
     match = _AT.fullmatch(place) if isinstance(place, str) else None
     if match is None:
-        raise IntegrityError("this is not a place in a ledger, SEQ-HASH: it was changed")
+        raise IntegrityError("this is not a position in a ledger, SEQ-HASH: it was changed")
     return int(match[1]), match[2]
 
 
 def entry_hash(entry: Mapping[str, Any]) -> str:
-    """SHA-256 of an entry's canonical JSON without its own hash."""
+    """Returns the SHA-256 of an entry's canonical JSON without its own hash, in hex."""
     body = {key: value for key, value in entry.items() if key != "hash"}
     return hashlib.sha256(canonical(body).encode()).hexdigest()
 
@@ -82,14 +82,14 @@ def canonical(body: Mapping[str, Any]) -> str:
 
 
 def whole(value: Any) -> int:
-    """A count as it is; neither a truth value nor a float may stand for one."""
+    """Returns a count unchanged. Raises ValueError unless it is an int (no bool) of 0 or more."""
     if type(value) is not int or value < 0:
         raise ValueError("not a whole number")
     return value
 
 
 def real(value: Any) -> float:
-    """A number as it is; no truth value, no text."""
+    """Returns a number as a float. Raises ValueError unless it is an int (no bool) or a float."""
     if type(value) not in (int, float):
         raise ValueError("not a number")
     return float(value)
@@ -100,7 +100,12 @@ def is_text(value: Any) -> bool:
 
 
 def check_table(rows: tuple[tuple[int, float], ...], floor: float) -> None:
-    """Rising, and nowhere below the exact epsilon of a single step."""
+    """Checks a table of (steps, epsilon) rows.
+
+    Raises:
+        ValueError: the steps do not rise, the epsilons fall, or one is below `floor`, the exact
+            epsilon of a single step.
+    """
     for before, row in zip(((0, floor * (1 - 1e-6)), *rows), rows, strict=False):
         if not (row[0] > before[0] and row[1] >= before[1]):
-            raise ValueError("the table must rise, from one step's epsilon at least")
+            raise ValueError("the table must rise, and start at one step's epsilon or above")

@@ -1,13 +1,13 @@
-"""Signed heads: where a chain ended at a moment, as the service that keeps the chain stated it.
+"""Defines signed heads: signed statements of the service about where a chain ended at a moment.
 
     head = AuditHead.parse(line)      # raises IntegrityError for any other notation
-    head.check(public_key)            # unless the holder of the signing key stated it
+    head.check(public_key)            # raises it unless the holder of the signing key signed
 
-Pure rules: no database, no store. The registry makes heads; the artifact store, the home and
-whoever wants proof keep them. Two kinds of chains have heads, and each its form: the audit log of a
-tenant, and the ledger of a data set. A `LedgerHead` names neither data set nor run: `ledger` is a
-pseudonym, and the entries that it carries, with which a lost end of the ledger can be put back, are
-sealed.
+These are pure rules: no database, no store. The registry makes heads. The artifact store, the home
+and anyone who wants proof keep them. Two kinds of chains have heads, each in a form of its own: the
+audit log of a tenant, and the ledger of a dataset. A `LedgerHead` names neither dataset nor run:
+`ledger` is a pseudonym, and the entries in the head are sealed. From these entries a lost end of
+the ledger can be restored.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -29,14 +30,16 @@ _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}\+00:00", re.ASCII)
 
 
 class Form(NamedTuple):
-    """What sets the heads of one kind of chain apart. Homes and stores are full of them: neither
-    domain nor fields ever change.
+    """The form of the heads of one kind of chain.
+
+    Existing homes and stores hold heads, so the domain and the fields must never change.
 
     Attributes:
-        chain: what the head is of, for errors.
-        domain: what a signature begins with.
-        texts: fields beside `seq` and `signature`, and what each must look like.
-        signs_empty: whether the signed text has an empty field `signature`, or none.
+        chain: the kind of chain, for error messages.
+        domain: the prefix of the signed text.
+        texts: the fields besides `seq` and `signature`, and the pattern that each must match.
+        signs_empty: whether the signed text has an empty `signature` field. If False, it has no
+            such field.
     """
 
     chain: str
@@ -46,7 +49,7 @@ class Form(NamedTuple):
 
 
 class SignedHead:
-    """What all heads do: parse, line, sign and check, by their form."""
+    """The base of all heads: parses, prints, signs and checks a head by its form."""
 
     form: ClassVar[Form]
     tenant: str
@@ -56,7 +59,7 @@ class SignedHead:
 
     @classmethod
     def parse(cls, line: str) -> Self:
-        """A signed head, as `line` writes it. Raises IntegrityError for anything else."""
+        """Returns the signed head that a line holds. Raises IntegrityError for any other text."""
         try:
             values = json.loads(line)
             head = cls(**values)
@@ -71,27 +74,31 @@ class SignedHead:
         if not sound:
             raise IntegrityError(
                 f"this is not a signed head of {cls.form.chain} in canonical JSON: it was changed"
-                " or cut"
+                " or cut short"
             )
         return head
 
     @property
     def place(self) -> str:
-        """``SEQ-HASH`` of the last entry."""
+        """The position ``SEQ-HASH`` of the last entry or row."""
         return place_of(self.seq, self.hash)
 
     def line(self) -> str:
-        """Canonical JSON, without a line end."""
+        """Returns the head as canonical JSON, without a line end."""
         return _canonical(self._fields() | {"signature": self.signature})
 
     def signed(self, signing_key: bytes) -> Self:
-        """The same head with its Ed25519 signature."""
+        """Returns the same head with its Ed25519 signature."""
         return replace(self, signature=sign(signing_key, self._message()).hex())  # type: ignore[type-var]
 
-    def check(self, public_key: bytes) -> None:
-        """Raises IntegrityError unless the holder of the signing key stated this head."""
+    def check(self, public_key: bytes, *others: bytes) -> None:
+        """Raises IntegrityError unless the holder of one of these signing keys signed this head."""
+        message, signature = self._message(), bytes.fromhex(self.signature)
+        for other in others:
+            with suppress(IntegrityError):
+                return check_signature(other, signature, message)
         try:
-            check_signature(public_key, bytes.fromhex(self.signature), self._message())
+            check_signature(public_key, signature, message)
         except IntegrityError as error:
             raise IntegrityError(f"head {self.seq} of {self.form.chain}: {error.message}") from None
 
@@ -105,17 +112,17 @@ class SignedHead:
 
 @dataclass(frozen=True)
 class AuditHead(SignedHead):
-    """Where a log ends; whoever keeps it can tell later whether rows up to it were changed.
+    """The head of an audit log. Whoever keeps it can detect later changes of rows up to it.
 
     Attributes:
-        tenant: whose log it is.
-        seq: of the last row; 0 is an empty log.
-        hash: of the last row.
-        time: when this was stated, as `AuditRow.time`.
-        signature: Ed25519, hex; empty where nobody signed.
-        since: the oldest head known before, through which the log still goes. None: no head was
-            known, so the log is consistent in itself only.
-        accepted: numbers of the rows that accept an older copy of the database.
+        tenant: the tenant that owns the log.
+        seq: the number of the last row; 0 for an empty log.
+        hash: the hash of the last row.
+        time: the time of the head, in the format of `AuditRow.time`.
+        signature: Ed25519, hex; empty if the head is not signed.
+        since: the oldest head known before that the log still goes through. None: no head was
+            known, so the log is consistent only in itself.
+        accepted: the numbers of the rows that accept an older copy of the database.
     """
 
     form = Form(
@@ -134,13 +141,19 @@ class AuditHead(SignedHead):
     accepted: tuple[int, ...] = field(default=(), compare=False)
 
     @classmethod
-    def authentic(cls, line: str, tenant: str, public_key: bytes) -> AuditHead:
-        """A head of this tenant's log, as the holder of the signing key stated it. Raises
-        IntegrityError for anything else."""
+    def authentic(
+        cls, line: str, tenant: str, public_key: bytes, *others: bytes
+    ) -> AuditHead:  # fmt: skip
+        """Returns a head of this tenant's log, signed by the holder of one of these signing keys.
+
+        Raises:
+            IntegrityError: the line is not a signed head, the signature does not verify, or the
+                head is from another tenant's log.
+        """
         head = cls.parse(line)
-        head.check(public_key)
+        head.check(public_key, *others)
         if head.tenant != tenant:
-            raise IntegrityError("it is of another tenant's log")
+            raise IntegrityError("the head is from another tenant's log")
         return head
 
     def __str__(self) -> str:
@@ -149,22 +162,22 @@ class AuditHead(SignedHead):
         else:
             known = f"consistent since head {self.since.seq} of {self.since.time}"
         for row in self.accepted:
-            known += f"; an older copy was accepted at row {row}, heads that it names are lost"
+            known += f"; an older copy was accepted at row {row}, which names the lost heads"
         return f"{self.seq} rows, head {self.hash}: {known}"
 
 
 @dataclass(frozen=True)
 class LedgerHead(SignedHead):
-    """Where a ledger ended.
+    """The head of a ledger.
 
     Attributes:
-        tenant: whose ledger it is.
-        ledger: its pseudonym, 64 hex digits.
-        seq: number of its last entry, from 0.
-        hash: of its last entry.
-        time: when this was stated: UTC, ISO 8601.
+        tenant: the tenant that owns the ledger.
+        ledger: the pseudonym of the ledger, 64 hex digits.
+        seq: the number of the last entry, counted from 0.
+        hash: the hash of the last entry.
+        time: the time of the head, UTC, ISO 8601.
         entries: the last entries of the ledger, sealed, base64.
-        signature: Ed25519, hex; empty where nobody signed.
+        signature: Ed25519, hex; empty if the head is not signed.
     """
 
     form = Form(

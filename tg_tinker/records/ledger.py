@@ -1,31 +1,32 @@
-"""The privacy ledger of a data set: an append-only, hash-chained list, and the rules it obeys.
+"""Defines the privacy ledger of a dataset: an append-only, hash-chained list, and its rules.
 
     ledger = Ledger.replay(entries)     # raises IntegrityError unless every rule held
     ledger.epsilon, ledger.head
 
-Pure rules: no database, no clock, no numerical accountant. The registry stores what `append`
-returns, in one transaction with the decision; anyone who holds an exported ledger replays it
-with the very same code. Entries hold data-independent values only.
+These are pure rules: no database, no clock, no numerical accountant. The registry decides about an
+entry and stores what `append` returns in one transaction. Anyone who holds an exported ledger
+replays it with the same code. Entries hold only values that do not depend on training data.
 
-An entry is a JSON object with `seq`, `prev` (hash of the entry before), `type` and the fields
-below; `hash` is SHA-256 over its canonical JSON (keys sorted, no spaces) without `hash`.
+An entry is a JSON object with `seq`, `prev` (the hash of the entry before), `type` and the fields
+below. Its `hash` is SHA-256 over its canonical JSON (keys sorted, no spaces) without `hash`.
 
     register   version, dataset, epsilon (null: unlimited), delta, unit, order, born
     open       run, contract, sigma, rate, accountant, table, limit, planned, facts
     charge     run, epoch, charge, count
-    fall_back  run, count, limit: an asserted Poisson sample was not one; uses count from now on
+    fall_back  run, count, limit: an asserted Poisson sample was refuted; the run counts by uses
     unnoised   run, epoch, charge, count: a step without noise; epsilon is infinite from here on
     release    run: the rest of its reservation is free again
-    link       run, datasets: it took over weights that were trained on these as well
-    book       runs: their entries before this one were put back from heads; how often they used
-               which unit is lost with the database, so they charge nothing any more
+    link       run, datasets: the run took over weights that were also trained on these datasets
+    book       runs: their entries before this one were restored from heads; the uses of each unit
+               are lost with the database, so these runs charge nothing any more
 
-`count` is what a contract counts: uses of the most used unit (participation) or steps (all
-others). Composition: Gaussian contracts add up mu^2 = count / sigma^2 over all runs, an upper
-bound of every unit's own sum, and the epsilon of mu is exact. A single run under Poisson
-sampling has the epsilon of its table where that is less. Anything else is a Renyi filter at the
-order fixed when the data set was registered (Feldman and Zrnic 2021, arXiv:2008.11193), valid
-whatever was chosen in the light of earlier results.
+`count` is the number that a contract counts: uses of the most used unit (participation) or steps
+(all other contracts). Composition: Gaussian contracts add up mu^2 = count / sigma^2 over all runs.
+This sum is an upper bound of the sum of every single unit, and the epsilon of mu is exact. A single
+run under Poisson sampling has the epsilon of its table if that is less than the filter's. All other
+combinations use a Renyi filter at the order that was fixed at registration (Feldman and Zrnic 2021,
+arXiv:2008.11193). The filter is valid even if later steps were chosen in the light of earlier
+results.
 """
 
 from __future__ import annotations
@@ -67,21 +68,21 @@ from tg_tinker.records.entries import (
 
 @dataclass
 class Account:
-    """What one run agreed to and has used.
+    """The account of one run: its contract, and the counts that it has used.
 
     Attributes:
-        contract: as in `DPConfig.sampling`; a fallen-back run has become `participation`.
-        sigma: noise multiplier, fixed for the run.
-        rate: q of a Poisson sample; 1 otherwise.
+        contract: the contract, as in `DPConfig.sampling`; `participation` after a fall-back.
+        sigma: the noise multiplier, fixed for the run.
+        rate: the probability q that a unit is in a Poisson sample; 1 for other contracts.
         accountant: prv, pld or rdp; exact for Gaussian contracts.
-        table: (steps, epsilon) ascending, of this run alone; empty for Gaussian contracts.
-        limit: most counts this run may reach; None is without limit.
-        reserved: counts kept free for it while it lives.
-        count: counts used.
-        steps: charges made.
-        facts: what the certificate states beside (C, batch size, dtype, ...).
-        refuted: it asserted Poisson samples that did not look drawn.
-        closed: it charges nothing any more.
+        table: ascending (steps, epsilon) of this run alone; empty for Gaussian contracts.
+        limit: the highest count that the run may reach; None means no limit.
+        reserved: the count that is reserved for the run while it lives.
+        count: the count that the run has used.
+        steps: the number of charges.
+        facts: further values for the certificate (C, batch size, dtype, ...).
+        refuted: whether the run asserted Poisson samples that did not look drawn.
+        closed: whether the run may charge nothing any more.
     """
 
     contract: str
@@ -102,13 +103,17 @@ class Account:
         return self.contract in POISSON
 
     def tabulated(self, count: int) -> float:
-        """Epsilon of this run alone after `count` steps: that of the next entry of the table."""
+        """Returns the epsilon of this run alone after `count` steps.
+
+        It is the epsilon of the first table row with at least `count` steps, or infinite if the
+        table has no such row.
+        """
         at = bisect_left(self.table, count, key=lambda row: row[0])
         return self.table[at][1] if at < len(self.table) else math.inf
 
 
 class Ledger:
-    """The state of one data set's budget. `append` is the only way to change it."""
+    """The state of one dataset's budget. Only `append` changes it."""
 
     def __init__(self) -> None:
         self.head, self.birth, self.length = GENESIS, "", 0
@@ -116,12 +121,12 @@ class Ledger:
         self.accounts: dict[str, Account] = {}
         self.unnoised = False
         self.linked: set[str] = set()
-        self.hashes: list[str] = []  # of all entries
-        self._paid: set[str] = set()  # charge ids: each pays for one draw
+        self.hashes: list[str] = []  # one for each entry
+        self._paid: set[str] = set()  # ids of charges; each pays for one draw of noise
 
     @classmethod
     def replay(cls, entries: Iterable[Mapping[str, Any]]) -> Ledger:
-        """The ledger that these entries describe.
+        """Returns the ledger that these entries describe.
 
         Raises:
             IntegrityError: an entry was changed, left out, added or moved, or breaks a rule.
@@ -141,7 +146,7 @@ class Ledger:
 
     @property
     def limit(self) -> float:
-        """Registered epsilon; infinite for an unlimited data set."""
+        """The registered epsilon; infinite for an unlimited dataset."""
         epsilon = self.registered["epsilon"]
         return math.inf if epsilon is None else float(epsilon)
 
@@ -151,66 +156,67 @@ class Ledger:
 
     @property
     def at(self) -> str:
-        """Where it ends, ``SEQ-HASH`` of the last entry."""
+        """The position of the last entry, ``SEQ-HASH``."""
         return place_of(self.length - 1, self.head)
 
     def goes_through(self, place: str) -> bool:
-        """Whether an entry is at this place, ``SEQ-HASH``."""
+        """Returns whether the ledger has an entry at this position, ``SEQ-HASH``."""
         seq, found = parse_place(place)
         return seq < self.length and self.hashes[seq] == found
 
     def check_place(self, place: str, dataset: str) -> None:
-        """Refuses a place that somebody knows of this ledger and that it does not go through.
+        """Checks that the ledger goes through a position that somebody knows of it.
 
         Args:
-            dataset: its name, which an empty ledger does not have.
+            place: the known position, ``SEQ-HASH``.
+            dataset: the name of the dataset, which an empty ledger does not hold.
 
         Raises:
-            LedgerMismatchError: it is behind that place, or another chain.
+            LedgerMismatchError: the ledger ends before this position, or has forked.
         """
         if self.goes_through(place):
             return
         seq, _ = parse_place(place)
         behind = seq >= self.length
         reason = (
-            f"has {self.length} entries, and its entry {seq} is known: an older copy of the"
-            " registry's database was put in its place"
+            f"has {self.length} entries, but entry {seq} is known: an older copy replaced the"
+            " registry's database"
             if behind
-            else f"forked: its entry {seq} is not the one that is known. Two databases went on from"
-            " one, or this is another one"
+            else f"forked: its entry {seq} differs from the known one. Two copies of the database"
+            " were changed separately, or this is another database"
         )
         raise LedgerMismatchError(
-            f"the ledger of data set {dataset!r} {reason}. Nothing was charged or changed: put the"
-            f" newest copy of the database back, or, if it is lost, run `tg-tinker privacy"
+            f"the ledger of dataset {dataset!r} {reason}. Nothing was charged or changed: restore"
+            f" the newest copy of the database or, if it is lost, run `tg-tinker privacy"
             f" book-missing {dataset}`",
             details={"dataset": dataset, "entries": self.length, "known": seq, "behind": behind},
         )
 
     def usable(self, run: str) -> Account:
-        """The account of a run that may still charge.
+        """Returns the account of a run that may still charge.
 
         Raises:
-            DPBudgetExceededError: it was closed.
+            DPBudgetExceededError: the account is closed.
         """
         account = self.accounts[run]
         if account.closed:
             raise DPBudgetExceededError(
-                "charges of this run were booked again after the database was lost, and how often"
-                " it used which unit is not known any more: it may not go on. Its artifacts load"
-                " in a new client, which starts to count anew",
+                "this run may make no more steps: its charges were restored after the database was"
+                " lost, and its uses of each unit are not known any more. Load one of its artifacts"
+                " in a new client, which starts a new count",
                 details={"limit": account.count, "epsilon": self.epsilon},
             )
         return account
 
     @property
     def epsilon(self) -> float:
-        """Spent by everything released so far."""
+        """The epsilon spent by everything released so far."""
         return self._compose({run: account.count for run, account in self.accounts.items()})
 
     def epsilon_with(self, run: str, count: int, account: Account | None = None) -> float:
-        """Spent if `run` had reached `count` and all other runs had used their reservations.
+        """Returns the epsilon if `run` reached `count` and all other runs used their reservations.
 
-        `account` stands in for a run that is not open yet.
+        `account` is the account of a run that is not open yet.
         """
         accounts = dict(self.accounts) | ({run: account} if account else {})
         counts = {r: max(a.count, a.reserved) for r, a in accounts.items()}
@@ -222,8 +228,9 @@ class Ledger:
         """Checks an entry against the rules, applies it, and returns it chained.
 
         Raises:
-            DPBudgetExceededError: the budget cannot pay for it; nothing has changed.
-            ValueError, TypeError, KeyError: it makes no sense; nothing has changed.
+            DPBudgetExceededError: the budget cannot pay for the entry. Nothing has changed.
+            ValueError, TypeError, KeyError: the entry is malformed or breaks a rule. Nothing has
+                changed.
         """
         rules: dict[str, Callable[..., None]] = {
             "register": self._register,
@@ -237,10 +244,10 @@ class Ledger:
         }
         rule = rules[body["type"]]
         if (body["type"] == "register") != (self.length == 0):
-            raise ValueError("the first entry, and no other, registers the data set")
+            raise ValueError("the first entry, and no other, must register the dataset")
         if not set(body).isdisjoint(CHAIN):
-            raise ValueError("an entry is chained here, and nowhere else")
-        # Before the rule, which changes the state: what JSON cannot hold must change nothing.
+            raise ValueError("the body must not hold seq, prev or hash: append adds them")
+        # First, because the rule changes the state: a body that is no JSON must change nothing.
         entry: Entry = json.loads(canonical(dict(body) | {"seq": self.length, "prev": self.head}))
         entry["hash"] = entry_hash(entry)
         rule(**{key: entry[key] for key in body if key != "type"})
@@ -258,7 +265,7 @@ class Ledger:
         if version != VERSION or not 0 < real(delta) < 1 or not known:
             raise ValueError("not a registration of this version")
         if not 2 <= whole(order) <= MAX_ORDER:
-            raise ValueError("no such Renyi order")
+            raise ValueError("the Renyi order is out of range")
         if epsilon is not None and not real(epsilon) > 0:
             raise ValueError("epsilon must be positive")
         self.registered = {
@@ -271,12 +278,12 @@ class Ledger:
         table: Iterable[Iterable[float]], limit: int | None, planned: int, facts: Entry,
     ) -> None:  # fmt: skip
         if run in self.accounts or contract not in POISSON + GAUSSIAN:
-            raise ValueError("not a new run under a known contract")
+            raise ValueError("the run is open already, or its contract is unknown")
         rows = tuple((whole(n), real(epsilon)) for n, epsilon in table)
         if not SIGMA_RANGE[0] <= real(sigma) <= SIGMA_RANGE[1] or not 0 < real(rate) <= 1:
-            raise ValueError("no such noise or rate")
+            raise ValueError("the noise multiplier or the rate is out of range")
         if not (isinstance(facts, dict) and is_text(run) and is_text(accountant)):
-            raise ValueError("facts are an object, names are text")
+            raise ValueError("facts must be an object, and names must be text")
         if contract not in POISSON and (rate != 1 or rows):
             raise ValueError("only a Poisson sample has a rate and a table")
         check_table(rows, subsampled_gaussian_epsilon(sigma, rate, self.delta))
@@ -293,8 +300,8 @@ class Ledger:
         if account.limit is not None and count > account.limit:
             raise DPBudgetExceededError(
                 f"the run has used all {account.limit} {_counted(account)} that its budget pays"
-                f" for: epsilon {self.epsilon:.4g} of {self.limit:g} is spent. Weights are as"
-                " before, save_state still works",
+                f" for: epsilon {self.epsilon:.4g} of {self.limit:g} is spent. The weights are"
+                " unchanged, and save_state still works",
                 details={"limit": account.limit, "epsilon": self.epsilon},
             )
         self._afford(run, count, account)
@@ -313,7 +320,7 @@ class Ledger:
     def _unnoised(self, run: str, epoch: int, charge: str, count: int) -> None:
         if self.registered["epsilon"] is not None:
             raise DPBudgetExceededError(
-                "a step without noise needs a data set registered with unlimited epsilon"
+                "a step without noise needs a dataset that is registered with unlimited epsilon"
             )
         account = self.usable(run)
         self._check_count(account, count)
@@ -327,36 +334,36 @@ class Ledger:
 
     def _link(self, run: str, datasets: Iterable[str]) -> None:
         if run not in self.accounts or not all(is_text(name) for name in datasets):
-            raise ValueError("not a run of this data set, or no names")
+            raise ValueError("not a run of this dataset, or a name of a dataset is no text")
         self.linked |= set(datasets)
 
     def _book(self, runs: Iterable[str]) -> None:
         accounts = [self.accounts[run] for run in runs]
         if not accounts:
-            raise ValueError("nothing is booked")
+            raise ValueError("the entry names no run")
         for account in accounts:
             account.closed, account.reserved = True, 0
 
     # --- inside ------------------------------------------------------------------------------
 
     def _check_count(self, account: Account, count: int) -> None:
-        # Under participation a step may use no unit more often than the most used one before.
+        # Under participation a step need not raise the count, the uses of the most used unit.
         unchanged = account.contract == "participation" and count == account.count
         if whole(count) != account.count + 1 and not unchanged:
-            raise ValueError(f"the count goes from {account.count} to {count}")
+            raise ValueError(f"the count must not go from {account.count} to {count}")
 
     def _check_unpaid(self, charge: str) -> None:
         if not is_text(charge) or charge in self._paid:
-            raise ValueError("a charge has an id of its own")
+            raise ValueError("a charge needs an id that no earlier charge has")
 
     def _afford(self, run: str, count: int, account: Account) -> None:
         after = self.epsilon_with(run, count, account)
         if after > self.limit:
             raise DPBudgetExceededError(
-                f"epsilon {self.limit:g} of data set {self.registered['dataset']!r} cannot pay:"
-                f" {self.epsilon:.4g} is spent, this would make it {after:.4g}, reservations of"
-                " living clients included. Close other clients, use more noise, or train on data"
-                " that is not spent",
+                f"epsilon {self.limit:g} of dataset {self.registered['dataset']!r} cannot pay for"
+                f" this: {self.epsilon:.4g} is spent, and with this and the reservations of living"
+                f" clients it would be {after:.4g}. Close other clients, use more noise, or train"
+                " on a dataset with budget left",
                 details={"limit": self.limit, "spent": self.epsilon, "needed": after},
             )
 
@@ -371,7 +378,7 @@ class Ledger:
             mu2 = math.fsum(count / account.sigma**2 for account, count in used)
             return gaussian_epsilon(math.sqrt(mu2), self.delta)
         alone = used[0][0].tabulated(used[0][1]) if len(used) == 1 else math.inf
-        # Both are bounds. The smaller never falls when another run joins in.
+        # Both are upper bounds. The smaller one never falls when another run joins.
         return min(alone, self._filtered(used))
 
     def _filtered(self, used: Iterable[tuple[Account, int]]) -> float:

@@ -1,10 +1,10 @@
-"""What the privacy of a run and of a data set looks like from outside: plain values and a report.
+"""Describes the privacy of a run and of a dataset: plain values, a report and a certificate.
 
     report = service.privacy_report("patients")    # the ledger, replayed and verified here
     print(report)
     report.certificate()                           # a JSON object
 
-Nothing here is computed from training data.
+No value in this module is computed from training data.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tg_tinker.records.entries import Entry, place_of
 from tg_tinker.records.ledger import Account, Ledger
 
 DEFAULT_DATASET = "default"
-"""The data set of a private run that names none."""
+"""The dataset of a private run that names none."""
 
 UNITS = {
     "example": "one example: a distinct sequence of input tokens",
@@ -53,19 +53,20 @@ PRESUMED_OF_SAMPLES = (
 
 
 def dataset_of(config: TrainingConfig) -> str:
-    """Whose budget a private run spends."""
+    """Returns the dataset whose budget a private run spends."""
     return config.dataset_id or DEFAULT_DATASET
 
 
 @dataclass(repr=False)
 class Charge:
-    """The registry's receipt for one step: durable, and good for one draw of noise.
+    """The registry's durable receipt for one step, which pays for one draw of noise.
 
     Attributes:
-        dataset, head, entry: the ledger, and hash and number of the entry of this charge.
-        epsilon_spent: total after minus total before.
-        total_epsilon: of the data set, all its runs together.
-        count: what the contract counts, after this charge.
+        dataset: the dataset whose ledger holds the charge.
+        head, entry: the hash and the number of the ledger entry of this charge.
+        epsilon_spent: the total epsilon after the charge minus the total before it.
+        total_epsilon: the epsilon spent by all runs of the dataset together.
+        count: the contract's count after this charge: uses of the most used unit, or steps.
     """
 
     charge_id: str
@@ -82,39 +83,41 @@ class Charge:
 
     @property
     def place(self) -> str:
-        """Where the ledger ended after this charge, ``SEQ-HASH``."""
+        """The position of the ledger's end after this charge, ``SEQ-HASH``."""
         return place_of(self.entry, self.head)
 
     def spend(self) -> float:
-        """The noise multiplier of the one draw that this charge pays for; 0 without noise.
+        """Returns the noise multiplier of the one draw that this charge pays for.
+
+        Returns 0 for a step without noise.
 
         Raises:
-            ServiceError: it was drawn before: a second draw would be a second release.
+            ServiceError: the charge was used before. A second draw would be a second release.
         """
         if self.spent:
-            raise ServiceError("a charge pays for one draw of noise, and it has been drawn")
+            raise ServiceError("a charge pays for one draw of noise, and this one was used before")
         self.spent = True
         return self.sigma if self.noised else 0.0
 
 
 @dataclass(frozen=True)
 class PrivacyInfo:
-    """The privacy of one run: its contract, what is left, and its data set's epsilon.
+    """The privacy of one run: its contract, what is left, and the epsilon of its dataset.
 
     Attributes:
-        dataset_id: the data set that pays.
+        dataset_id: the dataset whose budget pays.
         contract: ``participation``, ``poisson``, ``client_poisson`` or ``worst_case``.
         unit: ``example`` or ``id``.
-        noise_multiplier: sigma; the noise's std is sigma x `max_grad_norm`.
-        max_grad_norm: C, the bound of a unit's gradient.
+        noise_multiplier: sigma. The standard deviation of the noise is sigma x `max_grad_norm`.
+        max_grad_norm: C, the bound of a unit's gradient norm.
         expected_batch: the public divisor of a step.
-        used: uses of the most used unit (participation), or steps.
-        limit: how many of those the budget pays for; None is without limit.
-        total_epsilon: spent from the data set by all its runs.
-        target_epsilon: the data set's limit; infinite when it has none.
-        delta: of the data set.
-        accountant: how epsilon is computed; ``exact`` for Gaussian contracts.
-        message: what the contract allows, and how to do better.
+        used: the uses of the most used unit (participation), or the steps.
+        limit: how many uses or steps the budget pays for; None means no limit.
+        total_epsilon: the epsilon spent by all runs of the dataset.
+        target_epsilon: the dataset's limit; infinite if it has none.
+        delta: the delta of the dataset.
+        accountant: the method that computes epsilon; ``exact`` for Gaussian contracts.
+        message: what the contract allows, and how to get more from the budget.
     """
 
     dataset_id: str
@@ -133,12 +136,12 @@ class PrivacyInfo:
 
     @property
     def left(self) -> int | None:
-        """Uses of a unit, or steps, that this run has left; None is without limit."""
+        """The uses of a unit, or the steps, that this run has left; None means no limit."""
         return None if self.limit is None else max(0, self.limit - self.used)
 
 
 def describe_run(ledger: Ledger, run_id: str) -> PrivacyInfo:
-    """The privacy of one run as its data set's ledger has it."""
+    """Returns the privacy of one run, from the ledger of its dataset."""
     account = ledger.accounts[run_id]
     facts = account.facts
     return PrivacyInfo(
@@ -160,10 +163,11 @@ def describe_run(ledger: Ledger, run_id: str) -> PrivacyInfo:
 
 @dataclass(frozen=True, repr=False)
 class PrivacyReport:
-    """A data set's ledger, verified by replay.
+    """The ledger of a dataset, verified by replay.
 
     Attributes:
         entries: the whole ledger; `Ledger.replay(entries)` verifies it anywhere.
+        ledger: the state that the entries lead to.
     """
 
     entries: Sequence[Entry]
@@ -181,7 +185,7 @@ class PrivacyReport:
         return self.ledger.limit
 
     def certificate(self) -> dict[str, Any]:
-        """What may be claimed about everything that was trained on this data set, as JSON."""
+        """Returns a JSON object: what may be claimed about everything trained on this dataset."""
         ledger = self.ledger
         return {
             "format": "tg-tinker privacy certificate v1",
@@ -201,24 +205,27 @@ class PrivacyReport:
         }
 
     def check_head(self, head: str | None) -> None:
-        """Nothing without a head to compare.
+        """Checks that the ledger once ended with this head, the hash of an entry.
+
+        Does nothing if `head` is None.
 
         Raises:
-            IntegrityError: the ledger never had this head: it was cut off, or is another one.
+            IntegrityError: the ledger never had this head. Its end was cut off, or it is the ledger
+                of another dataset.
         """
         if head is not None and head not in {entry["hash"] for entry in self.entries}:
             raise IntegrityError(
-                f"the ledger never had the head {head!r}: its end was cut off, or it is another"
-                " data set's. Ask for the whole ledger of this data set"
+                f"the ledger never had the head {head!r}: its end was cut off, or it belongs to"
+                " another dataset. Ask for the whole ledger of this dataset"
             )
 
     @property
     def sampled(self) -> bool:
-        """Whether a run counts on Poisson samples."""
+        """Whether the accounting of any run relies on Poisson samples."""
         return any(account.poisson for account in self.ledger.accounts.values())
 
     def _opt_outs(self) -> Iterator[str]:
-        """What was allowed that leaves weights without the guarantee."""
+        """Yields the reasons why weights may be without the guarantee."""
         if self.ledger.unnoised:
             yield "a step was made without noise: epsilon is infinite from there on"
         for run, account in self.ledger.accounts.items():
@@ -233,7 +240,7 @@ class PrivacyReport:
     def __str__(self) -> str:
         ledger = self.ledger
         lines = [
-            f"data set {ledger.registered['dataset']}: epsilon {ledger.epsilon:.4g} of"
+            f"dataset {ledger.registered['dataset']}: epsilon {ledger.epsilon:.4g} of"
             f" {ledger.limit:g} spent, delta {ledger.delta:g}",
             f"unit: {UNITS[ledger.registered['unit']]}",
         ]
@@ -251,11 +258,11 @@ class PrivacyReport:
 
 
 def read_ledger(path: Path) -> PrivacyReport:
-    """A ledger that `tg-tinker privacy ledger` wrote, verified.
+    """Returns the verified report of a ledger file that `tg-tinker privacy ledger` wrote.
 
     Raises:
-        NotFoundError: there is no such file.
-        IntegrityError: it is no ledger, or one that was changed.
+        NotFoundError: the file cannot be read.
+        IntegrityError: the file is no ledger, or the ledger was changed.
     """
     try:
         lines = path.read_text("utf-8-sig").splitlines()
@@ -263,16 +270,19 @@ def read_ledger(path: Path) -> PrivacyReport:
     except OSError as error:
         raise NotFoundError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError):
-        raise IntegrityError(f"{path} is not a ledger: one JSON object per line") from None
+        raise IntegrityError(f"{path} is not a ledger of one JSON object per line") from None
     if not all(isinstance(entry, dict) for entry in entries):
-        raise IntegrityError(f"{path} is not a ledger: one JSON object per line")
+        raise IntegrityError(f"{path} is not a ledger of one JSON object per line")
     if not entries:
         raise IntegrityError(f"{path} is empty: a ledger begins with its registration")
     return PrivacyReport(entries)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object without a repeated key, of which one reader may take the first, one the last."""
+    """Returns the pairs as an object. Raises ValueError for a repeated key.
+
+    Of a repeated key, one reader might take the first value and another reader the last.
+    """
     if len({key for key, _ in pairs}) != len(pairs):
         raise ValueError("a key is repeated")
     return dict(pairs)
@@ -294,5 +304,5 @@ def _run(account: Account) -> Mapping[str, Any]:
 
 
 def _number(value: float) -> float | None:
-    """JSON has no infinity: null is without limit."""
+    """Returns the value, or None if it is infinite: JSON has no infinity."""
     return None if math.isinf(value) else value

@@ -1,12 +1,12 @@
-"""Where things are kept, and what is sealed: what the client and the cluster must agree on.
+"""Names the places where state is kept, and seals bytes: rules that client and cluster share.
 
-- stores.py, databases.py, keyrings.py: what the URI of a store, of a database and the place of a
-  keyring mean. None of them may hold a secret.
-- home.py: where the home directory is.
-- files.py: small files, written whole and durable.
+- stores.py, databases.py, keyrings.py: the meaning of a store URI, a database URL and a keyring
+  location. None of the three may contain a secret.
+- home.py: the location of the home directory.
+- files.py: small files, written completely and durably.
 - envelope.py: sealing of bytes: keys, contexts, files, payloads.
 - segments.py: the segments of a sealed file.
 
-It imports the values of `tg_tinker` alone. It opens no store, no database and no keyring:
-`actors.storage` and `actors.registry` do.
+The package imports only the value modules of `tg_tinker`. It opens no store, no database and no
+keyring: `actors.storage` and `actors.registry` do.
 """

@@ -1,9 +1,10 @@
-"""Where the registry's database is: a SQLite file, or a PostgreSQL server that a URL names without
-any secret in it. Ray keeps the URL as an argument and shows it on its dashboard."""
+"""Checks the URL of the registry's database: a SQLite file or a PostgreSQL server.
+
+The URL contains no secret, because Ray keeps it as an argument and shows it on its dashboard.
+"""
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import sqlite3
 from contextlib import closing
@@ -11,6 +12,8 @@ from pathlib import Path
 from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
 
 from tg_tinker.errors import InvalidRequestError
+from tg_tinker.hosts import is_loopback
+from tg_tinker.texts import check_texts
 
 SETTING = "TG_TINKER_DATABASE"
 SQLITE, POSTGRESQL = "sqlite://", "postgresql+psycopg://"
@@ -19,11 +22,14 @@ FORM = f"{POSTGRESQL}USER@HOST:PORT/NAME"
 OPTIONS = (
     "connect_timeout", "host", "passfile", "sslcert", "sslkey", "sslmode", "sslrootcert",
 )  # fmt: skip
-"""Of libpq, after a question mark. None of them holds a secret or changes how a commit is kept."""
+"""The libpq options that a URL may set after its question mark.
+
+None of these options holds a secret or changes how durable a commit is.
+"""
 
 
 def default_database(home: Path) -> str:
-    """What `TG_TINKER_DATABASE` names, or the file `registry.db` in the home directory.
+    """Returns the URL in `TG_TINKER_DATABASE`, or the URL of `registry.db` in the home directory.
 
     Raises:
         InvalidRequestError: see `check_database`.
@@ -32,23 +38,30 @@ def default_database(home: Path) -> str:
 
 
 def database_file(home: Path) -> Path:
-    """Which every home has, even one whose registry is elsewhere."""
+    """Returns the path of `registry.db`, a file that every home has.
+
+    The file stays empty in a home whose registry is in another database.
+    """
     return home / "registry.db"
 
 
-REVISION = "0002"
-"""Of the registry's tables in this release: the newest of `actors.registry.migrations`."""
+REVISION = "0003"
+"""The revision of the registry's tables in this release, the newest in
+`actors.registry.migrations`."""
 
 REVISION_TABLE = "registry_revision"
-"""Where a database has its revision on record."""
+"""The table in which a database records its revision."""
 
 FIRST_REVISION = "0001"
-"""Of a database that has none on record."""
+"""The revision of a database that records none."""
 
 
 def revision_on_record(file: Path) -> str | None:
-    """The revision of a registry in a SQLite file; None where there is no registry in it, or where
-    it cannot be read. Changes nothing and loads no library for it."""
+    """Returns the revision of the registry in a SQLite file.
+
+    Returns None if the file holds no registry or cannot be read. Does not change the file, and
+    needs only Python's own `sqlite3`.
+    """
     try:
         uri = f"file:{quote(str(file.absolute()))}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True)) as connection:
@@ -57,16 +70,18 @@ def revision_on_record(file: Path) -> str | None:
                 query = f"SELECT version_num FROM {REVISION_TABLE}"  # noqa: S608
                 return str(connection.execute(query).fetchone()[0])
     except (sqlite3.Error, TypeError):
-        return None  # who opens it says why
+        return None  # the code that opens the file later reports the reason
     return FIRST_REVISION if "registry" in tables else None
 
 
 def check_database(url: str) -> str:
-    """The URL itself.
+    """Returns the URL unchanged.
 
     Raises:
-        InvalidRequestError: another form, or a secret in it. The text is not repeated.
+        InvalidRequestError: the URL has another form, holds a password or another option than
+            `OPTIONS`, or needs `sslmode`. The message does not repeat the URL.
     """
+    check_texts(url, "the database URL")
     if url.startswith(SQLITE):
         return url
     try:
@@ -77,36 +92,36 @@ def check_database(url: str) -> str:
         raise _refused() from None
     if parts.password is not None or not options.keys() <= {*OPTIONS}:
         raise InvalidRequestError(
-            "a database URL names no password and no options but"
-            f" {', '.join(OPTIONS)}: Ray would show it. Put the password where libpq looks: a file"
-            " of mode 0600 that PGPASSFILE names where the head node starts, or ?passfile=FILE in"
-            " the URL; or PGPASSWORD in that environment"
+            "a database URL must hold no password and no options but"
+            f" {', '.join(OPTIONS)}, because Ray shows the URL. Put the password into a file of"
+            " mode 0600, and name the file in PGPASSFILE on the head node or with ?passfile=FILE"
+            " in the URL; or set PGPASSWORD on the head node"
         )
     if f"{parts.scheme}://" != POSTGRESQL or not well_formed or not _host(parts, options):
         raise _refused()
     if "sslmode" not in options and not _local(_host(parts, options)):
         raise InvalidRequestError(
-            "a database on another machine needs sslmode in its URL, for libpq's own choice falls"
-            " back to clear text: ?sslmode=verify-full&sslrootcert=FILE, or ?sslmode=disable on a"
+            "a database on another machine needs sslmode in its URL, because libpq's default may"
+            " send clear text: add ?sslmode=verify-full&sslrootcert=FILE, or ?sslmode=disable on a"
             " network that you trust"
         )
     return url
 
 
 def _host(parts: SplitResult, options: dict[str, list[str]]) -> str:
-    """As libpq takes it: a folder is that of a Unix socket."""
+    """Returns the host that libpq connects to, or "" if the URL names none.
+
+    A host that starts with a slash is the folder of a Unix socket.
+    """
     return options.get("host", [parts.hostname or ""])[-1]
 
 
 def _local(host: str) -> bool:
-    try:
-        return host.startswith("/") or host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host.startswith("/") or is_loopback(host)
 
 
 def _refused() -> InvalidRequestError:
     return InvalidRequestError(
-        f"a database is sqlite:///FILE, or has the form {FORM}, without a password: that comes from"
-        " PGPASSFILE, PGPASSWORD or ?passfile=FILE on the head node"
+        f"a database URL is sqlite:///FILE, or has the form {FORM} without a password: give the"
+        " password by PGPASSFILE, PGPASSWORD or ?passfile=FILE on the head node"
     )

@@ -1,4 +1,4 @@
-"""Where the home directory is: all lasting state lies there unless it is pointed elsewhere."""
+"""Finds the home directory, which holds all lasting state unless a setting moves a part of it."""
 
 from __future__ import annotations
 
@@ -7,5 +7,8 @@ from pathlib import Path
 
 
 def home_directory() -> Path:
-    """`TG_TINKER_HOME`, or `~/.tg-tinker`: registry, store, keyring and converted models."""
+    """Returns the path in `TG_TINKER_HOME`, or `~/.tg-tinker` if the variable is not set.
+
+    The directory holds the registry, the store, the keyring and converted models.
+    """
     return Path(os.environ.get("TG_TINKER_HOME") or "~/.tg-tinker").expanduser().absolute()

@@ -1,9 +1,9 @@
-"""Where a keyring is: what `keyring=` of `ServiceClient` and TG_TINKER_KEYRING may name.
+"""Checks the location of a keyring, as `ServiceClient(keyring=...)` and TG_TINKER_KEYRING name it.
 
     /secure/keyring     a file of mode 0600
     env:TENANT_KEYS     the same text in an environment variable of the registry's process
 
-It reads no keyring; `actors.storage.key_providers` does.
+This module reads no keyring; `actors.storage.key_providers` does.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from tg_tinker.storage.stores import local_path
 SETTING = "TG_TINKER_KEYRING"
 _ENVIRONMENT = "env:"
 _KEY = re.compile(r".*[A-Za-z0-9+/_-]{43}=.*|[A-Za-z0-9+_-]{43,}", re.DOTALL)
-"""32 bytes in base64, whatever stands around them; or a word as long, such as 64 hex digits."""
+"""Matches a text that may hold a key: 32 bytes in base64 with anything around them, or one word of
+43 or more characters, such as 64 hex digits."""
 
 
 @dataclass(frozen=True)
 class Variable:
-    """An environment variable that holds the text of a keyring."""
+    """The name of an environment variable that holds the text of a keyring."""
 
     name: str
 
@@ -33,10 +34,13 @@ class Variable:
 
 
 def place_of(keyring: str | os.PathLike[str]) -> Path | Variable:
-    """A whole path, from here or from `~`, or a variable for ``env:NAME``.
+    """Returns the location of a keyring: a `Variable` for ``env:NAME``, else an absolute path.
+
+    Paths are resolved against the working directory; `~` is expanded.
 
     Raises:
-        InvalidRequestError: another form. The text is not repeated: it may be the keys themselves.
+        InvalidRequestError: the text has another form. The message does not repeat the text, which
+            may be the keys themselves.
     """
     text = os.fspath(keyring)
     variable = text.removeprefix(_ENVIRONMENT)
@@ -47,36 +51,40 @@ def place_of(keyring: str | os.PathLike[str]) -> Path | Variable:
     if path is None:
         raise InvalidRequestError(
             "a keyring is the path of a file, or env:NAME for an environment variable that holds"
-            " its text; it is never the text itself, and key services are not supported yet"
+            " the keyring's text, but never the text itself. Key services are not supported yet"
         )
     return path
 
 
 def check_key_id(text: str) -> str:
-    """What may name a key of a keyring, itself.
+    """Returns the text if it can be the name of a key in a keyring.
 
     Raises:
-        InvalidRequestError: it is none. The text is not repeated: it may be the key.
+        InvalidRequestError: the text cannot be such a name. The message does not repeat the text,
+            which may be the key itself.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,31}", text):
         raise InvalidRequestError(
-            "this is no name of a key, which are like k1, so it cannot be retired; `tg-tinker keys"
-            " list` shows them. If it was a key, treat it as known to others: rotate, then retire"
-            " it by its name"
+            "this is not the name of a key and cannot be retired: names look like k1, and"
+            " `tg-tinker keys list` shows them. If you typed the key itself, treat it as known to"
+            " others: rotate, then retire it by its name"
         )
     return text
 
 
 def default_place(home: Path) -> Path | Variable:
-    """What `TG_TINKER_KEYRING` names, or the file `keyring` in the home directory."""
+    """Returns the location in `TG_TINKER_KEYRING`, or the file `keyring` in the home directory."""
     return place_of(os.environ.get(SETTING) or home / "keyring")
 
 
 def audit_folder(place: Path | Variable, home: Path) -> Path:
-    """Where `audit.key` and `audit.pub` lie: beside a keyring file, else in the home directory."""
+    """Returns the folder of `audit.key` and `audit.pub`.
+
+    This is the folder of a keyring file. For a keyring in a variable it is the home directory.
+    """
     return home if isinstance(place, Variable) else place.parent
 
 
 def is_keyring(text: str) -> bool:
-    """Whether a text looks like a keyring, a damaged one included."""
+    """Returns whether a text looks like a keyring, even a damaged one."""
     return '"keys"' in text and '"primary"' in text

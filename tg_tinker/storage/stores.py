@@ -1,4 +1,4 @@
-"""Where a store is: a local folder, or a place that a URI names without any secret in it."""
+"""Parses the location of a store: a local folder, or a URI that contains no secret."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ _COMPONENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 
 @dataclass(frozen=True)
 class Location:
-    """A place outside this machine.
+    """The location of a store outside this machine.
 
     Attributes:
         scheme: `s3`, `gs`, `abfss` or `hdfs`.
-        bucket: bucket or container; empty for `hdfs`.
-        host: of the Azure account or the name node; empty otherwise, or for the default one.
-        port: of the name node; 0 for the default one.
-        prefix: components joined by `/`, or empty: all names of the store are below it.
+        bucket: the bucket or container; empty for `hdfs`.
+        host: the host of the Azure account or of the HDFS name node. Empty for `s3` and `gs`, and
+            for the default name node.
+        port: the port of the name node; 0 for the default port.
+        prefix: the path that all names of the store are below, components joined by `/`. May be
+            empty.
     """
 
     scheme: str
@@ -47,19 +49,26 @@ class Location:
 
     @property
     def root(self) -> str:
-        """The prefix as a path of pyarrow; on hdfs absolute, others are below a user's home."""
+        """The store's root as a pyarrow path.
+
+        On `hdfs` the path is absolute, because HDFS resolves a relative path against the user's
+        home.
+        """
         return f"{self.bucket}/{self.prefix}".rstrip("/") or "/"
 
 
 def parse(root: str) -> Path | Location:
-    """What `store=` names: text without a colon before its first slash is a local folder, from here
-    or from `~`.
+    """Returns the location that `store=` names.
+
+    Text without a colon before its first slash is a local folder. A relative folder is resolved
+    against the working directory; `~` is expanded.
 
     Raises:
-        InvalidRequestError: not one of `FORMS`. The text is not repeated: it may hold a secret.
+        InvalidRequestError: the text has none of `FORMS`. The message does not repeat the text,
+            which may hold a secret.
     """
     name, colon, rest = root.partition("/")[0].partition(":")
-    if not colon or len(name) < 2:  # C:/ is a folder
+    if not colon or len(name) < 2:  # a single letter is no scheme: C:/ is a folder
         if (folder := local_path(root)) is None:
             raise _refused("file")
         return folder
@@ -79,7 +88,9 @@ def parse(root: str) -> Path | Location:
 
 
 def as_text(root: str) -> str:
-    """The same in a form that means the same in every process: a local folder as a whole path.
+    """Returns the location as text that means the same in every process.
+
+    A local folder becomes an absolute path.
 
     Raises:
         InvalidRequestError: see `parse`.
@@ -89,8 +100,11 @@ def as_text(root: str) -> str:
 
 
 def local_path(text: str) -> Path | None:
-    """A path from the root, from here or from `~`; None with control characters in it, with blanks
-    at its ends, or of an unknown user."""
+    """Returns the text as an absolute path, with `~` expanded.
+
+    Returns None if the text holds control characters, starts or ends with a blank, or names an
+    unknown user after `~`.
+    """
     if not text.isprintable() or text != text.strip():
         return None
     try:
@@ -100,10 +114,10 @@ def local_path(text: str) -> Path | None:
 
 
 def check_name(name: str) -> str:
-    """The name of an object, or of a folder of objects, itself.
+    """Returns the name of an object, or of a folder of objects, unchanged.
 
     Raises:
-        InvalidRequestError: a component is none.
+        InvalidRequestError: a component of the name is invalid, see `check_component`.
     """
     for component in name.split("/"):
         check_component(component)
@@ -111,34 +125,38 @@ def check_name(name: str) -> str:
 
 
 def shown(name: str) -> str:
-    """A name that a stranger may have given, for a terminal: what does not print is escaped. One
-    that `check_name` takes is itself, and what is escaped here it refuses."""
+    """Returns a name in a form that is safe to print on a terminal.
+
+    A stranger may have chosen the name. A name with characters that do not print is escaped; any
+    other name, so every name that `check_name` accepts, is returned unchanged.
+    """
     return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def shown_lines(text: str) -> str:
-    """The same of a text that may have several lines."""
+    """Returns a text of several lines in a form that is safe to print on a terminal."""
     return "\n".join(map(shown, text.split("\n")))
 
 
 def check_component(name: str) -> str:
-    """A name without a slash, itself.
+    """Returns a name without a slash, unchanged.
+
+    The rule keeps every name inside the store and away from the hidden files of a local folder.
 
     Raises:
-        InvalidRequestError: it is empty, begins with a dot, is longer than 200 characters or has
-            other than ASCII letters, digits, dots, dashes and underscores. So no name leaves the
-            store, and none meets the hidden files of a local folder.
+        InvalidRequestError: the name is empty, begins with a dot, is longer than 200 characters,
+            or holds other characters than ASCII letters, digits, dots, dashes and underscores.
     """
     if not is_component(name):
         raise InvalidRequestError(
-            f"{name[:80]!r} is no name in a store: use letters, digits, dots, dashes and"
-            " underscores, 1 to 200 of them and no dot in front"
+            f"{name[:80]!r} is not a valid name in a store: use 1 to 200 letters, digits, dots,"
+            " dashes and underscores, and do not begin with a dot"
         )
     return name
 
 
 def is_component(name: str) -> bool:
-    """Whether `check_component` takes it."""
+    """Returns whether `check_component` accepts the name."""
     return _COMPONENT.fullmatch(name) is not None
 
 
@@ -146,7 +164,7 @@ def _folder(uri: str) -> Path:
     parts = urlsplit(uri)
     folder = unquote(parts.path)
     local = uri.startswith("file://") and parts.netloc in ("", "localhost")
-    printable = folder.isprintable()  # a terminal or a log would obey others
+    printable = folder.isprintable()  # control characters would act on a terminal
     if not local or not folder.startswith("/") or not printable or parts.query or parts.fragment:
         raise _refused("file")
     return Path(folder)
@@ -155,7 +173,7 @@ def _folder(uri: str) -> Path:
 def _refused(scheme: str) -> InvalidRequestError:
     forms = FORMS.get(scheme) or ", ".join(FORMS.values())
     return InvalidRequestError(
-        f"a store is a local folder or has the form {forms}, as text, without user, password,"
-        " query, special characters or blanks at its ends: credentials come from the environment"
-        " of the process. A folder with a colon in its name begins with ./ or /"
+        f"a store is a local folder or has the form {forms}. Pass it as text, without user,"
+        " password, query, special characters or blanks at its ends: credentials come from the"
+        " environment of the process. Begin a folder with a colon in its name with ./ or /"
     )

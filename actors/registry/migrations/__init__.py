@@ -1,8 +1,10 @@
-"""Revisions of the registry's tables, in order; `actors.registry.revisions` has Alembic run them.
+"""Revisions of the registry's tables, in order. `actors.registry.revisions` runs them with Alembic.
 
-- r0001_first_release.py: the tables of the first release whose homes are upgraded.
+- r0001_first_release.py: the tables of the first release whose homes can be upgraded.
 - r0002_fencing_token.py: `registry.generation` becomes `registry.fencing_token`.
+- r0003_api_key_macs.py: `api_keys` has a column `mac`.
 
-A revision imports nothing of ours: released, it is frozen, and `schema` goes on. What the newest
-one leaves behind is what `schema` declares; a test compares the two on SQLite and PostgreSQL.
+A revision imports none of this project's modules: `schema` changes, and a released revision must
+not. After the newest revision the tables are those that `schema` declares. A test compares the two
+on SQLite and on PostgreSQL.
 """

@@ -1,7 +1,8 @@
-"""The tables of the first release whose homes are upgraded.
+"""Creates the tables of the first release whose homes can be upgraded.
 
-Its databases have no revision on record. So this one finds them complete, or makes what is missing:
-a table that the release made when it was first needed.
+Databases of that release have no stored revision. Therefore this revision finds the tables
+complete, or creates those that are missing: the release made some tables only when it first needed
+them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""`registry.generation` becomes `registry.fencing_token`, and is raised by one.
+"""Renames `registry.generation` to `registry.fencing_token`, and raises its value by one.
 
-Programs of the first release look for the column before each change and when they open a database:
-one that still runs changes nothing from here on, and one that is started later refuses it.
+Programs of the first release read the old column before each change and when they open a database.
+A program that still runs can change nothing after this revision, and a program that starts later
+refuses the database.
 """
 
 from __future__ import annotations
