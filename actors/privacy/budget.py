@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from actors.privacy.plan import plan_run
 from actors.registry.head_keeper import HeadKeeper
@@ -71,8 +72,12 @@ class Budget:
         budget.plan = entry, new
         return budget
 
-    def open(self) -> Budget:
+    def open(self, **facts: Any) -> Budget:
         """Opens the account of the run, and registers the dataset if the run is its first.
+
+        Args:
+            facts: what the certificate also states, as known once the model is loaded. It must not
+                depend on training data.
 
         This is the last step of a creation: a run that cannot start must not register a dataset.
 
@@ -82,6 +87,7 @@ class Budget:
         """
         if self.plan is not None:
             (entry, new), self.plan = self.plan, None
+            entry["facts"] |= facts
             if new is not None:
                 self.registry.ledgers.register(
                     self.tenant,

@@ -2,8 +2,10 @@
 
 The entropy comes from the operating system through a cryptographic keystream. There is no seed and
 no stored state, and no setting selects another source. Values are float64, made from uniforms with
-53 random bits. The largest possible value is 8.6. A true normal exceeds this value with probability
-1e-17, far below any delta.
+53 random bits. The largest possible value is 8.57; a true normal exceeds it with probability 1e-17.
+This is per value: for P values and T steps at sigma, the bounded range adds up to about
+5e-17 x sqrt(P) / sigma x T to delta (`tg_tinker.records.figures.noise_tail`), which matters for
+deltas below about 1e-9. The certificate states this term.
 """
 
 from __future__ import annotations

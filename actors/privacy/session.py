@@ -61,7 +61,7 @@ class PrivateSession(Session):
         super().__init__(base, config)
         self._divisor = config.batch_size * config.gradient_accumulation_steps
         self.unit_backward = UnitBackward(base, self._parameters, self._losses)
-        budget.open()
+        budget.open(trainable=self.num_trainable)
 
     @property
     def pending(self) -> bool:

@@ -10,16 +10,18 @@ from typing import Any
 
 import pytest
 
-from support.privacy_helpers import new_budget, private_config, registry
+from support.privacy_helpers import planned_budget, private_config, registry
 from tg_tinker.errors import IntegrityError, NotFoundError
 from tg_tinker.records.report import OUTSIDE, PrivacyReport, read_ledger
 
 
-def report(*runs: dict[str, Any], charges: int = 1, noised: bool = True) -> PrivacyReport:
+def report(
+    *runs: dict[str, Any], charges: int = 1, noised: bool = True, **facts: Any
+) -> PrivacyReport:
     """Returns the report of a dataset on which each run made these steps, all on one unit."""
     known = registry()
     for values in runs:
-        budget = new_budget(known, private_config(Path("none"), dp=values))
+        budget = planned_budget(known, private_config(Path("none"), dp=values)).open(**facts)
         for number in range(charges):
             known.ledgers.charge(
                 "default", "default", budget.run_id, budget.epoch, f"{budget.run_id}{number}",
@@ -96,6 +98,97 @@ def test_the_report_reads_as_text() -> None:
     text = str(report({"noise_multiplier": 1.0}))
     assert "dataset default: epsilon 4.377 of 8 spent, delta 1e-05" in text
     assert "participation, sigma 1, 1 charges, 1 uses of a unit (of 2)" in text
+    for meant in (
+        "e^4.377 = 79.61 (epsilon), apart from a probability of 1e-05 (delta)",
+        "looking at released weights, claim the registered epsilon 8 instead",
+        "at delta 1e-06 epsilon 4.887",
+        "2 units epsilon 9.997, 4 units epsilon 24.38, 8 units epsilon 65.32 (exact)",
+        "The number of units is not known here.",
+        "The spent epsilon also presumes that the decision to stop did not depend",
+        "Not covered:\n- Loss,",
+    ):
+        assert meant in text, meant
+
+
+def test_a_stop_that_looked_at_weights_has_the_registered_epsilon() -> None:
+    made = report({"noise_multiplier": 1.0})
+    stated = made.certificate()
+    assert stated["epsilon_if_stopping_was_adaptive"] == 8.0 > stated["spent"]["epsilon"]
+    assert "not choices from losses, metrics or who was drawn" in stated["presumes"]
+    unlimited = report({"noise_multiplier": 1.0, "target_epsilon": None})
+    assert unlimited.certificate()["epsilon_if_stopping_was_adaptive"] is None
+    assert "no epsilon at all" in str(unlimited)
+
+
+def test_the_certificate_states_the_figures_of_a_gaussian_ledger() -> None:
+    stated = report({"noise_multiplier": 1.0}, charges=2).certificate()
+    assert stated["rho"] == pytest.approx(1.0)
+    assert [point["delta"] for point in stated["delta_epsilon_curve"]] == [1e-3, 1e-4, *DELTAS]
+    assert [(group["units"], group["how"]) for group in stated["groups"]] == [
+        (1, "exact"), (2, "exact"), (4, "exact"), (8, "exact"),
+    ]  # fmt: skip
+    assert stated["groups"][1]["epsilon"] == pytest.approx(15.456, abs=1e-3)
+
+
+DELTAS = (1e-5, 1e-6, 1e-7)
+
+
+def test_a_sampled_ledger_has_upper_bounds_and_no_rho() -> None:
+    sampled = {"dataset_size": 80, "accountant_type": "rdp", "sampling": "poisson"}
+    stated = report({"noise_multiplier": 4.0} | sampled).certificate()
+    assert stated["rho"] is None
+    assert all(group["how"].startswith("upper bound") for group in stated["groups"])
+    assert stated["units"] == 80
+    assert stated["delta_times_units"] == pytest.approx(8e-4)
+    both = report({"noise_multiplier": 4.0} | sampled, {"noise_multiplier": 3.0})
+    two = both.certificate()["groups"][1]
+    assert (two["epsilon"], two["delta"] > 1e-5) == (2 * both.total_epsilon, True)
+    assert f"2 units epsilon {two['epsilon']:.4g} (at delta {two['delta']:.3g})" in str(both)
+
+
+def test_twice_delta_is_presumed_where_a_run_joined_one_with_a_table() -> None:
+    sampled = {"dataset_size": 80, "accountant_type": "prv", "sampling": "poisson"}
+    alone = {"noise_multiplier": 4.0, "target_epsilon": 0.4} | sampled
+    assert "twice" not in report(alone).certificate()["presumes"]
+    joined = report(alone, {"noise_multiplier": 20.0, "target_epsilon": 0.4})
+    assert "delta is twice the stated delta" in joined.certificate()["presumes"]
+
+
+def test_the_units_are_the_most_that_anybody_stated_or_counted() -> None:
+    made = report({"noise_multiplier": 1.0, "dataset_size": 3692})
+    assert made.certificate()["units"] == 3692
+    counted = PrivacyReport(made.entries, counted=5000)
+    assert counted.certificate()["delta_times_units"] == pytest.approx(0.05)
+    assert "delta x units = 1e-05 x 5000 = 0.05" in str(counted)
+
+
+def test_a_delta_that_lets_whole_units_out_is_a_caution() -> None:
+    made = report({"noise_multiplier": 1.0})
+    assert made.certificate()["cautions"] == []
+    careless = PrivacyReport(made.entries, counted=100_000)
+    assert "delta x units is 1, which is 1 or more" in careless.certificate()["cautions"][0]
+    assert "caution: delta x units is 1" in str(careless)
+
+
+def test_linked_data_sets_and_dropped_draws_are_explained() -> None:
+    made = report({"noise_multiplier": 1.0})
+    (run,) = made.ledger.accounts
+    link = made.ledger.append({"type": "link", "run": run, "datasets": ["first"]})
+    linked = PrivacyReport([*made.entries, link])
+    assert "the epsilons and the deltas add for a person in both" in str(linked)
+    assert linked.certificate()["linked_datasets"] == ["first"]
+    object.__setattr__(made, "entries", [*made.entries, {"type": "drop"}])
+    assert made.certificate()["draws_dropped"] == 1
+    assert "1 Poisson draws were told and not used" in str(made)
+
+
+def test_the_bounded_noise_is_stated_and_a_caution_where_it_matters() -> None:
+    known = {"noise_multiplier": 1.0, "target_delta": 1e-13}
+    small = report(known, trainable=1000).certificate()
+    assert small["delta_of_bounded_noise"] == pytest.approx(5e-17 * 1000**0.5)
+    assert "bounded range" in report(known, trainable=10**9).certificate()["cautions"][0]
+    assert report({"noise_multiplier": 1.0}, trainable=10**9).certificate()["cautions"] == []
+    assert report(known).certificate()["delta_of_bounded_noise"] is None
 
 
 # --- a ledger in a file --------------------------------------------------------------------------

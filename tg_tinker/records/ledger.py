@@ -213,6 +213,14 @@ class Ledger:
         """The epsilon spent by everything released so far."""
         return self._compose({run: account.count for run, account in self.accounts.items()})
 
+    @property
+    def released(self) -> tuple[float, list[Account]]:
+        """What `epsilon` composes: mu^2 of all Gaussian releases together, and the accounts of the
+        runs that made steps on Poisson samples."""
+        used = [account for account in self.accounts.values() if account.count]
+        gaussian = (one.count / one.sigma**2 for one in used if not one.poisson)
+        return math.fsum(gaussian), [account for account in used if account.poisson]
+
     def epsilon_with(self, run: str, count: int, account: Account | None = None) -> float:
         """Returns the epsilon if `run` reached `count` and all other runs used their reservations.
 

@@ -19,6 +19,7 @@ from typing import Any
 from tg_tinker.config import TrainingConfig
 from tg_tinker.errors import IntegrityError, NotFoundError, ServiceError
 from tg_tinker.records.entries import Entry, place_of
+from tg_tinker.records.figures import LEMMA, Figure, curve, gaussian_mu2, groups, noise_tail
 from tg_tinker.records.ledger import Account, Ledger
 
 DEFAULT_DATASET = "default"
@@ -32,9 +33,15 @@ OUTSIDE = (
     "Loss, gradient norms, num_clipped and gradient hashes: exact values for the data owner.",
     "Membership and number of units and their ids; without Poisson sampling also when each took"
     " part.",
-    "Text that appears in several units: each unit is protected on its own.",
-    "The base model, which saw other data before.",
+    "Equal rows of several people where the unit is one example: they are one unit, which is"
+    " protected as a whole. One of these people alone has less under participation: mu times"
+    " sqrt(2) if the labels are equal too, else at most mu times 2.",
+    "Text that appears in several units: the units are protected one by one, not what they share.",
+    "The base model, which saw other data before. An adapter without privacy that was merged into"
+    " the base model outside this service is part of the base model here.",
     "An owner who gives one unit several identities.",
+    "How often a step was paid and not taken, which charges and steps show together: where a crash"
+    " depends on the rows, it is not covered by epsilon.",
 )
 VOUCHED_BY = {
     "participation": "server: counted uses",
@@ -42,9 +49,20 @@ VOUCHED_BY = {
     "client_poisson": "owner: asserted samples",
     "worst_case": "nobody: worst case",
 }
+TABLED = ("prv", "pld")
+"""The accountants whose tables hold for a single run; see `tg_tinker.records.ledger`."""
 PRESUMED = (
     "The guarantee presumes that batches, hyper-parameters, stopping and the choice of checkpoint"
     " did not depend on losses, norms or clip counts of private data."
+)
+PRESUMED_OF_STOPPING = (
+    " The spent epsilon also presumes that the decision to stop did not depend on released weights."
+    " epsilon_if_stopping_was_adaptive needs no such presumption: it covers choices from released"
+    " weights and charged releases, but not choices from losses, metrics or who was drawn."
+)
+PRESUMED_OF_JOINED = (
+    " If released weights decided whether a further run joined the sampled one, delta is twice the"
+    " stated delta."
 )
 PRESUMED_OF_SAMPLES = (
     " It also presumes that the drawn samples stay secret: whoever knows which units took part in"
@@ -167,10 +185,13 @@ class PrivacyReport:
 
     Attributes:
         entries: the whole ledger; `Ledger.replay(entries)` verifies it anywhere.
+        counted: the number of distinct units that the registry has charged; None if it is not
+            known, as for a ledger in a file.
         ledger: the state that the entries lead to.
     """
 
     entries: Sequence[Entry]
+    counted: int | None = None
     ledger: Ledger = field(init=False)
 
     def __post_init__(self) -> None:
@@ -192,15 +213,24 @@ class PrivacyReport:
             "dataset": ledger.registered["dataset"],
             "registered": {"epsilon": ledger.registered["epsilon"], "delta": ledger.delta},
             "spent": {"epsilon": _number(ledger.epsilon), "delta": ledger.delta},
+            "epsilon_if_stopping_was_adaptive": _number(ledger.limit),
             "guarantee": not any(self._opt_outs()) and ledger.epsilon <= ledger.limit,
             "adjacency": "zero-out: one unit is replaced by a null example; the number of units,"
             " their ids, the schedule and the batch size are public",
             "unit": UNITS[ledger.registered["unit"]],
             "runs": {run: _run(account) for run, account in ledger.accounts.items()},
             "opt_outs": list(self._opt_outs()),
+            "delta_epsilon_curve": [_stated(figure) for figure in curve(ledger)],
+            "groups": [_stated(figure) for figure in groups(ledger)],
+            "rho": None if (mu2 := gaussian_mu2(ledger)) is None else mu2 / 2,
+            "units": self.units,
+            "delta_times_units": None if (units := self.units) is None else ledger.delta * units,
+            "delta_of_bounded_noise": noise_tail(ledger),
+            "draws_dropped": self.draws_dropped,
+            "cautions": list(self._cautions()),
             "linked_datasets": sorted(ledger.linked),
             "ledger": {"birth": ledger.birth, "head": ledger.head, "entries": ledger.length},
-            "presumes": PRESUMED + (PRESUMED_OF_SAMPLES if self.sampled else ""),
+            "presumes": self._presumed,
             "outside": list(OUTSIDE),
         }
 
@@ -224,6 +254,28 @@ class PrivacyReport:
         """Whether the accounting of any run relies on Poisson samples."""
         return any(account.poisson for account in self.ledger.accounts.values())
 
+    @property
+    def units(self) -> int | None:
+        """The number of units: the largest that a run stated or that was counted, or None."""
+        stated = (account.facts.get("dataset_size") for account in self.ledger.accounts.values())
+        return max((n for n in (self.counted, *stated) if n), default=None)
+
+    @property
+    def draws_dropped(self) -> int:
+        """How often a draw was told and then given up; see `tg-tinker privacy drop`."""
+        return sum(entry["type"] == "drop" for entry in self.entries)
+
+    @property
+    def _presumed(self) -> str:
+        tables = any(account.accountant in TABLED for account in self.ledger.accounts.values())
+        joined = tables and len(self.ledger.accounts) > 1
+        return (
+            PRESUMED
+            + PRESUMED_OF_STOPPING
+            + (PRESUMED_OF_JOINED if joined else "")
+            + (PRESUMED_OF_SAMPLES if self.sampled else "")
+        )
+
     def _opt_outs(self) -> Iterator[str]:
         """Yields the reasons why weights may be without the guarantee."""
         if self.ledger.unnoised:
@@ -236,6 +288,30 @@ class PrivacyReport:
                     f"{run} asserted Poisson samples that did not look drawn: it is counted by"
                     " participation, from its first step"
                 )
+
+    def _cautions(self) -> Iterator[str]:
+        """Yields what makes the guarantee weaker than it looks, or adds to it for some people."""
+        ledger, units = self.ledger, self.units
+        if units is not None and ledger.delta * units >= 1:
+            yield (
+                f"delta x units is {ledger.delta * units:.3g}, which is 1 or more: such a delta"
+                " allows the data of whole units to be released. Use a dataset with a smaller delta"
+            )
+        if (tail := noise_tail(ledger)) is not None and tail >= ledger.delta / 100:
+            yield (
+                f"the noise has a bounded range, which adds up to {tail:.2g} to delta: claim delta"
+                f" {ledger.delta + tail:.3g}"
+            )
+        if ledger.linked:
+            yield (
+                "these weights were also trained on other datasets (linked_datasets): the epsilons"
+                " and the deltas add for a person in both"
+            )
+        if self.draws_dropped:
+            yield (
+                f"{self.draws_dropped} Poisson draws were told and not used: from the first of them"
+                " on, no advantage of sampling is claimed"
+            )
 
     def __str__(self) -> str:
         ledger = self.ledger
@@ -252,7 +328,42 @@ class PrivacyReport:
                 f" {account.count} {what} ({limit})"
             )
         lines += [f"no guarantee: {reason}" for reason in self._opt_outs()]
+        lines += [f"caution: {reason}" for reason in self._cautions()]
+        if not any(self._opt_outs()):
+            lines += ["", "What this means:", *(f"- {line}" for line in self._meaning())]
+        lines += ["", f"Presumed: {self._presumed}"]
+        lines += ["", "Not covered:", *(f"- {line}" for line in OUTSIDE), ""]
         return "\n".join([*lines, f"ledger head {ledger.head} ({ledger.length} entries)"])
+
+    def _meaning(self) -> Iterator[str]:
+        """Yields the figures as sentences for a reader who knows no mathematics of privacy."""
+        ledger, units = self.ledger, self.units
+        yield (
+            "A unit is what is protected as a whole. If the data of one unit were replaced by"
+            " nothing, the probability of whatever was released would change by a factor of at most"
+            f" e^{ledger.epsilon:.4g}{_factor(ledger.epsilon)} (epsilon), apart from a probability"
+            f" of {ledger.delta:g} (delta)."
+        )
+        yield (
+            "That is the epsilon spent so far. If somebody decided when to stop by looking at"
+            f" released weights, claim {_claimable(ledger.limit)}."
+        )
+        yield f"The same at other deltas: {_listed(curve(ledger), 'at delta {0.delta:.3g}')}."
+        yield (
+            "A person whose data makes up several units, or several people together, are protected"
+            f" less: {_listed(groups(ledger)[1:], '{0.units} units')}."
+        )
+        if units is None:
+            yield (
+                "The number of units is not known here. Delta protects people only if it is much"
+                " smaller than 1 divided by this number."
+            )
+        else:
+            yield (
+                f"delta x units = {ledger.delta:g} x {units} = {ledger.delta * units:.3g}. It"
+                " bounds the number of units, on average, whose protection may fail altogether: it"
+                " must be far below 1."
+            )
 
     __repr__ = __str__
 
@@ -301,6 +412,38 @@ def _run(account: Account) -> Mapping[str, Any]:
         "limit": account.limit,
         "refuted": account.refuted,
     }
+
+
+def _stated(figure: Figure) -> dict[str, Any]:
+    return {
+        "units": figure.units, "epsilon": _number(figure.epsilon), "delta": figure.delta,
+        "how": figure.how,
+    }  # fmt: skip
+
+
+def _listed(figures: Sequence[Figure], name: str) -> str:
+    """Returns figures as text: each epsilon with its name, and how they were computed."""
+    shown = [
+        f"{name.format(one)} epsilon {one.epsilon:.4g}"
+        + (f" (at delta {one.delta:.3g})" if one.how == LEMMA else "")
+        if math.isfinite(one.epsilon)
+        else f"{name.format(one)} no bound"
+        for one in figures
+    ]
+    return f"{', '.join(shown)} ({'; '.join(dict.fromkeys(one.how for one in figures))})"
+
+
+def _factor(epsilon: float) -> str:
+    return f" = {math.exp(epsilon):.4g}" if epsilon < 20 else ""
+
+
+def _claimable(limit: float) -> str:
+    if math.isinf(limit):
+        return "no epsilon at all: this dataset was registered without a limit"
+    return (
+        f"the registered epsilon {limit:g} instead. It covers choices from released weights and"
+        " charged releases, not choices from losses, metrics or who was drawn"
+    )
 
 
 def _number(value: float) -> float | None:
