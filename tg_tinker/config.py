@@ -145,7 +145,9 @@ class DPConfig(_Config):
         dataset_size: N, the number of units in the dataset; required for Poisson sampling.
         sample_rate: q; if given, it must equal the expected batch / N.
         max_participations: the number of times that one unit may be used, under ``participation``.
-        unit: the unit that is protected: one example, or all rows of one example id.
+        unit: the unit that is protected: ``example`` (one example) or ``id`` (all rows of one
+            example id). None takes the unit of the registered dataset, else ``example``; rows with
+            ids are then refused unless the dataset states its unit.
         show_private_metrics: False reports NaN for the loss and the norms, no gradient hash, a
             `num_clipped` of 0, and no warnings about rows.
         allow_nonprivate_init: True accepts initial weights without a guarantee; the run and its
@@ -164,7 +166,7 @@ class DPConfig(_Config):
     dataset_size: int | None = Field(None, ge=1)
     sample_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     max_participations: int | None = Field(None, ge=1)
-    unit: Literal["example", "id"] = "example"
+    unit: Literal["example", "id"] | None = None
     show_private_metrics: bool = True
     allow_nonprivate_init: bool = False
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.privacy.plan import plan_run
+from actors.privacy.units import refuse_ids, unit_ids
 from actors.registry.head_keeper import HeadKeeper
 from actors.registry.registry import Registry
 from tg_tinker.config import DPConfig, TrainingConfig
+from tg_tinker.data.batch import Example
 from tg_tinker.records.entries import Entry, registration
 from tg_tinker.records.ledger import Ledger
-from tg_tinker.records.report import Charge, dataset_of
+from tg_tinker.records.report import UNIT, Charge, dataset_of
 
 
 @dataclass(repr=False)
@@ -23,6 +25,9 @@ class Budget:
     `planned` checks the plan without changing anything. `open` registers the dataset and reserves.
 
     Attributes:
+        unit: the unit that the dataset protects, ``example`` or ``id``.
+        unit_stated: whether somebody chose the unit: this run, an earlier run, or whoever
+            registered the dataset. Otherwise it is the default.
         key: the secret key of the unit hashes, the same for all runs of the dataset.
         known: the last head position of the ledger that the client saw, ``SEQ-HASH``; empty if the
             client saw none.
@@ -36,6 +41,8 @@ class Budget:
     dataset: str
     run_id: str
     epoch: int
+    unit: str = UNIT
+    unit_stated: bool = True
     # The entries that `open` writes: that of the run, and that of a new dataset.
     plan: tuple[Entry, Entry | None] | None = None
     key: bytes = b""
@@ -59,16 +66,21 @@ class Budget:
         dataset = dataset_of(config)
         budget = cls(registry, tenant, dataset, run_id, epoch)
         ledger = Ledger.replay(entries := registry.ledgers.entries(tenant, dataset))
-        if run_id in ledger.accounts:
-            return budget
         dp = config.dp_config or DPConfig()
         new = None
+        budget.unit_stated = dp.unit is not None or (bool(entries) and _states_unit(ledger))
         if not entries:
-            new = registration(dataset, dp.target_epsilon, dp.target_delta, dp.unit, born="")
+            unit = dp.unit or UNIT
+            new = registration(dataset, dp.target_epsilon, dp.target_delta, unit, born="")
             ledger.append(new)
+        budget.unit = ledger.registered["unit"]
+        if run_id in ledger.accounts:
+            return budget
         plan = plan_run(dp, config, ledger)
         entry = plan.entry(run_id)
-        entry["facts"] |= {"dtype": dtype, "message": plan.message}
+        entry["facts"] |= {
+            "dtype": dtype, "message": plan.message, "unit_stated": budget.unit_stated,
+        }  # fmt: skip
         budget.plan = entry, new
         return budget
 
@@ -100,6 +112,17 @@ class Budget:
             self.registry.ledgers.open_account(self.tenant, self.dataset, entry)
         self.key = self.registry.ledgers.unit_key(self.tenant, self.dataset)
         return self
+
+    def units_of(self, examples: Sequence[Example]) -> list[bytes]:
+        """Returns the unit of each row as a keyed hash; see `unit_ids`.
+
+        Raises:
+            InvalidRequestError: the rows have ids, and nobody chose the unit, so that an id might
+                wrongly be taken for what is protected; or the unit is ``id`` and a row has no id.
+        """
+        if not self.unit_stated:
+            refuse_ids(examples, self.dataset)
+        return unit_ids(self.key, examples, self.unit)
 
     def admit(self, units: Sequence[bytes]) -> set[bytes]:
         """Returns the units that have reached their limit of uses; see `Ledgers.admit`."""
@@ -133,3 +156,13 @@ class Budget:
         """
         if others := sorted(set(datasets) - {self.dataset}):
             self.registry.ledgers.link(self.tenant, self.dataset, self.run_id, others)
+
+
+def _states_unit(ledger: Ledger) -> bool:
+    """Returns whether somebody chose the unit of a registered dataset.
+
+    Nobody did if the run that registered it left the unit open. Runs of earlier releases always
+    stated one.
+    """
+    opened = ledger.accounts.values()
+    return not opened or any(account.facts.get("unit_stated", True) for account in opened)

@@ -131,7 +131,7 @@ class _Planner:
                 f"target_delta {self.dp.target_delta:g} exceeds the {delta:g} of the dataset: lower"
                 " it"
             )
-        if self.dp.unit != unit:
+        if self.dp.unit not in (None, unit):
             raise InvalidRequestError(
                 f"the dataset protects unit={unit!r}, not {self.dp.unit!r}: use the dataset's unit"
             )
@@ -346,7 +346,7 @@ class _Planner:
         return f"{count} use{plural} of each {self._unit()}"
 
     def _unit(self) -> str:
-        return "example" if self.dp.unit == "example" else "example_id"
+        return "example_id" if self.ledger.registered["unit"] == "id" else "example"
 
     def _facts(self) -> dict[str, Any]:
         """Returns what the certificate also states: values that do not depend on the data."""
@@ -356,7 +356,7 @@ class _Planner:
             "dataset_size": self.dp.dataset_size,
             "target_epsilon": self.dp.target_epsilon,
             "target_delta": self.dp.target_delta,
-            "unit": self.dp.unit,
+            "unit": self.ledger.registered["unit"],
             "metrics_shown": self.dp.show_private_metrics,
             "nonprivate_init": self.dp.allow_nonprivate_init,
         }

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from actors.privacy.budget import Budget
-from actors.privacy.units import unit_ids
 from tg_tinker.config import DPConfig, TrainingConfig
 from tg_tinker.data.batch import Example
 from tg_tinker.errors import DPBudgetExceededError, InvalidRequestError, ServiceError
@@ -114,9 +113,9 @@ class PoissonDraws:
                 ' DPConfig(sampling="poisson") only'
             )
         rows: dict[bytes, list[int]] = {}
-        for index, unit in enumerate(unit_ids(self._budget.key, examples, self._dp.unit)):
+        for index, unit in enumerate(self._budget.units_of(examples)):
             # A repeated example is left out, because it would add zero.
-            if self._dp.unit == "id" or unit not in rows:
+            if self._budget.unit == "id" or unit not in rows:
                 rows.setdefault(unit, []).append(index)
         if len(rows) != self._dp.dataset_size:
             raise InvalidRequestError(

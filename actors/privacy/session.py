@@ -33,7 +33,7 @@ from actors.privacy.layers import refuse_mixing_layers, silence_dropout
 from actors.privacy.noise import standard_normal
 from actors.privacy.poisson import PoissonDraws
 from actors.privacy.unit_gradients import UnitBackward
-from actors.privacy.units import Window, unit_ids
+from actors.privacy.units import SharedContents, Window
 from tg_tinker.config import DPConfig, TrainingConfig
 from tg_tinker.data.batch import Example
 from tg_tinker.data.hashing import resolve_batch_hash
@@ -58,6 +58,7 @@ class PrivateSession(Session):
         self.poisson = PoissonDraws(budget, config)
         self._releasing = False
         self._rows_per_step: list[int] = []
+        self._shared = SharedContents()
         super().__init__(base, config)
         self._divisor = config.batch_size * config.gradient_accumulation_steps
         self.unit_backward = UnitBackward(base, self._parameters, self._losses)
@@ -99,11 +100,11 @@ class PrivateSession(Session):
         try:
             with stage(Stage.HASH):
                 digest = resolve_batch_hash(examples, batch_hash)
-            units = unit_ids(self.budget.key, examples, self.dp.unit)
+            units = self.budget.units_of(examples)
             at_limit = set() if self.poisson.paid else self.budget.admit(units)
             groups, taken, skipped = self._pending.admit(
                 examples, units, at_limit, self.base.vocab_size, self.base.context_length,
-                whole_units=self.dp.unit == "id",
+                whole_units=self.budget.unit == "id",
             )  # fmt: skip
             self._seed_dropout()
             loss, total = self.unit_backward.clipped_sum(
@@ -130,7 +131,7 @@ class PrivateSession(Session):
                 gradient_hash=fingerprint,
                 num_tokens=sum(len(example.input_ids) for example in examples),
                 latency_ms=1e3 * (time.perf_counter() - started),
-                warnings=_explain(skipped, len(examples)),
+                warnings=_explain(skipped, len(examples)) + self._judge_contents(examples, units),
             )
         )
 
@@ -266,6 +267,19 @@ class PrivateSession(Session):
         if self.dp.show_private_metrics:
             return result
         return replace(result, loss=math.nan, gradient_hash="", warnings=())
+
+    def _judge_contents(
+        self, examples: Sequence[Example], units: Sequence[bytes]
+    ) -> tuple[str, ...]:
+        """Warns of rows that belong to several ids, where the unit is one example."""
+        shared = 0 if self.budget.unit == "id" else self._shared.count(examples, units)
+        if not shared:
+            return ()
+        return (
+            f"{shared} of {len(examples)} rows have the tokens of earlier rows with another id:"
+            ' under unit="example" they are one unit, so each of these people alone is protected'
+            " less than the unit; see docs/privacy.md",
+        )
 
     def _judge_batch_size(self, window: Window) -> tuple[str, ...]:
         """Warns of a step without rows, and once if the divisor is far from the rows of a step."""

@@ -15,8 +15,11 @@ import numpy as np
 
 from actors.privacy.clipping import ClippedSum
 from tg_tinker.data.batch import IGNORED, Example, require_ids
+from tg_tinker.errors import InvalidRequestError
 
 UNIT_BYTES = 16
+MOST_REMEMBERED = 500_000
+"""The units whose ids are remembered: about 100 MB of memory at most."""
 
 
 def unit_ids(key: bytes, examples: Sequence[Example], unit: str) -> list[bytes]:
@@ -38,6 +41,25 @@ def unit_ids(key: bytes, examples: Sequence[Example], unit: str) -> list[bytes]:
     ]
 
 
+def refuse_ids(examples: Sequence[Example], dataset: str) -> None:
+    """Refuses rows with ids in a run whose unit of privacy nobody chose.
+
+    Without this check, a caller who gives the rows of one person one id would believe that the
+    person is protected as a whole.
+
+    Raises:
+        InvalidRequestError: a row has an id.
+    """
+    if any(example.example_id is not None for example in examples):
+        raise InvalidRequestError(
+            "these rows have example_ids, but neither the run nor the dataset says whether an id is"
+            " the unit of privacy; nothing was charged. Choose in a new client:"
+            ' DPConfig(unit="example") protects each row by itself; DPConfig(unit="id") protects'
+            " all rows of an id together, with another dataset_id, since the unit of"
+            f" {dataset!r} is the example already"
+        )
+
+
 def _content(example: Example, unit: str) -> bytes:
     if unit == "id":
         return b"id\0" + str(example.example_id).encode()
@@ -56,6 +78,33 @@ def row_defect(example: Example, vocab_size: int, context_length: int) -> str | 
     if ((ids < 0) | (ids >= vocab_size)).any():
         return "out of vocabulary"
     return None if example.num_labeled else "nothing labeled"
+
+
+class SharedContents:
+    """Counts rows whose tokens came before under another id, where the unit is one example.
+
+    Such rows are one unit, so each of the people behind them is protected less than the unit. The
+    count depends on the content of rows: it is for the data owner alone.
+    """
+
+    def __init__(self) -> None:
+        # The unit -> a digest of the id that it came with first.
+        self._first: dict[bytes, bytes] = {}
+
+    def count(self, examples: Sequence[Example], units: Sequence[bytes]) -> int:
+        """Returns how many of the rows have an id other than the first one of their unit.
+
+        Units beyond the first `MOST_REMEMBERED` are not remembered.
+        """
+        shared = 0
+        for example, unit in zip(examples, units, strict=True):
+            if example.example_id is None:
+                continue
+            name = hashlib.sha256(example.example_id.encode()).digest()[:UNIT_BYTES]
+            if len(self._first) < MOST_REMEMBERED:
+                self._first.setdefault(unit, name)
+            shared += self._first.get(unit, name) != name
+        return shared
 
 
 @dataclass(repr=False)

@@ -53,6 +53,7 @@ from tg_tinker.records.heads import AuditHead
 from tg_tinker.records.ledger import Ledger
 from tg_tinker.records.report import (
     DEFAULT_DATASET,
+    UNIT,
     PrivacyInfo,
     PrivacyReport,
     dataset_of,
@@ -405,7 +406,7 @@ class FakeService(ServiceClient):
             self.ledgers[dataset] = Ledger(), []
             self.enter(dataset, {
                 "type": "register", "version": VERSION, "dataset": dataset, "epsilon": limit,
-                "delta": delta, "unit": dp.unit, "order": order, "born": "",
+                "delta": delta, "unit": dp.unit or UNIT, "order": order, "born": "",
             })  # fmt: skip
         facts = {"bound": dp.max_grad_norm, "batch": config.batch_size, "message": "as planned"}
         self.enter(dataset, {

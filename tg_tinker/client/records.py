@@ -15,7 +15,7 @@ from tg_tinker.errors import InvalidRequestError, NotFoundError
 from tg_tinker.records.audit_log import AuditRow, empty, parse_rows, verify
 from tg_tinker.records.files import KeptHead, keep_head, paged, read_head, read_public_key
 from tg_tinker.records.heads import AuditHead
-from tg_tinker.records.report import PrivacyReport, dataset_of
+from tg_tinker.records.report import UNIT, PrivacyReport, dataset_of
 from tg_tinker.records.successions import Signers
 from tg_tinker.types import RegistryAcceptance, RegistryCheck
 
@@ -53,7 +53,7 @@ class Records:
         checked = TrainingConfig(model_ref="any", dataset_id=dataset_id)
         self.meet_ledger(dataset_id)
         self._registry.ledgers.register(
-            self._tenant, dataset_of(checked), dp.target_epsilon, dp.target_delta, dp.unit
+            self._tenant, dataset_of(checked), dp.target_epsilon, dp.target_delta, dp.unit or UNIT
         )
 
     def privacy_report(self, dataset_id: str) -> PrivacyReport:

@@ -25,6 +25,9 @@ from tg_tinker.records.ledger import Account, Ledger
 DEFAULT_DATASET = "default"
 """The dataset of a private run that names none."""
 
+UNIT = "example"
+"""The unit of a dataset if nobody states another one."""
+
 UNITS = {
     "example": "one example: a distinct sequence of input tokens",
     "id": "all rows of one example_id",
