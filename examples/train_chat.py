@@ -67,7 +67,8 @@ data:
   A .jsonl file has one JSON object per line. A .parquet file has the same columns:
     {"prompt": "Where is the key?", "completion": "Behind the boiler."}
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
-  The model learns only completions and assistant messages.
+  The model learns only completions and assistant messages. A row may also have
+  "example_id": "customer 7", which a private run with unit="id" protects as a whole.
 
 examples:
   python examples/train_chat.py                          the rows in this file, SmolLM2-135M

@@ -15,8 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from support.fakes import make_tokenizer
-from tg_tinker.data.chat import encode_rows, render_row_prompt
-from tg_tinker.data.rows import check_row, make_batches, name_of_row, read_rows, split_rows
+from tg_tinker.data.chat import encode_rows, render_row_prompt, split_turns
+from tg_tinker.data.rows import (
+    as_batch,
+    check_row,
+    ids_of,
+    make_batches,
+    name_of_row,
+    read_rows,
+    split_rows,
+)
 from tg_tinker.errors import InvalidRequestError, NotFoundError
 
 PAIR = {"prompt": "2 + 2?", "completion": "4"}
@@ -315,3 +323,61 @@ def test_batches_may_be_larger_than_the_data() -> None:
 def test_batches_of_nothing_are_refused_at_once(rows: int, size: int) -> None:
     with pytest.raises(InvalidRequestError):
         make_batches(encoded(rows), size, seed=0)
+
+
+# --- ids of rows ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", [write_jsonl, lambda path, *rows: write_parquet(path, [*rows])])
+@pytest.mark.parametrize("row", [PAIR, CHAT], ids=["pair", "chat"])
+def test_a_row_keeps_its_id_to_the_batch(tmp_path: Path, write: Any, row: dict[str, Any]) -> None:
+    name = "a.jsonl" if write is write_jsonl else "a.parquet"
+    found = read_rows(write(tmp_path / name, *({**row, "example_id": i} for i in ("ann", "bob"))))
+    assert found == [{**row, "example_id": "ann"}, {**row, "example_id": "bob"}]
+    encoded = encode_rows(make_tokenizer(), found)
+    assert encoded == encode_rows(make_tokenizer(), [row, row])
+    assert as_batch(encoded).example_ids == ["ann", "bob"]
+    (batch,) = islice(make_batches(encoded, 4, seed=0), 1)
+    assert sorted(batch.example_ids) == ["ann", "ann", "bob", "bob"]
+    held, kept = split_rows(encoded, 1, seed=0)
+    assert sorted([*(ids_of(held) or []), *(ids_of(kept) or [])]) == ["ann", "bob"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_another_column_may_hold_the_ids(tmp_path: Path, suffix: str) -> None:
+    rows = [{**PAIR, "customer": 7, "example_id": "not this"}, {**PAIR, "customer": 8}]
+    path = tmp_path / f"a.{suffix}"
+    write_jsonl(path, *rows) if suffix == "jsonl" else write_parquet(path, rows)
+    found = read_rows(path, id_column="customer")
+    assert [row["example_id"] for row in found] == ["7", "8"]
+    with pytest.raises(InvalidRequestError, match="has no 'client'"):
+        read_rows(path, id_column="client")
+
+
+@pytest.mark.parametrize("value", [1.5, True, "", "a\nb", ["a"], {"a": 1}])
+def test_an_id_is_printable_text_or_a_whole_number(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="example_id of line 1") as refusal:
+        read_rows(write_jsonl(tmp_path / "a.jsonl", {**PAIR, "example_id": value}))
+    assert "a\nb" not in str(refusal.value)
+
+
+def test_rows_with_and_without_ids_make_no_batch() -> None:
+    mixed = encode_rows(make_tokenizer(), [{**PAIR, "example_id": "ann"}, PAIR])
+    with pytest.raises(InvalidRequestError, match="1 of 2 rows have an example_id"):
+        as_batch(mixed)
+    assert as_batch(encode_rows(make_tokenizer(), [PAIR])).example_ids is None
+
+
+def test_the_turns_of_a_chat_keep_its_id() -> None:
+    messages = [*CHAT["messages"], *CHAT["messages"]]
+    turns = split_turns({"messages": messages, "example_id": "ann"})
+    assert [turn["example_id"] for turn in turns] == ["ann", "ann"]
+    assert ids_of(encode_rows(make_tokenizer(), turns)) == ["ann", "ann"]
+    assert ids_of(encode_rows(make_tokenizer(), split_turns({**PAIR, "example_id": 7}))) == ["7"]
+
+
+def test_an_encoded_row_with_an_id_survives_copies() -> None:
+    (row,) = encode_rows(make_tokenizer(), [{**PAIR, "example_id": "ann"}])
+    for again in (copy.deepcopy(row), pickle.loads(pickle.dumps(row))):  # noqa: S301 - our own
+        assert again == row
+        assert ids_of([again]) == ["ann"]

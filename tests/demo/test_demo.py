@@ -278,6 +278,17 @@ def test_repeated_rows_are_one_unit_in_a_private_run(private: DemoOptions) -> No
     assert client.config.dp_config.dataset_size == 24
 
 
+def test_rows_with_ids_are_protected_by_id(private: DemoOptions) -> None:
+    assert private.data
+    rows = [json.loads(line) for line in private.data.read_text().splitlines()]
+    named = [row | {"example_id": f"person {i % 10}"} for i, row in enumerate(rows)]
+    private.data.write_text("".join(json.dumps(row) + "\n" for row in named))
+    service = FakeService()
+    config = run(private, service).service.clients[1].config
+    assert config.dp_config
+    assert (config.dp_config.unit, config.dp_config.dataset_size) == ("id", 10)
+
+
 def test_an_interrupted_private_run_goes_on_in_its_own_run_and_budget(private: DemoOptions) -> None:
     service = FakeService()
     service.before_call = press_once("forward_backward", 3)

@@ -155,7 +155,9 @@ class FakeCalls:
 
     def submit(self, operation: str, **arguments: Any) -> FakeHandle[Any]:
         if operation == "register_units":
-            self._units = len({tuple(e.input_ids.tolist()) for e in arguments["examples"]})
+            self._units = len({
+                e.example_id or tuple(e.input_ids.tolist()) for e in arguments["examples"]
+            })  # fmt: skip
             return self._client.call(operation, partial(self._client.register_units, self._units))
         return self._client.call(operation, partial(self._client.draw_units, self._units))
 

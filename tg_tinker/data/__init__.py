@@ -26,7 +26,15 @@ from tg_tinker.data.chat import (
     split_turns,
     to_batch,
 )
-from tg_tinker.data.rows import Encoded, Row, as_batch, make_batches, read_rows, split_rows
+from tg_tinker.data.rows import (
+    Encoded,
+    Row,
+    as_batch,
+    ids_of,
+    make_batches,
+    read_rows,
+    split_rows,
+)
 from tg_tinker.data.text import ChatPrompt
 
 __all__ = [
@@ -37,6 +45,7 @@ __all__ = [
     "Row",
     "as_batch",
     "encode_rows",
+    "ids_of",
     "make_batches",
     "read_rows",
     "render_messages",

@@ -26,7 +26,9 @@ from typing import Any, Literal
 
 from tg_tinker.data.batch import IGNORED, BatchData
 from tg_tinker.data.rows import (
+    ID,
     Encoded,
+    EncodedWithId,
     Row,
     RowOfFile,
     as_batch,
@@ -91,7 +93,8 @@ def encode_row(
 
     Args:
         tokenizer: the model's own tokenizer, `tc.tokenizer`.
-        row: ``{"messages": [...]}`` or ``{"prompt": ..., "completion": ...}``.
+        row: ``{"messages": [...]}`` or ``{"prompt": ..., "completion": ...}``, with an
+            ``example_id`` if you like, which `as_batch` and `make_batches` hand on.
         max_length: the maximum number of tokens; a longer row is cut at its end. None: no limit.
         control_text: ``"text"`` reads a control token that a message spells out, such as
             ``<|im_end|>``, as ordinary text; ``"refuse"`` refuses the row. It does not apply to
@@ -118,12 +121,13 @@ def split_turns(row: Mapping[str, Any]) -> list[Row]:
 
     It serves templates that change earlier answers, which drop the reasoning of earlier turns for
     example: `encode_row` learns only the last answer of such rows. All rows of one chat belong to
-    the same person, so give them one unit id when you train with privacy.
+    the same person: they keep the ``example_id`` of the chat, so give it one when you train with
+    privacy.
     """
     checked = check_row(row, "the row")
     messages = checked.get("messages", [])
     turns = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
-    split: list[Row] = [{"messages": messages[: turn + 1]} for turn in turns] or [checked]
+    split: list[Row] = [checked | {"messages": messages[: turn + 1]} for turn in turns] or [checked]
     return [RowOfFile(one, row.place) for one in split] if isinstance(row, RowOfFile) else split
 
 
@@ -173,7 +177,9 @@ class _Encoder:
             encoded = self._encode_pair(checked, where)
         else:
             encoded = self._encode_chat(_messages(checked), where)
-        return _cut(encoded, self._max_length, where)
+        ids, labels = _cut(encoded, self._max_length, where)
+        name = checked.get(ID)
+        return (ids, labels) if name is None else EncodedWithId(ids, labels, name)
 
     def _encode_chat(self, messages: list[Message], where: str) -> Encoded:
         _first_answer(messages, where)

@@ -4,16 +4,17 @@
     training, held_out = split_rows(rows, held_out=48, seed=0)
 
 A row is a chat, ``{"messages": [{"role": "user", "content": "..."}, ...]}``, or a pair,
-``{"prompt": "...", "completion": "..."}``. Other columns of a file are ignored. `chat` turns the
-text into tokens. In the SDK, only this module imports pyarrow. Errors name files, rows and keys,
-never their contents.
+``{"prompt": "...", "completion": "..."}``. It may have an ``example_id``, which names the person or
+document that it belongs to: the unit of privacy of a run with ``unit="id"``. Other columns of a
+file are ignored. `chat` turns the text into tokens. In the SDK, only this module imports pyarrow.
+Errors name files, rows and keys, never their contents.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,12 +32,34 @@ Encoded = tuple[list[int], list[int]]
 """The token ids of one row and its labels, of equal length."""
 
 _ACCEPTED = 'a row is {"messages": [{"role", "content"}, ...]} or {"prompt", "completion"}'
+ID = "example_id"
+"""The key of a row's id, and the column that `read_rows` takes it from."""
+
 _COLUMNS = [key for form in FORMS for key in form]
 _T = TypeVar("_T")
+_Reader = Callable[[Path, Sequence[str]], Iterator[tuple[str, object]]]
 
 
-def read_rows(path: str | Path) -> list[Row]:
+class EncodedWithId(tuple[list[int], list[int]]):
+    """An encoded row that knows its id. It is equal to the plain pair."""
+
+    example_id: str
+
+    def __new__(cls, ids: list[int], labels: list[int], example_id: str) -> EncodedWithId:
+        made = super().__new__(cls, (ids, labels))
+        made.example_id = example_id
+        return made
+
+    def __getnewargs__(self) -> tuple[list[int], list[int], str]:
+        return self[0], self[1], self.example_id
+
+
+def read_rows(path: str | Path, id_column: str | None = None) -> list[Row]:
     """Returns all rows of a `.jsonl` or `.parquet` file, checked, as `RowOfFile`s.
+
+    Args:
+        id_column: the column with the ids of the rows, which every row must have. None takes the
+            column ``example_id`` of the rows that have one.
 
     Raises:
         NotFoundError: the file does not exist.
@@ -47,14 +70,16 @@ def read_rows(path: str | Path) -> list[Row]:
     path = Path(path)
     if not path.is_file():
         raise NotFoundError(f"there is no file {path}: pass a .jsonl or .parquet file")
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    readers: dict[str, _Reader] = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix.lower() not in readers:
         raise InvalidRequestError(
             f"{path} ends in {path.suffix!r}: pass a .jsonl file (one JSON object per line) or a"
             " .parquet file"
         )
-    found = readers[path.suffix.lower()](path)
-    rows: list[Row] = [RowOfFile(check_row(row, where), where) for where, row in found]
+    found = readers[path.suffix.lower()](path, [*_COLUMNS, id_column or ID])
+    rows: list[Row] = [
+        RowOfFile(check_row(_with_id(row, id_column, where), where), where) for where, row in found
+    ]
     if not rows:
         raise InvalidRequestError(f"{path} has no rows: {_ACCEPTED}")
     return rows
@@ -85,7 +110,7 @@ def name_of_row(row: object, name: str = _UNNAMED) -> str:
 
 
 def check_row(row: object, where: str) -> Row:
-    """Returns the row with only the keys of its form.
+    """Returns the row with only the keys of its form, and its id if it has one.
 
     Args:
         row: the object that was read.
@@ -93,7 +118,7 @@ def check_row(row: object, where: str) -> Row:
 
     Raises:
         InvalidRequestError: the row is no chat and no pair, is both, or a text of it is no valid
-            text.
+            text; or its id is no printable text and no whole number.
     """
     where = name_of_row(row, where)
     if not isinstance(row, Mapping):
@@ -102,11 +127,12 @@ def check_row(row: object, where: str) -> Row:
     if len(forms) != 1:
         found = "both forms" if forms else "neither form"
         raise InvalidRequestError(f"{where} has {found}: {_ACCEPTED}")
+    name = {} if row.get(ID) is None else {ID: _check_id(row[ID], where)}
     if forms[0] == ("messages",):
-        return {"messages": check_messages(row["messages"], where)}
+        return {"messages": check_messages(row["messages"], where)} | name
     if not all(isinstance(row[key], str) for key in forms[0]):
         raise InvalidRequestError(f"{where}: prompt and completion must be strings")
-    return {key: check_text(row[key], f"the {key} of {where}") for key in forms[0]}
+    return {key: check_text(row[key], f"the {key} of {where}") for key in forms[0]} | name
 
 
 def split_rows(rows: Sequence[_T], held_out: int, seed: int) -> tuple[list[_T], list[_T]]:
@@ -143,10 +169,30 @@ def make_batches(encoded: Sequence[Encoded], batch_size: int, seed: int) -> Iter
 
 
 def as_batch(encoded: Sequence[Encoded]) -> BatchData:
-    """Returns encoded rows as one batch, without padding."""
+    """Returns encoded rows as one batch, without padding, with the ids of the rows.
+
+    Raises:
+        InvalidRequestError: see `ids_of`.
+    """
     return BatchData(
-        input_ids=[ids for ids, _ in encoded], labels=[labels for _, labels in encoded]
+        input_ids=[ids for ids, _ in encoded],
+        labels=[labels for _, labels in encoded],
+        example_ids=ids_of(encoded),
     )
+
+
+def ids_of(encoded: Sequence[Encoded]) -> list[str] | None:
+    """Returns the id of each row, or None if no row has one.
+
+    Raises:
+        InvalidRequestError: some of the rows have an id and others have none.
+    """
+    names = [row.example_id for row in encoded if isinstance(row, EncodedWithId)]
+    if names and len(names) < len(encoded):
+        raise InvalidRequestError(
+            f"{len(names)} of {len(encoded)} rows have an example_id: give every row one, or none"
+        )
+    return names or None
 
 
 def _batches(
@@ -194,7 +240,28 @@ def _check_message(message: object, where: str) -> dict[str, str]:
     return {key: check_text(message[key], f"the {key} of {where}") for key in keys}
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, object]]:
+def _with_id(row: object, column: str | None, where: str) -> object:
+    """Returns the row with the value of this column as its id."""
+    if column is None or not isinstance(row, Mapping):
+        return row
+    if row.get(column) is None:
+        raise InvalidRequestError(
+            f"{where} has no {column!r}: each row needs an id in the column that id_column names"
+        )
+    return {**row, ID: row[column]}
+
+
+def _check_id(value: object, where: str) -> str:
+    # A float would merge or split ids by its rounding, and True would be one.
+    if type(value) not in (str, int) or not str(value).isprintable() or value == "":
+        raise InvalidRequestError(
+            f"the {ID} of {where} must be printable text or a whole number: it names the person or"
+            " the document of the row"
+        )
+    return check_text(str(value), f"the {ID} of {where}")
+
+
+def _read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, object]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -212,9 +279,9 @@ def _parse(line: bytes, where: str) -> object:
     raise InvalidRequestError(f"{where} is not valid JSON in UTF-8: {_ACCEPTED}")
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
+def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, object]]:
     begun = 0
-    for batch in _load_parquet(path).to_batches(1024):
+    for batch in _load_parquet(path, columns).to_batches(1024):
         for index, row in enumerate(_decoded(batch, begun, path), begun):
             yield f"row {index} of {path}", row
         begun += batch.num_rows
@@ -242,17 +309,17 @@ def _is_text(batch: Any) -> bool:
     return True
 
 
-def _load_parquet(path: Path) -> Any:
+def _load_parquet(path: Path, wanted: Sequence[str]) -> Any:
     """Returns the columns that a row may have, as a pyarrow table."""
     import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name in _COLUMNS]
+            columns = [name for name in file.schema_arrow.names if name in wanted]
             table = file.read(columns=columns)
     except (pyarrow.ArrowException, OSError):
         raise InvalidRequestError(f"{path} is not a readable Parquet file") from None
-    if not columns:
+    if not set(columns) & set(_COLUMNS):
         raise InvalidRequestError(f"{path} has none of the columns of a row: {_ACCEPTED}")
     return table

@@ -7,6 +7,7 @@ import secrets
 import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 from tg_tinker.config import DPConfig, LoRAConfig, OptimizerConfig, TrainingConfig
 from tg_tinker.data.rows import Row, read_rows
@@ -74,7 +75,9 @@ def prepare(options: DemoOptions) -> tuple[TrainingConfig, list[Row]]:
     return config, rows
 
 
-def private_config(config: TrainingConfig, options: DemoOptions, num_rows: int) -> TrainingConfig:
+def private_config(
+    config: TrainingConfig, options: DemoOptions, num_units: int, unit: Literal["example", "id"]
+) -> TrainingConfig:
     """Returns the configuration of the same run with differential privacy, on its own dataset.
 
     Noise is calibrated so that the budget pays for the wanted steps and for one more step, which
@@ -82,15 +85,16 @@ def private_config(config: TrainingConfig, options: DemoOptions, num_rows: int) 
     """
     dp = DPConfig(
         target_epsilon=options.epsilon,
-        target_delta=min(_DELTA, 0.1 / num_rows),
+        target_delta=min(_DELTA, 0.1 / num_units),
         max_grad_norm=CLIP,
         sampling="poisson",
-        dataset_size=num_rows,
+        dataset_size=num_units,
+        unit=unit,
     )
     values = {
         "dp_config": dp,
         "dataset_id": f"demo-{secrets.token_hex(4)}",
-        "batch_size": min(config.batch_size, num_rows),
+        "batch_size": min(config.batch_size, num_units),
         "max_steps": options.steps + 1,
     }
     return TrainingConfig(**(dict(config) | values))

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rich.console import Console
 from rich.text import Text
@@ -27,7 +27,7 @@ from tg_tinker.cluster.interrupts import ctrl_c_held_back
 from tg_tinker.config import TrainingConfig
 from tg_tinker.data.batch import IGNORED, BatchData
 from tg_tinker.data.chat import encode_row, render_row_prompt
-from tg_tinker.data.rows import Encoded, Row, as_batch, make_batches, split_rows
+from tg_tinker.data.rows import Encoded, Row, as_batch, ids_of, make_batches, split_rows
 from tg_tinker.demo.meter import Meter, StepRecord
 from tg_tinker.demo.options import (
     DemoOptions,
@@ -71,6 +71,15 @@ class DemoData:
     training: list[Encoded]
     held_out: list[Encoded]
     shown: list[Row]
+
+    @property
+    def unit(self) -> Literal["example", "id"]:
+        """What a private run protects: all rows of an id if the rows have ids, else each row."""
+        return "example" if ids_of(self.training) is None else "id"
+
+    @property
+    def num_units(self) -> int:
+        return len(set(ids_of(self.training) or range(len(self.training))))
 
 
 def run_demo(
@@ -170,12 +179,12 @@ class Demo:
         else:
             with self._create(self._config) as reader:  # trains nothing, only for its tokenizer
                 data = self._encode(reader, rows)
-            self._config = private_config(self._config, self._options, len(data.training))
+            self._config = private_config(self._config, self._options, data.num_units, data.unit)
             client = self._client = self._open(None)
         privacy = client.privacy
         if privacy is not None:
             self._budget = privacy.target_epsilon
-            self._explain(privacy, len(data.training))
+            self._explain(privacy, data.num_units)
         return client, data
 
     def _open(self, artifact_id: str | None) -> TrainingClient:
@@ -225,16 +234,17 @@ class Demo:
                 " to start a new run"
             )
 
-    def _explain(self, privacy: PrivacyInfo, num_rows: int) -> None:
+    def _explain(self, privacy: PrivacyInfo, num_units: int) -> None:
         """Prints the contract of the run, in words for a first-time reader."""
+        unit = "example_id" if privacy.unit == "id" else "row"
         self._console.print(
             f"[bold]Private[/]: epsilon {privacy.target_epsilon:g} at delta {privacy.delta:g} for"
-            f" each of {num_rows:,} rows. For each step the server draws about"
-            f" {privacy.expected_batch} rows, clips each row's gradient to norm"
+            f" each of {num_units:,} {unit}s. For each step the server draws about"
+            f" {privacy.expected_batch} {unit}s, clips the gradient of each to norm"
             f" {privacy.max_grad_norm:g} and adds noise of {privacy.noise_multiplier:.3g} times"
             f" this norm. The budget pays for {privacy.limit} steps.\n"
         )
-        if num_rows < _FEW * privacy.expected_batch:
+        if num_units < _FEW * privacy.expected_batch:
             self._console.print(
                 "So few rows are hard to learn from privately: the noise must hide any single row,"
                 " and is the same for a hundred rows as for a million. Expect little progress.\n",
@@ -245,7 +255,8 @@ class Demo:
         with self._console.status(f"encoding {len(rows):,} rows"):
             encoded, rows = self._encode_usable(client.tokenizer, rows)
             pairs = list(zip(encoded, rows, strict=True))
-        if not self._options.no_privacy:  # the unit of privacy is a distinct row
+        # Without ids, the unit of privacy is a distinct row.
+        if not self._options.no_privacy and ids_of(encoded) is None:
             pairs = list({tuple(pair[0][0]): pair for pair in reversed(pairs)}.values())[::-1]
         held_out = min(HELD_OUT, max(1, len(pairs) // 5))
         training, kept = split_rows(pairs, held_out, self._options.seed)
