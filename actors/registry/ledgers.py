@@ -151,11 +151,13 @@ class Ledgers:
             self._database.change() as tx,
         ):
             ledger = self._met(tx, tenant, dataset, run_id, epoch, known)
-            ledger.check_next_step(run_id)
-            account = ledger.accounts[run_id]
+            account = ledger.usable(run_id)
+            if ledger.counts_uses(account):
+                self._refuse_used_up(tx, tenant, dataset, ledger, run_id, units)
+            else:
+                _refuse_exhausted(ledger, run_id)
             if account.count >= account.reserved:
                 _check_held(tx, tenant, dataset, ledger, run_id, account.count + 1)
-            self._refuse_used_up(tx, tenant, dataset, ledger, run_id, units)
             key = self._book.unit_key(tx, tenant, dataset)
             digest = digest_of(key, ledger.position, units)
             if ledger.told is None:
@@ -310,12 +312,10 @@ class Ledgers:
         units: bytes,
     ) -> None:  # fmt: skip
         """Refuses a draw for a run that counts uses, if none of the units may be used again."""
-        account = ledger.accounts[run_id]
-        if ledger.counts_uses(account):
-            all_units = [units[at : at + BLOCK] for at in range(0, len(units), BLOCK)]
-            left_out, limit = _not_usable(tx, tenant, dataset, ledger, run_id, all_units)
-            if left_out.issuperset(all_units):
-                raise _none_usable(ledger, account, limit)
+        all_units = [units[at : at + BLOCK] for at in range(0, len(units), BLOCK)]
+        left_out, limit = _not_usable(tx, tenant, dataset, ledger, run_id, all_units)
+        if left_out.issuperset(all_units):
+            raise _none_usable(ledger, ledger.accounts[run_id], limit)
 
     def _met(
         self, tx: sa.Connection, tenant: str, dataset: str, run_id: str, epoch: int,

@@ -58,6 +58,7 @@ from tg_tinker.records.report import (
     dataset_of,
     describe_run,
 )
+from tg_tinker.records.sums import added, weight
 from tg_tinker.storage.envelope import new_signing_key
 from tg_tinker.types import (
     ArtifactInfo,
@@ -226,17 +227,18 @@ class FakeTrainingClient(TrainingClient):
 
     def _charge(self) -> DPMetrics:
         ledger, _ = self._service.ledgers[dataset_of(self._config)]
-        before, count = ledger.epsilon, ledger.accounts[self._id].count + 1
-        self._service.enter(
-            dataset_of(self._config),
-            {
-                "type": "charge",
-                "run": self._id,
-                "epoch": 1,
-                "charge": f"{self._id}-{count}",
-                "count": count,
-            },
-        )
+        before, account = ledger.epsilon, ledger.accounts[self._id]
+        count, position = account.count + 1, ledger.position
+        cost = weight(account.sigma) if ledger.counts_uses(account) else 0.0
+        charge = {
+            "type": "charge", "run": self._id, "epoch": 1, "charge": f"{self._id}-{count}",
+            "count": count, "spent": added(ledger.spent, cost),
+        }  # fmt: skip
+        if account.contract == "poisson":
+            draw = {"type": "draw", "run": self._id, "position": position, "units": "0" * 64}
+            self._service.enter(dataset_of(self._config), draw)
+            charge["position"] = position
+        self._service.enter(dataset_of(self._config), charge)
         spent = ledger.epsilon - before
         return DPMetrics(True, spent, ledger.epsilon, ledger.delta, 1.0, 0.5, 1)
 

@@ -424,7 +424,7 @@ class Ledger:
             raise ValueError("only a run whose samples the server draws is told a draw of units")
         if whole(position) != self.position or self.told is not None:
             raise ValueError("not the next position, or another draw is told and not yet used")
-        self.check_next_step(run)
+        self._check_next_step(account, run)
         self.told = Told(run, position, account.binding, units)
 
     def _drop(self, run: str | None, position: int) -> None:
@@ -510,13 +510,7 @@ class Ledger:
 
     # --- inside ------------------------------------------------------------------------------
 
-    def check_next_step(self, run: str) -> None:
-        """Checks that the budget can pay for one more step of a run that is told a draw.
-
-        Raises:
-            DPBudgetExceededError: no step is left.
-        """
-        account = self.usable(run)
+    def _check_next_step(self, account: Account, run: str) -> None:
         if self.counts_uses(account):
             self.check_sum(weight(account.sigma))
             return
