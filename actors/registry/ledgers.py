@@ -301,10 +301,10 @@ class Ledgers:
             if not ledger.counts_uses(account):
                 _refuse_exhausted(ledger, run_id)
                 return set()
-            at_limit, limit = _not_usable(connection, tenant, dataset, ledger, run_id, units)
+            own, at_limit = _not_usable(connection, tenant, dataset, ledger, run_id, units)
         # A draw of units that may all not be used is a step, too: each of them adds zero.
         if units and at_limit.issuperset(units) and account.contract == "participation":
-            raise _none_usable(ledger, account, limit)
+            raise _none_usable(ledger, account, own.issuperset(units))
         return at_limit
 
     def _refuse_used_up(
@@ -313,9 +313,9 @@ class Ledgers:
     ) -> None:  # fmt: skip
         """Refuses a draw for a run that counts uses, if none of the units may be used again."""
         all_units = [units[at : at + BLOCK] for at in range(0, len(units), BLOCK)]
-        left_out, limit = _not_usable(tx, tenant, dataset, ledger, run_id, all_units)
-        if left_out.issuperset(all_units):
-            raise _none_usable(ledger, ledger.accounts[run_id], limit)
+        own, at_limit = _not_usable(tx, tenant, dataset, ledger, run_id, all_units)
+        if at_limit.issuperset(all_units):
+            raise _none_usable(ledger, ledger.accounts[run_id], own.issuperset(all_units))
 
     def _met(
         self, tx: sa.Connection, tenant: str, dataset: str, run_id: str, epoch: int,
@@ -474,25 +474,30 @@ def _check_held(
 def _not_usable(
     connection: sa.Connection, tenant: str, dataset: str, ledger: Ledger, run_id: str,
     units: Sequence[bytes],
-) -> tuple[set[bytes], int | None]:  # fmt: skip
-    """Returns those of the units that a run may not use again, and the run's own limit of uses."""
-    account = ledger.accounts[run_id]
+) -> tuple[set[bytes], set[bytes]]:  # fmt: skip
+    """Returns those of the units that have reached the run's own limit, and all that the run may
+    not use again."""
+    account, own = ledger.accounts[run_id], set[bytes]()
     limit = account.limit if account.contract == "participation" else own_uses(account)
-    cost = weight(account.sigma)
-    found = units_at_limit(connection, tenant, dataset, ledger, units, cost, run_id)
     if limit is not None and (account.contract == "poisson" or account.count >= limit):
         uses = uses_of(connection, run_id, units)
-        found |= {unit for unit, count in uses.items() if count >= limit}
-    return found, limit
+        own = {unit for unit, count in uses.items() if count >= limit}
+    cost = weight(account.sigma)
+    return own, own | units_at_limit(connection, tenant, dataset, ledger, units, cost, run_id)
 
 
-def _none_usable(ledger: Ledger, account: Account, limit: int | None) -> DPBudgetExceededError:
+def _none_usable(ledger: Ledger, account: Account, own: bool) -> DPBudgetExceededError:
+    limit = account.limit
+    why = (
+        f"every row of this batch was used {limit} times, which is the limit agreed for this run"
+        f" (sigma {account.sigma:g}, epsilon {ledger.limit:g})"
+        if own and limit is not None
+        else f"epsilon {ledger.limit:g} of dataset {ledger.registered['dataset']!r} pays for no"
+        f" further use of any of these rows at sigma {account.sigma:g}: all runs together have used"
+        " it up on them, or open clients hold it"
+    )
     return DPBudgetExceededError(
-        "no row of this batch may be used again: each was used as often as agreed for this run"
-        f" ({'no limit' if limit is None else limit} at sigma {account.sigma:g}), or the runs of"
-        f" dataset {ledger.registered['dataset']!r} together have spent or reserved epsilon"
-        f" {ledger.limit:g} on it. Pass rows that were used less, close other clients, or stop"
-        " here: sample and save_state still work",
+        f"{why}. Pass rows that were used less, or stop here: sample and save_state still work",
         details={"limit": limit},
     )
 

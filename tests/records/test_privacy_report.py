@@ -21,9 +21,13 @@ def report(*runs: dict[str, Any], charges: int = 1, noised: bool = True) -> Priv
     for values in runs:
         budget = new_budget(known, private_config(Path("none"), dp=values))
         for number in range(charges):
+            told = None
+            if values.get("sampling") == "poisson":
+                draw = budget.draw([b"u" * 16])
+                told = draw.position, draw.units
             known.ledgers.charge(
                 "default", "default", budget.run_id, budget.epoch, f"{budget.run_id}{number}",
-                [b"u" * 16], noised, [],
+                [b"u" * 16], noised, [], (), told,
             )  # fmt: skip
     return PrivacyReport(known.ledgers.entries("default", "default"))
 
@@ -74,7 +78,7 @@ def test_after_an_asserted_sample_was_refuted_the_owner_vouches_no_more() -> Non
     made = report({"noise_multiplier": 4.0} | sampled)
     (run,) = made.ledger.accounts
     again = [*made.entries, made.ledger.append(
-        {"type": "fall_back", "run": run, "count": 1, "limit": None}
+        {"type": "fall_back", "run": run, "count": 1, "limit": None, "spent": 0.0625}
     )]  # fmt: skip
     assert only_run(PrivacyReport(again))["vouched_by"] == "server: counted uses"
 

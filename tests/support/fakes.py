@@ -426,6 +426,13 @@ class FakeService(ServiceClient):
             raise NotFoundError(f"dataset {dataset_id!r} has no ledger")
         return PrivacyReport(self.ledgers[dataset_id][1])
 
+    def drop_draw(self, dataset_id: str = DEFAULT_DATASET) -> int:
+        told = self.privacy_report(dataset_id).ledger.told
+        if told is None:
+            raise InvalidRequestError("no draw waits for its step")
+        self.enter(dataset_id, {"type": "drop", "run": None, "position": told.position})
+        return told.position
+
     def book_missing_charges(self, dataset_id: str = DEFAULT_DATASET) -> int:
         return self.missing.pop(dataset_id, 0)
 
