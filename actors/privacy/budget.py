@@ -9,11 +9,12 @@ from typing import Any
 
 from actors.privacy.plan import plan_run
 from actors.privacy.units import refuse_ids, unit_ids
+from actors.registry.draws import Draw
 from actors.registry.head_keeper import HeadKeeper
 from actors.registry.registry import Registry
 from tg_tinker.config import DPConfig, TrainingConfig
 from tg_tinker.data.batch import Example
-from tg_tinker.records.entries import Entry, registration
+from tg_tinker.records.entries import UPGRADE, VERSION, Entry, registration
 from tg_tinker.records.ledger import Ledger
 from tg_tinker.records.report import UNIT, Charge, dataset_of
 
@@ -31,7 +32,7 @@ class Budget:
         key: the secret key of the unit hashes, the same for all runs of the dataset.
         known: the last head position of the ledger that the client saw, ``SEQ-HASH``; empty if the
             client saw none.
-        last: the head position of the ledger after the last charge; empty before the first charge.
+        last: the head position of the ledger after the last draw or charge; empty before.
         heads: puts heads of the ledger into the store, and detects there that another database is
             in use; None without a store.
     """
@@ -76,6 +77,8 @@ class Budget:
         budget.unit = ledger.registered["unit"]
         if run_id in ledger.accounts:
             return budget
+        if entries and ledger.version < VERSION:
+            ledger.append(UPGRADE)  # the rules by which the plan is opened
         plan = plan_run(dp, config, ledger)
         entry = plan.entry(run_id)
         entry["facts"] |= {
@@ -128,26 +131,52 @@ class Budget:
         """Returns the units that have reached their limit of uses; see `Ledgers.admit`."""
         return self.registry.ledgers.admit(self.tenant, self.dataset, self.run_id, units)
 
+    def draw(self, units: Sequence[bytes]) -> Draw:
+        """Returns the draw from these units, each given once and in ascending order, at the present
+        position of the dataset; see `Ledgers.draw`.
+
+        Raises:
+            DPBudgetExceededError: the remaining budget cannot pay for the step; nothing was told.
+            InvalidRequestError: a draw with other settings or units waits for its step.
+            LedgerMismatchError: see `charge`; nothing was told.
+        """
+        draw = self.registry.ledgers.draw(
+            self.tenant, self.dataset, self.run_id, self.epoch, b"".join(units), self._heads()
+        )
+        self.last = draw.place
+        return draw
+
     def charge(
-        self, units: Iterable[bytes], calls: Sequence[tuple[str, str]] = (), *, noised: bool
-    ) -> Charge:
+        self, units: Iterable[bytes], calls: Sequence[tuple[str, str]] = (), *, noised: bool,
+        draw: Draw | None = None,
+    ) -> Charge:  # fmt: skip
         """Charges one draw of noise durably, and returns the receipt.
 
         The charge id is new and is used in this call only.
 
+        Args:
+            draw: the draw of the units, under `poisson`.
+
         Raises:
             DPBudgetExceededError: the remaining budget cannot pay; nothing was charged.
+            InvalidRequestError: another run used the draw meanwhile; nothing was charged.
             LedgerMismatchError: the ledger does not contain a head position that this run or its
                 client saw, or a head in the store.
         """
-        if self.heads is not None:
-            self.heads.check()
         charge = self.registry.ledgers.charge(
             self.tenant, self.dataset, self.run_id, self.epoch, secrets.token_hex(16),
-            sorted(units), noised, calls, [place for place in (self.known, self.last) if place],
+            sorted(units), noised, calls, self._heads(),
+            None if draw is None else (draw.position, draw.units),
         )  # fmt: skip
         self.last = charge.place
         return charge
+
+    def _heads(self) -> list[str]:
+        """Returns the known head positions. Raises LedgerMismatchError if the store has shown a
+        head of another chain."""
+        if self.heads is not None:
+            self.heads.check()
+        return [place for place in (self.known, self.last) if place]
 
     def link(self, datasets: Iterable[str]) -> None:
         """Records in the ledger the other datasets that the weights were trained on.

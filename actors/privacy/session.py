@@ -66,7 +66,7 @@ class PrivateSession(Session):
 
     @property
     def pending(self) -> bool:
-        return self._pending.rows > 0 or self._spoiled or self.poisson.paid
+        return self._pending.rows > 0 or self._spoiled
 
     @property
     def broken(self) -> bool:
@@ -101,7 +101,7 @@ class PrivateSession(Session):
             with stage(Stage.HASH):
                 digest = resolve_batch_hash(examples, batch_hash)
             units = self.budget.units_of(examples)
-            at_limit = set() if self.poisson.paid else self.budget.admit(units)
+            at_limit = self.budget.admit(units)
             groups, taken, skipped = self._pending.admit(
                 examples, units, at_limit, self.base.vocab_size, self.base.context_length,
                 whole_units=self.budget.unit == "id",
@@ -121,6 +121,7 @@ class PrivateSession(Session):
         self._pending.total.add(total)
         total.wipe()
         self._pending.units |= taken
+        self._pending.sent |= set(units)
         self._pending.rows += len(examples)
         self._pending.calls.append((digest, fingerprint))
         skipped["gradient not finite"] += total.non_finite
@@ -165,17 +166,9 @@ class PrivateSession(Session):
         )
 
     def _charged(self, window: Window, noised: bool) -> Charge:
-        """Returns the durable charge of the step.
-
-        The step is charged now, except under `poisson`, where the draw was charged already.
-        """
-        if self.dp.sampling != "poisson":
-            return self.budget.charge(window.units, window.calls, noised=noised)
-        if noised:
-            return self.poisson.use()
-        charge = self.budget.charge(window.units, window.calls, noised=False)
-        self.poisson.use()
-        return charge
+        """Returns the durable charge of the step. Under `poisson` it uses the draw up."""
+        draw = self.poisson.check(window.sent) if self.dp.sampling == "poisson" else None
+        return self.budget.charge(window.units, window.calls, noised=noised, draw=draw)
 
     def _release(self, window: Window, charge: Charge) -> tuple[float, float]:
         """Adds noise to the whole sum, then moves the weights; returns norm and learning rate.
@@ -243,8 +236,6 @@ class PrivateSession(Session):
         self._refuse(spoiled)
         if refusal is not None:
             raise refusal
-        if self.dp.sampling == "poisson":
-            self.poisson.check(window.units)
 
     def _metrics(self, window: Window, charge: Charge) -> DPMetrics:
         """Returns the metrics of a step, with medians of the norms over its units.

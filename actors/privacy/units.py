@@ -113,13 +113,15 @@ class Window:
 
     Attributes:
         total: the clipped sum.
-        units: all units of the step, including the units that contributed zero.
+        units: the units that the step uses, including units that contributed zero.
+        sent: all units that were sent, including those that may not be used again.
         rows: the number of rows that were passed, including the rows that contributed zero.
         calls: (batch hash, gradient hash) of each call.
     """
 
     total: ClippedSum
     units: set[bytes] = field(default_factory=set)
+    sent: set[bytes] = field(default_factory=set)
     rows: int = 0
     calls: list[tuple[str, str]] = field(default_factory=list)
 

@@ -6,6 +6,7 @@ transaction of its caller.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import hmac
 import json
@@ -14,22 +15,24 @@ from collections.abc import Iterable, Mapping, Sequence
 import sqlalchemy as sa
 
 from actors.registry.audit_log import SDK, AuditWriter
+from actors.registry.draws import DrawKeys
 from actors.registry.schema import DATASETS, ENTRIES
 from actors.storage.key_providers import KeyProvider
 from actors.storage.keyring import parse_wrapped
 from tg_tinker.errors import IntegrityError, NotFoundError
-from tg_tinker.records.entries import Entry
+from tg_tinker.records.entries import UPGRADE, VERSION, Entry
 from tg_tinker.records.ledger import Ledger
 from tg_tinker.storage.envelope import context_of, new_key
 
 _EVENTS = {
     "register": "dataset.register", "open": "budget.reserve", "charge": "budget.charge",
     "unnoised": "budget.charge", "fall_back": "budget.fall_back", "release": "budget.release",
-    "link": "budget.link", "book": "budget.book",
+    "link": "budget.link", "book": "budget.book", "draw": "budget.draw", "drop": "budget.drop",
+    "evaluation": "budget.charge", "upgrade": "dataset.upgrade",
 }  # fmt: skip
 """The event in the audit log for each type of ledger entry. Every entry has a row there."""
 
-_NOTED = ("run", "epoch", "charge", "count", "limit", "planned")
+_NOTED = ("run", "epoch", "charge", "count", "limit", "planned", "position", "version")
 
 
 class Book:
@@ -38,6 +41,7 @@ class Book:
 
     def __init__(self, writer: AuditWriter, keyring: KeyProvider) -> None:
         self._writer, self._keyring = writer, keyring
+        self.draw_keys = DrawKeys(keyring)
         # A cache: each use compares the head with the stored head.
         self._ledgers: dict[tuple[str, str], Ledger] = {}
 
@@ -66,6 +70,23 @@ class Book:
             )
         return ledger
 
+    def ahead(self, connection: sa.Connection, tenant: str, dataset: str) -> Ledger:
+        """Returns a known ledger by the rules of its next entry: an older ledger is upgraded in a
+        copy, and nothing is stored."""
+        ledger = self.known(connection, tenant, dataset)
+        if ledger.version < VERSION:
+            ledger = copy.deepcopy(ledger)
+            ledger.append(UPGRADE)
+        return ledger
+
+    def upgraded(self, tx: sa.Connection, tenant: str, dataset: str, who: str) -> Ledger:
+        """Returns a known ledger to which an entry is about to be added. An older ledger is
+        upgraded first, in this transaction."""
+        ledger = self.known(tx, tenant, dataset)
+        if ledger.version < VERSION:
+            self.append(tx, tenant, dataset, ledger, UPGRADE, who)
+        return ledger
+
     def stored(
         self, connection: sa.Connection, tenant: str, dataset: str, after: int = -1
     ) -> list[Entry]:
@@ -87,8 +108,11 @@ class Book:
     ) -> Entry:
         """Applies an entry, stores it, adds its audit row, and returns the entry. If the
         transaction fails later, the ledger in memory is ahead of the stored head, and the next use
-        replays it."""
+        replays it. The draw key moves to the ledger's position in the same transaction."""
+        position = ledger.position
         entry = ledger.append(body)
+        if ledger.position != position:
+            self.draw_keys.advance(tx, tenant, dataset, ledger.position)
         tx.execute(
             ENTRIES.insert().values(
                 tenant=tenant, dataset=dataset, seq=entry["seq"], hash=entry["hash"],
@@ -109,9 +133,13 @@ class Book:
         tx.execute(DATASETS.insert().values(values))
 
     def release(self, tx: sa.Connection, tenant: str, dataset: str, run_id: str) -> None:
-        ledger = self.ledger(tx, tenant, dataset)
-        account = ledger.accounts.get(run_id)
-        if account is not None and account.reserved > account.count:
+        """Releases what a run reserved and has not used; nothing happens if nothing is left."""
+        now = self.ledger(tx, tenant, dataset)
+        account = now.accounts.get(run_id)
+        # A run that counts uses holds its plan for each unit, however often one of them was used.
+        used = 0 if account is None or now.counts_uses(account) else account.count
+        if account is not None and account.reserved > used:
+            ledger = self.upgraded(tx, tenant, dataset, SDK)
             self.append(tx, tenant, dataset, ledger, {"type": "release", "run": run_id}, SDK)
 
     def unit_key(self, connection: sa.Connection, tenant: str, dataset: str) -> bytes:
@@ -154,6 +182,7 @@ class Book:
             this = (DATASETS.c.tenant == row.tenant, DATASETS.c.id == row.id)
             try:
                 key = self._keyring.unwrap(parse_wrapped(row.wrapped_key.encode()), context)
+                self.draw_keys.rewrap(tx, row)
             except IntegrityError as error:
                 problems[f"dataset {row.tenant}/{row.id}"] = error.message
             else:

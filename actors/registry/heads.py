@@ -30,7 +30,7 @@ from actors.storage.signing import SigningKey
 from actors.storage.store import MOST_OF_A_HEAD, ArtifactStore, place_in
 from tg_tinker.errors import AccessDeniedError, IntegrityError, LedgerMismatchError, RollbackError
 from tg_tinker.records.audit_log import ACCEPT
-from tg_tinker.records.entries import CHAIN, Entry, is_place, parse_place, place_of
+from tg_tinker.records.entries import CHAIN, PAID, Entry, is_place, parse_place, place_of
 from tg_tinker.records.heads import AuditHead, LedgerHead, SignedHead
 from tg_tinker.records.ledger import Ledger
 from tg_tinker.storage.envelope import context_of, seal, unseal
@@ -323,10 +323,13 @@ class Heads:
             # This also detects a restored entry that differs from the lost one.
             for head in heads:
                 _check_booked(ledger, head, dataset)
-            if runs := sorted({entry["run"] for entry in booked if "run" in entry}):
+            if runs := sorted({entry["run"] for entry in booked if entry.get("run")}):
                 body = {"type": "book", "runs": runs}
+                ledger = self._book.upgraded(tx, tenant, dataset, SDK)
                 self._book.append(tx, tenant, dataset, ledger, body, SDK)
-            return sum(entry["type"] in ("charge", "unnoised") for entry in booked)
+                # The lost database may have told draws of which no head knows.
+                self._book.draw_keys.replace(tx, tenant, dataset)
+            return sum(entry["type"] in PAID for entry in booked)
 
     # --- inside ------------------------------------------------------------------------------
 

@@ -18,10 +18,20 @@ import sqlalchemy as sa
 from actors.registry.audit_log import SDK, AuditWriter
 from actors.registry.book import Book
 from actors.registry.database import Database
+from actors.registry.draws import BLOCK, Draw, digest_of, drawn_of
 from actors.registry.lookups import owned
 from actors.registry.runs import check_epoch
 from actors.registry.schema import CHARGES, DATASETS, RUNS
-from actors.registry.uses import count_uses, refuted, uses_of
+from actors.registry.uses import (
+    add_to_sums,
+    all_uses,
+    count_uses,
+    most_held,
+    own_uses,
+    refuted,
+    units_at_limit,
+    uses_of,
+)
 from tg_tinker.config import TrainingConfig
 from tg_tinker.errors import (
     DPBudgetExceededError,
@@ -29,8 +39,9 @@ from tg_tinker.errors import (
     NotFoundError,
 )
 from tg_tinker.records.entries import Entry, registration
-from tg_tinker.records.ledger import Ledger
+from tg_tinker.records.ledger import Account, Ledger, Told
 from tg_tinker.records.report import Charge, PrivacyInfo, describe_run
+from tg_tinker.records.sums import times, weight
 
 
 class Ledgers:
@@ -90,10 +101,11 @@ class Ledgers:
             self._database.change() as tx,
         ):
             ledger = self._book.known(tx, tenant, dataset)
-            if entry["run"] not in ledger.accounts or not self._book.has(
-                tx, tenant, dataset, entry
-            ):
-                self._book.append(tx, tenant, dataset, ledger, entry, who)
+            if entry["run"] in ledger.accounts and self._book.has(tx, tenant, dataset, entry):
+                return
+            ledger = self._book.upgraded(tx, tenant, dataset, who)
+            self._book.append(tx, tenant, dataset, ledger, entry, who)
+            _check_held(tx, tenant, dataset, ledger, entry["run"], entry["planned"])
 
     def unit_key(self, tenant: str, dataset: str) -> bytes:
         """Returns the key of a dataset's unit hashes, for the memory of the dataset's training
@@ -107,7 +119,8 @@ class Ledgers:
             return describe_run(self._book.known(connection, tenant, dataset), run_id)
 
     def admit(self, tenant: str, dataset: str, run_id: str, units: Sequence[bytes]) -> set[bytes]:
-        """Returns those of the units that have reached their limit of uses.
+        """Returns those of the units that this run may not use again: the run has used them as
+        often as agreed, or the dataset cannot pay for their sums over all runs.
 
         Raises:
             DPBudgetExceededError: No step is left, or none of these units may be used again.
@@ -115,10 +128,125 @@ class Ledgers:
         with self._writer.refusals(tenant, self._actor(tenant, run_id), "budget.charge", dataset):
             return self._at_limit(tenant, dataset, run_id, units)
 
+    def draw(
+        self, tenant: str, dataset: str, run_id: str, epoch: int, units: bytes,
+        known: Sequence[str] = (),
+    ) -> Draw:  # fmt: skip
+        """Tells a run the draw at the ledger's position. Before it is told for the first time, the
+        position is bound durably to sigma, rate and C of the run and to the list of units; a run
+        with the same binding is then told the same draw again.
+
+        Args:
+            units: The keyed hashes of all units, 16 bytes each, ascending, each once.
+            known: See `charge`.
+
+        Raises:
+            InvalidRequestError: A draw with another binding is told and not yet used.
+            DPBudgetExceededError: The budget cannot pay for the step; nothing was told.
+            LedgerMismatchError, ActorLostError: See `charge`; nothing was told.
+        """
+        who = f"{run_id}@{epoch}"
+        with (
+            self._writer.refusals(tenant, who, "budget.draw", dataset),
+            self._database.change() as tx,
+        ):
+            ledger = self._met(tx, tenant, dataset, run_id, epoch, known)
+            account = ledger.usable(run_id)
+            if ledger.counts_uses(account):
+                self._refuse_used_up(tx, tenant, dataset, ledger, run_id, units)
+            else:
+                _refuse_exhausted(ledger, run_id)
+            if account.count >= account.reserved:
+                _check_held(tx, tenant, dataset, ledger, run_id, account.count + 1)
+            key = self._book.unit_key(tx, tenant, dataset)
+            digest = digest_of(key, ledger.position, units)
+            if ledger.told is None:
+                ledger = self._book.upgraded(tx, tenant, dataset, who)
+                body = {
+                    "type": "draw", "run": run_id, "position": ledger.position, "units": digest,
+                }  # fmt: skip
+                self._book.append(tx, tenant, dataset, ledger, body, who)
+            elif (ledger.told.binding, ledger.told.units) != (account.binding, digest):
+                raise _told_otherwise(ledger.told, dataset)
+            draw_key = self._book.draw_keys.key(tx, tenant, dataset, ledger.position)
+            drawn = drawn_of(draw_key, ledger.position, units, account.rate)
+            return Draw(ledger.position, digest, drawn, ledger.at)
+
+    def drop(self, tenant: str, dataset: str, position: int) -> None:
+        """Gives up the draw that is told at this position. From then on, all later Poisson steps of
+        the dataset count as uses of their units. A repeat changes nothing.
+
+        Raises:
+            InvalidRequestError: No draw is told at this position.
+        """
+        with (
+            self._writer.refusals(tenant, SDK, "budget.drop", dataset),
+            self._database.change() as tx,
+        ):
+            ledger = self._book.known(tx, tenant, dataset)
+            if ledger.dropped and ledger.position == position + 1 and ledger.told is None:
+                return
+            if ledger.told is None or ledger.told.position != position:
+                raise InvalidRequestError(
+                    f"no draw is told at position {position} of dataset {dataset!r}, so there is"
+                    " nothing to drop"
+                )
+            body: Entry = {"type": "drop", "run": None, "position": position}
+            self._book.append(tx, tenant, dataset, ledger, body, SDK)
+
+    def at_limit(
+        self, tenant: str, dataset: str, run_id: str, units: Sequence[bytes], sigma: float
+    ) -> set[bytes]:
+        """Returns those of the units that the dataset cannot pay for in one more Gaussian release
+        at this sigma; see `evaluate`."""
+        with self._database.reading() as connection:
+            owned(connection, RUNS, tenant, run_id)
+            ledger = self._book.ahead(connection, tenant, dataset)
+            return units_at_limit(
+                connection, tenant, dataset, ledger, units, weight(sigma), run_id
+            )  # fmt: skip
+
+    def evaluate(
+        self, tenant: str, dataset: str, run_id: str, epoch: int, charge_id: str,
+        units: Sequence[bytes], sigma: float, known: Sequence[str] = (),
+    ) -> Charge:  # fmt: skip
+        """Checks and charges one Gaussian release on uses of these units, which `at_limit` does not
+        name. The charge is durable on return. A repeat returns the same receipt.
+
+        Args:
+            dataset: The dataset of the units. The run may train on another dataset, and needs no
+                account in this one.
+            charge_id, units, known: See `charge`.
+            sigma: The standard deviation of the noise divided by the sensitivity of the sum.
+
+        Raises:
+            DPBudgetExceededError: The dataset cannot pay for one of the units; nothing was charged.
+            LedgerMismatchError, ActorLostError: See `charge`.
+        """
+        who = f"{run_id}@{epoch}"
+        with (
+            self._writer.refusals(tenant, who, "budget.charge", dataset),
+            self._database.change() as tx,
+        ):
+            _check_run(tx, tenant, run_id)
+            if (again := _receipt(tx, run_id, charge_id)) is not None:
+                return again
+            ledger = self._met(tx, tenant, dataset, run_id, epoch, known)
+            ledger = self._book.upgraded(tx, tenant, dataset, who)
+            costs = dict.fromkeys(units, weight(sigma))
+            spent = add_to_sums(
+                tx, tenant, dataset, ledger, costs, run_id, ledger.check_sum
+            )  # fmt: skip
+            body: Entry = {
+                "type": "evaluation", "run": run_id, "epoch": epoch, "charge": charge_id,
+                "sigma": sigma, "spent": spent,
+            }  # fmt: skip
+            return self._charged(tx, tenant, dataset, ledger, body, len(units), (), sigma)
+
     def charge(
         self, tenant: str, dataset: str, run_id: str, epoch: int, charge_id: str,
         units: Sequence[bytes], noised: bool, calls: Sequence[tuple[str, str]],
-        known: Sequence[str] = (),
+        known: Sequence[str] = (), told: tuple[int, str] | None = None,
     ) -> Charge:  # fmt: skip
         """Checks and charges one step. The charge is durable on return. A repeat returns the same
         receipt.
@@ -130,15 +258,18 @@ class Ledgers:
             calls: The batch hash and gradient hash of each call of the step. Only their HMACs are
                 stored.
             known: The positions, ``SEQ-HASH`` each, at which the caller saw the ledger end.
+            told: Under `poisson`, position and digest of units of the draw that the step used.
 
         Raises:
             DPBudgetExceededError: The budget does not allow the step; nothing was charged.
+            InvalidRequestError: The draw is not told any more, because another run used it;
+                nothing was charged.
             LedgerMismatchError: One of the `known` positions is not on the ledger; nothing was
                 charged.
             ActorLostError: A newer actor owns the run; nothing was charged.
         """
         with self._writer.refusals(tenant, f"{run_id}@{epoch}", "budget.charge", dataset):
-            step = tenant, dataset, run_id, epoch, charge_id, units, noised, calls, known
+            step = tenant, dataset, run_id, epoch, charge_id, units, noised, calls, known, told
             while (charge := self._charge(*step)) is None:
                 pass  # The run now counts by participation, even if the step is then refused.
             return charge
@@ -154,8 +285,8 @@ class Ledgers:
         """Records that a run took over weights that were trained on other datasets."""
         who = self._actor(tenant, run_id)
         with self._database.change() as tx:
-            ledger = self._book.known(tx, tenant, dataset)
-            if not ledger.linked.issuperset(others):
+            if not self._book.known(tx, tenant, dataset).linked.issuperset(others):
+                ledger = self._book.upgraded(tx, tenant, dataset, who)
                 body = {"type": "link", "run": run_id, "datasets": sorted(others)}
                 self._book.append(tx, tenant, dataset, ledger, body, who)
 
@@ -165,70 +296,105 @@ class Ledgers:
         self, tenant: str, dataset: str, run_id: str, units: Sequence[bytes]
     ) -> set[bytes]:
         with self._database.reading() as connection:
-            ledger = self._book.known(connection, tenant, dataset)
+            ledger = self._book.ahead(connection, tenant, dataset)
             account = ledger.usable(run_id)
-            if account.contract != "participation":
+            if not ledger.counts_uses(account):
                 _refuse_exhausted(ledger, run_id)
                 return set()
-            limit = account.limit
-            if limit is None or account.count < limit:
-                return set()
-            uses = uses_of(connection, run_id, set(units))
-        at_limit = {unit for unit, count in uses.items() if count >= limit}
-        if units and at_limit.issuperset(units):
-            raise DPBudgetExceededError(
-                f"every row of this batch was used {limit} times, which is the limit agreed for"
-                f" this run (sigma {account.sigma:g}, epsilon {ledger.limit:g}). Pass rows that"
-                " were used less, or stop here: sample and save_state still work",
-                details={"limit": limit},
-            )
+            own, at_limit = _not_usable(connection, tenant, dataset, ledger, run_id, units)
+        # A draw of units that may all not be used is a step, too: each of them adds zero.
+        if units and at_limit.issuperset(units) and account.contract == "participation":
+            raise _none_usable(ledger, account, own.issuperset(units))
         return at_limit
+
+    def _refuse_used_up(
+        self, tx: sa.Connection, tenant: str, dataset: str, ledger: Ledger, run_id: str,
+        units: bytes,
+    ) -> None:  # fmt: skip
+        """Refuses a draw for a run that counts uses, if none of the units may be used again."""
+        all_units = [units[at : at + BLOCK] for at in range(0, len(units), BLOCK)]
+        own, at_limit = _not_usable(tx, tenant, dataset, ledger, run_id, all_units)
+        if at_limit.issuperset(all_units):
+            raise _none_usable(ledger, ledger.accounts[run_id], own.issuperset(all_units))
+
+    def _met(
+        self, tx: sa.Connection, tenant: str, dataset: str, run_id: str, epoch: int,
+        known: Sequence[str],
+    ) -> Ledger:  # fmt: skip
+        """Returns a ledger that contains the known positions, for the newest actor of a run."""
+        _check_run(tx, tenant, run_id)
+        ledger = self._book.known(tx, tenant, dataset)
+        for place in known:
+            ledger.check_place(place, dataset)
+        check_epoch(tx, tenant, run_id, epoch)
+        return self._book.ahead(tx, tenant, dataset)
 
     def _charge(
         self, tenant: str, dataset: str, run_id: str, epoch: int, charge_id: str,
         units: Sequence[bytes], noised: bool, calls: Sequence[tuple[str, str]],
-        known: Sequence[str],
+        known: Sequence[str], told: tuple[int, str] | None,
     ) -> Charge | None:  # fmt: skip
         """Returns the receipt, or None if the run fell back to participation instead."""
+        who = f"{run_id}@{epoch}"
         with self._database.change() as tx:
             _check_run(tx, tenant, run_id)
             if (again := _receipt(tx, run_id, charge_id)) is not None:
                 return again
-            ledger = self._book.known(tx, tenant, dataset)
-            for place in known:
-                ledger.check_place(place, dataset)
-            check_epoch(tx, tenant, run_id, epoch)
-            if (limits := refuted(tx, ledger.accounts[run_id], run_id, len(units))) is not None:
-                body: Entry = {"type": "fall_back", "run": run_id} | limits
-                self._book.append(tx, tenant, dataset, ledger, body, f"{run_id}@{epoch}")
+            self._met(tx, tenant, dataset, run_id, epoch, known)
+            ledger = self._book.upgraded(tx, tenant, dataset, who)
+            account = ledger.accounts[run_id]
+            if (limits := refuted(tx, account, run_id, len(units))) is not None:
+                uses = all_uses(tx, run_id)
+                costs = {unit: times(count, account.sigma) for unit, count in uses.items()}
+                spent = add_to_sums(tx, tenant, dataset, ledger, costs, run_id)
+                body: Entry = {"type": "fall_back", "run": run_id, "spent": spent} | limits
+                self._book.append(tx, tenant, dataset, ledger, body, who)
                 return None
-            before = ledger.epsilon
-            count = count_uses(tx, ledger.accounts[run_id], run_id, units)
             body = {
-                "type": "charge" if noised else "unnoised",
-                "run": run_id, "epoch": epoch, "charge": charge_id, "count": count,
+                "type": "charge" if noised else "unnoised", "run": run_id, "epoch": epoch,
+                "charge": charge_id, "count": count_uses(tx, ledger, account, run_id, units),
+                "spent": ledger.spent,
             }  # fmt: skip
-            entry = self._book.append(tx, tenant, dataset, ledger, body, f"{run_id}@{epoch}")
-            charge = Charge(
-                charge_id=charge_id,
-                dataset=dataset,
-                head=entry["hash"],
-                entry=entry["seq"],
-                sigma=ledger.accounts[run_id].sigma,
-                noised=noised,
-                epsilon_spent=ledger.epsilon - before,
-                total_epsilon=ledger.epsilon,
-                delta=ledger.delta,
-                count=count,
-            )
-            tx.execute(
-                CHARGES.insert().values(
-                    id=charge_id, run_id=run_id, size=len(units),
-                    evidence=self._book.evidence(tx, tenant, dataset, run_id, calls),
-                    receipt=json.dumps(asdict(charge)),
-                )
+            if account.contract == "poisson":
+                body["position"] = _position_of(ledger, told)
+            if ledger.counts_uses(account):
+                costs = dict.fromkeys(units, weight(account.sigma))
+                body["spent"] = add_to_sums(
+                    tx, tenant, dataset, ledger, costs, run_id, ledger.check_sum
+                )  # fmt: skip
+            if body["count"] > account.reserved:
+                _check_held(tx, tenant, dataset, ledger, run_id, body["count"])
+            return self._charged(
+                tx, tenant, dataset, ledger, body, len(units), calls, account.sigma
             )  # fmt: skip
-            return charge
+
+    def _charged(
+        self, tx: sa.Connection, tenant: str, dataset: str, ledger: Ledger, body: Entry,
+        size: int, calls: Sequence[tuple[str, str]], sigma: float,
+    ) -> Charge:  # fmt: skip
+        """Adds an entry that pays for one draw of noise, and returns its receipt."""
+        run_id, before = body["run"], ledger.epsilon
+        entry = self._book.append(tx, tenant, dataset, ledger, body, f"{run_id}@{body['epoch']}")
+        charge = Charge(
+            charge_id=body["charge"],
+            dataset=dataset,
+            head=entry["hash"],
+            entry=entry["seq"],
+            sigma=sigma,
+            noised=body["type"] != "unnoised",
+            epsilon_spent=ledger.epsilon - before,
+            total_epsilon=ledger.epsilon,
+            delta=ledger.delta,
+            count=body.get("count", 0),
+        )
+        tx.execute(
+            CHARGES.insert().values(
+                id=charge.charge_id, run_id=run_id, size=size,
+                evidence=self._book.evidence(tx, tenant, dataset, run_id, calls),
+                receipt=json.dumps(asdict(charge)),
+            )
+        )  # fmt: skip
+        return charge
 
     def _actor(self, tenant: str, run_id: str) -> str:
         """Returns the name of the actor that owns a run now."""
@@ -290,3 +456,77 @@ def _refuse_exhausted(ledger: Ledger, run_id: str) -> None:
             " reserved by others. sample and save_state still work",
             details={"limit": account.limit},
         )
+
+
+def _check_held(
+    connection: sa.Connection, tenant: str, dataset: str, ledger: Ledger, run_id: str, count: int
+) -> None:
+    """Checks that a run which is charged to every unit leaves what others hold for single units.
+
+    Raises:
+        DPBudgetExceededError: The run would take something that is held.
+    """
+    if not ledger.counts_uses(ledger.accounts[run_id]):
+        held = most_held(connection, tenant, dataset, ledger)
+        ledger.check_epsilon(ledger.epsilon_with(run_id, count, held=held))
+
+
+def _not_usable(
+    connection: sa.Connection, tenant: str, dataset: str, ledger: Ledger, run_id: str,
+    units: Sequence[bytes],
+) -> tuple[set[bytes], set[bytes]]:  # fmt: skip
+    """Returns those of the units that have reached the run's own limit, and all that the run may
+    not use again."""
+    account, own = ledger.accounts[run_id], set[bytes]()
+    limit = account.limit if account.contract == "participation" else own_uses(account)
+    if limit is not None and (account.contract == "poisson" or account.count >= limit):
+        uses = uses_of(connection, run_id, units)
+        own = {unit for unit, count in uses.items() if count >= limit}
+    cost = weight(account.sigma)
+    return own, own | units_at_limit(connection, tenant, dataset, ledger, units, cost, run_id)
+
+
+def _none_usable(ledger: Ledger, account: Account, own: bool) -> DPBudgetExceededError:
+    limit = account.limit
+    why = (
+        f"every row of this batch was used {limit} times, which is the limit agreed for this run"
+        f" (sigma {account.sigma:g}, epsilon {ledger.limit:g})"
+        if own and limit is not None
+        else f"epsilon {ledger.limit:g} of dataset {ledger.registered['dataset']!r} pays for no"
+        f" further use of any of these rows at sigma {account.sigma:g}: all runs together have used"
+        " it up on them, or open clients hold it"
+    )
+    return DPBudgetExceededError(
+        f"{why}. Pass rows that were used less, or stop here: sample and save_state still work",
+        details={"limit": limit},
+    )
+
+
+def _told_otherwise(told: Told, dataset: str) -> InvalidRequestError:
+    sigma, rate, bound = told.binding
+    return InvalidRequestError(
+        f"draw {told.position} of dataset {dataset!r} is told and waits for its step. It is bound"
+        f" to sigma {sigma:g}, rate {rate:g}, max_grad_norm {bound:g} and one list of units, and"
+        f" this run differs from it. Finish that step in {told.run} or in a run with the same"
+        f" settings and units; or give the draw up with `tg-tinker privacy drop {dataset}`, after"
+        " which all Poisson steps of this dataset count as uses",
+        details={"position": told.position, "run": told.run},
+    )
+
+
+def _position_of(ledger: Ledger, told: tuple[int, str] | None) -> int:
+    """Returns the position that a step used, which must be told now.
+
+    Raises:
+        InvalidRequestError: It is not told to runs of this kind, or not any more.
+    """
+    now = ledger.told
+    if told is None or now is None or told != (now.position, now.units):
+        used = "none" if told is None else str(told[0])
+        raise InvalidRequestError(
+            f"the draw of this step ({used}) is not told any more: another run used it, or it was"
+            f" dropped. Nothing was charged, and the step was dropped. Draw again: the next draw is"
+            f" {ledger.position}",
+            details={"position": ledger.position},
+        )
+    return now.position

@@ -103,7 +103,8 @@ class Runs:
 
     def park(self, run_id: str, epoch: int) -> None:
         """Parks a run: it has no actor until somebody asks for it. The actor that calls this can do
-        nothing more. A repeat changes nothing.
+        nothing more, and the budget that the run reserved and has not used is released. A repeat
+        changes nothing.
 
         Raises:
             ActorLostError: The run has a newer actor.
@@ -118,6 +119,7 @@ class Runs:
             self._writer.note(
                 tx, run.tenant, f"{run_id}@{epoch}", "run.park", run_id, {"step": run.step}
             )
+            self._release(tx, run)
 
     def finish(self, run_id: str, epoch: int, status: str) -> None:
         """Ends a run as `completed` or `failed`. Its last actor can record nothing more, and the
@@ -135,9 +137,13 @@ class Runs:
             tx.execute(RUNS.update().where(*this).values(values))
             if status != run.status:
                 self._writer.note(tx, run.tenant, SDK, _BECAME[status], run_id, {"step": run.step})
-            config = TrainingConfig.model_validate_json(run.config)
-            if config.private:
-                self._book.release(tx, run.tenant, dataset_of(config), run_id)
+            self._release(tx, run)
+
+    def _release(self, tx: sa.Connection, run: Any) -> None:
+        """Releases what a run reserved of its dataset's budget and has not used."""
+        config = TrainingConfig.model_validate_json(run.config)
+        if config.private:
+            self._book.release(tx, run.tenant, dataset_of(config), run.id)
 
     def get(self, tenant: str, run_id: str) -> tuple[TrainingClientInfo, str]:
         """Returns a run, and its configuration as JSON.

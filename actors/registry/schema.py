@@ -78,6 +78,9 @@ DATASETS = sa.Table(
     sa.Column("tenant", sa.String, primary_key=True),
     sa.Column("id", sa.String, primary_key=True),
     sa.Column("wrapped_key", sa.String, nullable=False),
+    # See `draws`; null until the first draw.
+    sa.Column("draw_position", sa.Integer),
+    sa.Column("wrapped_draw_key", sa.String),
 )
 
 ENTRIES = sa.Table(
@@ -96,6 +99,16 @@ USES = sa.Table(
     sa.Column("run_id", sa.String, sa.ForeignKey("runs.id"), primary_key=True),
     sa.Column("unit", sa.LargeBinary, primary_key=True),
     sa.Column("uses", sa.Integer, nullable=False),
+)
+
+SUMS = sa.Table(
+    "unit_sums",
+    METADATA,
+    sa.Column("tenant", sa.String, primary_key=True),
+    sa.Column("dataset", sa.String, primary_key=True),
+    sa.Column("unit", sa.LargeBinary, primary_key=True),
+    # The sum of 1 / sigma^2 over the uses of the unit by all runs; see `uses`.
+    sa.Column("spent", sa.Double, nullable=False),
 )
 
 CHARGES = sa.Table(

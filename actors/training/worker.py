@@ -250,13 +250,13 @@ class Worker:
         """Saves the state and gives up the run. Another actor serves all later calls.
 
         Raises:
-            InvalidRequestError: gradients or a paid sample wait for their step. Nothing changed.
+            InvalidRequestError: gradients wait for their step. Nothing changed.
         """
         check_cancelled()
         if self.session.pending:
             raise InvalidRequestError(
-                "gradients, or a sample that is paid for, wait for their optim_step, and an"
-                " artifact cannot hold them: finish the step, then park"
+                "gradients wait for their optim_step, and an artifact cannot hold them: finish the"
+                " step, then park"
             )
         place = self._place
         self.saver.outcome(self.saver.begin(self.session, True, {}, AUTOMATIC))

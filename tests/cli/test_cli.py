@@ -71,7 +71,7 @@ def test_the_commands_are_these() -> None:
         "keys", "keys list", "keys rotate", "keys retire", "keys new",
         "keys rotate-audit", "keys rotate-secret", "keys retire-secret",
         "privacy", "privacy report", "privacy certificate", "privacy ledger", "privacy verify",
-        "privacy audit", "privacy book-missing", "serve", "sample", "chat",
+        "privacy audit", "privacy book-missing", "privacy drop", "serve", "sample", "chat",
         "audit-log", "audit-log show", "audit-log verify", "audit-log export",
         "api-keys", "api-keys create", "api-keys list", "api-keys revoke",
         "registry", "registry check", "registry accept", "registry backup", "registry restore",
@@ -298,7 +298,7 @@ def homeless() -> list[tuple[str, ...]]:
         "runs", "clients list", "artifacts list", "artifacts verify", "artifacts sweep",
         "keys list", "keys rotate", "keys rotate-audit",
         "privacy report", "privacy certificate", "privacy ledger",
-        "privacy book-missing", "audit-log show", "audit-log verify", "api-keys list",
+        "privacy book-missing", "privacy drop", "audit-log show", "audit-log verify", "api-keys list",
         "registry check", "registry accept", "doctor",
     )  # fmt: skip
     every = [(name, ()) for name in plain] + [*given.items()]
@@ -384,6 +384,12 @@ def test_missing_charges_are_booked_and_counted(private_service: FakeService) ->
     found = call("privacy", "book-missing", "clinic", service=private_service)
     assert found.exit_code == 0, found.output
     assert "3 missing charges were restored" in found.output
+
+
+def test_a_draw_is_dropped_if_one_waits(private_service: FakeService) -> None:
+    found = call("privacy", "drop", service=private_service)
+    assert found.exit_code == 1
+    assert "no draw" in found.output
 
 
 def test_the_audit_writes_its_picture_and_figures(tmp_path: Path) -> None:

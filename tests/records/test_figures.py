@@ -42,9 +42,12 @@ VECTORS = Path(__file__).parents[1] / "vectors"
 
 
 def ledger(*accounts: Account, epsilon: float | None = 50.0, delta: float = DELTA) -> Ledger:
-    """Returns the ledger of a dataset on which these runs made their steps."""
+    """Returns the ledger of a dataset on which these runs made their steps, one after the other.
+
+    In version 1, the accounts hold all that is composed.
+    """
     made = Ledger()
-    made.append(registration("d", epsilon, delta, "example", "now"))
+    made.append(registration("d", epsilon, delta, "example", "now") | {"version": 1})
     made.accounts = {f"run{number}": account for number, account in enumerate(accounts)}
     return made
 

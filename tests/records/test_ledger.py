@@ -442,7 +442,8 @@ def test_a_table_that_cannot_be_true_is_refused(changes: Entry) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"version": 2}, {"delta": 0.0}, {"delta": 1.0}, {"epsilon": 0.0}, {"epsilon": -1.0},
+        {"version": 3}, {"version": 0}, {"version": True},
+        {"delta": 0.0}, {"delta": 1.0}, {"epsilon": 0.0}, {"epsilon": -1.0},
         {"epsilon": math.inf}, {"epsilon": math.nan}, {"unit": "user"}, {"order": 1},
         {"order": 2.5}, {"order": 10**9}, {"type": "open"}, {"born": None, "x": 1},
     ],

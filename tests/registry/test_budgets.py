@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from actors.privacy.budget import Budget
+from actors.registry.draws import Draw
 from actors.registry.registry import Registry
 from support.privacy_helpers import new_budget, private_config, registry
 from tg_tinker import (
@@ -20,7 +21,7 @@ from tg_tinker import (
     NotFoundError,
     TrainingConfig,
 )
-from tg_tinker.errors import IntegrityError
+from tg_tinker.errors import IntegrityError, LedgerMismatchError
 from tg_tinker.records.ledger import Ledger
 from tg_tinker.records.report import Charge
 
@@ -37,11 +38,32 @@ def opened(known: Registry, **values: Any) -> Budget:
     return new_budget(known, private_config(Path("none"), **values))
 
 
-def charge(budget: Budget, numbers: list[bytes], noised: bool = True) -> Charge:
+def charge(
+    budget: Budget, numbers: list[bytes], noised: bool = True, told: tuple[int, str] | None = None
+) -> Charge:
     return budget.registry.ledgers.charge(
         budget.tenant, budget.dataset, budget.run_id, budget.epoch, secrets.token_hex(16),
-        numbers, noised, CALLS,
+        numbers, noised, CALLS, (), told,
     )  # fmt: skip
+
+
+def draw(budget: Budget, numbers: list[bytes]) -> Draw:
+    return budget.registry.ledgers.draw(
+        budget.tenant, budget.dataset, budget.run_id, budget.epoch, b"".join(sorted(numbers))
+    )
+
+
+def step(budget: Budget, numbers: list[bytes]) -> Charge:
+    """Draws from these units, and charges what was drawn."""
+    told = draw(budget, numbers)
+    drawn = [sorted(numbers)[at] for at in told.drawn]
+    return charge(budget, drawn, told=(told.position, told.units))
+
+
+def evaluate(budget: Budget, numbers: list[bytes], sigma: float, dataset: str) -> Charge:
+    return budget.registry.ledgers.evaluate(
+        budget.tenant, dataset, budget.run_id, budget.epoch, secrets.token_hex(16), numbers, sigma
+    )
 
 
 def ledger_of(budget: Budget) -> Ledger:
@@ -128,7 +150,8 @@ def test_two_contracts_on_one_data_set_are_filtered_and_add_up() -> None:
     }  # fmt: skip
     first = opened(known, dp=poisson)
     second = opened(known, dp={"noise_multiplier": 4.0})
-    made = [charge(first, units(1)), charge(second, units(1)), charge(first, units(2)),
+    all_units = units(*range(8000))
+    made = [step(first, all_units), charge(second, units(1)), step(first, all_units),
             charge(second, units(1, 2))]  # fmt: skip
     totals = [c.total_epsilon for c in made]
     assert totals == sorted(totals)
@@ -178,20 +201,28 @@ def test_reservations_are_kept_from_others_and_given_back() -> None:
     known = registry()
     first = opened(known, dp={"noise_multiplier": 2.0, "max_participations": 6})
     with pytest.raises(DPBudgetExceededError, match="reserved"):
-        opened(known, dp={"noise_multiplier": 2.0, "max_participations": 6})
+        opened(known, dp={"noise_multiplier": 2.0, "sampling": "worst_case"}, max_steps=6)
     known.ledgers.release("default", "default", first.run_id)
     length = ledger_of(first).length
     known.ledgers.release("default", "default", first.run_id)  # nothing is left to free
     assert ledger_of(first).length == length
-    opened(known, dp={"noise_multiplier": 2.0, "max_participations": 6})
+    opened(known, dp={"noise_multiplier": 2.0, "sampling": "worst_case"}, max_steps=6)
+
+
+def test_parking_a_run_frees_its_plan() -> None:
+    known = registry()
+    run = opened(known, dp={"noise_multiplier": 2.0, "max_participations": 6})
+    charge(run, units(1))
+    other = opened(known, dp={"noise_multiplier": 2.0})
+    for _ in range(2):
+        known.runs.park(run.run_id, run.epoch)  # again: only the answer was lost
+        assert ledger_of(run).accounts[run.run_id].reserved == 0
+    assert other.admit(units(1, 2)) == set()
 
 
 def test_the_end_of_a_run_frees_its_plan_and_that_of_an_actor_it_had_before_does_not() -> None:
     known = registry()
     run = opened(known, dp={"noise_multiplier": 2.0, "max_participations": 6})
-    known.runs.park(run.run_id, run.epoch)
-    known.runs.finish(run.run_id, run.epoch, "completed")  # the client that parked it is closed
-    assert ledger_of(run).accounts[run.run_id].reserved == 6
     back = known.runs.claim(run.run_id)
     known.runs.finish(
         run.run_id, run.epoch, "completed"
@@ -214,6 +245,47 @@ def test_a_run_that_comes_back_keeps_its_contract_and_its_uses() -> None:
     assert again.key == run.key
     assert again.admit(units(1, 2)) == set(units(1))
     assert list(ledger_of(run).accounts) == [run.run_id]
+
+
+# --- releases on another dataset -----------------------------------------------------------------
+
+
+def test_an_evaluation_is_charged_to_the_units_of_the_other_data_set_alone() -> None:
+    known = registry()
+    run = opened(known, dataset_id="training")
+    known.ledgers.register("default", "held out", 4.5, 1e-5, "example")
+    first = evaluate(run, units(1, 2), 1.0, "held out")
+    assert (first.dataset, first.sigma, round(first.total_epsilon, 3)) == ("held out", 1.0, 4.377)
+    assert round(evaluate(run, units(3), 1.0, "held out").total_epsilon, 3) == 4.377
+    assert known.ledgers.at_limit("default", "held out", run.run_id, units(1, 2, 3, 4), 1.0) == set(
+        units(1, 2, 3)
+    )
+    assert known.ledgers.at_limit("default", "held out", run.run_id, units(1, 4), 8.0) == set()
+    before = known.ledgers.entries("default", "held out")
+    with pytest.raises(DPBudgetExceededError, match="cannot pay"):
+        evaluate(run, units(1, 4), 1.0, "held out")
+    assert known.ledgers.entries("default", "held out") == before
+    assert known.ledgers.at_limit("default", "held out", run.run_id, units(4), 1.0) == set()
+    assert ledger_of(run).epsilon == 0
+
+
+def test_an_evaluation_has_the_guarantees_of_a_charge() -> None:
+    known = registry()
+    run = opened(known, dataset_id="training")
+    known.ledgers.register("default", "held out", 8.0, 1e-5, "example")
+    asked = ("default", "held out", run.run_id, run.epoch, "f" * 32, units(1), 2.0)
+    receipt = known.ledgers.evaluate(*asked)
+    assert known.ledgers.evaluate(*asked) == receipt  # a repeat
+    assert len(known.ledgers.entries("default", "held out")) == 2
+    with pytest.raises(LedgerMismatchError, match="is known"):
+        known.ledgers.evaluate(*asked[:4], "e" * 32, units(1), 2.0, ["9-" + "0" * 64])
+    for tenant in ("clinic", "bank"):
+        with pytest.raises(NotFoundError):
+            known.ledgers.evaluate(tenant, *asked[1:4], "d" * 32, units(1), 2.0)
+    known.runs.claim(run.run_id)
+    with pytest.raises(ActorLostError, match="replaced"):
+        known.ledgers.evaluate(*asked[:4], "e" * 32, units(1), 2.0)
+    assert len(known.ledgers.entries("default", "held out")) == 2
 
 
 # --- what is stored ------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ from tg_tinker.records.report import (
     dataset_of,
     describe_run,
 )
+from tg_tinker.records.sums import added, weight
 from tg_tinker.storage.envelope import new_signing_key
 from tg_tinker.types import (
     ArtifactInfo,
@@ -229,17 +230,18 @@ class FakeTrainingClient(TrainingClient):
 
     def _charge(self) -> DPMetrics:
         ledger, _ = self._service.ledgers[dataset_of(self._config)]
-        before, count = ledger.epsilon, ledger.accounts[self._id].count + 1
-        self._service.enter(
-            dataset_of(self._config),
-            {
-                "type": "charge",
-                "run": self._id,
-                "epoch": 1,
-                "charge": f"{self._id}-{count}",
-                "count": count,
-            },
-        )
+        before, account = ledger.epsilon, ledger.accounts[self._id]
+        count, position = account.count + 1, ledger.position
+        cost = weight(account.sigma) if ledger.counts_uses(account) else 0.0
+        charge = {
+            "type": "charge", "run": self._id, "epoch": 1, "charge": f"{self._id}-{count}",
+            "count": count, "spent": added(ledger.spent, cost),
+        }  # fmt: skip
+        if account.contract == "poisson":
+            draw = {"type": "draw", "run": self._id, "position": position, "units": "0" * 64}
+            self._service.enter(dataset_of(self._config), draw)
+            charge["position"] = position
+        self._service.enter(dataset_of(self._config), charge)
         spent = ledger.epsilon - before
         return DPMetrics(True, spent, ledger.epsilon, ledger.delta, 1.0, 0.5, 1)
 
@@ -426,6 +428,13 @@ class FakeService(ServiceClient):
         if dataset_id not in self.ledgers:
             raise NotFoundError(f"dataset {dataset_id!r} has no ledger")
         return PrivacyReport(self.ledgers[dataset_id][1])
+
+    def drop_draw(self, dataset_id: str = DEFAULT_DATASET) -> int:
+        told = self.privacy_report(dataset_id).ledger.told
+        if told is None:
+            raise InvalidRequestError("no draw waits for its step")
+        self.enter(dataset_id, {"type": "drop", "run": None, "position": told.position})
+        return told.position
 
     def book_missing_charges(self, dataset_id: str = DEFAULT_DATASET) -> int:
         return self.missing.pop(dataset_id, 0)

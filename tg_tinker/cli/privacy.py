@@ -70,6 +70,21 @@ def ledger(ctx: typer.Context, dataset_id: _Dataset = "default") -> None:
         typer.echo(json.dumps(entry, sort_keys=True))
 
 
+@privacy.command()
+def drop(ctx: typer.Context, dataset_id: _Dataset = "default") -> None:
+    """Give up a Poisson draw that waits for its step.
+
+    Use it if the step cannot be made any more and a run with other settings
+    must go on. From then on all Poisson steps of the dataset count as uses of
+    the rows that they draw, which costs much more. It cannot be undone.
+
+      [cyan]tg-tinker privacy drop support-2026[/]
+    """
+    with connector(ctx)() as service:
+        position = service.drop_draw(dataset_id)
+    typer.echo(f"draw {position} was dropped: Poisson steps count as uses from here on")
+
+
 @privacy.command("book-missing")
 def book_missing(ctx: typer.Context, dataset_id: _Dataset = "default") -> None:
     """Restore charges that an older copy of the registry's database has lost.

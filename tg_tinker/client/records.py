@@ -66,6 +66,15 @@ class Records:
         self.meet_ledger(dataset_id)
         return PrivacyReport(entries)
 
+    def drop_draw(self, dataset_id: str) -> int:
+        told = self.privacy_report(dataset_id).ledger.told
+        if told is None:
+            raise InvalidRequestError(
+                f"no draw of dataset {dataset_id!r} waits for its step: there is nothing to drop"
+            )
+        self._registry.ledgers.drop(self._tenant, dataset_id, told.position)
+        return told.position
+
     def book_missing_charges(self, dataset_id: str) -> int:
         kept = KeptHead(self._home, self._tenant, dataset_id)
         booked: int = actors_backend().book_missing(

@@ -196,16 +196,15 @@ class Runs:
     def release_reservations_of_the_dead(self, dataset: str) -> None:
         """Releases the reserved budget of runs without an actor, which a killed script leaves.
 
-        A parked run keeps its reservation. This process cannot see whether a run of another
-        embedded cluster is alive, so that run keeps its reservation too.
+        This process cannot see whether a run of another embedded cluster is alive, so that run
+        keeps its reservation.
         """
         entries = self._registry.ledgers.entries(self._tenant, dataset)
         accounts = Ledger.replay(entries).accounts
         reserving = [run for run, account in accounts.items() if account.reserved]
         for run_id in filter(self._cluster.would_see, reserving):
             info, _ = self._registry.runs.get(self._tenant, run_id)
-            dead = self._cluster.find_training(run_id, info.epoch) is None
-            if dead and info.reason != PARKED:
+            if self._cluster.find_training(run_id, info.epoch) is None:
                 self._registry.ledgers.release(self._tenant, dataset, run_id)
 
     def _sampler(self, config: TrainingConfig) -> SamplerLink:

@@ -475,6 +475,23 @@ class ServiceClient:
         """
         return self._records.privacy_report(dataset_id)
 
+    def drop_draw(self, dataset_id: str = DEFAULT_DATASET) -> int:
+        """Gives up the Poisson draw of a dataset that was told to a run and waits for its step.
+
+        Use it if that step cannot be made any more and a run with other settings must go on. From
+        then on nobody can say that draws were not chosen: all later Poisson steps of the dataset
+        count as uses of the units that they draw, which costs much more. It cannot be undone.
+
+        Returns:
+            The position of the draw in the dataset's stream.
+
+        Raises:
+            NotFoundError: the dataset has no ledger.
+            InvalidRequestError: no draw waits for its step; nothing was changed.
+            LedgerMismatchError: the ledger is behind one of its known heads, or has forked.
+        """
+        return self._records.drop_draw(dataset_id)
+
     def book_missing_charges(self, dataset_id: str = DEFAULT_DATASET) -> int:
         """Restores the ledger entries that an older copy of the registry's database has lost.
 

@@ -10,7 +10,7 @@ tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,29 @@ class BatchData:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def emptied(self, rows: Iterable[int]) -> BatchData:
+        """Returns this batch with empty stand-ins for the given rows: no token of them is labeled.
+
+        A stand-in adds zero to the gradient, and in a private run it counts as its unit. Use it for
+        a row of a drawn Poisson sample that your own code cannot process: the server refuses a step
+        that lacks a drawn unit.
+
+        Args:
+            rows: indices of rows, from 0.
+
+        Raises:
+            InvalidRequestError: the batch has no such row.
+        """
+        chosen, labels = set(rows), self.input_ids if self.labels is None else self.labels
+        if unknown := sorted(chosen - set(range(len(self)))):
+            raise InvalidRequestError(
+                f"the batch has {len(self)} rows and no row {unknown[0]}: pass indices from 0"
+            )
+        kept = [
+            [IGNORED] * len(row) if index in chosen else row for index, row in enumerate(labels)
+        ]
+        return BatchData(self.input_ids, self.attention_mask, kept, self.example_ids)
 
 
 @dataclass(frozen=True, repr=False)

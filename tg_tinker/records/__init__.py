@@ -6,6 +6,7 @@
 - heads.py: signed heads of audit logs and ledgers.
 - successions.py: how a signing key follows another, and which key is in force at a row.
 - files.py: exports of the audit log, and files with kept heads.
+- sums.py: sums of 1 / sigma^2, which are never rounded down.
 - accounting.py: epsilon of Gaussian mechanisms in closed form.
 - figures.py: what was spent at other deltas, and for several units together.
 - report.py: the privacy of runs and datasets: values, report and certificate.

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from tg_tinker.errors import DPBudgetExceededError, IntegrityError
@@ -15,7 +15,9 @@ from tg_tinker.records.accounting import filter_order
 Entry = dict[str, Any]
 
 
-VERSION = 1
+VERSION = 2
+"""The version of the rules for all new entries. A ledger of version 1 gets an entry `upgrade`
+before its next entry."""
 
 
 GENESIS = "0" * 64
@@ -40,6 +42,10 @@ POISSON = ("poisson", "client_poisson")
 GAUSSIAN = ("participation", "worst_case")
 
 
+PAID = ("charge", "unnoised", "evaluation")
+"""The types of the entries that each pay for one draw of noise."""
+
+
 def registration(dataset: str, epsilon: float | None, delta: float, unit: str, born: str) -> Entry:
     """Returns the body of a ledger's first entry; the budget determines its Renyi order."""
     return {
@@ -47,6 +53,23 @@ def registration(dataset: str, epsilon: float | None, delta: float, unit: str, b
         "delta": delta, "unit": unit, "born": born,
         "order": filter_order(math.inf if epsilon is None else epsilon, delta),
     }  # fmt: skip
+
+
+UPGRADE: Entry = {"type": "upgrade", "version": VERSION}
+"""The body of the entry from which on an older ledger follows the rules of this version."""
+
+
+def is_newer(entry: Mapping[str, Any], types: Collection[str]) -> bool:
+    """Returns whether a newer release wrote an entry: its hash is right, and its version or its
+    type is not known here.
+
+    Args:
+        types: the types that this release knows.
+    """
+    kind, version = entry.get("type"), entry.get("version")
+    unknown = is_text(kind) and kind not in types
+    later = kind in ("register", "upgrade") and type(version) is int and version > VERSION
+    return (unknown or later) and entry.get("hash") == entry_hash(entry)
 
 
 def place_of(seq: int, found: str) -> str:
@@ -93,6 +116,11 @@ def real(value: Any) -> float:
     if type(value) not in (int, float):
         raise ValueError("not a number")
     return float(value)
+
+
+def is_digest(value: Any) -> bool:
+    """Returns whether a value is 32 bytes in lower-case hex."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def is_text(value: Any) -> bool:

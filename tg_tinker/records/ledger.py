@@ -11,22 +11,43 @@ An entry is a JSON object with `seq`, `prev` (the hash of the entry before), `ty
 below. Its `hash` is SHA-256 over its canonical JSON (keys sorted, no spaces) without `hash`.
 
     register   version, dataset, epsilon (null: unlimited), delta, unit, order, born
+    upgrade    version: a ledger of an older version follows the rules of this version from here on
     open       run, contract, sigma, rate, accountant, table, limit, planned, facts
-    charge     run, epoch, charge, count
-    fall_back  run, count, limit: an asserted Poisson sample was refuted; the run counts by uses
-    unnoised   run, epoch, charge, count: a step without noise; epsilon is infinite from here on
+    draw       run, position, units: position n of the stream of Poisson draws is told from here on,
+               bound to the run's sigma, rate and C and to a keyed digest of the list of units
+    charge     run, epoch, charge, count, spent; under `poisson` also position, which is used up
+    drop       run (or null), position: a draw that was told is given up
+    evaluation run, epoch, charge, sigma, spent: a Gaussian release on uses of single units, by a
+               run that may train on another dataset
+    fall_back  run, count, limit, spent: an asserted Poisson sample was refuted; the run counts by
+               uses
+    unnoised   as charge: a step without noise; epsilon is infinite from here on
     release    run: the rest of its reservation is free again
     link       run, datasets: the run took over weights that were also trained on these datasets
     book       runs: their entries before this one were restored from heads; the uses of each unit
                are lost with the database, so these runs charge nothing any more
 
+Version 1 has no `upgrade`, `draw`, `drop` and `evaluation`, and no `spent` and `position`. Entries
+of version 1 stay as they are, and are replayed by the rules of version 1. A release that knows only
+version 1 says of a later ledger that an entry "breaks a rule".
+
 `count` is the number that a contract counts: uses of the most used unit (participation) or steps
-(all other contracts). Composition: Gaussian contracts add up mu^2 = count / sigma^2 over all runs.
-This sum is an upper bound of the sum of every single unit, and the epsilon of mu is exact. A single
-run under Poisson sampling has the epsilon of its table if that is less than the filter's. All other
+(all other contracts). `spent` is the greatest sum of 1 / sigma^2 of any unit, over the uses by all
+runs of the dataset: under participation, after a fall-back, after a drop, and in evaluations. It
+never falls, and one charge raises it by at most 1 / sigma^2 of its run. The registry knows the sum
+of each unit; a verifier knows only that this one bounds them all. `sums` rounds every sum up.
+
+Composition: a step under `worst_case` adds 1 / sigma^2 for every unit (`everyone`). Gaussian
+releases together have mu^2 = everyone + spent, and the epsilon of mu is exact. A single run under
+Poisson sampling has the epsilon of its table if that is less than the filter's. All other
 combinations use a Renyi filter at the order that was fixed at registration (Feldman and Zrnic 2021,
 arXiv:2008.11193). The filter is valid even if later steps were chosen in the light of earlier
-results.
+results. In version 1, mu^2 is the sum of count / sigma^2 over the runs.
+
+The draws of the server are one stream of positions per dataset: 0, 1, 2, and so on, whatever run
+uses them. At most one position is told and not yet used. Its draw is told again, unchanged, to
+every run with the same binding. After a drop or a book, somebody may have chosen among draws, so
+all later steps of `poisson` runs count by uses. What version 1 charged counts as used and unbound.
 """
 
 from __future__ import annotations
@@ -36,6 +57,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from tg_tinker.errors import DPBudgetExceededError, IntegrityError, LedgerMismatchError
@@ -58,12 +80,15 @@ from tg_tinker.records.entries import (
     canonical,
     check_table,
     entry_hash,
+    is_digest,
+    is_newer,
     is_text,
     parse_place,
     place_of,
     real,
     whole,
 )
+from tg_tinker.records.sums import added, times, weight
 
 
 @dataclass
@@ -78,7 +103,7 @@ class Account:
         table: ascending (steps, epsilon) of this run alone; empty for Gaussian contracts.
         limit: the highest count that the run may reach; None means no limit.
         reserved: the count that is reserved for the run while it lives.
-        count: the count that the run has used.
+        count: the count that the run has used. Uses after a drop are not in it.
         steps: the number of charges.
         facts: further values for the certificate (C, batch size, dtype, ...).
         refuted: whether the run asserted Poisson samples that did not look drawn.
@@ -102,6 +127,11 @@ class Account:
     def poisson(self) -> bool:
         return self.contract in POISSON
 
+    @property
+    def binding(self) -> tuple[float, float, float]:
+        """What a draw is bound to before it is told: sigma, rate and C."""
+        return self.sigma, self.rate, float(self.facts["bound"])
+
     def tabulated(self, count: int) -> float:
         """Returns the epsilon of this run alone after `count` steps.
 
@@ -112,11 +142,39 @@ class Account:
         return self.table[at][1] if at < len(self.table) else math.inf
 
 
+@dataclass(frozen=True)
+class Told:
+    """The draw that is told and not yet used: the run that was told it first, its position, its
+    binding (sigma, rate, C) and the digest of its list of units."""
+
+    run: str
+    position: int
+    binding: tuple[float, float, float]
+    units: str
+
+
 class Ledger:
-    """The state of one dataset's budget. Only `append` changes it."""
+    """The state of one dataset's budget. Only `append` changes it.
+
+    Attributes:
+        version: the version of the rules that hold for the next entry.
+        everyone: the sum of 1 / sigma^2 of what was charged to every unit.
+        spent: the greatest sum of 1 / sigma^2 of any unit over all counted uses.
+        unknown: an upper bound of those uses of any one unit that were lost with a database.
+        position: the position of the next draw; the number of draws that were used or dropped.
+        unbound: how many of these draws version 1 charged, which bound them to nothing.
+        told: the draw that is told and not yet used.
+        dropped: how often a draw was given up. After the first time, Poisson steps count by uses.
+    """
 
     def __init__(self) -> None:
         self.head, self.birth, self.length = GENESIS, "", 0
+        self.version = VERSION
+        self.everyone, self.spent, self.unknown = 0.0, 0.0, 0.0
+        self.position, self.unbound, self.dropped = 0, 0, 0
+        self.told: Told | None = None
+        # By run: uses that no account counts, each as if it were of one and the same unit.
+        self._uncounted: dict[str, float] = {}
         self.registered: Entry = {}
         self.accounts: dict[str, Account] = {}
         self.unnoised = False
@@ -135,6 +193,12 @@ class Ledger:
         for entry in entries:
             place = f"entry {ledger.length} of the ledger"
             try:
+                if is_newer(entry, ledger._rules()):
+                    raise IntegrityError(
+                        f"{place} breaks a rule of this release: its type or version is unknown, so"
+                        " it was written by a newer release of TG-Tinker, or is forged. Use the"
+                        " newest release to read this ledger"
+                    )
                 again = ledger.append({k: v for k, v in entry.items() if k not in CHAIN})
             except REFUSALS:
                 raise IntegrityError(f"{place} breaks a rule of the ledger") from None
@@ -211,24 +275,65 @@ class Ledger:
     @property
     def epsilon(self) -> float:
         """The epsilon spent by everything released so far."""
-        return self._compose({run: account.count for run, account in self.accounts.items()})
+        counts = {run: account.count for run, account in self.accounts.items()}
+        if self.version == 1:
+            return self._compose_of_version_1(counts, self.accounts)
+        sampled = [(a, a.count) for a in self.accounts.values() if a.poisson]
+        return self._compose(added(self.everyone, self.spent), sampled)
 
     @property
     def released(self) -> tuple[float, list[Account]]:
         """What `epsilon` composes: mu^2 of all Gaussian releases together, and the accounts of the
         runs that made steps on Poisson samples."""
         used = [account for account in self.accounts.values() if account.count]
-        gaussian = (one.count / one.sigma**2 for one in used if not one.poisson)
-        return math.fsum(gaussian), [account for account in used if account.poisson]
+        mu2 = added(self.everyone, self.spent)
+        if self.version == 1:
+            mu2 = math.fsum(one.count / one.sigma**2 for one in used if not one.poisson)
+        return mu2, [account for account in used if account.poisson]
 
-    def epsilon_with(self, run: str, count: int, account: Account | None = None) -> float:
+    def epsilon_with(
+        self, run: str, count: int, account: Account | None = None, held: float = 0.0
+    ) -> float:
         """Returns the epsilon if `run` reached `count` and all other runs used their reservations.
 
-        `account` is the account of a run that is not open yet.
+        It is the epsilon of the most spent unit, except for a run that counts uses: such a run is
+        asked what `count` uses of a fresh unit would cost.
+
+        Args:
+            account: the account of a run that is not open yet.
+            held: the greatest sum of 1 / sigma^2 that a unit has used or that is reserved for it,
+                as far as the caller knows.
         """
         accounts = dict(self.accounts) | ({run: account} if account else {})
-        counts = {r: max(a.count, a.reserved) for r, a in accounts.items()}
-        return self._compose(counts | {run: count}, accounts)
+        if self.version == 1:
+            counts = {r: max(a.count, a.reserved) for r, a in accounts.items()}
+            return self._compose_of_version_1(counts | {run: count}, accounts)
+        one = accounts.get(run)
+        if one is not None and self.counts_uses(one):
+            return self.epsilon_at(times(count, one.sigma))
+        reserved = [times(a.reserved, a.sigma) for a in accounts.values() if self.counts_uses(a)]
+        return self.epsilon_at(max(self.spent, held, *reserved, 0.0), accounts, {run: count})
+
+    def epsilon_at(
+        self, spent: float, accounts: Mapping[str, Account] | None = None,
+        counts: Mapping[str, int] = MappingProxyType({}),
+    ) -> float:  # fmt: skip
+        """Returns the epsilon of a unit if the sum of its uses were `spent` and all runs that do
+        not count uses used their reservations, or reached these `counts`."""
+        everyone, sampled = self.everyone, []
+        for run, account in (self.accounts if accounts is None else accounts).items():
+            count = counts.get(run, max(account.count, account.reserved))
+            if account.contract == "worst_case":
+                more = max(0, count - account.count)
+                everyone = added(everyone, times(more, account.sigma))
+            elif account.poisson:
+                sampled.append((account, account.count if self.counts_uses(account) else count))
+        return self._compose(added(everyone, spent), sampled)
+
+    def counts_uses(self, account: Account) -> bool:
+        """Returns whether the next step of a run counts as a use of each of its units."""
+        dropped = account.contract == "poisson" and self.dropped > 0
+        return account.contract == "participation" or dropped
 
     # --- how it changes ----------------------------------------------------------------------
 
@@ -240,17 +345,9 @@ class Ledger:
             ValueError, TypeError, KeyError: the entry is malformed or breaks a rule. Nothing has
                 changed.
         """
-        rules: dict[str, Callable[..., None]] = {
-            "register": self._register,
-            "open": self._open,
-            "charge": self._charge,
-            "fall_back": self._fall_back,
-            "unnoised": self._unnoised,
-            "release": self._release,
-            "link": self._link,
-            "book": self._book,
-        }
-        rule = rules[body["type"]]
+        rule = self._rules()[body["type"]]
+        if self.version == 1 and body["type"] in ("draw", "drop", "evaluation"):
+            raise ValueError("version 1 has no such entry: upgrade the ledger first")
         if (body["type"] == "register") != (self.length == 0):
             raise ValueError("the first entry, and no other, must register the dataset")
         if not set(body).isdisjoint(CHAIN):
@@ -265,13 +362,29 @@ class Ledger:
         self.length += 1
         return entry
 
+    def _rules(self) -> dict[str, Callable[..., None]]:
+        return {
+            "register": self._register,
+            "upgrade": self._upgrade,
+            "open": self._open,
+            "draw": self._draw,
+            "charge": self._charge,
+            "drop": self._drop,
+            "evaluation": self._evaluation,
+            "fall_back": self._fall_back,
+            "unnoised": self._unnoised,
+            "release": self._release,
+            "link": self._link,
+            "book": self._book,
+        }
+
     def _register(
         self, version: int, dataset: str, epsilon: float | None, delta: float, unit: str,
         order: int, born: str,
     ) -> None:  # fmt: skip
         known = unit in ("example", "id") and is_text(dataset) and isinstance(born, str)
-        if version != VERSION or not 0 < real(delta) < 1 or not known:
-            raise ValueError("not a registration of this version")
+        if not 1 <= whole(version) <= VERSION or not 0 < real(delta) < 1 or not known:
+            raise ValueError("not a registration of a known version")
         if not 2 <= whole(order) <= MAX_ORDER:
             raise ValueError("the Renyi order is out of range")
         if epsilon is not None and not real(epsilon) > 0:
@@ -280,6 +393,20 @@ class Ledger:
             "dataset": dataset, "epsilon": epsilon, "delta": delta, "unit": unit, "order": order,
             "born": born,
         }  # fmt: skip
+        self.version = version
+
+    def _upgrade(self, version: int) -> None:
+        if whole(version) != VERSION or self.version == VERSION:
+            raise ValueError("a ledger is upgraded to this version, and once")
+        self.version, self.unbound = version, self.position
+        for account in self.accounts.values():
+            cost = times(account.count, account.sigma)
+            if account.contract == "worst_case":
+                self.everyone = added(self.everyone, cost)
+            elif account.contract == "participation":
+                # Version 1 knew the most used unit of each run, not whether it was the same unit.
+                self.spent = added(self.spent, cost)
+                self.unknown = added(self.unknown, cost) if account.closed else self.unknown
 
     def _open(
         self, run: str, contract: str, sigma: float, rate: float, accountant: str,
@@ -298,43 +425,74 @@ class Ledger:
         if whole(planned) > (planned if limit is None else whole(limit)):
             raise ValueError("more is planned than allowed")
         account = Account(contract, sigma, rate, accountant, rows, limit, planned, facts=facts)
-        self._afford(run, planned, account)
+        self.check_epsilon(self.epsilon_with(run, planned, account))
         self.accounts[run] = account
 
-    def _charge(self, run: str, epoch: int, charge: str, count: int) -> None:
+    def _draw(self, run: str, position: int, units: str) -> None:
         account = self.usable(run)
-        self._check_count(account, count)
-        self._check_unpaid(charge)
-        if account.limit is not None and count > account.limit:
-            raise DPBudgetExceededError(
-                f"the run has used all {account.limit} {_counted(account)} that its budget pays"
-                f" for: epsilon {self.epsilon:.4g} of {self.limit:g} is spent. The weights are"
-                " unchanged, and save_state still works",
-                details={"limit": account.limit, "epsilon": self.epsilon},
-            )
-        self._afford(run, count, account)
-        account.count, account.steps = count, account.steps + 1
-        self._paid.add(charge)
+        if account.contract != "poisson" or not is_digest(units):
+            raise ValueError("only a run whose samples the server draws is told a draw of units")
+        if whole(position) != self.position or self.told is not None:
+            raise ValueError("not the next position, or another draw is told and not yet used")
+        self._check_next_step(account, run)
+        self.told = Told(run, position, account.binding, units)
 
-    def _fall_back(self, run: str, count: int, limit: int | None) -> None:
+    def _drop(self, run: str | None, position: int) -> None:
+        if not (run is None or run in self.accounts):
+            raise ValueError("not a run of this dataset")
+        if self.told is None or whole(position) != self.position:
+            raise ValueError("no such draw is told")
+        self._give_up()
+
+    def _charge(
+        self, run: str, epoch: int, charge: str, count: int, spent: float | None = None,
+        position: int | None = None,
+    ) -> None:  # fmt: skip
+        account = self.usable(run)
+        self._check_step(account, charge, count, spent, position)
+        self._check_limit(account, count)
+        if self.version > 1 and self.counts_uses(account):
+            self.check_sum(real(spent))
+        else:
+            self.check_epsilon(self.epsilon_with(run, count))
+        self._take_step(run, charge, count, spent)
+
+    def _evaluation(self, run: str, epoch: int, charge: str, sigma: float, spent: float) -> None:
+        if run in self.accounts:
+            self.usable(run)
+        if not is_text(run) or not SIGMA_RANGE[0] <= real(sigma) <= SIGMA_RANGE[1]:
+            raise ValueError("the run is no text, or the noise multiplier is out of range")
+        self._check_unpaid(charge)
+        self._check_spent(spent, weight(sigma))
+        self.check_sum(spent)
+        self._uncounted[run] = added(self._uncounted.get(run, 0.0), weight(sigma))
+        self._paid.add(charge)
+        self.spent = spent
+
+    def _fall_back(
+        self, run: str, count: int, limit: int | None, spent: float | None = None
+    ) -> None:  # fmt: skip
         account = self.usable(run)
         if account.contract != "client_poisson" or not whole(count) <= account.steps:
             raise ValueError("only an asserted Poisson sample falls back")
+        limit = None if limit is None else whole(limit)
+        self._check_spent(spent, times(count, account.sigma))
         account.contract, account.rate, account.table = "participation", 1.0, ()
         account.accountant, account.reserved = "exact", 0
-        account.count, account.limit = count, None if limit is None else whole(limit)
+        account.count, account.limit = count, limit
         account.refuted = True
+        self.spent = self.spent if spent is None else spent
 
-    def _unnoised(self, run: str, epoch: int, charge: str, count: int) -> None:
+    def _unnoised(
+        self, run: str, epoch: int, charge: str, count: int, spent: float | None = None,
+        position: int | None = None,
+    ) -> None:  # fmt: skip
         if self.registered["epsilon"] is not None:
             raise DPBudgetExceededError(
                 "a step without noise needs a dataset that is registered with unlimited epsilon"
             )
-        account = self.usable(run)
-        self._check_count(account, count)
-        self._check_unpaid(charge)
-        account.count, account.steps = count, account.steps + 1
-        self._paid.add(charge)
+        self._check_step(self.usable(run), charge, count, spent, position)
+        self._take_step(run, charge, count, spent)
         self.unnoised = True
 
     def _release(self, run: str) -> None:
@@ -346,26 +504,107 @@ class Ledger:
         self.linked |= set(datasets)
 
     def _book(self, runs: Iterable[str]) -> None:
-        accounts = [self.accounts[run] for run in runs]
-        if not accounts:
-            raise ValueError("the entry names no run")
-        for account in accounts:
+        names = list(runs)
+        if not names or not all(run in self.accounts or run in self._uncounted for run in names):
+            raise ValueError("the entry names no run, or one that is unknown")
+        for run in names:
+            self.unknown = added(self.unknown, self._uncounted.pop(run, 0.0))
+            if (account := self.accounts.get(run)) is None:
+                continue
+            if self.version > 1 and account.contract == "participation" and not account.closed:
+                self.unknown = added(self.unknown, times(account.count, account.sigma))
             account.closed, account.reserved = True, 0
+        # A draw may have been told whose entry is lost.
+        if self.version > 1 and any(a.contract == "poisson" for a in self.accounts.values()):
+            self._give_up()
 
     # --- inside ------------------------------------------------------------------------------
 
-    def _check_count(self, account: Account, count: int) -> None:
+    def _check_next_step(self, account: Account, run: str) -> None:
+        if self.counts_uses(account):
+            self.check_sum(weight(account.sigma))
+            return
+        self._check_limit(account, account.count + 1)
+        self.check_epsilon(self.epsilon_with(run, account.count + 1))
+
+    def _check_step(
+        self, account: Account, charge: str, count: int, spent: float | None, position: int | None
+    ) -> None:
+        self._check_unpaid(charge)
+        drops = self.version > 1 and account.contract == "poisson" and self.dropped > 0
         # Under participation a step need not raise the count, the uses of the most used unit.
-        unchanged = account.contract == "participation" and count == account.count
-        if whole(count) != account.count + 1 and not unchanged:
+        unchanged = (account.contract == "participation" or drops) and count == account.count
+        if not unchanged and (drops or whole(count) != account.count + 1):
             raise ValueError(f"the count must not go from {account.count} to {count}")
+        whole(count)
+        self._check_spent(spent, weight(account.sigma) if self.counts_uses(account) else 0.0)
+        by_count = times(count, account.sigma) if account.contract == "participation" else 0.0
+        if spent is not None and spent < by_count:
+            raise ValueError("the greatest sum of a unit is below that of the run's own count")
+        if (position is not None) != (self.version > 1 and account.contract == "poisson"):
+            raise ValueError("a step has a position if the server draws its units, and only then")
+        if position is not None and (
+            self.told is None
+            or whole(position) != self.told.position
+            or self.told.binding != account.binding
+        ):
+            raise ValueError("this draw is not told, or to runs with other settings")
+
+    def _check_spent(self, spent: float | None, most: float) -> None:
+        """Checks the greatest sum of any unit after a step that adds at most `most` to it."""
+        if (spent is not None) != (self.version > 1):
+            raise ValueError("an entry has the greatest sum from version 2 on, and only then")
+        if spent is not None and not self.spent <= real(spent) <= added(self.spent, most):
+            raise ValueError("the greatest sum of a unit falls, or rises by more than the step")
+
+    def _take_step(self, run: str, charge: str, count: int, spent: float | None) -> None:
+        account = self.accounts[run]
+        if self.version > 1 and account.contract == "worst_case":
+            self.everyone = added(self.everyone, weight(account.sigma))
+        if account.contract == "poisson":
+            if self.dropped:
+                cost = added(self._uncounted.get(run, 0.0), weight(account.sigma))
+                self._uncounted[run] = cost
+            self.position, self.told = self.position + 1, None
+        account.count, account.steps = count, account.steps + 1
+        self.spent = self.spent if spent is None else spent
+        self._paid.add(charge)
+
+    def _give_up(self) -> None:
+        """Passes over the next position. From now on, steps of `poisson` runs count by uses."""
+        self.position, self.told, self.dropped = self.position + 1, None, self.dropped + 1
+        for account in self.accounts.values():
+            if account.contract == "poisson":
+                account.limit, account.reserved = None, 0
 
     def _check_unpaid(self, charge: str) -> None:
         if not is_text(charge) or charge in self._paid:
             raise ValueError("a charge needs an id that no earlier charge has")
 
-    def _afford(self, run: str, count: int, account: Account) -> None:
-        after = self.epsilon_with(run, count, account)
+    def _check_limit(self, account: Account, count: int) -> None:
+        if account.limit is not None and count > account.limit:
+            raise DPBudgetExceededError(
+                f"the run has used all {account.limit} {_counted(account)} that its budget pays"
+                f" for: epsilon {self.epsilon:.4g} of {self.limit:g} is spent. The weights are"
+                " unchanged, and save_state still works",
+                details={"limit": account.limit, "epsilon": self.epsilon},
+            )
+
+    def check_sum(self, spent: float) -> None:
+        """Checks that the budget can pay for a unit whose uses have this sum of 1 / sigma^2, beside
+        all that is reserved for runs that do not count uses.
+
+        Raises:
+            DPBudgetExceededError: it cannot.
+        """
+        self.check_epsilon(self.epsilon_at(spent))
+
+    def check_epsilon(self, after: float) -> None:
+        """Checks that the budget allows a total epsilon.
+
+        Raises:
+            DPBudgetExceededError: it does not.
+        """
         if after > self.limit:
             raise DPBudgetExceededError(
                 f"epsilon {self.limit:g} of dataset {self.registered['dataset']!r} cannot pay for"
@@ -375,27 +614,41 @@ class Ledger:
                 details={"limit": self.limit, "spent": self.epsilon, "needed": after},
             )
 
-    def _compose(
-        self, counts: Mapping[str, int], accounts: Mapping[str, Account] | None = None
-    ) -> float:
+    def _compose(self, mu2: float, sampled: Iterable[tuple[Account, int]]) -> float:
+        """Returns the epsilon of Gaussian releases with this mu^2 and of Poisson steps."""
         if self.unnoised:
             return math.inf
-        known = self.accounts if accounts is None else accounts
-        used = [(known[run], count) for run, count in counts.items() if count]
-        if not any(account.poisson for account, _ in used):
-            mu2 = math.fsum(count / account.sigma**2 for account, count in used)
+        used = [(account, count) for account, count in sampled if count]
+        if not used:
             return gaussian_epsilon(math.sqrt(mu2), self.delta)
-        alone = used[0][0].tabulated(used[0][1]) if len(used) == 1 else math.inf
+        alone = used[0][0].tabulated(used[0][1]) if len(used) == 1 and not mu2 else math.inf
         # Both are upper bounds. The smaller one never falls when another run joins.
-        return min(alone, self._filtered(used))
+        return min(alone, self._filtered(used, mu2))
 
-    def _filtered(self, used: Iterable[tuple[Account, int]]) -> float:
+    def _filtered(self, used: Iterable[tuple[Account, int]], mu2: float = 0.0) -> float:
         order = int(self.registered["order"])
         rdp = math.fsum(
-            count * subsampled_gaussian_rdp(account.sigma, account.rate, order)
-            for account, count in used
+            [order * mu2 / 2]
+            + [
+                count * subsampled_gaussian_rdp(account.sigma, account.rate, order)
+                for account, count in used
+            ]
         )
         return rdp_epsilon(rdp, order, self.delta)
+
+    def _compose_of_version_1(
+        self, counts: Mapping[str, int], accounts: Mapping[str, Account]
+    ) -> float:
+        """Returns the epsilon by the arithmetic of version 1. Its entries were allowed by these
+        digits."""
+        used = [(accounts[run], count) for run, count in counts.items() if count]
+        if self.unnoised or any(account.poisson for account, _ in used):
+            if self.unnoised:
+                return math.inf
+            alone = used[0][0].tabulated(used[0][1]) if len(used) == 1 else math.inf
+            return min(alone, self._filtered(used))
+        mu2 = math.fsum(count / account.sigma**2 for account, count in used)
+        return gaussian_epsilon(math.sqrt(mu2), self.delta)
 
 
 def _counted(account: Account) -> str:

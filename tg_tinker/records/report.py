@@ -229,7 +229,7 @@ class PrivacyReport:
             "units": self.units,
             "delta_times_units": None if (units := self.units) is None else ledger.delta * units,
             "delta_of_bounded_noise": noise_tail(ledger),
-            "draws_dropped": self.draws_dropped,
+            "draws_dropped": ledger.dropped,
             "cautions": list(self._cautions()),
             "linked_datasets": sorted(ledger.linked),
             "ledger": {"birth": ledger.birth, "head": ledger.head, "entries": ledger.length},
@@ -262,11 +262,6 @@ class PrivacyReport:
         """The number of units: the largest that a run stated or that was counted, or None."""
         stated = (account.facts.get("dataset_size") for account in self.ledger.accounts.values())
         return max((n for n in (self.counted, *stated) if n), default=None)
-
-    @property
-    def draws_dropped(self) -> int:
-        """How often a draw was told and then given up; see `tg-tinker privacy drop`."""
-        return sum(entry["type"] == "drop" for entry in self.entries)
 
     @property
     def _presumed(self) -> str:
@@ -310,9 +305,9 @@ class PrivacyReport:
                 "these weights were also trained on other datasets (linked_datasets): the epsilons"
                 " and the deltas add for a person in both"
             )
-        if self.draws_dropped:
+        if ledger.dropped:
             yield (
-                f"{self.draws_dropped} Poisson draws were told and not used: from the first of them"
+                f"{ledger.dropped} Poisson draws were told and given up: from the first of them"
                 " on, no advantage of sampling is claimed"
             )
 

@@ -45,7 +45,7 @@ def database_file(home: Path) -> Path:
     return home / "registry.db"
 
 
-REVISION = "0003"
+REVISION = "0004"
 """The revision of the registry's tables in this release, the newest in
 `actors.registry.migrations`."""
 

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
-from cryptography.hazmat.primitives.ciphers.modes import CTR
+from cryptography.hazmat.primitives.ciphers.modes import CTR, ECB
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from cryptography.hazmat.primitives.serialization import (
@@ -53,6 +53,15 @@ _MANIFEST = b"tg-tinker manifest v1"
 def new_key() -> bytes:
     """Returns a fresh 256-bit key from the operating system's random source."""
     return secrets.token_bytes(KEY_BYTES)
+
+
+def permuted(key: bytes, blocks: bytes) -> bytes:
+    """Returns AES-256 of each block of 16 bytes (FIPS 197): a pseudorandom permutation of them.
+
+    Equal blocks give equal results. It is for pseudorandom numbers, and hides no data.
+    """
+    cipher = Cipher(AES256(key), ECB()).encryptor()  # noqa: S305
+    return cipher.update(blocks) + cipher.finalize()
 
 
 def keystream(size: int) -> bytes:
