@@ -178,6 +178,10 @@ class Budget:
             self.heads.check()
         return [place for place in (self.known, self.last) if place]
 
+    def counted_units(self) -> int:
+        """Returns how many distinct units of the dataset were charged; see `Ledgers`."""
+        return self.registry.ledgers.counted_units(self.tenant, self.dataset)
+
     def link(self, datasets: Iterable[str]) -> None:
         """Records in the ledger the other datasets that the weights were trained on.
 

@@ -18,6 +18,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -37,7 +38,7 @@ from actors.privacy.units import SharedContents, Window
 from tg_tinker.config import DPConfig, TrainingConfig
 from tg_tinker.data.batch import Example
 from tg_tinker.data.hashing import resolve_batch_hash
-from tg_tinker.errors import DPBudgetExceededError
+from tg_tinker.errors import DPBudgetExceededError, TGTinkerError
 from tg_tinker.records.report import Charge
 from tg_tinker.types import DPMetrics, ForwardBackwardResult, OptimStepResult
 
@@ -59,6 +60,8 @@ class PrivateSession(Session):
         self._releasing = False
         self._rows_per_step: list[int] = []
         self._shared = SharedContents()
+        # An upper bound of the charged units of the dataset; None once the owner was warned.
+        self._units_at_most: float | None = math.inf
         super().__init__(base, config)
         self._divisor = config.batch_size * config.gradient_accumulation_steps
         self.unit_backward = UnitBackward(base, self._parameters, self._losses)
@@ -162,7 +165,7 @@ class PrivateSession(Session):
             step=self.step,
             dp_metrics=self._metrics(window, charge),
             latency_ms=1e3 * (time.perf_counter() - started),
-            warnings=self._judge_batch_size(window),
+            warnings=self._judge_batch_size(window) + self._judge_delta(window, charge),
         )
 
     def _charged(self, window: Window, noised: bool) -> Charge:
@@ -258,6 +261,29 @@ class PrivateSession(Session):
         if self.dp.show_private_metrics:
             return result
         return replace(result, loss=math.nan, gradient_hash="", warnings=())
+
+    def _judge_delta(self, window: Window, charge: Charge) -> tuple[str, ...]:
+        """Warns once, when so many units are charged that delta x units is 1 or more.
+
+        A stated `dataset_size` was checked when the client was created.
+        """
+        if self.dp.dataset_size is not None or self._units_at_most is None:
+            return ()
+        self._units_at_most += len(window.units)
+        if charge.delta * self._units_at_most < 1:
+            return ()
+        # The step is made: a registry that does not answer must not lose its result.
+        with suppress(TGTinkerError):
+            self._units_at_most = units = self.budget.counted_units()
+            if charge.delta * units >= 1:
+                self._units_at_most = None
+                return (
+                    f"{units} units were charged, and delta {charge.delta:g} x {units} is"
+                    f" {charge.delta * units:.3g}: from 1 on, delta allows the data of whole units"
+                    " to leak, and the certificate says so. Register the dataset, under another"
+                    f" dataset_id, with a delta far below {1 / units:.2g}",
+                )
+        return ()
 
     def _judge_contents(
         self, examples: Sequence[Example], units: Sequence[bytes]

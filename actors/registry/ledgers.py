@@ -21,7 +21,7 @@ from actors.registry.database import Database
 from actors.registry.draws import BLOCK, Draw, digest_of, drawn_of
 from actors.registry.lookups import owned
 from actors.registry.runs import check_epoch
-from actors.registry.schema import CHARGES, DATASETS, RUNS
+from actors.registry.schema import CHARGES, DATASETS, RUNS, SUMS
 from actors.registry.uses import (
     add_to_sums,
     all_uses,
@@ -106,6 +106,12 @@ class Ledgers:
             ledger = self._book.upgraded(tx, tenant, dataset, who)
             self._book.append(tx, tenant, dataset, ledger, entry, who)
             _check_held(tx, tenant, dataset, ledger, entry["run"], entry["planned"])
+
+    def counted_units(self, tenant: str, dataset: str) -> int:
+        """Returns how many distinct units have a counted use, by whatever run."""
+        query = sa.select(sa.func.count()).where(SUMS.c.tenant == tenant, SUMS.c.dataset == dataset)
+        with self._database.reading() as connection:
+            return int(connection.execute(query).scalar_one())
 
     def unit_key(self, tenant: str, dataset: str) -> bytes:
         """Returns the key of a dataset's unit hashes, for the memory of the dataset's training

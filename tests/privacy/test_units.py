@@ -33,6 +33,7 @@ from tg_tinker import (
     WindowSpoiledError,
 )
 from tg_tinker.data.batch import Example
+from tg_tinker.errors import ClusterUnavailableError
 from tg_tinker.records.ledger import Ledger
 from tg_tinker.records.report import PrivacyReport
 
@@ -227,3 +228,52 @@ def test_equal_tokens_with_other_labels_move_at_most_twice_the_bound(tiny_model:
 
 def test_no_unit_is_stated_by_default() -> None:
     assert DPConfig().unit is None
+
+
+# --- delta and the number of units ---------------------------------------------------------------
+
+
+def step(s: PrivateSession, *ids: Sequence[int]) -> tuple[str, ...]:
+    s.forward_backward(rows(ids))
+    return tuple(warning for warning in s.optim_step().warnings if "delta" in warning)
+
+
+def test_the_charge_that_makes_delta_too_large_for_the_units_warns_once(tiny_model: Path) -> None:
+    known = registry()
+    config = private_config(
+        tiny_model, batch_size=2, dp={"noise_multiplier": 4.0, "target_delta": 0.25}
+    )
+    s = of_config(tiny_model, known, config)
+    assert step(s, *ROWS[:2]) == ()
+    assert step(s, *ROWS[:2]) == ()  # the same two units
+    assert known.ledgers.counted_units("default", "default") == 2
+    (warning,) = step(s, *ROWS[1:4])
+    assert "delta 0.25 x 4 is 1" in warning
+    assert step(s, *ROWS[4:6]) == ()
+    # Another run on the dataset is told of the units of all runs.
+    later = of_config(tiny_model, known, config)
+    assert "x 6 is 1.5" in step(later, ROWS[0])[0]
+    entries = known.ledgers.entries("default", "default")
+    (caution,) = PrivacyReport(entries, counted=6).certificate()["cautions"]
+    assert "delta x units is 1.5" in caution
+    assert known.ledgers.counted_units("other", "default") == 0
+
+
+def test_a_stated_number_of_units_is_checked_at_creation(tiny_model: Path) -> None:
+    known = registry()
+    dp = {"target_delta": 0.25, "dataset_size": 4}
+    with pytest.raises(InvalidRequestError, match="must be below 1 / dataset_size"):
+        of_config(tiny_model, known, private_config(tiny_model, batch_size=2, dp=dp))
+    assert kinds(known) == []
+
+
+def test_a_registry_that_does_not_answer_loses_no_step(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(self: Budget) -> int:
+        raise ClusterUnavailableError("away")
+
+    monkeypatch.setattr(Budget, "counted_units", away)
+    s = session(tiny_model, registry())
+    assert step(s, *ROWS) == ()
+    assert s.step == 1

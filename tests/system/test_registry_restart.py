@@ -248,6 +248,7 @@ READ = {
     "heads.strangers",
     "heads.unknown",
     "ledgers.at_limit",
+    "ledgers.counted_units",
     "ledgers.datasets",
     "ledgers.entries",
     "ledgers.privacy_info",

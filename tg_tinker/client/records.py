@@ -64,7 +64,8 @@ class Records:
                 f"dataset {dataset_id!r} has no ledger; datasets with a ledger: {known}"
             )
         self.meet_ledger(dataset_id)
-        return PrivacyReport(entries)
+        counted = self._registry.ledgers.counted_units(self._tenant, dataset_id)
+        return PrivacyReport(entries, counted)
 
     def drop_draw(self, dataset_id: str) -> int:
         told = self.privacy_report(dataset_id).ledger.told
