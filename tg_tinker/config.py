@@ -149,7 +149,8 @@ class DPConfig(_Config):
             example id). None takes the unit of the registered dataset, else ``example``; rows with
             ids are then refused unless the dataset states its unit.
         show_private_metrics: False reports NaN for the loss and the norms, no gradient hash, a
-            `num_clipped` of 0, and no warnings about rows.
+            `num_clipped` of 0, and no warnings about rows; under Poisson sampling also no number
+            of tokens and no time, which tell what was drawn.
         allow_nonprivate_init: True accepts initial weights without a guarantee; the run and its
             descendants then have no guarantee either.
     """

@@ -39,6 +39,7 @@ from tg_tinker.config import DPConfig, TrainingConfig
 from tg_tinker.data.batch import Example
 from tg_tinker.data.hashing import resolve_batch_hash
 from tg_tinker.errors import DPBudgetExceededError, TGTinkerError
+from tg_tinker.records.entries import POISSON
 from tg_tinker.records.report import Charge
 from tg_tinker.types import DPMetrics, ForwardBackwardResult, OptimStepResult
 
@@ -159,13 +160,15 @@ class PrivateSession(Session):
             norm, rate = self._release(window, charge)
         finally:
             window.total.wipe()
+        shown = self.dp.show_private_metrics or not self._sampled
         return OptimStepResult(
             grad_norm=norm,
             learning_rate=rate,
             step=self.step,
             dp_metrics=self._metrics(window, charge),
-            latency_ms=1e3 * (time.perf_counter() - started),
-            warnings=self._judge_batch_size(window) + self._judge_delta(window, charge),
+            latency_ms=1e3 * (time.perf_counter() - started) if shown else math.nan,
+            warnings=(self._judge_batch_size(window) if shown else ())
+            + self._judge_delta(window, charge),
         )
 
     def _charged(self, window: Window, noised: bool) -> Charge:
@@ -260,7 +263,14 @@ class PrivateSession(Session):
     def _shown(self, result: ForwardBackwardResult) -> ForwardBackwardResult:
         if self.dp.show_private_metrics:
             return result
-        return replace(result, loss=math.nan, gradient_hash="", warnings=())
+        hidden = replace(result, loss=math.nan, gradient_hash="", warnings=())
+        # Sizes and times tell which units were drawn, and the accounting of samples needs that
+        # nobody knows them.
+        return replace(hidden, num_tokens=0, latency_ms=math.nan) if self._sampled else hidden
+
+    @property
+    def _sampled(self) -> bool:
+        return self.dp.sampling in POISSON
 
     def _judge_delta(self, window: Window, charge: Charge) -> tuple[str, ...]:
         """Warns once, when so many units are charged that delta x units is 1 or more.

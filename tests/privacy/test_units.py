@@ -4,6 +4,7 @@ where nobody stated one."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -277,3 +278,22 @@ def test_a_registry_that_does_not_answer_loses_no_step(
     s = session(tiny_model, registry())
     assert step(s, *ROWS) == ()
     assert s.step == 1
+
+
+# --- what hidden metrics hide --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_hidden_metrics_hide_sizes_and_times_where_units_are_drawn(
+    tiny_model: Path, sampled: bool
+) -> None:
+    dp: dict[str, Any] = {"show_private_metrics": False, "noise_multiplier": 4.0}
+    if sampled:
+        dp |= {"sampling": "client_poisson", "dataset_size": 800, "accountant_type": "rdp"}
+    s = of_config(tiny_model, registry(), private_config(tiny_model, dp=dp))
+    for _ in range(3):  # after three steps, a batch of another size would be told
+        result = s.forward_backward(rows(ROWS[:1]))
+        done = s.optim_step()
+        assert (result.num_tokens == 0, math.isnan(result.latency_ms)) == (sampled, sampled)
+        assert math.isnan(done.latency_ms) == sampled
+    assert bool(done.warnings) != sampled

@@ -39,6 +39,10 @@ _Dataset = Annotated[str, typer.Argument(help="Dataset, as in TrainingConfig.dat
 def report(ctx: typer.Context, dataset_id: _Dataset = "default") -> None:
     """Show a dataset's epsilon, spent and registered, and the runs that spent it.
 
+    The report explains its figures in sentences: what holds if somebody stopped
+    by looking at released weights, for several people together, at other
+    deltas, and what the guarantee presumes and does not cover.
+
     [cyan]tg-tinker privacy report support-2026[/]
     """
     typer.echo(shown_lines(str(_report(ctx, dataset_id))))
@@ -49,8 +53,9 @@ def certificate(ctx: typer.Context, dataset_id: _Dataset = "default") -> None:
     """Print a JSON certificate of what may be claimed about training on a dataset.
 
     It is meant for an auditor and states the budget and the epsilon spent, the
-    adjacency, the unit, the contract of every run and who vouches for it, the
-    ledger's head, and what the guarantee does not cover.
+    epsilon of other deltas and of groups, the adjacency, the unit, the contract
+    of every run and who vouches for it, the ledger's head, and what the
+    guarantee does not cover.
 
     [cyan]tg-tinker privacy certificate support-2026 > certificate.json[/]
     """
