@@ -8,6 +8,7 @@ cluster.
   sweep remembers of a store.
 - ledgers.py, book.py, uses.py, plausibility.py: checking and charging in one transaction; how
   ledgers are stored; counting the uses of units; testing a sample that the owner asserts.
+- draws.py: the stream of Poisson draws of a dataset, and its key.
 - audit_log.py, request_rows.py: audit rows, each in the transaction of the change it records;
   limiting the rows about requests.
 - lookups.py: finding artifacts and runs by name; noting lookups of what another tenant owns.

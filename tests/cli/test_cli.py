@@ -298,7 +298,8 @@ def homeless() -> list[tuple[str, ...]]:
         "runs", "clients list", "artifacts list", "artifacts verify", "artifacts sweep",
         "keys list", "keys rotate", "keys rotate-audit",
         "privacy report", "privacy certificate", "privacy ledger",
-        "privacy book-missing", "privacy drop", "audit-log show", "audit-log verify", "api-keys list",
+        "privacy book-missing", "privacy drop", "audit-log show", "audit-log verify",
+        "api-keys list",
         "registry check", "registry accept", "doctor",
     )  # fmt: skip
     every = [(name, ()) for name in plain] + [*given.items()]

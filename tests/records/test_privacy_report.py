@@ -141,6 +141,8 @@ def test_a_sampled_ledger_has_upper_bounds_and_no_rho() -> None:
     sampled = {"dataset_size": 80, "accountant_type": "rdp", "sampling": "poisson"}
     stated = report({"noise_multiplier": 4.0} | sampled).certificate()
     assert stated["rho"] is None
+    assert "depended on who was drawn" in stated["presumes"]
+    assert all("computational" in run["vouched_by"] for run in stated["runs"].values())
     assert all(group["how"].startswith("upper bound") for group in stated["groups"])
     assert stated["units"] == 80
     assert stated["delta_times_units"] == pytest.approx(8e-4)

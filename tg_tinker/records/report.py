@@ -30,7 +30,7 @@ UNIT = "example"
 
 UNITS = {
     "example": "one example: a distinct sequence of input tokens",
-    "id": "all rows of one example_id",
+    "id": "all rows of one example_id; the owner asserts whose rows have which id",
 }
 OUTSIDE = (
     "Loss, gradient norms, num_clipped and gradient hashes: exact values for the data owner.",
@@ -48,7 +48,7 @@ OUTSIDE = (
 )
 VOUCHED_BY = {
     "participation": "server: counted uses",
-    "poisson": "server: drawn samples",
+    "poisson": "server: drawn samples (computational: by a secret key)",
     "client_poisson": "owner: asserted samples",
     "worst_case": "nobody: worst case",
 }
@@ -69,7 +69,8 @@ PRESUMED_OF_JOINED = (
 )
 PRESUMED_OF_SAMPLES = (
     " It also presumes that the drawn samples stay secret: whoever knows which units took part in"
-    " which step has the guarantee of a run without sampling."
+    " which step has the guarantee of a run without sampling. And it presumes that no choice of the owner"
+    " (stopping, rate, noise, giving up a draw) depended on who was drawn."
 )
 
 
