@@ -69,8 +69,8 @@ PRESUMED_OF_JOINED = (
 )
 PRESUMED_OF_SAMPLES = (
     " It also presumes that the drawn samples stay secret: whoever knows which units took part in"
-    " which step has the guarantee of a run without sampling. And it presumes that no choice of the owner"
-    " (stopping, rate, noise, giving up a draw) depended on who was drawn."
+    " which step has the guarantee of a run without sampling. And it presumes that no choice of the"
+    " owner (stopping, rate, noise, giving up a draw) depended on who was drawn."
 )
 
 
