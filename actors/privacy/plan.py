@@ -94,8 +94,10 @@ class _Planner:
     def __init__(self, dp: DPConfig, config: TrainingConfig, ledger: Ledger) -> None:
         self.dp, self.config, self.ledger = dp, config, ledger
         self.contract: str = dp.sampling
-        self.poisson = dp.sampling in POISSON
-        self.by_uses = dp.sampling == "participation"
+        # After a drop, steps on samples of the server count as uses.
+        dropped = dp.sampling == "poisson" and ledger.dropped > 0
+        self.poisson = dp.sampling in POISSON and not dropped
+        self.by_uses = dp.sampling == "participation" or dropped
         self.target = math.inf if dp.target_epsilon is None else dp.target_epsilon
         self.epsilon = min(self.target, ledger.limit)
         self.batch = config.batch_size * config.gradient_accumulation_steps
@@ -103,7 +105,7 @@ class _Planner:
         self.wanted = self.stated or (USES if self.by_uses and not dp.noise_multiplier else 1)
         self._check_registration()
         self._check_noise()
-        self.rate = self._rate() if self.poisson else 1.0
+        self.rate = self._rate() if dp.sampling in POISSON else 1.0
         accountant = dp.accountant_type.replace("moments", "rdp")
         self.accountant = accountant if self.poisson else "exact"
 
@@ -111,9 +113,11 @@ class _Planner:
         sigma = self.dp.noise_multiplier or self._calibrated()
         account = self._account(sigma, self._table(sigma))
         limit = self._limit(account)
+        # After a drop, only the dataset and the run's own target limit the uses of such a run.
+        kept = None if self.by_uses and self.contract == "poisson" else limit
         return Plan(
             contract=self.contract, sigma=sigma, rate=self.rate, accountant=self.accountant,
-            table=account.table, limit=limit, planned=self._planned(limit), facts=self._facts(),
+            table=account.table, limit=kept, planned=self._planned(limit), facts=self._facts(),
             message=f"{self._allowed(account, limit)} {self._better(sigma, limit)}",
         )  # fmt: skip
 
@@ -298,6 +302,8 @@ class _Planner:
     def _allowed(self, account: Account, limit: int | None) -> str:
         """Returns the first sentence of the message: what the contract pays for."""
         name, at = NAMES[self.contract], f"at sigma {account.sigma:g}"
+        if self.by_uses and self.contract == "poisson":
+            name += ", counted by uses because a draw of this dataset was dropped"
         if limit is None:
             return f"{name}: any number {at}, for epsilon has no limit here."
         total = self.ledger.epsilon_with("", limit, account)

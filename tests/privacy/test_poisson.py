@@ -272,7 +272,7 @@ def test_after_a_drop_poisson_steps_count_by_uses(tiny_model: Path) -> None:
             take(s, drawn)
             uses.update({unit: uses.get(unit, 0) + 1 for unit in drawn})
 
-    with pytest.raises(DPBudgetExceededError, match="may be used again"):
+    with pytest.raises(DPBudgetExceededError, match="no further use"):
         train()
     ledger, (account,) = ledger_of(known), ledger_of(known).accounts.values()
     assert account.count == 1  # of its steps as samples
@@ -280,6 +280,32 @@ def test_after_a_drop_poisson_steps_count_by_uses(tiny_model: Path) -> None:
     assert ledger.spent == 1.0
     assert min(uses.values()) >= 1
     assert sampled.epsilon < ledger.epsilon <= 8
+
+
+def test_a_run_that_opens_after_a_drop_is_planned_by_uses(tiny_model: Path) -> None:
+    known = registry()
+    dp = {"sampling": "poisson", "dataset_size": 8, "accountant_type": "rdp"}
+    first = private_session(tiny_model, known=known, batch_size=2, dp=dp)
+    first.poisson.register(rows())
+    first.poisson.draw(0)
+    known.ledgers.drop("default", "default", 0)
+    s = private_session(tiny_model, known=known, batch_size=2, dp=dp | {"noise_multiplier": None})
+    account = ledger_of(known).accounts[s.budget.run_id]
+    # Calibrated for three uses of each unit, as under participation.
+    assert (account.accountant, account.table, account.limit) == ("exact", (), None)
+    assert account.sigma > 1
+    assert "counted by uses because a draw" in account.facts["message"]
+    s.poisson.register(rows())
+    for _ in range(3):
+        take(s, s.poisson.draw(s.step))
+    assert 0 <= ledger_of(known).epsilon <= 8
+    # A target of its own that is lower than the dataset's limits its uses.
+    low = dp | {"target_epsilon": 2.0, "noise_multiplier": 3.0}
+    own = private_session(tiny_model, known=known, batch_size=8, dp=low)
+    own.poisson.register(rows())
+    with pytest.raises(DPBudgetExceededError):
+        train_until_refused(own)
+    assert own.step == 2  # two uses at sigma 3: epsilon 1.8; three: 2.3
 
 
 def test_a_unit_at_its_limit_adds_zero_after_a_drop(tiny_model: Path) -> None:

@@ -161,9 +161,10 @@ def test_nobody_who_restarts_gets_another_draw() -> None:
     """The attack: whoever restarts until unit 0 is drawn waits for ever, or takes what there is."""
     known = registry()
     run = opened(known, 1, noise_multiplier=1.0, **POISSON)
-    released = 0
+    released, told = 0, dict[int, list[bytes]]()
     for _ in range(60):
         draw = run.draw(UNITS)
+        assert told.setdefault(draw.position, units_of(draw)) == units_of(draw)
         if UNITS[0] in units_of(draw):
             run.charge(units_of(draw), noised=True, draw=draw)
             released += 1

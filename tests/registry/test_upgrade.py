@@ -142,6 +142,47 @@ def test_an_upgraded_home_says_what_it_said(home: Path, tmp_path: Path) -> None:
     registry.runs.create("default", '{"model_ref": "m"}')  # and goes on
 
 
+def test_old_uses_become_sums_of_each_unit(home: Path, tmp_path: Path) -> None:
+    """Only of runs that count uses: an asserted sample pays by steps."""
+    upgrade(url(home), tmp_path / "before.db")
+    with closing(sqlite3.connect(home / DATABASE)) as database:
+        uses = database.execute("SELECT run_id, unit, uses FROM unit_uses").fetchall()
+        sums = database.execute("SELECT tenant, dataset, unit, spent FROM unit_sums").fetchall()
+    costs = {
+        OLD["default"]["runs"]["participation"]["id"]: ("default", "people", 1 / 4),
+        OLD["clinic"]["runs"]["unlimited"]["id"]: ("clinic", "sandbox", 1.0),
+    }
+    expected = [
+        (*costs[run][:2], unit, count * costs[run][2]) for run, unit, count in uses if run in costs
+    ]
+    assert sorted(sums) == sorted(expected)
+    assert len(expected) < len(uses)
+
+
+def test_an_open_run_of_the_old_release_goes_on_in_the_stream_of_draws(
+    home: Path, tmp_path: Path
+) -> None:
+    """Its old charges count as used and unbound: their draws follow from no key."""
+    upgrade(url(home), tmp_path / "before.db")
+    known, run = Registry(url(home), home / KEYRING), OLD["default"]["runs"]["poisson"]["id"]
+    epoch = known.runs.claim(run)
+    old = known.ledgers.entries("default", "letters")
+    units = [bytes([number]) * 16 for number in range(8)]
+    assert known.ledgers.admit("default", "letters", run, units) == set()  # and writes nothing
+    assert known.ledgers.entries("default", "letters") == old
+    told = known.ledgers.draw("default", "letters", run, epoch, b"".join(units))
+    known.ledgers.charge(
+        "default", "letters", run, epoch, "f" * 32, [units[at] for at in told.drawn], True, [], (),
+        (told.position, told.units),
+    )  # fmt: skip
+    entries = known.ledgers.entries("default", "letters")
+    assert entries[: len(old)] == old
+    assert [entry["type"] for entry in entries[len(old) :]] == ["upgrade", "draw", "charge"]
+    ledger = Ledger.replay(entries)
+    assert (told.position, ledger.position, ledger.unbound) == (3, 4, 3)
+    assert ledger.epsilon > OLD["default"]["datasets"]["letters"]["total_epsilon"]
+
+
 def test_a_second_upgrade_does_nothing_and_writes_no_backup(home: Path, tmp_path: Path) -> None:
     upgrade(url(home), tmp_path / "before.db")
     assert upgrade(url(home), tmp_path / "again.db") == (REVISION, REVISION)
@@ -337,6 +378,9 @@ def test_an_old_database_of_either_kind_is_upgraded(tmp_path: Path) -> None:
     assert upgrade(url_of(place), tmp_path / "before.db") == (FIRST_REVISION, REVISION)
     shutil.copy(older / KEYRING, place / KEYRING)
     known = Registry(url_of(place), place / KEYRING)
+    with known.database.reading() as connection:
+        total = "SELECT count(*), sum(spent) FROM unit_sums"
+        assert tuple(connection.exec_driver_sql(total).one()) == (8, 5.5)
     for tenant, expected in OLD.items():
         assert len(known.runs.of(tenant)) == len(expected["runs"])
         assert known.audit_log.rows(tenant, 0, 10_000)
