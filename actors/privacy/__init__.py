@@ -1,6 +1,7 @@
 """Makes a private step, from the batch to the weights, and attacks it.
 
 - session.py: the whole path of a private step. A reviewer reads it in order.
+- combinations.py: the combinations of contract, clip rule, unit, ... that are proven or refused.
 - plan.py: derives the values that a `DPConfig` leaves out.
 - budget.py: the remaining budget of a run, and its charges.
 - units.py: the unit that each row belongs to, and the rows of a step that count.

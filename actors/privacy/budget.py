@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from actors.privacy.combinations import refuse_unproven
 from actors.privacy.plan import plan_run
 from actors.registry.draws import Draw
 from actors.registry.head_keeper import HeadKeeper
@@ -54,8 +55,10 @@ class Budget:
 
         Raises:
             DPBudgetExceededError: the remaining budget cannot pay for the plan.
-            InvalidRequestError: the plan contradicts itself or the registration of the dataset.
+            InvalidRequestError: the plan contradicts itself or the registration of the dataset, or
+                the combination of contract, clip rule, unit and so on is not proven.
         """
+        refuse_unproven(config)
         dataset = dataset_of(config)
         budget = cls(registry, tenant, dataset, run_id, epoch)
         ledger = Ledger.replay(entries := registry.ledgers.entries(tenant, dataset))
