@@ -5,6 +5,7 @@
 - plan.py: derives the values that a `DPConfig` leaves out.
 - budget.py: the remaining budget of a run, and its charges.
 - units.py: the unit that each row belongs to, and the rows of a step that count.
+- known_units.py: which rows of a batch other datasets of the tenant know.
 - poisson.py: the registered units, and the draw of each step.
 - layers.py: the layers that a private run may have.
 - unit_gradients.py, capture.py: the gradient of each unit, by the fast path or row by row.

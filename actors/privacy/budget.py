@@ -120,6 +120,10 @@ class Budget:
         self.last = draw.place
         return draw
 
+    def note(self, units: Iterable[bytes]) -> None:
+        """Makes the units of later samples known; see `Ledgers.note_units`."""
+        self.registry.ledgers.note_units(self.tenant, self.dataset, self.run_id, sorted(units))
+
     def charge(
         self, units: Iterable[bytes], calls: Sequence[tuple[str, str]] = (), *, noised: bool,
         draw: Draw | None = None,

@@ -29,6 +29,7 @@ from actors.engine.session import Session
 from actors.engine.timing import Stage, stage
 from actors.privacy.budget import Budget
 from actors.privacy.clipping import ClippedSum, privatize
+from actors.privacy.known_units import OverlapWarnings
 from actors.privacy.layers import refuse_mixing_layers, silence_dropout
 from actors.privacy.noise import standard_normal
 from actors.privacy.poisson import PoissonDraws
@@ -56,6 +57,7 @@ class PrivateSession(Session):
         self.dp = config.dp_config or DPConfig()
         self.budget = budget
         self.poisson = PoissonDraws(budget, config)
+        self._overlaps = OverlapWarnings(budget)
         self._releasing = False
         self._rows_per_step: list[int] = []
         super().__init__(base, config)
@@ -101,6 +103,7 @@ class PrivateSession(Session):
                 digest = resolve_batch_hash(examples, batch_hash)
             units = unit_ids(self.budget.key, examples, self.dp.unit)
             at_limit = self.budget.admit(units)
+            overlaps = self._overlaps.of(examples)
             groups, taken, skipped = self._pending.admit(
                 examples, units, at_limit, self.base.vocab_size, self.base.context_length,
                 whole_units=self.dp.unit == "id",
@@ -131,7 +134,7 @@ class PrivateSession(Session):
                 gradient_hash=fingerprint,
                 num_tokens=sum(len(example.input_ids) for example in examples),
                 latency_ms=1e3 * (time.perf_counter() - started),
-                warnings=_explain(skipped, len(examples)),
+                warnings=(*_explain(skipped, len(examples)), *overlaps),
             )
         )
 
