@@ -83,6 +83,37 @@ class OptimStepResult:
 
 
 @dataclass(frozen=True)
+class PrivateEvalResult:
+    """A held-out loss that was released with noise, and its cost.
+
+    The value is covered by the guarantee of the held-out dataset: you may stop, or choose a
+    checkpoint, by it.
+
+    Attributes:
+        value: the mean over the held-out units of the loss of the present weights minus that of the
+            base model, each clipped to two nats per token, plus noise. It is below 0 if the weights
+            predict the units better than the base model.
+        std: the standard deviation of the noise in `value`.
+        num_units: the public number of units that the sum was divided by.
+        dataset_id: the held-out dataset, which paid.
+        epsilon_before, epsilon_after: the epsilon spent by the held-out dataset before and after
+            this call.
+        delta: the delta of the held-out dataset.
+        warnings: the rows that added nothing, and the reasons; empty in a run that hides its
+            metrics. They depend on the data and are for the data owner alone.
+    """
+
+    value: float
+    std: float
+    num_units: int
+    dataset_id: str
+    epsilon_before: float
+    epsilon_after: float
+    delta: float
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Sample:
     """One completion.
 

@@ -10,6 +10,7 @@
 - layers.py: the layers that a private run may have.
 - unit_gradients.py, capture.py: the gradient of each unit, by the fast path or row by row.
 - clipping.py, noise.py: the bound on each unit; the noise.
+- evaluation.py: releases a held-out loss with noise, at the cost of the held-out dataset.
 - accountants.py: the only module that imports the numerical accountants.
 - attacks.py: measures what one unit moves and whether the noise is correct, on the real step.
 - self_audit.py: runs the attacks and reports the results.

@@ -29,6 +29,7 @@ from actors.engine.session import Session
 from actors.engine.timing import Stage, stage
 from actors.privacy.budget import Budget
 from actors.privacy.clipping import ClippedSum, privatize
+from actors.privacy.evaluation import HeldOut, clipped_sum, multiplier, released, units_of
 from actors.privacy.known_units import OverlapWarnings
 from actors.privacy.layers import refuse_mixing_layers, silence_dropout
 from actors.privacy.noise import standard_normal
@@ -40,7 +41,7 @@ from tg_tinker.data.batch import Example
 from tg_tinker.data.hashing import resolve_batch_hash
 from tg_tinker.errors import DPBudgetExceededError
 from tg_tinker.records.report import Charge
-from tg_tinker.types import DPMetrics, ForwardBackwardResult, OptimStepResult
+from tg_tinker.types import DPMetrics, ForwardBackwardResult, OptimStepResult, PrivateEvalResult
 
 _MIN_STEPS_TO_JUDGE = 3
 
@@ -190,6 +191,50 @@ class PrivateSession(Session):
         self._releasing = False
         return norm, rate
 
+    # --- evaluation ----------------------------------------------------------------------------
+
+    def private_eval(
+        self,
+        examples: Sequence[Example],
+        held_out: HeldOut,
+        std: float,
+        num_units: int | None = None,
+        check_cancelled: Callable[[], None] = lambda: None,
+    ) -> PrivateEvalResult:
+        """Releases the held-out loss with noise: losses, charge, noise; see `evaluation`.
+
+        A failure after the charge releases nothing. A repeat of the call is charged again.
+
+        Raises:
+            DPBudgetExceededError: the held-out dataset cannot pay; nothing was charged.
+            InvalidRequestError: the call has the wrong shape, or the run trains all weights;
+                nothing was charged.
+        """
+        units = units_of(held_out, examples, self._pending.units, self)
+        count = num_units or units.count
+        sigma = multiplier(std, count)
+        admitted = held_out.admitted(units.fresh, sigma)
+        counting = [units.rows.pop(unit, []) for unit in admitted]
+        units.skipped["use limit reached"] += sum(map(len, units.rows.values()))
+        total = clipped_sum(self, counting, check_cancelled)
+        check_cancelled()
+        # Whoever chooses by this value brings the held-out units into the weights of this run.
+        self.budget.link([held_out.dataset])
+        charge = held_out.charge(admitted, sigma)
+        value = released(total, charge, count, self._noise)
+        self.lineage = self.lineage.evaluated(held_out.dataset, charge.place)
+        shown = self.dp.show_private_metrics
+        return PrivateEvalResult(
+            value=value,
+            std=std,
+            num_units=count,
+            dataset_id=held_out.dataset,
+            epsilon_before=charge.total_epsilon - charge.epsilon_spent,
+            epsilon_after=charge.total_epsilon,
+            delta=charge.delta,
+            warnings=_explain(units.skipped, len(examples), "mean") if shown else (),
+        )
+
     # --- state -------------------------------------------------------------------------------
 
     def load(self, state: SessionState) -> tuple[str, ...]:
@@ -278,8 +323,8 @@ class PrivateSession(Session):
         )
 
 
-def _explain(skipped: Counter[str], rows: int) -> tuple[str, ...]:
+def _explain(skipped: Counter[str], rows: int, to: str = "gradient") -> tuple[str, ...]:
     told = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()) if count)
     if not told:
         return ()
-    return (f"{skipped.total()} of {rows} rows added nothing to the gradient: {told}",)
+    return (f"{skipped.total()} of {rows} rows added nothing to the {to}: {told}",)
