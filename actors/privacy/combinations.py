@@ -30,7 +30,7 @@ BASELINE: Mapping[str, tuple[str, ...]] = {
     "clipping": ("flat", "normalise"),
     "unit": ("example", "id"),
     "trainable": ("lora", "freeze_a", "full"),
-    "optimizer": ("adaptive", "sgd"),
+    "optimizer": ("any", "plain_sgd"),
     "loss": ("cross_entropy",),
     "workers": ("1",),
     "quantization": ("none",),
@@ -105,12 +105,12 @@ ROWS = (
     ),
     row(
         "the norm of C g / (|g| + 0.01) is below C (arXiv:2206.07136); the rest as flat",
-        clipping="normalise", optimizer="adaptive",
+        clipping="normalise", optimizer="any",
     ),
     row(
         refused="normalised gradients do not become shorter near a minimum, so plain SGD does not"
-        ' settle: use an adaptive optimizer, or DPConfig(clipping="flat")',
-        clipping="normalise", optimizer="sgd",
+        " settle: use Adam or momentum, or ask for it with DPConfig(allow_plain_sgd=True)",
+        clipping="normalise", optimizer="plain_sgd",
     ),
 )  # fmt: skip
 
@@ -141,11 +141,17 @@ def combination_of(config: TrainingConfig) -> dict[str, str]:
         # A run that states no unit takes that of its dataset; rows do not differ between units.
         "unit": dp.unit or "example",
         "trainable": "full" if lora is None else _adapter(lora),
-        "optimizer": "sgd" if config.optimizer.name == "sgd" else "adaptive",
+        "optimizer": "plain_sgd" if _plain_sgd(config, dp) else "any",
         "loss": "cross_entropy",
         "workers": "1",
         "quantization": "none",
     }
+
+
+def _plain_sgd(config: TrainingConfig, dp: DPConfig) -> bool:
+    """Whether the run has SGD without momentum, and has not asked for it."""
+    plain = config.optimizer.name == "sgd" and not config.optimizer.momentum
+    return plain and not getattr(dp, "allow_plain_sgd", False)
 
 
 def _adapter(lora: object) -> str:

@@ -111,6 +111,7 @@ def test_the_value_is_the_clipped_difference_to_the_base_model(
     model = make_model(tmp_path / "model", attention_bias=True)
     values = {"lora_config": LoRAConfig(rank=4, bias=bias, dropout=0.3)}
     s, base = evaluating(model, **values), sharpened(private_session(model, **values))
+    s.forward_backward(rows(ROWS, example_ids=IDS))  # with dropout, which must be off again
     examples = rows(HELD, example_ids=IDS)
     groups = [[row] for row in examples]
     if unit == "id":
@@ -124,8 +125,7 @@ def test_the_value_is_the_clipped_difference_to_the_base_model(
     assert not all(abs(part) == BOUND for part in parts)  # and some are not
 
 
-@pytest.mark.parametrize("unit", ["example", "id"])
-@pytest.mark.parametrize("scale", [0.02, 0.1, 1.0])
+@pytest.mark.parametrize(("unit", "scale"), [("example", 0.02), ("example", 1.0), ("id", 1.0)])
 def test_a_unit_moves_the_sum_by_at_most_its_bound(
     tiny_model: Path, unit: str, scale: float
 ) -> None:
@@ -163,14 +163,14 @@ def test_a_row_that_cannot_count_adds_zero_and_its_unit_is_charged(tiny_model: P
     assert len(charged(s, ids)) == 6  # the ledger does not tell which rows have a defect
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_unit_whose_loss_is_not_finite_adds_zero(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, bad: float
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     s = evaluating(tiny_model)
-    losses = iter([[bad, 3.0, 1.0], [1.0, 1.5, 9.0]])
-    monkeypatch.setattr(s, "row_losses", lambda *given: next(losses))
-    assert clipped_sum(s, [[row] for row in rows(HELD[:3])], lambda: None) == 1.5 - BOUND
+    for bad in (math.nan, math.inf, -math.inf):
+        losses = iter([[bad, 3.0, 1.0], [1.0, 1.5, 9.0]])
+        monkeypatch.setattr(s, "row_losses", lambda *given: next(losses))  # noqa: B023
+        assert clipped_sum(s, [[row] for row in rows(HELD[:3])], lambda: None) == 1.5 - BOUND
 
 
 @pytest.mark.parametrize("unit", ["example", "id"])
