@@ -20,8 +20,9 @@ class ForwardBackwardResult:
             run that hides its metrics.
         num_tokens: the number of input tokens without padding.
         latency_ms: the time on the actor, in milliseconds.
-        warnings: the rows of a private run that added nothing, and the reasons. They are also
-            issued as Python warnings when the result is first taken.
+        warnings: the rows of a private run that added nothing, and the reasons; in the first calls,
+            the rows that another dataset of the tenant knows. They are also issued as Python
+            warnings when the result is first taken.
     """
 
     loss: float

@@ -417,6 +417,13 @@ def test_what_was_evaluated_is_in_the_lineage_and_linked(tiny_model: Path) -> No
     assert report.certificate()["linked_datasets"] == ["held"]
 
 
+def test_rows_that_were_evaluated_are_known_to_their_data_set(tiny_model: Path) -> None:
+    s = evaluating(tiny_model)
+    s.private_eval(rows(HELD), held_out(s), 0.5)
+    (told,) = s.forward_backward(rows([*HELD[:2], *ROWS[:1]])).warnings
+    assert told.startswith("2 of these 3 rows were charged under held")
+
+
 # --- the operation and the client --------------------------------------------------------------
 
 
