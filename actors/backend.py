@@ -213,6 +213,11 @@ class Backend:
 
         return run_audit(progress=progress, canaries=canaries, epsilon=epsilon)
 
+    def privacy_combinations(self) -> tuple[list[dict[str, Any]], str]:
+        from actors.privacy.combinations import markdown, rows
+
+        return rows(), markdown()
+
     # --- heads in the store ------------------------------------------------------------------
 
     def covered_change(

@@ -243,6 +243,7 @@ class ActorsBackend(Protocol):
     def privacy_audit(
         self, *, progress: Callable[[str], None], canaries: int, epsilon: float
     ) -> AuditReport: ...
+    def privacy_combinations(self) -> tuple[list[dict[str, Any]], str]: ...
 
     # Heads of the audit log and of ledgers, in the store.
     def covered_change(

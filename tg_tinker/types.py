@@ -20,8 +20,9 @@ class ForwardBackwardResult:
             run that hides its metrics.
         num_tokens: the number of input tokens without padding.
         latency_ms: the time on the actor, in milliseconds.
-        warnings: the rows of a private run that added nothing, and the reasons. They are also
-            issued as Python warnings when the result is first taken.
+        warnings: the rows of a private run that added nothing, and the reasons; in the first calls,
+            the rows that another dataset of the tenant knows. They are also issued as Python
+            warnings when the result is first taken.
     """
 
     loss: float
@@ -79,6 +80,37 @@ class OptimStepResult:
     step: int
     dp_metrics: DPMetrics | None
     latency_ms: float
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PrivateEvalResult:
+    """A held-out loss that was released with noise, and its cost.
+
+    The value is covered by the guarantee of the held-out dataset: you may stop, or choose a
+    checkpoint, by it.
+
+    Attributes:
+        value: the mean over the held-out units of the loss of the present weights minus that of the
+            base model, each clipped to two nats per token, plus noise. It is below 0 if the weights
+            predict the units better than the base model.
+        std: the standard deviation of the noise in `value`.
+        num_units: the public number of units that the sum was divided by.
+        dataset_id: the held-out dataset, which paid.
+        epsilon_before, epsilon_after: the epsilon spent by the held-out dataset before and after
+            this call.
+        delta: the delta of the held-out dataset.
+        warnings: the rows that added nothing, and the reasons; empty in a run that hides its
+            metrics. They depend on the data and are for the data owner alone.
+    """
+
+    value: float
+    std: float
+    num_units: int
+    dataset_id: str
+    epsilon_before: float
+    epsilon_after: float
+    delta: float
     warnings: tuple[str, ...] = ()
 
 

@@ -22,7 +22,7 @@ class Lineage:
         base: the digest of the base model.
         guarantee: ``base`` (nothing but the base model), ``private``, or ``none``.
         ledgers: the ledger's head position at the last charge, ``SEQ-HASH``, by dataset, for all
-            private steps so far.
+            private steps and evaluations so far.
     """
 
     base: str
@@ -37,6 +37,14 @@ class Lineage:
         """Returns the lineage after a private step. A lost guarantee stays lost."""
         kept: Literal["private", "none"] = "none" if self.guarantee == "none" else "private"
         return replace(self, guarantee=kept, ledgers={**self.ledgers, dataset: place})
+
+    def evaluated(self, dataset: str, place: str) -> Lineage:
+        """Returns the lineage after a charged evaluation on a dataset.
+
+        The evaluation moves no weight. But whoever chooses these weights by its result lets the
+        held-out units decide about them, so they carry the epsilon of that ledger too.
+        """
+        return replace(self, ledgers={**self.ledgers, dataset: place})
 
     def refuse_unguarded(self, allowed: bool) -> None:
         """Raises unless a private run may start from these weights.

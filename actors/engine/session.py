@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -72,6 +73,12 @@ class Session:
         base.model.eval()  # fresh adapter layers start in train mode
         self._recomputing = False
         self._recompute_activations(config.resources.activation_checkpointing)
+        # Of an adapter, the trained values that the base model has too: its biases.
+        self._base_values = {
+            name: parameter.detach().clone()
+            for name, parameter in self._parameters.items()
+            if config.lora_config is not None and ".lora_" not in name
+        }
         self._optimizer = Optimizer(config.optimizer, self._parameters)
         self.lineage = Lineage(base.digest)
         self._open_window()
@@ -180,6 +187,56 @@ class Session:
     def broken(self) -> bool:
         """Whether a failed step may have moved some weights: then only a new actor may continue."""
         return self._optimizer.half_moved
+
+    # --- comparison with the base model ----------------------------------------------------------
+
+    def row_losses(
+        self, examples: Sequence[Example], check_cancelled: Callable[[], None] = lambda: None
+    ) -> list[float]:
+        """Returns the mean loss of each row over its labeled tokens in eval mode, in nats.
+
+        Nothing else of the session changes. The rows must fit the model and have labels.
+        """
+        # On a bfloat16 model, kernels for another length round so differently that a row would
+        # change the losses of the rows beside it.
+        limit = MAX_STREAM_TOKENS if self.base.flat and self.base.dtype == torch.float32 else 0
+        found: list[float] = []
+        with torch.no_grad():
+            for stream in flat_streams(examples, limit):
+                check_cancelled()
+                sums = self._losses(stream).double().cpu()
+                found += (sums / stream.label_counts()).tolist()
+        return found
+
+    @contextmanager
+    def as_base(self) -> Iterator[None]:
+        """Puts the base model in place of the adapted model while the context is open.
+
+        Raises:
+            InvalidRequestError: all weights are trained, so those of the base model are gone.
+        """
+        if self.config.lora_config is None:
+            raise InvalidRequestError(
+                "this run trains all weights, so the weights of its base model are gone and nothing"
+                " can be compared with them: train an adapter (lora_config)"
+            )
+        # An adapter whose B is zero adds zero.
+        replaced = {
+            name: self._base_values.get(name, torch.zeros_like(parameter))
+            for name, parameter in self._parameters.items()
+            if name in self._base_values or name.endswith(".lora_B.weight")
+        }
+        kept = {name: self._parameters[name].detach().clone() for name in replaced}
+        try:
+            self._put(replaced)
+            yield
+        finally:
+            self._put(kept)
+
+    def _put(self, values: Tensors) -> None:
+        with torch.no_grad():
+            for name, value in values.items():
+                self._parameters[name].copy_(value)
 
     # --- state -------------------------------------------------------------------------------
 

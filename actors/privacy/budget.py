@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from actors.privacy.combinations import refuse_unproven
 from actors.privacy.plan import plan_run
 from actors.privacy.units import refuse_ids, unit_ids
 from actors.registry.draws import Draw
@@ -62,8 +63,10 @@ class Budget:
 
         Raises:
             DPBudgetExceededError: the remaining budget cannot pay for the plan.
-            InvalidRequestError: the plan contradicts itself or the registration of the dataset.
+            InvalidRequestError: the plan contradicts itself or the registration of the dataset, or
+                the combination of contract, clip rule, unit and so on is not proven.
         """
+        refuse_unproven(config)
         dataset = dataset_of(config)
         budget = cls(registry, tenant, dataset, run_id, epoch)
         ledger = Ledger.replay(entries := registry.ledgers.entries(tenant, dataset))
@@ -145,6 +148,10 @@ class Budget:
         )
         self.last = draw.place
         return draw
+
+    def note(self, units: Iterable[bytes]) -> None:
+        """Makes the units of later samples known; see `Ledgers.note_units`."""
+        self.registry.ledgers.note_units(self.tenant, self.dataset, self.run_id, sorted(units))
 
     def charge(
         self, units: Iterable[bytes], calls: Sequence[tuple[str, str]] = (), *, noised: bool,

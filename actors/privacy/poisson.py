@@ -54,6 +54,7 @@ class PoissonDraws:
                 " that many distinct units",
                 details={"units": len(rows), "rows": len(examples)},
             )
+        self._budget.note(rows)
         self._units, self._sorted = list(rows), sorted(rows)
         return list(rows.values())
 

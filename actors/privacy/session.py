@@ -30,6 +30,8 @@ from actors.engine.session import Session
 from actors.engine.timing import Stage, stage
 from actors.privacy.budget import Budget
 from actors.privacy.clipping import ClippedSum, privatize
+from actors.privacy.evaluation import HeldOut, clipped_sum, multiplier, released, units_of
+from actors.privacy.known_units import OverlapWarnings
 from actors.privacy.layers import refuse_mixing_layers, silence_dropout
 from actors.privacy.noise import standard_normal
 from actors.privacy.poisson import PoissonDraws
@@ -41,7 +43,7 @@ from tg_tinker.data.hashing import resolve_batch_hash
 from tg_tinker.errors import DPBudgetExceededError, TGTinkerError
 from tg_tinker.records.entries import POISSON
 from tg_tinker.records.report import Charge
-from tg_tinker.types import DPMetrics, ForwardBackwardResult, OptimStepResult
+from tg_tinker.types import DPMetrics, ForwardBackwardResult, OptimStepResult, PrivateEvalResult
 
 _MIN_STEPS_TO_JUDGE = 3
 
@@ -58,6 +60,7 @@ class PrivateSession(Session):
         self.dp = config.dp_config or DPConfig()
         self.budget = budget
         self.poisson = PoissonDraws(budget, config)
+        self._overlaps = OverlapWarnings(budget)
         self._releasing = False
         self._rows_per_step: list[int] = []
         self._shared = SharedContents()
@@ -106,6 +109,7 @@ class PrivateSession(Session):
                 digest = resolve_batch_hash(examples, batch_hash)
             units = self.budget.units_of(examples)
             at_limit = self.budget.admit(units)
+            overlaps = self._overlaps.of(examples)
             groups, taken, skipped = self._pending.admit(
                 examples, units, at_limit, self.base.vocab_size, self.base.context_length,
                 whole_units=self.budget.unit == "id",
@@ -136,7 +140,11 @@ class PrivateSession(Session):
                 gradient_hash=fingerprint,
                 num_tokens=sum(len(example.input_ids) for example in examples),
                 latency_ms=1e3 * (time.perf_counter() - started),
-                warnings=_explain(skipped, len(examples)) + self._judge_contents(examples, units),
+                warnings=(
+                    *_explain(skipped, len(examples)),
+                    *self._judge_contents(examples, units),
+                    *overlaps,
+                ),
             )
         )
 
@@ -193,6 +201,50 @@ class PrivateSession(Session):
             self.lineage = self.lineage.unguarded()
         self._releasing = False
         return norm, rate
+
+    # --- evaluation ----------------------------------------------------------------------------
+
+    def private_eval(
+        self,
+        examples: Sequence[Example],
+        held_out: HeldOut,
+        std: float,
+        num_units: int | None = None,
+        check_cancelled: Callable[[], None] = lambda: None,
+    ) -> PrivateEvalResult:
+        """Releases the held-out loss with noise: losses, charge, noise; see `evaluation`.
+
+        A failure after the charge releases nothing. A repeat of the call is charged again.
+
+        Raises:
+            DPBudgetExceededError: the held-out dataset cannot pay; nothing was charged.
+            InvalidRequestError: the call has the wrong shape, or the run trains all weights;
+                nothing was charged.
+        """
+        units = units_of(held_out, examples, self._pending.units, self)
+        count = num_units or units.count
+        sigma = multiplier(std, count)
+        admitted = held_out.admitted(units.fresh, sigma)
+        counting = [units.rows.pop(unit, []) for unit in admitted]
+        units.skipped["use limit reached"] += sum(map(len, units.rows.values()))
+        total = clipped_sum(self, counting, check_cancelled)
+        check_cancelled()
+        # Whoever chooses by this value brings the held-out units into the weights of this run.
+        self.budget.link([held_out.dataset])
+        charge = held_out.charge(admitted, sigma)
+        value = released(total, charge, count, self._noise)
+        self.lineage = self.lineage.evaluated(held_out.dataset, charge.place)
+        shown = self.dp.show_private_metrics
+        return PrivateEvalResult(
+            value=value,
+            std=std,
+            num_units=count,
+            dataset_id=held_out.dataset,
+            epsilon_before=charge.total_epsilon - charge.epsilon_spent,
+            epsilon_after=charge.total_epsilon,
+            delta=charge.delta,
+            warnings=_explain(units.skipped, len(examples), "mean") if shown else (),
+        )
 
     # --- state -------------------------------------------------------------------------------
 
@@ -325,8 +377,8 @@ class PrivateSession(Session):
         )
 
 
-def _explain(skipped: Counter[str], rows: int) -> tuple[str, ...]:
+def _explain(skipped: Counter[str], rows: int, to: str = "gradient") -> tuple[str, ...]:
     told = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()) if count)
     if not told:
         return ()
-    return (f"{skipped.total()} of {rows} rows added nothing to the gradient: {told}",)
+    return (f"{skipped.total()} of {rows} rows added nothing to the {to}: {told}",)

@@ -38,12 +38,21 @@ class HeadKeeper:
     """
 
     def __init__(
-        self, registry: Registry, root: str, tenant: str, dataset: str, who: str
+        self, registry: Registry, root: str, tenant: str, dataset: str, who: str,
+        every: int = EVERY,
     ) -> None:  # fmt: skip
+        """Compares the ledger with the heads in the store.
+
+        Args:
+            every: The number of charges from one head in the store to the next.
+
+        Raises:
+            LedgerMismatchError: The ledger is behind a head in the store, or has forked.
+        """
         self._registry, self._store = registry, ArtifactStore(root)
         self._who, self._ledger = who, (tenant, dataset)
         self._stored = self._meet()
-        self._charges = 0
+        self._charges, self._every = 0, every
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="ledger-heads")
         self._writing: Future[None] | None = None
         self._mismatch: LedgerMismatchError | None = None
@@ -60,7 +69,7 @@ class HeadKeeper:
         each charge. Never raises: the step is already made."""
         with suppress(TGTinkerError):
             self.newest = self._registry.heads.ledger_head(*self._ledger, self._after())
-        due = self._charges % EVERY == 0
+        due = self._charges % self._every == 0
         if due and (self._writing is None or self._writing.done()):
             self._writing = self._writer.submit(self._write_or_tell)
         self._charges += 1

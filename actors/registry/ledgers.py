@@ -8,7 +8,7 @@ together or not at all.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -21,12 +21,14 @@ from actors.registry.database import Database
 from actors.registry.draws import BLOCK, Draw, digest_of, drawn_of
 from actors.registry.lookups import owned
 from actors.registry.runs import check_epoch
-from actors.registry.schema import CHARGES, DATASETS, RUNS, SUMS
+from actors.registry.schema import CHARGES, DATASETS, ENTRIES, RUNS, SUMS
 from actors.registry.uses import (
     add_to_sums,
     all_uses,
     count_uses,
+    known_to,
     most_held,
+    note_units,
     own_uses,
     refuted,
     units_at_limit,
@@ -118,6 +120,44 @@ class Ledgers:
         actors alone."""
         with self._database.reading() as connection:
             return self._book.unit_key(connection, tenant, dataset)
+
+    def unit_keys(self, tenant: str) -> dict[str, tuple[str, bytes]]:
+        """Returns the unit and the key of the unit hashes of every dataset of a tenant, for the
+        memory of the tenant's training actors alone."""
+        first = sa.select(ENTRIES.c.dataset, ENTRIES.c.entry).where(
+            ENTRIES.c.tenant == tenant, ENTRIES.c.seq == 0
+        )
+        with self._database.reading() as connection:
+            registrations = connection.execute(first).all()
+            return {
+                dataset: (
+                    json.loads(entry)["unit"],
+                    self._book.unit_key(connection, tenant, dataset),
+                )
+                for dataset, entry in registrations
+            }
+
+    def known_units(
+        self, tenant: str, units: Mapping[str, Sequence[bytes]]
+    ) -> dict[str, set[bytes]]:
+        """Returns those of the units, by dataset, that a run has trained on or registered for
+        samples, or that were evaluated. A dataset of another tenant knows no unit."""
+        with self._database.reading() as connection:
+            return {
+                dataset: known_to(
+                    connection, tenant, dataset,
+                    self._book.ledger(connection, tenant, dataset).accounts, asked,
+                )
+                for dataset, asked in units.items()
+            }  # fmt: skip
+
+    def note_units(self, tenant: str, dataset: str, run_id: str, units: Sequence[bytes]) -> None:
+        """Records units from which a run's samples will be drawn, so that they are known. Their
+        sums stay the same."""
+        with self._database.change() as tx:
+            _check_run(tx, tenant, run_id)
+            self._book.known(tx, tenant, dataset)
+            note_units(tx, tenant, dataset, units)
 
     def privacy_info(self, tenant: str, dataset: str, run_id: str) -> PrivacyInfo:
         with self._database.reading() as connection:
@@ -368,6 +408,8 @@ class Ledgers:
                 body["spent"] = add_to_sums(
                     tx, tenant, dataset, ledger, costs, run_id, ledger.check_sum
                 )  # fmt: skip
+            else:
+                note_units(tx, tenant, dataset, units)
             if body["count"] > account.reserved:
                 _check_held(tx, tenant, dataset, ledger, run_id, body["count"])
             return self._charged(

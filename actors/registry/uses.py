@@ -155,6 +155,40 @@ def most_held(connection: sa.Connection, tenant: str, dataset: str, ledger: Ledg
     return max(ledger.spent, *sums, 0.0)
 
 
+# --- which units are known -----------------------------------------------------------------------
+
+
+def note_units(tx: sa.Connection, tenant: str, dataset: str, units: Iterable[bytes]) -> None:
+    """Makes units known to a dataset, although nothing is added to their sums."""
+    wanted = set(units)
+    fresh = sorted(wanted - _with_sums(tx, tenant, dataset, wanted))
+    if fresh:
+        row = {"tenant": tenant, "dataset": dataset, "spent": 0.0}
+        tx.execute(SUMS.insert(), [row | {"unit": unit} for unit in fresh])
+
+
+def known_to(
+    connection: sa.Connection, tenant: str, dataset: str, runs: Iterable[str],
+    units: Iterable[bytes],
+) -> set[bytes]:  # fmt: skip
+    """Returns those of the units that a dataset knows.
+
+    Args:
+        runs: the runs of the dataset. Asserted samples of older releases are in their uses only.
+    """
+    wanted = set(units)
+    by_runs = {unit for run in runs for unit in uses_of(connection, run, wanted)}
+    return by_runs | _with_sums(connection, tenant, dataset, wanted)
+
+
+def _with_sums(
+    connection: sa.Connection, tenant: str, dataset: str, units: Iterable[bytes]
+) -> set[bytes]:
+    this = (SUMS.c.tenant == tenant, SUMS.c.dataset == dataset)
+    query = sa.select(SUMS.c.unit, SUMS.c.spent).where(*this)
+    return {*_found(connection, query, SUMS.c.unit, units)}
+
+
 # --- the uses of one run -------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ from actors.engine.memory import check_room
 from actors.engine.model import Base, compute_dtype, use_threads
 from actors.engine.session import Session
 from actors.privacy.budget import Budget
+from actors.privacy.evaluation import HeldOut
 from actors.privacy.session import PrivateSession
 from actors.registry.head_keeper import HeadKeeper
 from actors.registry.registry import Registry
@@ -50,6 +51,7 @@ from tg_tinker.types import (
     LoadStateResult,
     ModelInfo,
     OptimStepResult,
+    PrivateEvalResult,
 )
 
 Check = Callable[[], None]
@@ -101,6 +103,7 @@ class Worker:
             config.model_ref, cache=place.model_cache, dtype=config.dtype, progress=progress,
             check_room=partial(check_room, config),
         )  # fmt: skip
+        self._held_outs: dict[str, HeldOut] = {}
         self._snapshots: OrderedDict[str, dict[str, Any]] = OrderedDict()
         # Held while weights change or are copied.
         self._changing = threading.Lock()
@@ -193,6 +196,20 @@ class Worker:
         drawn = session.poisson.draw(session.step)
         self._note_charge()
         return drawn
+
+    def private_eval(
+        self, check_cancelled: Check, examples: list[Example], dataset_id: str, std: float,
+        num_units: int | None,
+    ) -> PrivateEvalResult:  # fmt: skip
+        session, held_out = self._private_session(), self._held_out(dataset_id)
+        # The base model stands in place of the adapted one meanwhile, and nobody may copy it.
+        with self._changing:
+            result = session.private_eval(examples, held_out, std, num_units, check_cancelled)
+        if held_out.heads is not None:
+            held_out.heads.charged()
+            problem = held_out.heads.problem
+            result = replace(result, warnings=(*result.warnings, *filter(None, (problem,))))
+        return result
 
     def snapshot(self, check_cancelled: Check) -> SnapshotRef:
         """Keeps the present weights for samplers, and returns a reference to them.
@@ -315,10 +332,25 @@ class Worker:
         self.saver.begin_at(self.session.step)
         return warnings
 
+    def _held_out(self, dataset_id: str) -> HeldOut:
+        """Returns the access of this run to the ledger of a held-out dataset.
+
+        It is kept: it remembers the end of the ledger, and which head of it the store has.
+        """
+        if dataset_id not in self._held_outs:
+            held_out = HeldOut.opened(self._private_session().budget, dataset_id)
+            place = self._place
+            held_out.heads = HeadKeeper(
+                self._registry, place.store, place.tenant, dataset_id, place.actor, every=1
+            )
+            self._held_outs[dataset_id] = held_out
+        return self._held_outs[dataset_id]
+
     def _private_session(self) -> PrivateSession:
         if not isinstance(self.session, PrivateSession):
             raise InvalidRequestError(
-                "this run is not private: only a run with a DPConfig draws Poisson samples"
+                "this run is not private: only a run with a DPConfig draws Poisson samples and"
+                " evaluates privately"
             )
         return self.session
 

@@ -71,7 +71,8 @@ def test_the_commands_are_these() -> None:
         "keys", "keys list", "keys rotate", "keys retire", "keys new",
         "keys rotate-audit", "keys rotate-secret", "keys retire-secret",
         "privacy", "privacy report", "privacy certificate", "privacy ledger", "privacy verify",
-        "privacy audit", "privacy book-missing", "privacy drop", "serve", "sample", "chat",
+        "privacy audit", "privacy book-missing", "privacy drop", "privacy combinations",
+        "serve", "sample", "chat",
         "audit-log", "audit-log show", "audit-log verify", "audit-log export",
         "api-keys", "api-keys create", "api-keys list", "api-keys revoke",
         "registry", "registry check", "registry accept", "registry backup", "registry restore",
@@ -400,6 +401,14 @@ def test_the_audit_writes_its_picture_and_figures(tmp_path: Path) -> None:
     assert found.output.count("held ") == 4
     assert (tmp_path / "out" / "audit.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "out" / "audit.json").read_text())["claimed_epsilon"] == 2.0
+
+
+def test_what_may_be_combined_is_printed_as_a_table_and_as_json() -> None:
+    table = call("privacy", "combinations")
+    assert table.exit_code == 0, table.output
+    rows = json.loads(call("privacy", "combinations", "--json").output)
+    assert table.output.count("**refused**") == len([one for one in rows if not one["allowed"]])
+    assert {"participation"} in [set(one["contract"]) for one in rows]
 
 
 @pytest.mark.parametrize("wrong", [["--epsilon", "3"], ["--canaries", "9"]])

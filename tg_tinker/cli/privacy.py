@@ -136,6 +136,25 @@ def verify(
 
 
 @privacy.command()
+def combinations(
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of rows.")] = False,
+) -> None:
+    """Show what a private run may combine, and what is refused.
+
+    Each row names the proof and the tests of some combinations of contract,
+    clip rule, unit, trainable set and so on, or says why they are refused. A
+    combination without a row is refused. The command needs no service.
+
+      [cyan]tg-tinker privacy combinations[/]
+      [cyan]tg-tinker privacy combinations --json[/]
+    """
+    from tg_tinker.backend import actors_backend
+
+    rows, table = actors_backend().privacy_combinations()
+    typer.echo(json.dumps(rows, indent=2) if as_json else table, nl=as_json)
+
+
+@privacy.command()
 def audit(
     output: Annotated[Path, typer.Option(help="Folder for the plot and the figures.")] = Path(
         "audit-output"

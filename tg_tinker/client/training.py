@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, Self
@@ -27,12 +28,13 @@ from tg_tinker.errors import (
     DPBudgetExceededError,
     InvalidRequestError,
 )
-from tg_tinker.records.report import PrivacyInfo
+from tg_tinker.records.report import PrivacyInfo, dataset_of
 from tg_tinker.sampling import NOT_SAMPLED, SamplingParams, as_stops, check_prompts
 from tg_tinker.types import (
     ForwardBackwardResult,
     LoadStateResult,
     OptimStepResult,
+    PrivateEvalResult,
     SampleResult,
     SaveStateResult,
     StreamChunk,
@@ -339,6 +341,64 @@ class TrainingClient:
             except DPBudgetExceededError:
                 return
             yield from_examples([examples[row] for unit in drawn for row in units[unit]])
+
+    def private_eval(
+        self,
+        batch: BatchData | Mapping[str, Any],
+        dataset_id: str,
+        std: float = 0.1,
+        num_units: int | None = None,
+    ) -> FutureHandle[PrivateEvalResult]:
+        """Releases the loss of held-out rows with noise, and charges their dataset for it.
+
+        The value is the mean over the units of the loss minus that of the base model, in nats per
+        token, each clipped to [-2, 2]. You may stop, or choose a checkpoint, by it: the weights
+        then also carry the epsilon of the held-out dataset, and a chosen checkpoint carries the
+        training epsilon of the whole run. One call costs each unit mu = 2 / (std x units).
+
+        A unit that another dataset of the tenant knows, has reached its limit or has no row that
+        the model can take adds zero.
+
+        Args:
+            batch: the held-out rows. They may be empty if `num_units` is given.
+            dataset_id: their dataset, see `ServiceClient.register_dataset`; not that of the run.
+            std: the standard deviation of the noise in the value, in nats per token, > 0.
+            num_units: the public number to divide by; None counts the units of the batch.
+
+        Returns:
+            The handle of the call. Its result raises `DPBudgetExceededError` if the held-out
+            dataset cannot pay; then nothing was charged or released.
+
+        Raises:
+            InvalidRequestError: the run is not private or trains all weights, or an argument is
+                wrong; the call was not sent.
+        """
+        if not self._config.private:
+            raise InvalidRequestError(
+                "this run is not private, so it has no private evaluation: call tc.eval(), then"
+                " tc.forward_backward(batch), which returns the loss without noise"
+            )
+        if self._config.lora_config is None:
+            raise InvalidRequestError(
+                "this run trains all weights, so the base model that losses are compared with is"
+                " gone: private_eval needs an adapter (lora_config)"
+            )
+        if dataset_id == dataset_of(self._config):
+            raise InvalidRequestError(
+                f"this run trains on dataset {dataset_id!r}: register the held-out rows as a"
+                " dataset of their own, with service.register_dataset"
+            )
+        if not (isinstance(std, int | float) and 0 < std < math.inf):
+            raise InvalidRequestError(f"std must be a number above 0, got {std!r}")
+        if num_units is not None and not (isinstance(num_units, int) and num_units >= 1):
+            raise InvalidRequestError(f"num_units must be a whole number from 1, got {num_units!r}")
+        return self._calls.submit(
+            "private_eval",
+            examples=normalize(batch, may_be_empty=num_units is not None),
+            dataset_id=dataset_id,
+            std=float(std),
+            num_units=num_units,
+        )
 
     # --- life --------------------------------------------------------------------------------
 

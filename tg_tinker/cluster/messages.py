@@ -23,7 +23,7 @@ NOT_YET = "not_yet"
 
 TRAINING_OPERATIONS = (
     "forward_backward", "optim_step", "snapshot", "save_state", "load_state", "load_adapter",
-    "register_units", "draw_units", "park",
+    "register_units", "draw_units", "private_eval", "park",
 )  # fmt: skip
 
 
