@@ -52,7 +52,7 @@ lint: .venv/dev  ## run ruff and mypy --strict
 soak: soak-artifacts soak-kills soak-cluster soak-random soak-families ## test faults for longer: the five parts below (100 minutes)
 
 soak-artifacts: .venv/dev ## test saves, deletions and sweeps in any order; edits of sealed files
-	$(SOAK) tests/artifacts/test_artifact_machine.py tests/artifacts/test_artifact_edits.py $(ARGS)
+	$(SOAK) tests/artifacts/test_artifact_machine.py tests/artifacts/test_artifact_edits.py tests/registry/test_draws.py $(ARGS)
 
 soak-kills: .venv/dev ## test kill -9 at every point, and lost messages of every kind
 	$(SOAK) tests/system/test_kill_points.py tests/system/test_lost_messages.py $(ARGS)

@@ -19,6 +19,7 @@ from actors.privacy.budget import Budget
 from actors.registry.draws import Draw, drawn_of
 from actors.registry.registry import Registry
 from support.privacy_helpers import new_budget, private_config, registry
+from support.processes import SOAK
 from tg_tinker import DPBudgetExceededError, InvalidRequestError
 from tg_tinker.records.accounting import gaussian_delta, gaussian_epsilon
 from tg_tinker.records.ledger import Ledger
@@ -93,7 +94,7 @@ class Witness:
         assert len(self.sampled) + ledger.dropped <= ledger.position
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(30 if SOAK else 2))
 def test_the_ledger_is_never_below_the_truth(seed: int) -> None:
     """Runs of all kinds, batch sizes, orders, restarts and drops at random. An owner sees each draw
     before deciding whether to go on with it, to restart, or to open another run."""
