@@ -5,10 +5,34 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tg_tinker.errors import InvalidRequestError
+from tg_tinker.storage.paths import absolute_path
+
+VARIABLE = "TG_TINKER_HOME"
+
 
 def home_directory() -> Path:
     """Returns the path in `TG_TINKER_HOME`, or `~/.tg-tinker` if the variable is not set.
 
     The directory holds the registry, the store, the keyring and converted models.
+
+    Raises:
+        InvalidRequestError: the path has control characters, or cannot be resolved. This user may
+            have no home of its own, as in a container that runs under a number alone.
     """
-    return Path(os.environ.get("TG_TINKER_HOME") or "~/.tg-tinker").expanduser().absolute()
+    named = os.environ.get(VARIABLE)
+    try:
+        home = absolute_path(Path(named or "~/.tg-tinker"))
+    except InvalidRequestError as error:
+        raise InvalidRequestError(
+            f"{VARIABLE} cannot be used: {error.message}"
+            if named
+            else f"the home directory of TG-Tinker is unknown: set {VARIABLE} to a folder that this"
+            f" user may write to ({error.message})"
+        ) from None
+    if not str(home).isprintable():
+        raise InvalidRequestError(
+            f"the path in {VARIABLE} has control characters or bytes that are no UTF-8, which no"
+            " terminal shows and no database URL holds: choose a path without them"
+        )
+    return home
