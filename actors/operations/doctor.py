@@ -284,9 +284,9 @@ def _running() -> tuple[str | None, str]:
 def _disabled_in_file() -> bool:
     """Returns whether `ray disable-usage-stats` has switched the statistics off."""
     try:
-        known = json.loads((Path.home() / ".ray" / "config.json").read_bytes())
+        known = json.loads(Path("~/.ray/config.json").expanduser().read_bytes())
         return known["usage_stats"] is False
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
         return False
 
 

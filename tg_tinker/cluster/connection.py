@@ -15,6 +15,7 @@ from tg_tinker.cluster.authentication import (
     check_authenticated,
     check_token,
     make_token,
+    name_token,
     require_token,
 )
 from tg_tinker.cluster.interrupts import ctrl_c_held_back
@@ -55,8 +56,9 @@ def connect(address: str | None) -> bool:
         ClusterUnavailableError: no cluster answers, Ray did not start, or see `running_cluster`.
         InvalidRequestError: the address is not supported, the cluster requires no token, or see
             `check_encrypted` and `check_ray_folder`.
-        StorageError: see `make_token`.
+        StorageError: see `make_token` and `home_directory`.
     """
+    name_token()
     target = address or os.environ.get("RAY_ADDRESS")
     if target in (None, "auto"):
         # Ray itself would follow links, and take any cluster that it sees on this machine.

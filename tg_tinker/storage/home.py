@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tg_tinker.errors import InvalidRequestError
+from tg_tinker.errors import InvalidRequestError, StorageError
 from tg_tinker.storage.paths import absolute_path
 
 VARIABLE = "TG_TINKER_HOME"
@@ -19,6 +19,7 @@ def home_directory() -> Path:
     Raises:
         InvalidRequestError: the path has control characters, or cannot be resolved. This user may
             have no home of its own, as in a container that runs under a number alone.
+        StorageError: this user may not look at what is at the path.
     """
     named = os.environ.get(VARIABLE)
     try:
@@ -35,4 +36,28 @@ def home_directory() -> Path:
             f"the path in {VARIABLE} has control characters or bytes that are no UTF-8, which no"
             " terminal shows and no database URL holds: choose a path without them"
         )
+    check_reachable(home)
     return home
+
+
+def check_reachable(home: Path) -> None:
+    """Checks that this user may see whether there is a home at a path.
+
+    Raises:
+        StorageError: a folder above it is closed to this user or is no folder, or the path is too
+            long. The message says what to do.
+    """
+    try:
+        home.stat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise unusable(home, error) from None
+
+
+def unusable(home: Path, error: OSError) -> StorageError:
+    """Returns the error for a home that this user cannot make, enter or write to."""
+    return StorageError(
+        f"this user (number {os.geteuid()}) cannot use the home {home} ({error.strerror}): set"
+        f" {VARIABLE} to a folder that this user may write to"
+    )
