@@ -104,6 +104,7 @@ DOORS = {
         "actors/registry/migrations/r0003_api_key_macs.py",
         "actors/registry/orphans.py",
         "actors/registry/postgres.py",
+        "actors/registry/refusals.py",
         "actors/registry/revisions.py",
         "actors/registry/runs.py",
         "actors/registry/schema.py",

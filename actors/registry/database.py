@@ -22,16 +22,13 @@ from typing import Any
 import sqlalchemy as sa
 
 from actors.registry import postgres
+from actors.registry.refusals import is_known, refusal_of
 from actors.registry.request_rows import RequestRows
 from actors.registry.revisions import check_revision, create_tables
 from actors.registry.schema import OWNER
 from tg_tinker.errors import StorageError
 from tg_tinker.storage.databases import revision_on_record
 from tg_tinker.storage.sqlite_files import sqlite_file
-
-_NOT_OURS = ("42501", "42P01")
-"""The SQLSTATE codes of a missing privilege and of a missing table. Neither is a defect of this
-program, although PostgreSQL reports both in the class of such defects."""
 
 REPLACED = "replaced"
 """`details["reason"]` of the `StorageError` that a fenced registry raises."""
@@ -284,18 +281,17 @@ def typed_refusal() -> Iterator[None]:
     except sa.exc.DBAPIError as error:
         if getattr(error.orig, "sqlite_errorname", "") in _BROKEN:
             raise _damaged() from None
-        state = getattr(error.orig, "sqlstate", None)
         defect = isinstance(error, sa.exc.IntegrityError | sa.exc.ProgrammingError)
-        if defect and state not in _NOT_OURS:
+        if defect and not is_known(error):
             raise
+        refusal, state = refusal_of(error), getattr(error.orig, "sqlstate", None)
         lost = " The connection was lost: whether a change was made is not known." * (
             error.connection_invalidated
         )
         raise StorageError(
             f"the registry's database refused ({type(error.orig).__name__}"
-            f"{f', SQLSTATE {state}' if state else ''}).{lost} Check that the database runs and"
-            " is undamaged, that its disk is not full, that no other program locks it, and that"
-            " its user may create and change tables"
+            f"{f', SQLSTATE {state}' if state else ''}): {refusal.text}.{lost} Next:"
+            f" {refusal.remedy}"
         ) from None
 
 
