@@ -122,7 +122,7 @@ clean:           ## remove .venv, caches and outputs
 	  echo 'create_main_cluster = false' > /etc/postgresql-common/createcluster.conf && \
 	  apt-get install -qq -y --no-install-recommends postgresql >/dev/null 2>&1; } || \
 	echo "no PostgreSQL here, its tests skip: install your system's package"
-	@command -v pgbouncer /usr/sbin/pgbouncer >/dev/null || \
+	@command -v pgbouncer >/dev/null || test -x /usr/sbin/pgbouncer || \
 	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && mkdir -p /etc/systemd/system && \
 	  { test -e /etc/default/pgbouncer || echo 'START=0' > /etc/default/pgbouncer; } && \
 	  ln -sf /dev/null /etc/systemd/system/pgbouncer.service && \

@@ -124,7 +124,7 @@ class LocalFolder:
     folder is synchronized.
 
     Nothing is retried: after a failed fsync the pages may be lost (PostgreSQL, 2018), and a full
-    disk stays full. New folders have mode 0700.
+    disk stays full. New folders have mode 0700, files 0600.
     """
 
     def __init__(self, root: Path) -> None:
@@ -220,6 +220,8 @@ class LocalFolder:
         size = begun = 0
         try:
             with partial.open("xb") as file:
+                # Whatever the umask of the program: the folder may be older, and open.
+                os.fchmod(file.fileno(), 0o600)
                 for piece in pieces_of(content):
                     size += file.write(piece)
                     if size - begun >= WRITE_BACK:

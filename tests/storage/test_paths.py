@@ -20,6 +20,7 @@ from actors.storage import home
 from actors.storage.objects import LocalFolder
 from actors.storage.store import ArtifactStore
 from tg_tinker.client.service import ServiceClient
+from tg_tinker.cluster.connection import connect
 from tg_tinker.errors import InvalidRequestError, StorageError
 from tg_tinker.storage.databases import check_database, default_database, revision_on_record
 from tg_tinker.storage.home import home_directory
@@ -191,6 +192,7 @@ def test_a_removed_working_directory_is_named(
         lambda: parse("store"),
         lambda: check_database("sqlite:///x.db"),
         lambda: place_of("keyring"),
+        lambda: connect("local"),
     ):
         with pytest.raises(
             InvalidRequestError, match="working directory of this program was removed"
