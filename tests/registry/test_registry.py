@@ -25,6 +25,7 @@ from tg_tinker.client.recovery import lost_actor
 from tg_tinker.errors import (
     ActorLostError,
     IntegrityError,
+    InvalidRequestError,
     NotFoundError,
     StorageError,
     TGTinkerError,
