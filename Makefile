@@ -115,13 +115,19 @@ clean:           ## remove .venv, caches and outputs
 	$(TOOLS)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement requirements/tools.txt
 	@touch $@
 
-# Installs PostgreSQL for the registry's tests, without a server that starts by itself.
+# Installs PostgreSQL and pgbouncer for the registry's tests, without a server that starts by itself.
 .venv/debian: .venv/made
 	@command -v postgres >/dev/null || ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || \
 	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && mkdir -p /etc/postgresql-common && \
 	  echo 'create_main_cluster = false' > /etc/postgresql-common/createcluster.conf && \
 	  apt-get install -qq -y --no-install-recommends postgresql >/dev/null 2>&1; } || \
 	echo "no PostgreSQL here, its tests skip: install your system's package"
+	@command -v pgbouncer >/dev/null || test -x /usr/sbin/pgbouncer || \
+	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && mkdir -p /etc/systemd/system && \
+	  { test -e /etc/default/pgbouncer || echo 'START=0' > /etc/default/pgbouncer; } && \
+	  ln -sf /dev/null /etc/systemd/system/pgbouncer.service && \
+	  apt-get install -qq -y --no-install-recommends -o Dpkg::Options::=--force-confold pgbouncer >/dev/null 2>&1; } || \
+	echo "no pgbouncer here, its tests skip: install your system's package"
 	@touch $@
 
 # Installs sshd for the test of `ray up`, without a service that starts by itself.

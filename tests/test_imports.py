@@ -106,6 +106,7 @@ DOORS = {
         "actors/registry/migrations/r0004_unit_sums.py",
         "actors/registry/orphans.py",
         "actors/registry/postgres.py",
+        "actors/registry/refusals.py",
         "actors/registry/revisions.py",
         "actors/registry/runs.py",
         "actors/registry/schema.py",

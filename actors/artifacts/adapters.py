@@ -202,7 +202,9 @@ def _base(registry: Registry, tenant: str, artifact_id: str) -> str | None:
     """
     run_id = registry.catalogue.get(tenant, artifact_id).training_client_id
     model_ref = registry.runs.get(tenant, run_id)[0].model_ref
-    path = Path(model_ref).expanduser()
+    path = Path(model_ref)
+    with suppress(RuntimeError):  # the user in ~user does not exist here
+        path = path.expanduser()
     if path.is_dir():
         return str(path)
     a_path = path.exists() or model_ref.startswith(("/", ".", "~")) or model_ref.count("/") != 1

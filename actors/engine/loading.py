@@ -28,6 +28,7 @@ from actors.engine.weights import INDEX, WHOLE, entry, indexed, stored_shapes, w
 from tg_tinker.data.template import end_ids
 from tg_tinker.data.text import load_tokenizer
 from tg_tinker.errors import InvalidRequestError, NotFoundError, StorageError, TGTinkerError
+from tg_tinker.storage.paths import expanded
 
 Progress = Callable[[str], None]
 
@@ -84,6 +85,13 @@ def explained(model_ref: str) -> Iterator[None]:
             " pip install -e '.[demo]')"
         ) from None
     except Exception as error:
+        # The system's own errors have a number; those that transformers raises have none.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise StorageError(
+                f"model_ref {model_ref!r} cannot be read on this node ({error.strerror}): check"
+                " that the user of the cluster may read its files and enter their folders, and that"
+                " no disk is full or gone"
+            ) from None
         raise InvalidRequestError(
             f"model_ref {model_ref!r} cannot be loaded ({type(error).__name__}): its files are"
             " damaged, or transformers does not support it as a causal language model"
@@ -91,7 +99,7 @@ def explained(model_ref: str) -> Iterator[None]:
 
 
 def _locate(model_ref: str, progress: Progress) -> Path:
-    path = Path(model_ref).expanduser()
+    path = expanded(Path(model_ref))
     _refuse_adapter(path, model_ref)
     if path.is_file() and path.suffix == ".gguf":
         return path.resolve()

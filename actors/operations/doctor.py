@@ -23,7 +23,7 @@ from pathlib import Path
 from actors.operations import doctor_cluster
 from actors.operations.doctor_cluster import has_rows, looked_at
 from actors.operations.findings import OF_NODES, OK, PROBLEM, WARNING, Finding
-from actors.registry.database import DAMAGED
+from actors.registry.database import DAMAGED, MISREAD, refuse_misread
 from actors.registry.registry import Registry
 from actors.registry.rollback import tenants, unknown_in
 from actors.storage import signing
@@ -204,12 +204,13 @@ def _registry(home: Path, place: Path | Variable, store: str) -> Finding:
     try:
         database = default_database(home)
         if not has_rows(home):
+            refuse_misread(database)
             return Finding(name, OK, _NO_ROWS)
         with closing(looked_at(home, place)) as registry:
             behind = _behind(registry, ArtifactStore(store, RetryPolicy(attempts=1)))
             forged = registry.api_keys.problems()
     except TGTinkerError as error:
-        if error.details.get("reason") == DAMAGED:
+        if error.details.get("reason") in (DAMAGED, MISREAD):
             return Finding(name, PROBLEM, error.message)
         return Finding(name, WARNING, f"not compared with the store: {error.message}")
     if forged and not behind:
@@ -283,9 +284,9 @@ def _running() -> tuple[str | None, str]:
 def _disabled_in_file() -> bool:
     """Returns whether `ray disable-usage-stats` has switched the statistics off."""
     try:
-        known = json.loads((Path.home() / ".ray" / "config.json").read_bytes())
+        known = json.loads(Path("~/.ray/config.json").expanduser().read_bytes())
         return known["usage_stats"] is False
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
         return False
 
 

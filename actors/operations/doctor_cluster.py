@@ -25,8 +25,9 @@ from tg_tinker.cluster.other_users import is_exposed, keeps_out, listed_address
 from tg_tinker.cluster.ray_folder import check_ray_folder, ray_folder
 from tg_tinker.errors import InvalidRequestError, TGTinkerError
 from tg_tinker.hosts import is_loopback
-from tg_tinker.storage.databases import SQLITE, default_database
+from tg_tinker.storage.databases import default_database
 from tg_tinker.storage.keyrings import Variable, audit_folder
+from tg_tinker.storage.sqlite_files import sqlite_file
 
 SOON = timedelta(days=14)
 """The time before the end of a certificate in which the check warns."""
@@ -67,9 +68,8 @@ def _tenants(home: Path, place: Path | Variable) -> Finding:
 
 def has_rows(home: Path) -> bool:
     """Returns whether there is a database to read. Opening an empty file would create tables."""
-    url = default_database(home)
-    file = Path(url.removeprefix(f"{SQLITE}/"))
-    return not url.startswith(SQLITE) or (file.is_file() and file.stat().st_size > 0)
+    file = sqlite_file(default_database(home))
+    return file is None or (file.is_file() and file.stat().st_size > 0)
 
 
 def looked_at(home: Path, place: Path | Variable) -> Registry:

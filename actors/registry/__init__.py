@@ -21,7 +21,8 @@ cluster.
   refusing rows that this registry did not write, or that were put back.
 - schema.py: all tables.
 - revisions.py, upgrade.py, migrations/: the revision of a database's tables; upgrading a database.
-- database.py, postgres.py: access to the database, SQLite or PostgreSQL.
+- database.py, postgres.py, refusals.py: access to the database, SQLite or PostgreSQL; what its
+  errors mean.
 - group_commit.py: running the calls of many clients in order; waiting calls share a transaction.
 - backup.py, scratch.py: copying all rows to one SQLite file and back; a temporary registry.
 

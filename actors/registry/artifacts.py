@@ -7,6 +7,7 @@ one of them leaves behind belongs to no artifact.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -69,8 +70,8 @@ class Artifacts:
                 ARTIFACTS.insert().values(
                     id=artifact_id, tenant=tenant, run_id=run_id, step=step,
                     size_bytes=size_bytes, include_optimizer=include_optimizer,
-                    manifest_sha256=digest, stored_as=artifact_id, names_given=1, saved_at=now,
-                    created_at=now,
+                    manifest_sha256=digest, stored_as=artifact_id, names_given=1,
+                    saved_at=_saving_time(tx, run_id, now), created_at=now,
                 )
             )  # fmt: skip
             if labels:
@@ -237,6 +238,14 @@ def _is_entered(
 def _number(stored_as: str) -> int:
     """Returns the number in the name that a resealed artifact has in the store."""
     return int(stored_as.rpartition(".")[2])
+
+
+def _saving_time(tx: sa.Connection, run_id: str, now: float) -> float:
+    """Returns the time of a save for the order of a run's saves: later than that of every earlier
+    save, also after the clock was set back."""
+    saves = sa.select(sa.func.max(ARTIFACTS.c.saved_at)).where(ARTIFACTS.c.run_id == run_id)
+    last = tx.execute(saves).scalar()
+    return now if last is None else max(now, math.nextafter(last, math.inf))
 
 
 def _now() -> float:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import os
 import secrets
-import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from urllib.parse import quote
 
 import sqlalchemy as sa
 
@@ -28,8 +26,9 @@ from actors.registry.schema import AUDIT_ROWS, ENTRIES, METADATA, OWNER
 from tg_tinker.errors import IntegrityError, InvalidRequestError, StorageError
 from tg_tinker.records.audit_log import AuditRow
 from tg_tinker.records.entries import place_of
-from tg_tinker.storage.databases import REVISION, SQLITE
+from tg_tinker.storage.databases import REVISION
 from tg_tinker.storage.files import sync
+from tg_tinker.storage.sqlite_files import SQLITE, connect_read_only, sqlite_file
 
 Reached = list[tuple[str, str, str]]
 """Where each chain ends: (tenant, ``ledger of NAME`` or ``audit log``, ``SEQ-HASH``)."""
@@ -92,10 +91,7 @@ def restore(path: Path, database: str) -> Reached:
     """
     if not path.is_file():
         raise InvalidRequestError(f"there is no backup {path}: name a file that exists")
-    there = f"file:{quote(str(path.absolute()))}?mode=ro"
-    engine = sa.create_engine(
-        SQLITE, creator=lambda: sqlite3.connect(there, uri=True), hide_parameters=True
-    )
+    engine = sa.create_engine(SQLITE, creator=lambda: connect_read_only(path), hide_parameters=True)
     with (
         _made(database), closing(Database(database)) as registry,
         typed_refusal(), engine.connect() as old, registry.change() as new,
@@ -232,10 +228,9 @@ def _damaged(path: Path) -> StorageError:
 def _made(database: str) -> Iterator[None]:
     """Makes a missing SQLite file, and removes it again if nothing was restored: an empty file
     would be opened as a new registry."""
-    if not database.startswith(f"{SQLITE}/"):
+    if (file := sqlite_file(database)) is None:
         yield
         return
-    file = Path(database.removeprefix(f"{SQLITE}/"))
     made = [] if file.exists() else [path for path in _files_of(file) if not path.exists()]
     try:
         file.touch(0o600)

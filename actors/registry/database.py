@@ -12,6 +12,7 @@ parameters. The tables are in `schema`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,15 +22,13 @@ from typing import Any
 import sqlalchemy as sa
 
 from actors.registry import postgres
+from actors.registry.refusals import is_known, refusal_of
 from actors.registry.request_rows import RequestRows
 from actors.registry.revisions import check_revision, create_tables
 from actors.registry.schema import OWNER
 from tg_tinker.errors import StorageError
-from tg_tinker.storage.databases import SQLITE
-
-_NOT_OURS = ("42501", "42P01")
-"""The SQLSTATE codes of a missing privilege and of a missing table. Neither is a defect of this
-program, although PostgreSQL reports both in the class of such defects."""
+from tg_tinker.storage.databases import revision_on_record
+from tg_tinker.storage.sqlite_files import sqlite_file
 
 REPLACED = "replaced"
 """`details["reason"]` of the `StorageError` that a fenced registry raises."""
@@ -37,6 +36,12 @@ REPLACED = "replaced"
 DAMAGED = "damaged"
 """`details["reason"]` of the `StorageError` for a file that is no SQLite database, or an incomplete
 one."""
+
+MISREAD = "misread"
+"""`details["reason"]` of the `StorageError` of `refuse_misread`."""
+
+_BESIDE = ("keyring", "audit.pub")
+"""Files of which one at least is beside the registry of a home."""
 
 _REMEMBERED = "what to remember once this change is durable"
 _REQUESTS = "the requests whose rows wait"
@@ -276,29 +281,35 @@ def typed_refusal() -> Iterator[None]:
     except sa.exc.DBAPIError as error:
         if getattr(error.orig, "sqlite_errorname", "") in _BROKEN:
             raise _damaged() from None
-        state = getattr(error.orig, "sqlstate", None)
         defect = isinstance(error, sa.exc.IntegrityError | sa.exc.ProgrammingError)
-        if defect and state not in _NOT_OURS:
+        if defect and not is_known(error):
             raise
+        refusal, state = refusal_of(error), getattr(error.orig, "sqlstate", None)
         lost = " The connection was lost: whether a change was made is not known." * (
             error.connection_invalidated
         )
         raise StorageError(
             f"the registry's database refused ({type(error.orig).__name__}"
-            f"{f', SQLSTATE {state}' if state else ''}).{lost} Check that the database runs and"
-            " is undamaged, that its disk is not full, that no other program locks it, and that"
-            " its user may create and change tables"
+            f"{f', SQLSTATE {state}' if state else ''}): {refusal.text}.{lost} Next:"
+            f" {refusal.remedy}"
         ) from None
 
 
 def _opened(database: str, looks_only: bool) -> tuple[sa.Engine, sa.Engine]:
     """Returns the engine for changes and the engine for reading."""
-    if not database.startswith(SQLITE):
+    if (file := _file_of(database)) is None:
         engine = postgres.open_engine(database)
         reader = postgres.reading(engine)
         return reader if looks_only else engine, reader
-    engine = sa.create_engine(database, hide_parameters=True)
-    _prepare_sqlite(engine, database, ("query_only=ON",) if looks_only else _DURABLE)
+    if not file.exists():
+        raise StorageError(
+            f"the registry {file} does not exist: restore its backup, or run `tg-tinker init` in"
+            " a new home. A new registry knows none of the earlier runs"
+        )
+    refuse_misread(database)
+    # Not by the text of the URL, which SQLAlchemy reads by rules of its own.
+    engine = sa.create_engine(sa.URL.create("sqlite", database=str(file)), hide_parameters=True)
+    _prepare_sqlite(engine, ("query_only=ON",) if looks_only else _DURABLE)
     return engine, engine.execution_options(reading=True)
 
 
@@ -310,9 +321,9 @@ def _check_of(database: str) -> str:
     copy. Only the full check, which compares tables with indexes, detects that: 0.26 s for 100 MB.
     After a clean end there is no -wal file, and the quick check takes 0.06 s.
     """
-    if not database.startswith(SQLITE):
+    if (file := _file_of(database)) is None:
         return ""
-    whole = Path(f"{database.removeprefix(f'{SQLITE}/')}-wal").exists()
+    whole = file.with_name(f"{file.name}-wal").exists()
     return f"PRAGMA {'integrity' if whole else 'quick'}_check(1)"
 
 
@@ -332,14 +343,44 @@ def _token(tx: sa.Connection) -> int:
     return int(tx.execute(_OWN).scalar_one())
 
 
-def _prepare_sqlite(engine: sa.Engine, database: str, pragmas: Sequence[str]) -> None:
-    """Makes all transactions of changes immediate. The file must exist; see `home.create`."""
-    path = Path(database.removeprefix("sqlite:///"))
-    if not path.exists():
-        raise StorageError(
-            f"the registry {path} does not exist: restore its backup, or run `tg-tinker init` in"
-            " a new home. A new registry knows none of the earlier runs"
-        )
+def _file_of(database: str) -> Path | None:
+    """Returns the SQLite file of a URL, as SQLite finds it; None for PostgreSQL.
+
+    SQLAlchemy drops ``link/..`` from a path before SQLite sees it, so links are followed here.
+    """
+    file = sqlite_file(database)
+    return None if file is None else Path(os.path.realpath(file))
+
+
+def refuse_misread(database: str) -> None:
+    """Refuses a URL of an empty SQLite file whose rows an older release has put elsewhere.
+
+    Commit 22e0997 put the path into a URL as text, and SQLAlchemy read it back as another one:
+    ``/data/what?v=1/registry.db`` stayed empty, and its rows went into ``/data/what``. They are not
+    moved here: another home may have used that file too.
+
+    Raises:
+        StorageError: There is such a file.
+    """
+    file = sqlite_file(database)
+    if file is None or not file.is_file() or file.stat().st_size:
+        return
+    misread = Path(sa.make_url(f"sqlite:///{file}").database or file)
+    if misread == file or revision_on_record(misread) is None:
+        return
+    if any((misread.parent / name).exists() for name in _BESIDE):
+        return  # It is the registry of another home.
+    raise StorageError(
+        f"an older release has kept the registry of this home in {misread}, because it misread the"
+        f" path {file}, which is empty: end all programs that use this home, move that file, with"
+        f" its -wal and -shm if they are there, to {file}, and chmod 600 it. If it belongs to"
+        " another home, move it away",
+        details={"reason": MISREAD},
+    )
+
+
+def _prepare_sqlite(engine: sa.Engine, pragmas: Sequence[str]) -> None:
+    """Makes all transactions of changes immediate."""
 
     @sa.event.listens_for(engine, "connect")
     def _connected(connection: Any, record: Any) -> None:

@@ -25,15 +25,17 @@ NEEDED = {
 }
 """The values that each setting of the server may have."""
 
-_SETTINGS = ", ".join(f"current_setting('{name}')" for name in ("server_version_num", *NEEDED))
-
-# A registry that freezes during a change holds the only lock. The server ends its transaction
-# before others stop waiting for the lock.
-_LIMITS = {
+LIMITS = {
     "lock_timeout": "30s",
-    "statement_timeout": "60s",
+    "statement_timeout": "1min",
     "idle_in_transaction_session_timeout": "20s",
 }
+"""The limits of each connection, as the server writes them. A registry that freezes during a change
+holds the only lock. The server ends its transaction before others stop waiting for the lock."""
+
+_SETTINGS = ", ".join(
+    f"current_setting('{name}')" for name in ("server_version_num", *NEEDED, *LIMITS)
+)
 _CONNECTION = {
     "application_name": "tg-tinker",
     "client_encoding": "utf8",
@@ -41,7 +43,7 @@ _CONNECTION = {
     "hostaddr": "",
     "keepalives_idle": 30,
     "tcp_user_timeout": 30_000,
-    "options": " ".join(f"-c {name}={value}" for name, value in _LIMITS.items()),
+    "options": " ".join(f"-c {name}={value}" for name, value in LIMITS.items()),
 }
 _CONNECT_S = 10
 
@@ -65,7 +67,7 @@ def open_engine(url: str) -> sa.Engine:
             "PostgreSQL needs psycopg, which is not installed here: install the extra 'postgres'"
             " (in a clone: pip install -e '.[postgres]') on the head node"
         ) from None
-    sa.event.listen(engine, "connect", _check)
+    sa.event.listen(engine, "connect", check_settings)
     return engine
 
 
@@ -89,7 +91,12 @@ def hold_for_upgrade(tx: sa.Connection) -> None:
         tx.execute(sa.text("LOCK TABLE registry"))
 
 
-def _check(connection: Any, record: Any) -> None:
+def check_settings(connection: Any, record: Any) -> None:
+    """Checks a new connection of the driver: the server's version, `NEEDED` and `LIMITS`.
+
+    Raises:
+        StorageError: One of them is not as it must be.
+    """
     version, *settings = connection.execute(f"SELECT {_SETTINGS}").fetchone()
     connection.rollback()
     if int(version) < OLDEST * 10_000:
@@ -97,7 +104,17 @@ def _check(connection: Any, record: Any) -> None:
             f"the registry's database is PostgreSQL {int(version) // 10_000}: use version {OLDEST}"
             " or newer"
         )
-    for (name, allowed), found in zip(NEEDED.items(), settings, strict=True):
+    needed, limits = settings[: len(NEEDED)], settings[len(NEEDED) :]
+    # A pooler may drop them without a word, and put another server behind the connection.
+    for (name, limit), found in zip(LIMITS.items(), limits, strict=True):
+        if found != limit:
+            raise StorageError(
+                f"the registry's database has {name} = {found}, although the registry has set"
+                f" {limit} for its connection: a pooler such as pgbouncer has dropped it, and a"
+                " registry that freezes would hold the one lock for good. Connect to the server"
+                " itself, or set the limits for the user at the server (docs/storage.md)"
+            )
+    for (name, allowed), found in zip(NEEDED.items(), needed, strict=True):
         if found not in allowed:
             raise StorageError(
                 f"the registry's database has {name} = {found}, it must be {' or '.join(allowed)}:"

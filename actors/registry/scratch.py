@@ -10,9 +10,10 @@ from pathlib import Path
 
 from actors.registry.registry import Registry
 from actors.storage import home
+from tg_tinker.storage.sqlite_files import sqlite_url
 
 
 def scratch_registry(place: Path) -> Registry:
     """Returns the registry of a new home at `place`, with a keyring of its own."""
     home.create(place)
-    return Registry(f"sqlite:///{place / home.DATABASE}", place / home.KEYRING)
+    return Registry(sqlite_url(place / home.DATABASE), place / home.KEYRING)

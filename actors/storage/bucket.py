@@ -16,12 +16,16 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from actors.storage.filesystems import (
+from actors.storage.answers import (
+    UNEXPLAINED,
+    Cause,
     NoBucketError,
-    RetryPolicy,
     SizeDiffersError,
-    bucket_exists,
     cause_of,
+)
+from actors.storage.filesystems import (
+    RetryPolicy,
+    bucket_exists,
     failures,
     files_below,
     folders_in,
@@ -182,11 +186,26 @@ class Bucket:
         except FileNotFoundError:
             # The bucket was removed.
             if action == "write":
-                raise _refusal(action, name, NoBucketError(), 1) from None
+                raise _refusal(action, name, cause_of(NoBucketError()), 1) from None
             raise NotFoundError(f"{name} is not in the store") from None
         except failures() as error:
             attempt = retrying.statistics["attempt_number"]
-            raise _refusal(action, name, error, attempt) from None
+            raise _refusal(action, name, self._explained(cause_of(error)), attempt) from None
+
+    def _explained(self, cause: Cause) -> Cause:
+        """Returns the reason that the store gives for a refusal.
+
+        S3 answers the requests for a size and for the existence of a bucket without a body, so
+        with a number alone. The answer to a listing names the reason.
+        """
+        if self._location.scheme != "s3" or cause != UNEXPLAINED:
+            return cause
+        try:
+            folders_in(open_filesystem(self._location, self._policy), self._location.root)
+        except failures() as error:
+            if not (told := cause_of(error)).may_pass:
+                return told
+        return cause
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -194,8 +213,7 @@ def _may_pass(error: BaseException) -> bool:
     return isinstance(error, failures()) and not missing and cause_of(error).may_pass
 
 
-def _refusal(action: str, name: str, error: Exception, attempts: int) -> StorageError:
-    cause = cause_of(error)
+def _refusal(action: str, name: str, cause: Cause, attempts: int) -> StorageError:
     return StorageError(
         f"the store refused to {action} {name} ({cause.text}; attempts: {attempts}):"
         f" {cause.remedy} try again",

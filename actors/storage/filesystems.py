@@ -1,4 +1,4 @@
-"""Opens pyarrow's filesystems, and interprets their errors.
+"""Opens pyarrow's filesystems; `answers` interprets their errors.
 
 Credentials and endpoints come from the environment of the process, never from arguments: a pickled
 filesystem contains its secrets in clear.
@@ -16,10 +16,9 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-import re
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 from tg_tinker.errors import InvalidRequestError
@@ -180,73 +179,8 @@ def folders_in(filesystem: Any, path: str) -> list[str]:
     return [info.base_name for info in found if info.type == FileType.Directory]
 
 
-# --- errors --------------------------------------------------------------------------------------
-
-
-class NoBucketError(OSError):
-    """The error for a bucket that does not exist."""
-
-
-class SizeDiffersError(OSError):
-    """The error for an object whose size in the store differs from what was sent."""
-
-
-class Cause(NamedTuple):
-    """The meaning of a store's error."""
-
-    reason: str  # A stable name for programs.
-    text: str
-    remedy: str
-    may_pass: bool  # Whether to try again.
-
-
-NO_BUCKET = Cause(
-    "no_bucket", "there is no such bucket", "create it (TG-Tinker never does), and", False
-)
-DENIED = Cause(
-    "access_denied", "access denied",
-    "check the credentials in the environment of the actors, which must permit listing, reading,"
-    " writing and deleting below the prefix, and", False,
-)  # fmt: skip
-NO_LIBRARY = Cause(
-    "no_library", "libjvm or libhdfs cannot be loaded",
-    "install Java and Hadoop, set JAVA_HOME, HADOOP_HOME and CLASSPATH, and", False,
-)  # fmt: skip
-TRUNCATED = Cause(
-    "size_differs", "it has another number of bytes than it was sent",
-    "check the network and any proxy between here and the store, and", True,
-)  # fmt: skip
-
-_KNOWN = {
-    NO_BUCKET: r"AWS Error NO_SUCH_BUCKET|Azure Error: \[ContainerNotFound\]",
-    DENIED: (
-        r"AWS Error (ACCESS_DENIED|INVALID_ACCESS_KEY_ID|INVALID_SIGNATURE|SIGNATURE_DOES_NOT_MATCH"
-        r"|INVALID_CLIENT_TOKEN_ID|UNRECOGNIZED_CLIENT|MISSING_AUTHENTICATION_TOKEN)"
-        r"|AWS Error \w+ \(HTTP status 40[13]\)|Azure Error: \[\w*\] 40[13]"
-        r"|Status\((PERMISSION_DENIED|UNAUTHENTICATED)|Could not create a OAuth2 access token"
-    ),
-    NO_LIBRARY: r"Unable to load lib(jvm|hdfs)|attempt to load libhdfs failed",
-}
-_CODE = re.compile(r"AWS Error (\w+(?: \(HTTP status \d+\))?)|Status\((\w+)|Azure Error: \[(\w+)\]")
-
-
 def failures() -> tuple[type[Exception], ...]:
     """Returns the exception types that operations of a filesystem raise."""
     from pyarrow import ArrowException
 
     return (OSError, ArrowException)
-
-
-def cause_of(error: BaseException) -> Cause:
-    """Returns why an operation failed. The error's own text is never repeated: it contains URLs, on
-    Azure with the token."""
-    if isinstance(error, NoBucketError):
-        return NO_BUCKET
-    if isinstance(error, SizeDiffersError):
-        return TRUNCATED
-    for cause, pattern in _KNOWN.items():
-        if re.search(pattern, str(error)):
-            return cause
-    code = _CODE.search(str(error))
-    named = next(filter(None, code.groups())) if code else type(error).__name__
-    return Cause("unavailable", named, "check the store's address and the network, and", True)

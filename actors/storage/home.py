@@ -9,6 +9,7 @@ from pathlib import Path
 from actors.storage import secrets, signing
 from actors.storage.key_providers import FileKeyring
 from tg_tinker.errors import StorageError
+from tg_tinker.storage.home import check_reachable, unusable
 from tg_tinker.storage.keyrings import Variable, audit_folder, place_of
 
 DATABASE, KEYRING, STORE, MODELS = "registry.db", "keyring", "store", "models"
@@ -33,9 +34,10 @@ def create(home: Path, keyring: str | None = None) -> bool:
 
     Raises:
         StorageError: Half of a home is missing. Creating that half would hide that something was
-            lost.
+            lost. Or this user cannot write to it.
         InvalidRequestError: `keyring` cannot name a keyring.
     """
+    check_reachable(home)
     place, database = place_of(keyring or home / KEYRING), home / DATABASE
     keys = audit_folder(place, home)
     last = keys / signing.PUBLIC_KEY if isinstance(place, Variable) else place
@@ -53,7 +55,7 @@ def create(home: Path, keyring: str | None = None) -> bool:
         _refuse_shared(home)
         os.close(os.open(database, os.O_CREAT, 0o600))
     except OSError as error:
-        raise StorageError(f"cannot make the home {home}: {error.strerror}") from None
+        raise unusable(home, error) from None
     try:
         if not (keys / signing.SIGNING_KEY).exists():
             # Before the signing key: a home with this key alone is one of an older release.

@@ -6,6 +6,7 @@ module does not know what the bytes mean, or that they are sealed.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -31,6 +32,20 @@ SMALL = 2**20
 
 WRITE_BACK = 32 * 2**20
 """Bytes of a file on a local disk after which the system is asked to write them to the disk."""
+
+
+_OWN = "check that this user may enter the folder of the store, and owns what is in it"
+_REMEDIES = {
+    errno.ENOSPC: "free space on the disk of the store",
+    errno.EDQUOT: "have this user's quota on the disk raised, or free space",
+    errno.EACCES: _OWN,
+    errno.EPERM: _OWN,
+    errno.EROFS: "mount the disk for writing, which is read-only now",
+    errno.EIO: "check the disk, which does not read or write some of its parts",
+    errno.ESTALE: "mount the network disk of the store again",
+    errno.EMFILE: "raise the number of files that this user may open (ulimit -n)",
+}
+"""What to do about an error of a disk."""
 
 
 class ObjectInfo(NamedTuple):
@@ -109,7 +124,7 @@ class LocalFolder:
     folder is synchronized.
 
     Nothing is retried: after a failed fsync the pages may be lost (PostgreSQL, 2018), and a full
-    disk stays full. New folders have mode 0700.
+    disk stays full. New folders have mode 0700, files 0600.
     """
 
     def __init__(self, root: Path) -> None:
@@ -205,6 +220,8 @@ class LocalFolder:
         size = begun = 0
         try:
             with partial.open("xb") as file:
+                # Whatever the umask of the program: the folder may be older, and open.
+                os.fchmod(file.fileno(), 0o600)
                 for piece in pieces_of(content):
                     size += file.write(piece)
                     if size - begun >= WRITE_BACK:
@@ -293,8 +310,9 @@ def _typed(action: str, name: str) -> Iterator[None]:
 
 
 def _refusal(action: str, name: str, error: OSError) -> StorageError:
+    remedy = _REMEDIES.get(error.errno or 0, "free or fix the disk")
     return StorageError(
-        f"the store refused to {action} {name} ({error.strerror or type(error).__name__}): free"
-        " or fix the disk and try again",
+        f"the store refused to {action} {name} ({error.strerror or type(error).__name__}):"
+        f" {remedy}, and try again",
         details={"errno": error.errno},
     )

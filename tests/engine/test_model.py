@@ -14,6 +14,7 @@ import torch
 from actors.engine.model import Base
 from support.helpers import assert_close, examples, oracle_gradients, padded, session, window
 from support.models import make_model
+from support.other_user import as_nobody, needs_root
 from tg_tinker import InvalidRequestError, LoRAConfig, NotFoundError, StorageError
 from tg_tinker.data.batch import normalize
 
@@ -91,6 +92,33 @@ def test_a_conversion_that_fails_leaves_nothing(tiny_model: Path, tmp_path: Path
 def test_an_unknown_path_is_named(ref: str, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=ref):
         Base.load(ref, cache=tmp_path)
+
+
+@needs_root
+@pytest.mark.parametrize("closed", ["model.safetensors", "config.json", "tokenizer.json", "."])
+def test_files_that_this_user_may_not_read_are_not_called_damaged(
+    closed: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    (model / closed).chmod(0)
+    for above in (tmp_path, *tmp_path.parents[:2]):
+        above.chmod(0o755)
+
+    def said() -> str:
+        try:
+            return str(Base.load(str(model), cache=tmp_path))
+        except StorageError as error:
+            return error.message
+        except Exception as error:
+            return repr(error)
+
+    assert "cannot be read on this node (Permission denied)" in as_nobody(said)
+
+
+def test_a_model_of_an_unknown_user_is_not_called_damaged(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="knows no home of this user"):
+        Base.load("~nobody-of-this-name/model", cache=tmp_path)
 
 
 def test_the_directory_of_an_adapter_is_told_apart_from_a_model(tmp_path: Path) -> None:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import re
 import secrets
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from sqlalchemy.exc import OperationalError
 from typer.testing import CliRunner
 
 from actors.operations import doctor
 from actors.privacy.budget import Budget
-from actors.registry.database import REPLACED
-from actors.registry.postgres import open_engine
+from actors.registry.database import REPLACED, typed_refusal
+from actors.registry.postgres import LIMITS, NEEDED, check_settings, open_engine
+from actors.registry.refusals import refusal_of
 from actors.registry.registry import Registry
+from actors.registry.scratch import scratch_registry
 from actors.storage import home
-from support.databases import PASSWORD, Postgres, all_on, url_of
+from support.databases import PASSWORD, USER, Postgres, all_on, pgbouncer, url_of
 from support.listener import Listener
 from support.privacy_helpers import new_budget, private_config, registry
 from tg_tinker import DPBudgetExceededError, InvalidRequestError, ServiceClient, StorageError
@@ -199,6 +206,152 @@ def test_a_commit_whose_answer_is_lost_fails_and_counts_as_charged(
         charge(budget, "lost")
     monkeypatch.undo()
     assert charges(budget) == 1, "the charge stands, though nobody drew noise for it"
+
+
+# --- why it refuses ---------------------------------------------------------------------------
+
+
+def refused(url: str) -> str:
+    """Returns what the registry says of a server that refuses; nothing of the server's own text."""
+    with pytest.raises(StorageError) as caught, typed_refusal():
+        open_engine(url).connect()
+    assert PASSWORD not in caught.value.message
+    assert "FATAL" not in caught.value.message
+    assert caught.value.__suppress_context__
+    return caught.value.message
+
+
+def test_a_server_that_refuses_a_connection_is_told_apart(server: Postgres, tmp_path: Path) -> None:
+    (tmp_path / "pass").write_text("*:*:*:*:wrong\n")
+    (tmp_path / "pass").chmod(0o600)
+    here = f"postgresql+psycopg://tg@127.0.0.1:{server.port}/postgres"
+    login = f"LOGIN PASSWORD '{PASSWORD}'"
+    server.execute(f"CREATE ROLE few {login} CONNECTION LIMIT 0")
+    server.execute(f"CREATE ROLE away NO{login}")
+    found = {
+        "password is wrong": refused(f"{here}?passfile={tmp_path / 'pass'}"),
+        "or missing": refused(f"{here}?passfile={tmp_path / 'none'}"),
+        "no database of this name": refused(server.url("nosuch")),
+        "no user of this name": refused(server.url("postgres", "away")),
+        "no more connections": refused(server.url("postgres", "few")),
+        "offers no TLS": refused(server.url("postgres") + "&sslmode=require"),
+        "nobody listens": refused("postgresql+psycopg://tg@127.0.0.1:1/registry"),
+        "host and port": refused(f"postgresql+psycopg://tg@/registry?host={tmp_path}"),
+    }
+    assert [says for says, message in found.items() if says not in message] == []
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ('FATAL:  no pg_hba.conf entry for host "10.0.0.1", user "tg"', "pg_hba.conf"),
+    ("FATAL:  remaining connection slots are reserved for superuser", "no more connections"),
+    ("FATAL:  sorry, too many clients already", "no more connections"),
+    ("FATAL:  the database system is starting up", "starting or stopping"),
+    ("FATAL:  the database system is shutting down", "starting or stopping"),
+    ("FATAL:  the database system is in recovery mode", "starting or stopping"),
+    ("SSL error: certificate verify failed", "is not trusted"),
+    ('server certificate for "a" does not match host name "b"', "is not trusted"),
+    ('root certificate file "/x" does not exist', "files for TLS"),
+    ("failed to resolve host 'db': [Errno -2] Name or service not known", "has no address"),
+    ('could not translate host name "db" to address: x', "has no address"),
+    ("connection timeout expired", "in time"),
+    ("FATAL:  no such database: x", "no database of this name"),
+    ("FATAL:  unsupported startup parameter: options", "pooler"),
+    ("FATAL:  Passwort-Authentifizierung", "not known here"),
+])  # fmt: skip
+def test_the_texts_of_servers_and_poolers_are_understood(text: str, says: str) -> None:
+    refusal = refusal_of(sa.exc.OperationalError("SELECT 4711", {}, ValueError(text)))
+    assert says in refusal.text + refusal.remedy
+
+
+@pytest.mark.parametrize(("before", "statement", "says"), [
+    ("SET TRANSACTION READ ONLY", "CREATE TABLE x (y int)", "a standby, or writes are"),
+    ("SET LOCAL statement_timeout = 10", "SELECT pg_sleep(5)", "was too slow"),
+    ("SET ROLE pg_monitor", "CREATE TABLE x (y int)", "may not do this"),
+    ("SELECT 1", "SELECT * FROM nosuch", "table is missing"),
+    ("SELECT 1", "EXECUTE nosuch", "a pooler"),
+])  # fmt: skip
+def test_statements_that_the_server_refuses_are_told_apart(
+    server: Postgres, before: str, statement: str, says: str
+) -> None:
+    with open_engine(server.url("postgres")).connect() as connection:
+        connection.exec_driver_sql(before)
+        with pytest.raises(StorageError, match=says), typed_refusal():
+            connection.exec_driver_sql(statement)
+
+
+def test_sqlite_that_refuses_is_told_apart(tmp_path: Path) -> None:
+    place = tmp_path / "home"
+    known = scratch_registry(place)
+    locker = sqlite3.connect(place / "registry.db", isolation_level=None)
+    known.database.engine.dispose()
+    with closing(locker), known.database.engine.connect() as connection:
+        connection.exec_driver_sql("ROLLBACK")
+        locker.execute("BEGIN IMMEDIATE")
+        connection.exec_driver_sql("PRAGMA busy_timeout=0")
+        with pytest.raises(StorageError, match="another program locks"), typed_refusal():
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+# --- a pooler between -----------------------------------------------------------------------
+
+
+def through(port: int, url: str) -> str:
+    return re.sub(r"@127.0.0.1:\d+", f"@127.0.0.1:{port}", url)
+
+
+@pytest.mark.parametrize("mode", ["transaction", "session"])
+def test_a_pooler_that_drops_the_limits_is_refused(
+    server: Postgres, tmp_path: Path, mode: str
+) -> None:
+    """A registry that freezes in a change would hold the one lock for good."""
+    home.create(tmp_path / "home")
+    name = server.new_database()
+    url = server.url(name)
+    with pgbouncer(server, mode) as port:
+        with pytest.raises(StorageError, match=r"lock_timeout = 0, although .* has set 30s") as was:
+            Registry(through(port, url), tmp_path / "home" / "keyring")
+        assert "pgbouncer" in was.value.message
+    assert server.execute("SELECT * FROM pg_tables WHERE schemaname = 'public'", name) == []
+
+
+def test_a_pooler_that_does_not_know_the_limits_has_its_own_sentence(server: Postgres) -> None:
+    with pgbouncer(server, "transaction", ignored="extra_float_digits") as port:
+        assert "a pooler in front" in refused(through(port, server.url("postgres")))
+
+
+def test_a_pooler_is_fine_where_the_server_sets_the_limits_for_the_user(
+    server: Postgres, tmp_path: Path
+) -> None:
+    """With `pool_mode = session`, as docs/storage.md says."""
+    home.create(tmp_path / "home")
+    url = url_of(tmp_path / "home")
+    for name, limit in LIMITS.items():
+        server.execute(f"ALTER ROLE {USER} SET {name} = '{limit}'")
+    try:
+        with pgbouncer(server, "session") as port:
+            known = Registry(through(port, url), tmp_path / "home" / "keyring", sole=True)
+            for _ in range(8):  # the driver prepares a statement that it has seen five times
+                known.runs.create("default", "{}")
+            assert known.audit_log.head("default").seq == 8
+            known.close()
+    finally:
+        server.execute(f"ALTER ROLE {USER} RESET ALL")
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_any_limit_that_is_dropped_is_noticed(name: str) -> None:
+    class Dropping:
+        """A connection whose server has forgotten one setting."""
+
+        def execute(self, _: str) -> Any:
+            found = {"server_version_num": "150000"} | {k: v[0] for k, v in NEEDED.items()}
+            return SimpleNamespace(fetchone=lambda: [*(found | LIMITS | {name: "0"}).values()])
+
+        def rollback(self) -> None:
+            pass
+
+    with pytest.raises(StorageError, match=f"{name} = 0, although"):
+        check_settings(Dropping(), None)
 
 
 # --- who uses it ----------------------------------------------------------------------------

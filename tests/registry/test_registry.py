@@ -25,6 +25,7 @@ from tg_tinker.client.recovery import lost_actor
 from tg_tinker.errors import (
     ActorLostError,
     IntegrityError,
+    InvalidRequestError,
     NotFoundError,
     StorageError,
     TGTinkerError,
@@ -183,6 +184,15 @@ def test_a_published_artifact_is_listed_with_its_facts(registry: Registry, run: 
     assert (info.artifact_id, info.training_client_id) == ("art-1", run)
     assert (info.step, info.size_bytes, info.include_optimizer) == (5, 123, False)
     assert abs(datetime.now(UTC) - info.created_at) < timedelta(minutes=1)
+
+
+def test_the_last_artifact_is_that_of_the_last_save_also_after_the_clock_was_set_back(
+    registry: Registry, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, now in (("a", 2e9), ("b", 1e9), ("c", 1e9), ("d", 3e9)):
+        monkeypatch.setattr("actors.registry.artifacts.time.time", lambda now=now: now)
+        publish(registry, run, name)
+        assert registry.runs.get(US, run)[0].last_artifact_id == name
 
 
 def test_the_last_artifact_of_a_run_is_the_newest_that_is_not_deleted(
@@ -398,7 +408,7 @@ def test_a_missing_database_is_refused_and_not_made_anew(place: Path) -> None:
     with pytest.raises(StorageError, match="does not exist: restore its backup"):
         open_registry(place)
     assert not (place / DATABASE).exists()
-    with pytest.raises(StorageError, match="does not exist"):
+    with pytest.raises(InvalidRequestError, match="sqlite:///FILE"):
         Registry("sqlite://", place / KEYRING)
 
 

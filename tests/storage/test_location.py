@@ -82,7 +82,9 @@ def test_paths_of_hdfs_are_absolute_and_others_begin_with_the_bucket() -> None:
         f"s3://bucket\n{SECRET}",
         f"/x\x1b]0;{SECRET}",
         f"file:///x%1b{SECRET}",
-        f"~nobody-of-this-name/{SECRET}",
+        f"file:///x/a\n{SECRET}",
+        f"file:///x/%ff{SECRET}",
+        f"file:///x/{SECRET}%20",
         f"s3:{SECRET}",
         f"user:{SECRET}@host/p",
         f"host:9000/{SECRET}",
@@ -99,6 +101,13 @@ def test_a_uri_with_a_secret_or_of_another_form_is_refused_and_not_repeated(root
         ArtifactStore(root)
     assert SECRET not in str(info.value)
     assert info.value.details == {}
+
+
+def test_a_folder_of_an_unknown_user_is_refused_and_not_repeated() -> None:
+    with pytest.raises(InvalidRequestError, match="knows no home of this user") as info:
+        ArtifactStore(f"~nobody-of-this-name/{SECRET}")
+    assert SECRET not in str(info.value)
+    assert info.value.__context__ is None
 
 
 def test_what_looks_like_a_uri_and_is_meant_as_a_folder_is_told_how_to_say_so() -> None:

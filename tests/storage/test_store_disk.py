@@ -239,3 +239,17 @@ def test_files_are_written_together_and_a_failure_waits_for_all(tmp_path: Path) 
         store.write_artifact(TENANT, ARTIFACT, files, KEY, lambda: CONTENT_OF_MANIFEST)
     go_on.set()
     assert store.objects.list_below() == []
+
+
+def test_files_are_open_to_this_user_alone_whatever_the_umask_of_the_program(
+    tmp_path: Path,
+) -> None:
+    """A program writes heads into the store itself, beside the actors."""
+    store, before = LocalFolder(tmp_path), os.umask(0)
+    try:
+        store.put("audit/head", b"1")
+        store.create("other", b"1")
+    finally:
+        os.umask(before)
+    found = [one for one in tmp_path.rglob("*") if one.stat().st_mode & 0o077]
+    assert found == []

@@ -16,6 +16,7 @@
 - kills.py: a process that dies at each of its calls of the disk.
 - storage_servers.py, disks.py, http_calls.py, listener.py: object stores and a network that fail on
   demand; a disk that does; HTTP without a library; a server or proxy that keeps what it hears.
+- messages.py: the messages that an operator can meet, and their page in docs/.
 - other_user.py: a second user of this machine.
 - serving.py, replicas.py: `tg-tinker serve` as a program, and its model asked without a server; the
   HTTP application in the process of the test.

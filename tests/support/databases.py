@@ -24,6 +24,7 @@ import pytest
 
 from actors.registry.schema import METADATA
 from support.processes import free_port
+from tg_tinker.cluster.node import answers
 
 _HOW = "apt-get install postgresql"
 USER, PASSWORD = "tg", "pg-secret-4711"
@@ -48,7 +49,7 @@ class Postgres:
 
     def start(self, **settings: str) -> None:
         options = [f"-c{name}={value}" for name, value in settings.items()]
-        self.process = self._run("postgres", "-D", str(self.folder / "data"), *options)
+        self.process = self.run("postgres", "-D", str(self.folder / "data"), *options)
         deadline = time.monotonic() + 30
         while not self._answers():
             assert self.process.poll() is None, (self.folder / "log").read_text()
@@ -98,14 +99,16 @@ class Postgres:
             nobody = pwd.getpwnam("nobody")
             (self.folder / "data").mkdir()
             os.chown(self.folder / "data", nobody.pw_uid, nobody.pw_gid)
-        made = self._run(
+        made = self.run(
             "initdb", "--no-sync", "-A", "scram-sha-256", "-U", USER, "-E", "UTF8",
             "--locale", "C.UTF-8", "--pwfile", str(self.folder / "secret"), "-D",
             str(self.folder / "data"),
         )  # fmt: skip
         assert made.wait(60) == 0, (self.folder / "log").read_text()
 
-    def _run(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
+    def run(self, program: str | Path, *arguments: str) -> subprocess.Popen[bytes]:
+        """Starts one of the server's programs, or another by its path, as another user than
+        root."""
         other: dict[str, Any] = {}
         if os.getuid() == 0:  # it refuses to run as root
             nobody = pwd.getpwnam("nobody")
@@ -147,6 +150,36 @@ def postgres_server() -> Iterator[Postgres]:
     finally:
         server.stop()
         shutil.rmtree(folder)
+
+
+@contextmanager
+def pgbouncer(server: Postgres, mode: str, ignored: str = "options") -> Iterator[int]:
+    """Yields the port of a pgbouncer in front of a server. Whoever connects is its one user.
+
+    Args:
+        mode: `transaction` or `session`.
+        ignored: The settings of a connection that it drops without a word.
+    """
+    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        pytest.skip("pgbouncer is not installed: apt-get install pgbouncer")
+    port, file = free_port(), server.folder / "pgbouncer.ini"
+    file.write_text(
+        f"[databases]\n* = host=127.0.0.1 port={server.port} user={USER} password={PASSWORD}\n"
+        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nauth_type = any\n"
+        f"pool_mode = {mode}\nignore_startup_parameters = {ignored}\nunix_socket_dir =\n"
+    )
+    running = server.run(Path(program), str(file))
+    try:
+        deadline = time.monotonic() + 30
+        while not answers(f"127.0.0.1:{port}"):
+            assert running.poll() is None, (server.folder / "log").read_text()
+            assert time.monotonic() < deadline, "pgbouncer does not start"
+            time.sleep(0.05)
+        yield port
+    finally:
+        running.terminate()
+        running.wait(30)
 
 
 def _binaries() -> Path:

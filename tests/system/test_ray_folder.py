@@ -112,6 +112,27 @@ def test_any_failure_of_rays_start_is_a_typed_error(monkeypatch: pytest.MonkeyPa
         assert "space" not in str(caught.value)
 
 
+def test_an_embedded_cluster_starts_for_this_user_alone_whatever_the_umask(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray's processes make their sockets with the umask that they start with."""
+    seen = []
+
+    def started(*_: object, **__: object) -> None:
+        seen.append(os.umask(0o077))
+        raise KeyError
+
+    monkeypatch.setattr(ray, "init", started)
+    before = os.umask(0)
+    try:
+        with pytest.raises(ClusterUnavailableError):
+            connection.connect("local")
+        assert os.umask(0) == 0, "the program has its own again"
+    finally:
+        os.umask(before)
+    assert seen == [0o077]
+
+
 @pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
 def test_a_cluster_that_ray_start_noted_below_another_folder_is_found(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -48,10 +48,15 @@ def up(
     from tg_tinker.backend import serve_backend
     from tg_tinker.client.home import init_home
     from tg_tinker.cluster import node
-    from tg_tinker.cluster.authentication import check_token, make_token, token_file
+    from tg_tinker.cluster.authentication import (
+        check_token,
+        make_token,
+        name_token,
+        token_file,
+    )
     from tg_tinker.cluster.connection import WITHOUT_TLS
     from tg_tinker.errors import InvalidRequestError
-    from tg_tinker.storage.home import home_directory
+    from tg_tinker.storage.home import home_directory, unusable
 
     home = home_directory()
     reached = [host] if join is None else [host, _host_of(join)]
@@ -61,7 +66,11 @@ def up(
     if join is None:
         init_home(home)
     else:
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise unusable(home, error) from None
+    name_token()
     serve_backend().seal_http()
     with Console(stderr=True).status("starting Ray"), node.alone(home):
         if join is None:

@@ -18,6 +18,8 @@ from tg_tinker.cluster.other_users import is_exposed, keeps_out
 from tg_tinker.cluster.ray_calls import lazy_ray
 from tg_tinker.errors import ClusterUnavailableError, InvalidRequestError, StorageError
 from tg_tinker.storage.files import written
+from tg_tinker.storage.home import home_directory, unusable
+from tg_tinker.storage.paths import absolute_path
 
 TESTED_RAY = "2.60"
 """The oldest version of Ray that the tests have passed with; pyproject.toml allows no older one."""
@@ -36,10 +38,41 @@ HOW_TO_CLOSE = (
 )
 
 
+_PATH = "RAY_AUTH_TOKEN_PATH"
+
+
 def token_file(environment: Mapping[str, str] = os.environ) -> Path:
-    """Returns the path of the file from which Ray reads its token."""
-    named = environment.get("RAY_AUTH_TOKEN_PATH")
-    return Path(named).expanduser() if named else Path.home() / ".ray" / "auth_token"
+    """Returns the path of the file with Ray's token: the one that `RAY_AUTH_TOKEN_PATH` names, else
+    Ray's own, else `ray-token` in the home of TG-Tinker.
+
+    The last is for users without a home of their own that they may write to, as in a container that
+    runs under a number alone. Ray finds this file after `name_token`.
+
+    Raises:
+        InvalidRequestError, StorageError: see `absolute_path` and `home_directory`.
+    """
+    if named := environment.get(_PATH):
+        return absolute_path(Path(named))
+    try:
+        own = Path("~/.ray/auth_token").expanduser()
+        there = next(one for one in (own, *own.parents) if one.exists())
+        if not there.is_dir() or os.access(there, os.W_OK | os.X_OK):
+            return own
+    except (RuntimeError, OSError):  # no such user, or a folder is closed to this one
+        pass
+    return home_directory() / "ray-token"
+
+
+def name_token() -> None:
+    """Names the token's file to Ray, to its nodes and workers, where it is in TG-Tinker's home."""
+    if (token := token_file()) == home_directory() / "ray-token":
+        os.environ[_PATH] = str(token)
+
+
+def _is_named(environment: Mapping[str, str]) -> bool:
+    """Returns whether the operator has named the token's file, and not `name_token`."""
+    named = environment.get(_PATH)
+    return bool(named) and Path(str(named)) != home_directory() / "ray-token"
 
 
 def check_token(environment: Mapping[str, str] = os.environ) -> bool:
@@ -53,7 +86,7 @@ def check_token(environment: Mapping[str, str] = os.environ) -> bool:
     token = token_file(environment)
     if not token.is_file():
         return False
-    is_named = bool(environment.get("RAY_AUTH_TOKEN_PATH"))
+    is_named = _is_named(environment)
     if not is_named and not is_exposed(token):
         _close(token)
     if wrong := wrong_with(token):
@@ -83,7 +116,7 @@ def make_token(environment: Mapping[str, str] = os.environ) -> None:
     Raises:
         StorageError: the file cannot be made, or see `check_token`.
     """
-    if check_token(environment) or environment.get("RAY_AUTH_TOKEN_PATH"):
+    if check_token(environment) or _is_named(environment):
         return
     token = token_file(environment)
     try:
@@ -93,6 +126,8 @@ def make_token(environment: Mapping[str, str] = os.environ) -> None:
             os.link(made, token)  # Unless another program has made it meanwhile.
         wrong = "" if check_token(environment) else "its name is taken"
     except OSError as error:
+        if token.parent == home_directory():
+            raise unusable(token.parent, error) from None
         wrong = error.strerror or type(error).__name__
     if wrong:
         raise StorageError(

@@ -31,8 +31,9 @@ from tg_tinker.errors import (
     PlacementError,
     StorageError,
 )
-from tg_tinker.storage.databases import REVISION, SQLITE, revision_on_record
+from tg_tinker.storage.databases import REVISION, revision_on_record
 from tg_tinker.storage.envelope import open_payload, seal_payload
+from tg_tinker.storage.sqlite_files import sqlite_file, sqlite_url
 from tg_tinker.types import ClusterStatus
 
 _log = logging.getLogger("tg_tinker")
@@ -84,8 +85,8 @@ class Cluster:
         can then change nothing. On an embedded cluster they work beside each other.
         """
         sole = not self.embedded
-        if self.embedded and database.startswith(SQLITE):
-            _upgrade(Path(database.removeprefix(f"{SQLITE}/")))
+        if self.embedded and (file := sqlite_file(database)) is not None:
+            _upgrade(file)
         with translated():
             actor = actors_backend().start_registry(
                 self.namespace, database, keyring, audit_keys, sole
@@ -301,7 +302,7 @@ def _upgrade(file: Path) -> None:
     backup = file.with_name(
         f"{file.stem}-{found}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.db"
     )
-    before, after = actors_backend().upgrade_registry(f"{SQLITE}/{file}", backup)
+    before, after = actors_backend().upgrade_registry(sqlite_url(file), backup)
     if before != after:
         _log.warning(
             "upgraded the registry %s from revision %s to %s; the previous state is in %s",

@@ -15,6 +15,7 @@ from tg_tinker.cluster.authentication import (
     check_authenticated,
     check_token,
     make_token,
+    name_token,
     require_token,
 )
 from tg_tinker.cluster.interrupts import ctrl_c_held_back
@@ -23,6 +24,7 @@ from tg_tinker.cluster.ray_calls import lazy_ray, translated
 from tg_tinker.cluster.ray_folder import private_ray_folder, ray_folder
 from tg_tinker.errors import ClusterUnavailableError, InvalidRequestError
 from tg_tinker.storage.home import home_directory
+from tg_tinker.storage.paths import absolute_path
 
 WITHOUT_TLS = "TG_TINKER_WITHOUT_TLS"
 
@@ -54,9 +56,11 @@ def connect(address: str | None) -> bool:
     Raises:
         ClusterUnavailableError: no cluster answers, Ray did not start, or see `running_cluster`.
         InvalidRequestError: the address is not supported, the cluster requires no token, or see
-            `check_encrypted` and `check_ray_folder`.
-        StorageError: see `make_token`.
+            `check_encrypted` and `check_ray_folder`; or the working directory was removed.
+        StorageError: see `make_token` and `home_directory`.
     """
+    absolute_path(Path())  # Ray starts its processes in the working directory.
+    name_token()
     target = address or os.environ.get("RAY_ADDRESS")
     if target in (None, "auto"):
         # Ray itself would follow links, and take any cluster that it sees on this machine.
@@ -95,7 +99,7 @@ def _start_embedded() -> None:
     make_token()
     serve_backend().seal_http()
     require_token()
-    with _quiet_stderr(), _starting():
+    with _quiet_stderr(), _closed_umask(), _starting():
         lazy_ray().init(
             address="local", include_dashboard=False, _temp_dir=str(folder),
             object_store_memory=_OBJECT_STORE_BYTES, **_QUIET,
@@ -216,6 +220,17 @@ def _noted_in(folder: Path) -> str:
             " an embedded cluster. A cluster of `tg-tinker up` is found without"
         )
     return address
+
+
+@contextlib.contextmanager
+def _closed_umask() -> Iterator[None]:
+    """Has Ray's processes make their files and sockets for this user alone, whatever the umask of
+    the program, as `tg-tinker up` does."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 @contextlib.contextmanager

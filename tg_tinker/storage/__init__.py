@@ -2,7 +2,8 @@
 
 - stores.py, databases.py, keyrings.py: the meaning of a store URI, a database URL and a keyring
   location. None of the three may contain a secret.
-- home.py: the location of the home directory.
+- sqlite_files.py: the URL of a SQLite file, and the path in such a URL.
+- home.py, paths.py: the location of the home directory; absolute paths.
 - files.py: small files, written completely and durably.
 - envelope.py: sealing of bytes: keys, contexts, files, payloads.
 - segments.py: the segments of a sealed file.

@@ -9,14 +9,15 @@ import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
-from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.hosts import is_loopback
-from tg_tinker.texts import check_texts
+from tg_tinker.storage.sqlite_files import connect_read_only, sqlite_file, sqlite_url
+from tg_tinker.texts import check_text
 
 SETTING = "TG_TINKER_DATABASE"
-SQLITE, POSTGRESQL = "sqlite://", "postgresql+psycopg://"
+POSTGRESQL = "postgresql+psycopg://"
 FORM = f"{POSTGRESQL}USER@HOST:PORT/NAME"
 
 OPTIONS = (
@@ -34,7 +35,7 @@ def default_database(home: Path) -> str:
     Raises:
         InvalidRequestError: see `check_database`.
     """
-    return check_database(os.environ.get(SETTING) or f"{SQLITE}/{database_file(home)}")
+    return check_database(os.environ.get(SETTING) or sqlite_url(database_file(home)))
 
 
 def database_file(home: Path) -> Path:
@@ -63,8 +64,7 @@ def revision_on_record(file: Path) -> str | None:
     needs only Python's own `sqlite3`.
     """
     try:
-        uri = f"file:{quote(str(file.absolute()))}?mode=ro"
-        with closing(sqlite3.connect(uri, uri=True)) as connection:
+        with closing(connect_read_only(file)) as connection:
             tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
             if REVISION_TABLE in tables:
                 query = f"SELECT version_num FROM {REVISION_TABLE}"  # noqa: S608
@@ -75,15 +75,18 @@ def revision_on_record(file: Path) -> str | None:
 
 
 def check_database(url: str) -> str:
-    """Returns the URL unchanged.
+    """Returns the URL. That of a SQLite file gets the absolute path, for every process the same.
 
     Raises:
         InvalidRequestError: the URL has another form, holds a password or another option than
-            `OPTIONS`, or needs `sslmode`. The message does not repeat the URL.
+            `OPTIONS`, or needs `sslmode`; or see `sqlite_file`. The message does not repeat the
+            URL.
     """
-    check_texts(url, "the database URL")
-    if url.startswith(SQLITE):
-        return url
+    check_text(url, "the database URL")
+    if (file := sqlite_file(url)) is not None:
+        return sqlite_url(file)
+    if not url.isprintable():  # `urlsplit` drops line breaks, the driver does not
+        raise _refused()
     try:
         parts = urlsplit(url)
         options = parse_qs(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))

@@ -47,13 +47,21 @@ def place_of(keyring: str | os.PathLike[str]) -> Path | Variable:
     if variable != text and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
         return Variable(variable)
     service = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", text)  # kms:..., vault:..., env: without a name
-    path = None if service or is_keyring(text) or _KEY.fullmatch(text) else local_path(text)
+    key = is_keyring(text) or (_KEY.fullmatch(text) and not _in_a_folder(text))
+    path = None if service or key else local_path(text)
     if path is None:
         raise InvalidRequestError(
             "a keyring is the path of a file, or env:NAME for an environment variable that holds"
             " the keyring's text, but never the text itself. Key services are not supported yet"
         )
     return path
+
+
+def _in_a_folder(text: str) -> bool:
+    """Returns whether a text begins with a folder of this machine, such as ``/home/``. A key would
+    do so by chance alone, while folders such as `lr=0.1` are common."""
+    path = Path(text)
+    return path.is_absolute() and len(path.parts) > 2 and Path(*path.parts[:2]).is_dir()
 
 
 def check_key_id(text: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from tg_tinker.errors import InvalidRequestError
+from tg_tinker.storage.paths import absolute_path
 
 FORMS = {
     "s3": "s3://BUCKET/PREFIX",
@@ -64,8 +66,8 @@ def parse(root: str) -> Path | Location:
     against the working directory; `~` is expanded.
 
     Raises:
-        InvalidRequestError: the text has none of `FORMS`. The message does not repeat the text,
-            which may hold a secret.
+        InvalidRequestError: the text has none of `FORMS`, or see `absolute_path`. The message does
+            not repeat the text, which may hold a secret.
     """
     name, colon, rest = root.partition("/")[0].partition(":")
     if not colon or len(name) < 2:  # a single letter is no scheme: C:/ is a folder
@@ -102,15 +104,14 @@ def as_text(root: str) -> str:
 def local_path(text: str) -> Path | None:
     """Returns the text as an absolute path, with `~` expanded.
 
-    Returns None if the text holds control characters, starts or ends with a blank, or names an
-    unknown user after `~`.
+    Returns None if the text holds control characters, or starts or ends with a blank.
+
+    Raises:
+        InvalidRequestError: see `absolute_path`.
     """
     if not text.isprintable() or text != text.strip():
         return None
-    try:
-        return Path(text).expanduser().absolute()
-    except RuntimeError:
-        return None
+    return absolute_path(Path(text))
 
 
 def check_name(name: str) -> str:
@@ -162,12 +163,13 @@ def is_component(name: str) -> bool:
 
 def _folder(uri: str) -> Path:
     parts = urlsplit(uri)
-    folder = unquote(parts.path)
-    local = uri.startswith("file://") and parts.netloc in ("", "localhost")
-    printable = folder.isprintable()  # control characters would act on a terminal
-    if not local or not folder.startswith("/") or not printable or parts.query or parts.fragment:
+    folder = os.fsdecode(unquote_to_bytes(parts.path))
+    # Before it is taken apart: `urlsplit` drops line breaks, and what is left is another folder.
+    local = uri.isprintable() and uri.startswith("file://") and parts.netloc in ("", "localhost")
+    found = local_path(folder) if folder.startswith("/") else None
+    if not local or found is None or parts.query or parts.fragment:
         raise _refused("file")
-    return Path(folder)
+    return found
 
 
 def _refused(scheme: str) -> InvalidRequestError:
