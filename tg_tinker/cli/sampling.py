@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from rich.markup import escape
 
 from tg_tinker.cli.http_client import Server
 from tg_tinker.cli.shared import connector
+from tg_tinker.cluster.interrupts import Stopped
 from tg_tinker.errors import InvalidRequestError, TGTinkerError
 from tg_tinker.storage.files import new_file
 from tg_tinker.texts import check_text
@@ -80,18 +80,15 @@ def serve(
         _write_config(write_config, model, host, port, replicas)
         return
     check_serving(model, host, port)
-    console, stopped = Console(stderr=True), threading.Event()
+    console = Console(stderr=True)
     with connector(ctx, begins=True)() as service:
-        # Only now: Ray sets its own handler when it starts, and that one prints stack frames.
-        signal.signal(signal.SIGTERM, lambda *_: stopped.set())
         with console.status("loading the model"):
             url = service.serve_http(model, host, port, max_replicas=replicas)
         console.print(
             f"Serving at [bold]{url}[/]. {_opened_by(len(service.list_api_keys()))} {_STOP}"
         )
         console.print(f"Metrics for Prometheus: {' '.join(service.metrics_urls())}", style="dim")
-        while not stopped.wait(1):
-            pass
+        threading.Event().wait()  # until a stop: Ctrl-C, SIGTERM or SIGHUP
 
 
 def _opened_by(keys: int) -> str:
@@ -211,10 +208,13 @@ def _answer(events: Iterator[dict[str, Any]]) -> str:
     """Prints an answer as it arrives, until its end or Ctrl-C. Returns the printed text."""
     parts = []
     try:
-        with contextlib.suppress(KeyboardInterrupt):
-            for event in events:
-                parts.append(event["choices"][0]["delta"]["content"])
-                typer.echo(parts[-1], nl=False)
+        for event in events:
+            parts.append(event["choices"][0]["delta"]["content"])
+            typer.echo(parts[-1], nl=False)
+    except Stopped:
+        raise
+    except KeyboardInterrupt:
+        pass
     finally:
         typer.echo()
     return "".join(parts)

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tg_tinker.cluster.authentication import (
     make_token,
     require_token,
 )
-from tg_tinker.cluster.interrupts import ctrl_c_held_back
+from tg_tinker.cluster.interrupts import stops_held_back, stops_raise
 from tg_tinker.cluster.other_users import is_foreign_link, keeps_out, others_listen, read_own
 from tg_tinker.cluster.ray_calls import lazy_ray, translated
 from tg_tinker.cluster.ray_folder import private_ray_folder, ray_folder
@@ -153,15 +154,17 @@ def _refuse_unencrypted(machines: set[str]) -> None:
 
 @contextlib.contextmanager
 def _starting() -> Iterator[None]:
-    """Delays Ctrl-C during `ray.init`, and translates its errors.
+    """Delays stops during `ray.init`, translates its errors, and keeps Ray out of signals.
 
-    An interrupted `ray.init` would leave a process that crashes at its end.
+    An interrupted `ray.init` would leave a process that crashes at its end. A program that has no
+    way of its own to handle SIGTERM and SIGHUP gets that of Ctrl-C.
 
     Raises:
         ClusterUnavailableError: Ray did not start, or refused this process.
     """
+    stops_raise()
     try:
-        with ctrl_c_held_back():
+        with stops_held_back(), _apart():
             yield
     except KeyboardInterrupt:
         lazy_ray().shutdown()
@@ -173,6 +176,24 @@ def _starting() -> Iterator[None]:
             " cluster, and that RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token contains its token. On a"
             " busy machine, try again"
         ) from None
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """Keeps Ray from handling SIGTERM, and its processes from the signals of this program's group.
+
+    Terminals, `timeout` and batch systems send a signal to the whole group of a program. It must
+    reach the program alone, which needs its cluster in order to save.
+    """
+    private = lazy_ray()._private
+    start, handle = private.services.ConsolePopen, private.utils.set_sigterm_handler
+    private.services.ConsolePopen = partial(start, process_group=0)
+    private.utils.set_sigterm_handler = lambda _: None
+    try:
+        yield
+    finally:
+        private.services.ConsolePopen = start
+        private.utils.set_sigterm_handler = handle
 
 
 def running_cluster() -> str | None:
