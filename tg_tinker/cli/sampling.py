@@ -60,12 +60,13 @@ def serve(
         typer.Option(help="File to write for `serve deploy`; nothing is started then."),
     ] = None,
 ) -> None:
-    """Serve a model over HTTP with OpenAI's API, until Ctrl-C.
+    """Serve a model over HTTP with OpenAI's API, until Ctrl-C or SIGTERM.
 
     It serves the base model, every saved artifact of runs on this base model,
     and runs that are live on the same Ray cluster. It uses a cluster that
     `tg-tinker up` or `ray start --head` left running, or else starts one for
-    this command.
+    this command. With this one, a stop lets the answers end that have begun,
+    for up to 8 seconds, and refuses new requests; a second stop ends at once.
 
       [cyan]tg-tinker serve[/]
       [cyan]curl localhost:8000/v1/models[/]
