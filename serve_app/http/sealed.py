@@ -90,7 +90,7 @@ class ProxyEnd:
         await self._app({**scope, "extensions": extensions}, sealed, opened)
 
     async def _routes(self) -> dict[str, str] | None:
-        """Returns Serve's own list: the application of each route. None if Serve has no list yet."""
+        """Returns Serve's own list, the application of each route; None if there is none yet."""
         answer = bytearray()
 
         async def nothing() -> Message:

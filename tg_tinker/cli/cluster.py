@@ -160,8 +160,8 @@ def _host_of(join: str) -> str:
 def _need_a_cluster() -> None:
     import os
 
-    from tg_tinker.cluster.connection import running_cluster
+    from tg_tinker.cluster.connection import fitting_cluster
     from tg_tinker.errors import ClusterUnavailableError
 
-    if not os.environ.get("RAY_ADDRESS") and running_cluster() is None:
+    if not os.environ.get("RAY_ADDRESS") and fitting_cluster() is None:
         raise ClusterUnavailableError("no cluster runs here: start one with `tg-tinker up`")

@@ -221,9 +221,9 @@ def translated() -> Iterator[None]:
     except errors.RayActorError as error:
         if _NOT_IMPORTED in str(error):
             raise ClusterUnavailableError(
-                "a worker of the Ray cluster cannot import TG-Tinker: rename files and folders named"
-                f" {', '.join(PACKAGES)} in the working directory and on the PYTHONPATH of the"
-                " workers, and install the same version of TG-Tinker on every node"
+                "a worker of the Ray cluster cannot import TG-Tinker: rename files and folders"
+                f" named {', '.join(PACKAGES)} in the working directory and on the PYTHONPATH of"
+                " the workers, and install the same version of TG-Tinker on every node"
             ) from None
         reason = _how_it_ended(error)
         raise ActorLostError(
