@@ -13,8 +13,10 @@ import grpc
 import pytest
 import ray
 from ray.core.generated import gcs_service_pb2
+from typer.testing import CliRunner
 
 from tg_tinker import ClusterUnavailableError
+from tg_tinker.cli.main import main
 from tg_tinker.cluster import connection, node
 from tg_tinker.cluster.node import Node
 
@@ -138,6 +140,24 @@ def test_a_cluster_of_up_that_does_not_fit_is_passed_over_too(
     monkeypatch.setattr(node, "read", lambda _: Node(found.address, "", 1, 1))
     assert connection.connect(None)
     assert "which `tg-tinker up` started" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["status"], "no cluster that this program can use"),
+     (["down"], "End the cluster with all its training clients")],
+)  # fmt: skip
+def test_commands_about_a_cluster_start_none_beside_one_that_does_not_fit(
+    words: list[str], said: str, found: Found, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted(found, about=OTHER_RAY)
+    ours = Node(found.address, "http://127.0.0.1:1", 1, 1)
+    monkeypatch.setattr(node, "read", lambda _: ours)
+    monkeypatch.setattr(node, "stop", lambda _: pytest.fail("it was ended without a question"))
+    done = CliRunner().invoke(main, words, input="n\n")
+    assert done.exit_code == 1
+    assert said in done.output
+    assert found.joined == []
 
 
 @pytest.mark.parametrize("named", [True, False])
