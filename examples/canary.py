@@ -44,6 +44,7 @@ from tg_tinker import (
     TGTinkerError,
     TrainingClient,
     TrainingConfig,
+    exit_status,
 )
 from tg_tinker.data import IGNORED, Encoded, as_batch, make_batches
 from tg_tinker.demo import find_demo_model, plots
@@ -433,6 +434,6 @@ if __name__ == "__main__":
         main()
     except TGTinkerError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("Stopped. Nothing was written.", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(exit_status(stop))

@@ -16,7 +16,7 @@ from itertools import islice
 
 from train_chat import count, encode, evaluate, load_rows, show_answer, train_and_save
 
-from tg_tinker import ServiceClient, TGTinkerError
+from tg_tinker import ServiceClient, TGTinkerError, exit_status
 from tg_tinker.data import make_batches
 
 EPILOG = """\
@@ -55,10 +55,9 @@ def main() -> None:
             training, held_out = encode(tc, rows)
             print(f"held-out loss before: {evaluate(tc, held_out):.3f}")
             batches = make_batches(training, tc.config.batch_size, tc.config.seed)
-            finished = train_and_save(tc, islice(batches, tc.step, tc.step + options.steps))
-            if finished:
-                print(f"held-out loss after: {evaluate(tc, held_out):.3f}")
-                show_answer(tc, rows[0])
+            train_and_save(tc, islice(batches, tc.step, tc.step + options.steps))
+            print(f"held-out loss after: {evaluate(tc, held_out):.3f}")
+            show_answer(tc, rows[0])
 
 
 def newest_run(service: ServiceClient) -> str:
@@ -73,5 +72,5 @@ if __name__ == "__main__":
         main()
     except TGTinkerError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        sys.exit(exit_status(stop))

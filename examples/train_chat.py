@@ -4,18 +4,17 @@
     python examples/train_chat.py --data chats.jsonl
 
 The program reads rows and encodes them with the model's chat template. It trains with the next step
-always queued, measures the loss on held-out rows, and saves an encrypted checkpoint. Ctrl-C during
-training completes the queued steps and saves too. `resume.py` continues where this program stopped.
+always queued, measures the loss on held-out rows, and saves an encrypted checkpoint. A stop during
+training (Ctrl-C, SIGTERM or SIGHUP) completes the queued steps and saves too; a second one exits at
+once. `resume.py` continues where this program stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from threading import Event
 from typing import Any
@@ -28,6 +27,8 @@ from tg_tinker import (
     TGTinkerError,
     TrainingClient,
     TrainingConfig,
+    exit_status,
+    stop_noted,
 )
 from tg_tinker.data import (
     Encoded,
@@ -123,11 +124,9 @@ def main() -> None:
         training, held_out = encode(tc, rows)
         print(f"held-out loss before: {evaluate(tc, held_out):.3f}")
         batches = make_batches(training, config.batch_size, config.seed)
-        finished = train_and_save(tc, islice(batches, options.steps))
-        if finished:
-            print(f"held-out loss after: {evaluate(tc, held_out):.3f}")
-            show_answer(tc, rows[0])
-        print(f"to continue, run: python examples/resume.py {tc.id}")
+        train_and_save(tc, islice(batches, options.steps))
+        print(f"held-out loss after: {evaluate(tc, held_out):.3f}")
+        show_answer(tc, rows[0])
 
 
 # --- the parts, which resume.py uses too --------------------------------------------------------
@@ -168,13 +167,14 @@ def evaluate(tc: TrainingClient, rows: Sequence[Encoded]) -> float:
     return sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
 
 
-def train_and_save(tc: TrainingClient, batches: Iterable[BatchData]) -> bool:
-    """Trains and saves. Returns False if Ctrl-C ended the training early."""
-    with ctrl_c_sets_event() as stop:
+def train_and_save(tc: TrainingClient, batches: Iterable[BatchData]) -> None:
+    """Trains and saves. A stop ends the training early and, after the save, the program."""
+    with stop_noted() as stop:
         train(tc, batches, stop)
         saved = tc.save_state(metadata={"stopped_early": stop.is_set()})
-    print(f"saved {saved.artifact_id} at step {tc.step}: {saved.size_bytes / 1e6:.1f} MB encrypted")
-    return not stop.is_set()
+        size = f"{saved.size_bytes / 1e6:.1f} MB encrypted"
+        print(f"saved {saved.artifact_id} at step {tc.step}: {size}")
+        print(f"to continue, run: python examples/resume.py {tc.id}")
 
 
 def train(tc: TrainingClient, batches: Iterable[BatchData], stop: Event) -> None:
@@ -203,27 +203,10 @@ def show_answer(tc: TrainingClient, row: Row) -> None:
     print(f"answer to the first question: {answer.completion!r}")
 
 
-@contextmanager
-def ctrl_c_sets_event() -> Iterator[Event]:
-    """Yields an event that the first Ctrl-C in the block sets. The second Ctrl-C interrupts."""
-    pressed = Event()
-
-    def on_ctrl_c(number: int, frame: object) -> None:
-        if pressed.is_set():
-            raise KeyboardInterrupt
-        pressed.set()
-
-    before = signal.signal(signal.SIGINT, on_ctrl_c)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 if __name__ == "__main__":
     try:
         main()
     except TGTinkerError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        sys.exit(exit_status(stop))

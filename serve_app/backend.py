@@ -28,6 +28,11 @@ class Backend:
 
         serve_http(host, port, replicas, where, **options)
 
+    def end_http(self, within_s: float) -> None:
+        from serve_app.application import end_http
+
+        end_http(within_s)
+
     def config(
         self, model_ref: str, dtype: str, host: str, port: int, replicas: int, namespace: str
     ) -> str:

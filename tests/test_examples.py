@@ -74,7 +74,7 @@ def test_an_interrupted_run_saves_and_resumes_to_the_bit(tiny_model: Path, tmp_p
     environment = os.environ | {"TG_TINKER_HOME": str(home), "RAY_ADDRESS": "local"}
     options = ["--model", tiny_model, "--data", data, "--batch-size", 2, "--max-length", 100]
 
-    # Ctrl-C in a terminal reaches the whole process group, so the program gets its own.
+    # A signal to the whole process group, as of a terminal, reaches the program alone.
     with subprocess.Popen(
         command("train_chat.py", *options, "--steps", 100_000),
         env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True,
@@ -82,10 +82,10 @@ def test_an_interrupted_run_saves_and_resumes_to_the_bit(tiny_model: Path, tmp_p
         assert training.stdout is not None
         for line in training.stdout:
             if line.startswith("step 3 "):
-                os.killpg(training.pid, signal.SIGINT)
+                os.killpg(training.pid, signal.SIGTERM)
                 break
         interrupted = training.stdout.read()
-        assert training.wait(120) == 0
+        assert training.wait(120) == 143
     saved = re.search(r"^saved art-\w+ at step (\d+)", interrupted, re.M)
     assert saved is not None, interrupted
     step = int(saved[1])

@@ -32,6 +32,7 @@ Importing this package does not load torch, ray or transformers.
 from tg_tinker.client.future import FutureHandle
 from tg_tinker.client.service import ServiceClient
 from tg_tinker.client.training import TrainingClient
+from tg_tinker.cluster.interrupts import Stopped, exit_status, stop_noted
 from tg_tinker.config import (
     CheckpointConfig,
     DPConfig,
@@ -141,6 +142,7 @@ __all__ = [
     "SaveStateResult",
     "ServiceClient",
     "ServiceError",
+    "Stopped",
     "StorageError",
     "StreamChunk",
     "TGTinkerError",
@@ -150,4 +152,6 @@ __all__ = [
     "VersionGoneError",
     "WindowSpoiledError",
     "batch_hash",
+    "exit_status",
+    "stop_noted",
 ]

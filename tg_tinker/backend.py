@@ -13,15 +13,18 @@ with a wrong argument fails `make lint`.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, packages_distributions
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from tg_tinker.config import ResourceConfig, TrainingConfig
-from tg_tinker.errors import ClusterUnavailableError
+from tg_tinker.errors import ClusterUnavailableError, InvalidRequestError
 from tg_tinker.records.entries import Entry
 from tg_tinker.records.heads import AuditHead
 from tg_tinker.records.report import PrivacyInfo
@@ -38,6 +41,12 @@ from tg_tinker.types import (
 )
 
 GROUP = "tg_tinker.backends"
+
+PACKAGES = ("actors", "serve_app", "tg_tinker")
+"""The packages of one installation, which stand side by side."""
+
+_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""The variable by which Ray tells the program of a job how its workers run."""
 
 Outcomes = Iterator[tuple[str, str]]
 """Pairs of an artifact id or another name, and the problem; the problem is empty on success."""
@@ -266,6 +275,7 @@ class ServeBackend(Protocol):
     def serve_http(
         self, host: str, port: int, replicas: int, where: dict[str, Any], **options: Any
     ) -> None: ...
+    def end_http(self, within_s: float) -> None: ...
     def config(
         self, model_ref: str, dtype: str, host: str, port: int, replicas: int, namespace: str
     ) -> str: ...
@@ -277,6 +287,7 @@ def actors_backend() -> ActorsBackend:
 
     Raises:
         ClusterUnavailableError: `actors` is not installed.
+        InvalidRequestError: see `check_packages`.
     """
     return cast("ActorsBackend", _loaded("actors"))
 
@@ -286,11 +297,61 @@ def serve_backend() -> ServeBackend:
 
     Raises:
         ClusterUnavailableError: `serve_app` is not installed.
+        InvalidRequestError: see `check_packages`.
     """
     return cast("ServeBackend", _loaded("serve_app"))
 
 
+def check_packages(environment: Mapping[str, str] = os.environ) -> None:
+    """Checks that no other module has the name of one of our packages.
+
+    Python, in this program and in Ray's workers, takes a file or folder beside the program before
+    any installed package.
+
+    Raises:
+        InvalidRequestError: another module has the name; the message says where it is.
+    """
+    beside = Path(__file__).resolve().parents[1]
+    for name in PACKAGES:
+        for found in (*_found(name), *_in_job(name, environment)):
+            if found != beside / name:
+                raise InvalidRequestError(_taken(name, found))
+
+
+def _found(name: str) -> list[Path]:
+    """Returns the file or folder of the module that `import` gives under a name."""
+    spec = None
+    with suppress(ValueError):  # Something without a file is in `sys.modules`.
+        spec = find_spec(name)
+    if spec is None:
+        return []
+    if spec.submodule_search_locations is not None:
+        return [Path(folder).resolve() for folder in spec.submodule_search_locations][:1]
+    return [Path(spec.origin or name).resolve()]
+
+
+def _in_job(name: str, environment: Mapping[str, str]) -> list[Path]:
+    """Returns what has a name in the working directory of a job, which is the workers' too."""
+    with suppress(ValueError, AttributeError):
+        if json.loads(environment.get(_JOB, "")).get("runtime_env", {}).get("working_dir"):
+            names = (f"{name}.py", f"{name}/__init__.py")
+            found = [path.resolve() for path in map(Path.cwd().joinpath, names) if path.exists()]
+            return [path.parent if path.name == "__init__.py" else path for path in found]
+    return []
+
+
+def _taken(name: str, found: Path) -> str:
+    others = set(packages_distributions().get(name, ())) - {"tg-tinker"}
+    of = next((one for one in sorted(others) if "site-packages" in found.parts), None)
+    return f"the module {name} is {found}, which hides a package of TG-Tinker: " + (
+        f"it belongs to {of}, so use an environment without this distribution"
+        if of
+        else "rename this file or folder, and imports of it"
+    )
+
+
 def _loaded(name: str) -> object:
+    check_packages()
     for entry in entry_points(group=GROUP, name=name):
         return entry.load()()
     raise ClusterUnavailableError(

@@ -183,8 +183,8 @@ class ResourceConfig(_Config):
         custom_resources: the amounts of your own Ray resources, such as ``{"team-a": 0.01}``.
         node_labels: the labels that the node must have, all of them. The run and its sampler are
             placed only on nodes that have these labels and custom resources.
-        num_threads: the number of torch threads. None uses all cores in an embedded cluster, else
-            as many threads as reserved CPUs, at least 1.
+        num_threads: the number of torch threads. None uses all cores in an embedded cluster, as far
+            as a container's CPU quota allows, else as many threads as reserved CPUs, at least 1.
         activation_checkpointing: True keeps few activations and computes them again in the
             backward pass. This needs less memory and about a third more time.
         park_after_minutes: the minutes without a call after which the run is parked: the run is

@@ -12,7 +12,8 @@
 - losses.py, matmul.py: losses of single tokens; matrix products by oneDNN.
 - gradients.py, optim.py: sums, means and hashes of gradients; optimizers and schedules.
 - checkpoint.py, lineage.py: the state between two steps as plain files; the origin of weights.
-- memory.py, timing.py: the least memory that a run needs; the time of each part of a step.
+- memory.py, cpus.py, timing.py: the least memory that a run needs; the CPUs that it may use; the
+  time of each part of a step.
 
 The package imports the SDK's value types, `tg_tinker.storage` and `tg_tinker.data`. It has no
 access to Ray, a database, a store or a budget.

@@ -6,7 +6,6 @@ converts, and `probes` tests. `lora` adds the trainable parameters.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from actors.engine import attention
 from actors.engine.batching import FlatStream, flatten
 from actors.engine.caches import Caches, Passes, Way, sequences
+from actors.engine.cpus import usable_cpus
 from actors.engine.forward import logits_at
 from actors.engine.loading import (
     CheckRoom,
@@ -291,8 +291,8 @@ def next_token_logits(
 
 
 def use_threads(count: int | None) -> int:
-    """Sets the number of torch's threads and returns it. None means every core of this process."""
-    torch.set_num_threads(count or len(os.sched_getaffinity(0)))
+    """Sets the number of torch's threads and returns it. None means all that can be kept busy."""
+    torch.set_num_threads(count or usable_cpus())
     return torch.get_num_threads()
 
 

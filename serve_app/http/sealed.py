@@ -8,7 +8,8 @@ enough to stay inline. This protects data at rest, but not Ray's own connections
 
 Serve runs `middlewares` in its proxies if `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` named it when
 Ray started. For an embedded cluster, `tg_tinker.cluster.connection` calls `install`. The middleware
-does not change the requests of other applications behind the same proxy.
+does not change the requests of other applications behind the same proxy. While there is no
+application, it answers 503.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ MOST_HEAD_BYTES = 32 * 2**10
 """The maximum size of address and headers: up to this size, the key stays inline with them."""
 
 _ROUTE_S = 10.0
+_LATER = "Retry-After"
 _KEY = "tg_tinker.key"
 _SEALED = "tg_tinker.sealed"
 
@@ -62,7 +64,13 @@ class ProxyEnd:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not await self._is_ours(scope["path"]):
+        routes = await self._routes() if scope["type"] == "http" else None
+        if routes == {}:
+            text = "this server has no application now, it starts or stops: try again later"
+            body = error_body(text, "server_error", "no_application")
+            await JSONResponse(body, 503, {_LATER: "1"})(scope, receive, send)
+            return
+        if not routes or not _is_ours(routes, scope["path"]):
             await self._app(scope, receive, send)
             return
         if _head_bytes(scope) > MOST_HEAD_BYTES:
@@ -81,11 +89,8 @@ class ProxyEnd:
         extensions = {**scope.get("extensions", {}), _KEY: key}
         await self._app({**scope, "extensions": extensions}, sealed, opened)
 
-    async def _is_ours(self, path: str) -> bool:
-        """Returns whether a path belongs to our applications, by Serve's own list of routes.
-
-        The route with the longest matching prefix counts.
-        """
+    async def _routes(self) -> dict[str, str] | None:
+        """Returns Serve's own list, the application of each route; None if there is none yet."""
         answer = bytearray()
 
         async def nothing() -> Message:
@@ -99,10 +104,15 @@ class ProxyEnd:
         try:
             routes: dict[str, str] = json.loads(answer)
         except ValueError:
-            # Serve has no routes yet. A replica of ours refuses a request that is not sealed.
-            return False
-        within = [r for r in routes if f"{path}/".startswith(f"{r.rstrip('/')}/")]
-        return bool(within) and routes[max(within, key=len)].startswith(APPLICATIONS)
+            # A replica of ours refuses a request that is not sealed.
+            return None
+        return routes
+
+
+def _is_ours(routes: dict[str, str], path: str) -> bool:
+    """Returns whether a path belongs to our applications: the longest matching prefix counts."""
+    within = [r for r in routes if f"{path}/".startswith(f"{r.rstrip('/')}/")]
+    return bool(within) and routes[max(within, key=len)].startswith(APPLICATIONS)
 
 
 class ReplicaEnd:
@@ -149,10 +159,13 @@ def check_proxy(host: str, port: int) -> None:
 
 
 def _health(host: str, port: int) -> int:
+    """Returns the status of a health check; 404 also while our own proxy has no route."""
     connection = http.client.HTTPConnection(host, port, timeout=_ROUTE_S)
     try:
         connection.request("GET", "/healthz")
-        return connection.getresponse().status
+        answer = connection.getresponse()
+        waits = answer.status == 503 and answer.getheader(_LATER) is not None
+        return 404 if waits else answer.status
     except (OSError, http.client.HTTPException):
         raise ClusterUnavailableError(
             f"nothing answers at {host}:{port}: run `serve status` on the head node to see why"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import io
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from typing import Any
 
 import pytest
 import typer
+import typer.testing
 from typer.testing import CliRunner
 
 from support.fakes import FakeService
@@ -28,7 +30,6 @@ from tg_tinker.cli.http_client import Server
 from tg_tinker.cli.main import main
 from tg_tinker.config import DPConfig, TrainingConfig
 from tg_tinker.demo.options import DemoOptions, resume_command
-from tg_tinker.errors import InvalidRequestError
 
 
 @pytest.fixture
@@ -166,11 +167,37 @@ def _artifact() -> Any:
     return service.artifact(client.save_state().artifact_id)
 
 
-def test_ctrl_c_gives_the_exit_status_of_shells(tmp_path: Path) -> None:
+STOPS = pytest.mark.parametrize(
+    ("stop", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+    ids=["INT", "TERM", "HUP"],
+)
+
+
+@STOPS
+def test_a_stop_gives_the_exit_status_of_shells(
+    stop: signal.Signals, status: int, tmp_path: Path
+) -> None:
     service = FakeService()
-    service.on_create = lambda: signal.raise_signal(signal.SIGINT)
+    service.on_create = lambda: signal.raise_signal(stop)
     words = ["--model", "m", "--data", str(write_rows(tmp_path)), "--output", str(tmp_path)]
-    assert call("demo", *words, service=service).exit_code == 130
+    found = call("demo", *words, service=service)
+    assert (found.exit_code, "Nothing was trained" in found.output) == (status, True)
+
+
+@STOPS
+def test_a_stop_at_a_question_is_no_answer(
+    stop: signal.Signals, status: int, service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Keyboard(io.BytesIO):
+        def read1(self, size: int | None = -1) -> bytes:
+            signal.raise_signal(stop)
+            return b"y\n"
+
+    (saved,) = service.artifacts
+    monkeypatch.setattr(typer.testing, "make_input_stream", lambda *_: Keyboard())
+    assert call("artifacts", "delete", saved, service=service).exit_code == status
+    assert saved in service.artifacts
 
 
 @pytest.mark.parametrize("wrong", [["--steps", "0"], ["--rank", "x"], ["--color", "red"]])
@@ -533,6 +560,16 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(monkeypatch: pytest.Monk
     assert asked == [["hi"], ["hi", "long", "and?"]]
 
 
+def test_sigterm_ends_the_conversation_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut() -> Iterator[dict[str, Any]]:
+        yield {"choices": [{"delta": {"content": "long"}}]}
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Server, "stream", lambda *_: cut())
+    found = call("chat", answer="hi\nand?\n\n")
+    assert (found.exit_code, found.stdout.splitlines()[-1]) == (143, "long")
+
+
 def test_an_error_ends_an_answer_and_not_the_conversation(answering: Any) -> None:
     answering.bodies = [chat_event("half"), chat_event("fine") + DONE]
     found = call("chat", "--url", answering.url, answer="one\ntwo\n\n")
@@ -611,16 +648,14 @@ def test_a_host_without_an_address_is_told_before_a_cluster_starts(host: str) ->
 
 
 class ServingService(FakeService):
-    """A service that sets a handler of SIGTERM when it starts, as Ray does, and gets SIGTERM
-    once it serves."""
+    """A service that gets a signal once it serves."""
 
-    def __init__(self) -> None:
+    def __init__(self, stop: signal.Signals = signal.SIGTERM) -> None:
         super().__init__()
         self.keys: list[Any] = []
-        signal.signal(signal.SIGTERM, self._frames)
+        self._stop = stop
 
     def serve_http(self, model_ref: str, *_: Any, **options: Any) -> str:
-        signal.raise_signal(signal.SIGTERM)
         return "http://127.0.0.1:8000/v1"
 
     def list_api_keys(self) -> list[Any]:
@@ -630,34 +665,25 @@ class ServingService(FakeService):
         return "tgt-x", SimpleNamespace(key_id="k1", expires_at=_artifact().created_at)
 
     def metrics_urls(self) -> list[str]:
+        threading.Timer(0.05, os.kill, (os.getpid(), self._stop)).start()
         return []
 
-    def _frames(self, *_: Any) -> None:
-        raise InvalidRequestError("*** SIGTERM received")
 
-
-@pytest.fixture
-def sigterm() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-@pytest.mark.usefixtures("sigterm")
-def test_sigterm_ends_serving_in_good_order() -> None:
+@STOPS
+def test_a_signal_ends_serving_in_good_order(stop: signal.Signals, status: int) -> None:
     made: list[ServingService] = []
 
     def start() -> ServingService:
-        made.append(ServingService())
+        made.append(ServingService(stop))
         return made[-1]
 
     words = ["serve", "--model", "org/name", "--port", str(free_port())]
     found = CliRunner().invoke(main, words, obj=start)
-    assert found.exit_code == 0, found.output
+    assert found.exit_code == status, found.output
     assert made[0].closed
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-@pytest.mark.usefixtures("sigterm")
 @pytest.mark.parametrize(
     ("keys", "says"),
     [(0, "everyone on this machine;"), (1, "1 API key opens it."), (2, "2 API keys open it.")],
@@ -670,7 +696,7 @@ def test_a_server_says_who_may_use_it_and_how_it_stops(keys: int, says: str) -> 
 
     words = ["serve", "--model", "org/name", "--port", str(free_port())]
     found = CliRunner().invoke(main, words, obj=start)
-    assert found.exit_code == 0, found.output
+    assert found.exit_code == 143, found.output
     told = " ".join(found.stderr.split())
     assert says in told
     assert "Ctrl-C stops it; on a cluster that outlives this command, `serve shutdown`" in told
@@ -688,7 +714,6 @@ def test_a_config_that_exists_is_kept_and_the_next_step_told(tmp_path: Path) -> 
 # --- API keys -----------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("sigterm")
 def test_a_key_for_what_is_unknown_is_made_with_a_warning() -> None:
     service = ServingService()
     client = service.create_training_client(TrainingConfig(model_ref="m"))
@@ -702,7 +727,6 @@ def test_a_key_for_what_is_unknown_is_made_with_a_warning() -> None:
     assert found.stderr.count("warning: there is no run or artifact typo") == 1
 
 
-@pytest.mark.usefixtures("sigterm")
 def test_what_takes_time_is_told_on_stderr() -> None:
     found = CliRunner(env={"FORCE_COLOR": "1", "TERM": "xterm"}).invoke(
         main, ["api-keys", "create"], obj=ServingService

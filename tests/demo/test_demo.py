@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from support.fakes import FakeService, FakeTrainingClient
-from tg_tinker.cluster.interrupts import ctrl_c_held_back
+from tg_tinker.cluster.interrupts import stops_raised
 from tg_tinker.demo.options import MODEL_PACKAGE, DemoOptions, find_demo_model, resume_command
 from tg_tinker.demo.run import SHOWN, run_demo
 from tg_tinker.errors import (
@@ -62,7 +62,8 @@ class Outcome:
 def run(options: DemoOptions, service: FakeService | None = None) -> Outcome:
     service = service or FakeService()
     written = io.StringIO()
-    status = run_demo(options, Console(file=written, width=200), lambda: service)
+    with stops_raised():
+        status = run_demo(options, Console(file=written, width=200), lambda: service)
     return Outcome(status, written.getvalue(), service)
 
 
@@ -70,14 +71,23 @@ def press_ctrl_c() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-def press_once(operation: str, step: int) -> Callable[[str, int], None]:
-    """Returns a hook that presses Ctrl-C at the first operation of this kind at this step."""
+STOPS = pytest.mark.parametrize(
+    ("stop", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+    ids=["INT", "TERM", "HUP"],
+)
+
+
+def press_once(
+    operation: str, step: int, stop: signal.Signals = signal.SIGINT
+) -> Callable[[str, int], None]:
+    """Returns a hook that raises a signal at the first operation of this kind at this step."""
     pressed: list[bool] = []
 
     def press(now: str, at: int) -> None:
         if (now, at) == (operation, step) and not pressed:
             pressed.append(True)
-            press_ctrl_c()
+            signal.raise_signal(stop)
 
     return press
 
@@ -336,14 +346,17 @@ def test_ctrl_c_in_a_private_run_leaves_a_checkpoint_to_go_on_from(
     assert run(replace(private, resume=found[2]), service).status == 0
 
 
-# --- Ctrl-C -------------------------------------------------------------------------------------
+# --- stops --------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_while_training_saves_and_prints_how_to_go_on(options: DemoOptions) -> None:
+@STOPS
+def test_a_stop_while_training_saves_and_prints_how_to_go_on(
+    options: DemoOptions, stop: signal.Signals, status: int
+) -> None:
     service = FakeService()
-    service.before_call = press_once("forward_backward", 3)
+    service.before_call = press_once("forward_backward", 3, stop)
     done = run(options, service)
-    assert done.status == 130
+    assert done.status == status
     assert service.artifacts["art-1"].step == 3
     command = resume_command(options, "art-1")
     assert command in [line.strip() for line in done.output.splitlines()]
@@ -387,13 +400,14 @@ def test_ctrl_c_while_a_call_is_sent_waits_until_it_is_sent(
         ("forward_backward", STEPS),
     ],
 )
-def test_ctrl_c_at_any_moment_leaves_a_checkpoint_to_go_on_from(
-    options: DemoOptions, operation: str, step: int
+@STOPS
+def test_a_stop_at_any_moment_leaves_a_checkpoint_to_go_on_from(
+    options: DemoOptions, operation: str, step: int, stop: signal.Signals, status: int
 ) -> None:
     service = FakeService()
-    service.before_call = press_once(operation, step)
+    service.before_call = press_once(operation, step, stop)
     done = run(options, service)
-    assert done.status == 130
+    assert done.status == status
     found = re.search(r"^ *(tg-tinker demo .*--resume (\S+))$", done.output, re.MULTILINE)
     assert found
     assert found[2] in service.artifacts
@@ -418,12 +432,16 @@ def test_ctrl_c_before_there_is_a_service_just_ends(options: DemoOptions) -> Non
     assert run_demo(options, Console(file=io.StringIO()), connect) == 130
 
 
-def test_a_second_ctrl_c_leaves_without_a_checkpoint(options: DemoOptions) -> None:
+@STOPS
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_stop_leaves_without_a_checkpoint(
+    options: DemoOptions, first: signal.Signals, stop: signal.Signals, status: int
+) -> None:
     service = FakeService()
-    first, second = press_once("forward_backward", 3), press_once("save_state", 3)
-    service.before_call = lambda operation, step: (first(operation, step), second(operation, step))
+    once, again = press_once("forward_backward", 3, first), press_once("save_state", 3, stop)
+    service.before_call = lambda operation, step: (once(operation, step), again(operation, step))
     done = run(options, service)
-    assert done.status == 130
+    assert done.status == status
     assert service.artifacts == {}
     assert service.closed
     assert "--resume" not in done.output
@@ -442,21 +460,6 @@ def test_a_checkpoint_that_cannot_be_saved_is_said(options: DemoOptions) -> None
     assert done.status == 130
     assert "No checkpoint was saved: the actor is gone" in done.output
     assert service.closed
-
-
-def test_held_back_ctrl_c_takes_effect_at_the_end_of_the_block() -> None:
-    reached = []
-    before = signal.getsignal(signal.SIGINT)
-
-    def press_inside() -> None:
-        with ctrl_c_held_back():
-            press_ctrl_c()
-            reached.append("end of block")
-
-    with pytest.raises(KeyboardInterrupt):
-        press_inside()
-    assert reached == ["end of block"]
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 # --- what it needs ------------------------------------------------------------------------------

@@ -22,13 +22,13 @@ class Between:
     It answers the request for routes, and pickles what passes in both directions.
     """
 
-    def __init__(self, app: Any) -> None:
-        self.app, self.seen, self.scope = app, bytearray(), {}
+    def __init__(self, app: Any, routes: Any = ROUTES) -> None:
+        self.app, self.seen, self.scope, self.routes = app, bytearray(), {}, routes
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["path"] == "/-/routes":
             await send({"type": "http.response.start", "status": 200, "headers": []})
-            await send({"type": "http.response.body", "body": json.dumps(ROUTES).encode()})
+            await send({"type": "http.response.body", "body": json.dumps(self.routes).encode()})
             return
         self.scope = scope
 
@@ -107,6 +107,15 @@ def test_only_requests_of_our_applications_are_touched(path: str, sealed: bool) 
     ask(app, path)
     assert (SECRET not in between.seen) == sealed
     assert ("extensions" in between.scope) == sealed
+
+
+def test_a_proxy_without_an_application_asks_to_come_later() -> None:
+    """As while a server starts or stops; Serve itself answers 404, as if a client had mistyped."""
+    between = Between(echo, routes={})
+    start, body = ask(ProxyEnd(between))
+    assert (start["status"], (b"retry-after", b"1") in start["headers"]) == (503, True)
+    assert json.loads(body["body"])["error"]["code"] == "no_application"
+    assert between.scope == {}
 
 
 def test_a_replica_behind_another_proxy_refuses_before_it_answers() -> None:

@@ -196,15 +196,20 @@ def noted(folder: Path, address: str) -> Path:
 
 
 def test_a_note_where_others_may_write_must_be_named(
-    shared: Path, empty_home: Path, monkeypatch: pytest.MonkeyPatch
+    shared: Path,
+    empty_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(shared))
     with Listener(b"") as cluster:
         address = f"127.0.0.1:{cluster.port}"
         noted(shared, address)
-        for call in (connection.running_cluster, lambda: connection.connect(None)):
-            with pytest.raises(ClusterUnavailableError, match="name it, by `address`"):
-                call()
+        with pytest.raises(ClusterUnavailableError, match="name it, by `address`"):
+            connection.running_cluster()
+        assert connection.fitting_cluster() is None
+        (warned,) = caplog.messages
+        assert "passed over, because it was not named" in warned
         shared.chmod(0o700)
         assert connection.running_cluster() == address
         shared.chmod(0o755)

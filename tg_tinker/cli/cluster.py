@@ -146,15 +146,22 @@ def down(
             "no cluster that `tg-tinker up` started from this home runs here: end a cluster of"
             " `ray start` with `ray stop`"
         )
-    if not yes and running.dashboard:
-        with connector(ctx)() as service:
-            clients = service.cluster_status().clients
-        if clients:
-            many = f"{len(clients)} training clients" if len(clients) > 1 else clients[0]
-            typer.confirm(f"End {many} and lose what was not saved?", abort=True)
+    if not yes and running.dashboard and (trains := _training(ctx, running.address)):
+        typer.confirm(f"End {trains} and lose what was not saved?", abort=True)
     node.stop(home_directory())
     what = "the cluster" if running.dashboard else "this machine's part of the cluster"
     typer.echo(f"Ended {what} at {running.address}")
+
+
+def _training(ctx: typer.Context, address: str) -> str:
+    """Returns what trains on a cluster, in words; empty if nothing does."""
+    from tg_tinker.cluster.connection import fitting_cluster
+
+    if fitting_cluster() != address:  # as after an upgrade of Ray
+        return "the cluster with all its training clients"
+    with connector(ctx)() as service:
+        clients = service.cluster_status().clients
+    return f"{len(clients)} training clients" if len(clients) > 1 else "".join(clients)
 
 
 def _host_of(join: str) -> str:
@@ -169,8 +176,10 @@ def _host_of(join: str) -> str:
 def _need_a_cluster() -> None:
     import os
 
-    from tg_tinker.cluster.connection import running_cluster
+    from tg_tinker.cluster.connection import fitting_cluster
     from tg_tinker.errors import ClusterUnavailableError
 
-    if not os.environ.get("RAY_ADDRESS") and running_cluster() is None:
-        raise ClusterUnavailableError("no cluster runs here: start one with `tg-tinker up`")
+    if not os.environ.get("RAY_ADDRESS") and fitting_cluster() is None:
+        raise ClusterUnavailableError(
+            "no cluster that this program can use runs here: start one with `tg-tinker up`"
+        )

@@ -129,8 +129,8 @@ def demo(
     The demo shows held-out loss and answers before and after training, and live
     progress with the privacy spent so far. It saves an encrypted artifact,
     resumes from it, draws a plot and prints a privacy report. Each run has its
-    own privacy budget. Ctrl-C at any moment saves an artifact and prints the
-    command that continues the run.
+    own privacy budget. Ctrl-C, SIGTERM or SIGHUP at any moment saves an artifact
+    and prints the command that continues the run.
 
       [cyan]tg-tinker demo[/]
       [cyan]tg-tinker demo --epsilon 3[/]

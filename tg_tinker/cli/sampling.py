@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from rich.markup import escape
 
 from tg_tinker.cli.http_client import Server
 from tg_tinker.cli.shared import connector
+from tg_tinker.cluster.interrupts import Stopped
 from tg_tinker.errors import InvalidRequestError, TGTinkerError
 from tg_tinker.storage.files import new_file
 from tg_tinker.texts import check_text
@@ -60,12 +60,13 @@ def serve(
         typer.Option(help="File to write for `serve deploy`; nothing is started then."),
     ] = None,
 ) -> None:
-    """Serve a model over HTTP with OpenAI's API, until Ctrl-C.
+    """Serve a model over HTTP with OpenAI's API, until Ctrl-C or SIGTERM.
 
     It serves the base model, every saved artifact of runs on this base model,
     and runs that are live on the same Ray cluster. It uses a cluster that
     `tg-tinker up` or `ray start --head` left running, or else starts one for
-    this command.
+    this command. With this one, a stop lets the answers end that have begun,
+    for up to 8 seconds, and refuses new requests; a second stop ends at once.
 
       [cyan]tg-tinker serve[/]
       [cyan]curl localhost:8000/v1/models[/]
@@ -80,18 +81,15 @@ def serve(
         _write_config(write_config, model, host, port, replicas)
         return
     check_serving(model, host, port)
-    console, stopped = Console(stderr=True), threading.Event()
+    console = Console(stderr=True)
     with connector(ctx, begins=True)() as service:
-        # Only now: Ray sets its own handler when it starts, and that one prints stack frames.
-        signal.signal(signal.SIGTERM, lambda *_: stopped.set())
         with console.status("loading the model"):
             url = service.serve_http(model, host, port, max_replicas=replicas)
         console.print(
             f"Serving at [bold]{url}[/]. {_opened_by(len(service.list_api_keys()))} {_STOP}"
         )
         console.print(f"Metrics for Prometheus: {' '.join(service.metrics_urls())}", style="dim")
-        while not stopped.wait(1):
-            pass
+        threading.Event().wait()  # until a stop: Ctrl-C, SIGTERM or SIGHUP
 
 
 def _opened_by(keys: int) -> str:
@@ -211,10 +209,13 @@ def _answer(events: Iterator[dict[str, Any]]) -> str:
     """Prints an answer as it arrives, until its end or Ctrl-C. Returns the printed text."""
     parts = []
     try:
-        with contextlib.suppress(KeyboardInterrupt):
-            for event in events:
-                parts.append(event["choices"][0]["delta"]["content"])
-                typer.echo(parts[-1], nl=False)
+        for event in events:
+            parts.append(event["choices"][0]["delta"]["content"])
+            typer.echo(parts[-1], nl=False)
+    except Stopped:
+        raise
+    except KeyboardInterrupt:
+        pass
     finally:
         typer.echo()
     return "".join(parts)

@@ -14,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 from typer.core import TyperGroup
 
+from tg_tinker.cluster.interrupts import exit_status, stops_raised
 from tg_tinker.errors import TGTinkerError
 from tg_tinker.storage.stores import shown, shown_lines
 
@@ -21,24 +22,26 @@ if TYPE_CHECKING:
     from tg_tinker.client.service import ServiceClient
 
 
-_INTERRUPTED = 130
-
-
 class OneLineErrors(TyperGroup):
     """A command group that prints each of our errors as one line on stderr and exits with 1.
 
-    Ctrl-C exits with status 130.
+    Ctrl-C exits with status 130, SIGTERM with 143 and SIGHUP with 129.
     """
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with stops_raised():
+                return super().invoke(ctx)
         except TGTinkerError as error:
             console = Console(stderr=True)
             console.print(f"[red]error:[/] {escape(shown_lines(error.message))}", soft_wrap=True)
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(_INTERRUPTED) from None
+        except KeyboardInterrupt as stop:
+            raise typer.Exit(exit_status(stop)) from None
+        except typer.Abort as abort:  # A question makes it of Ctrl-C, and of the end of its input.
+            if isinstance(abort.__context__, KeyboardInterrupt):
+                raise typer.Exit(exit_status(abort.__context__)) from None
+            raise
 
 
 def connector(ctx: typer.Context, *, begins: bool = False) -> Callable[..., ServiceClient]:

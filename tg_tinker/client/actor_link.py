@@ -19,6 +19,7 @@ from tg_tinker.cluster.named_actors import ActorInfo
 from tg_tinker.cluster.ray_calls import (
     ask,
     ask_again,
+    check_process,
     dispatch,
     fetch,
     kill,
@@ -96,7 +97,9 @@ class TrainingLink:
             FutureTimeoutError: there is no reply within `timeout` seconds.
             ActorLostError: the actor is gone, and the reply is lost.
             ClusterUnavailableError: the reply was lost on the way; a later call may still get it.
+            InvalidRequestError: this process was forked, see `check_process`.
         """
+        check_process()
         if ref in self._void and self.lost is not None:
             raise self.lost
         try:
@@ -114,6 +117,7 @@ class TrainingLink:
 
         A call that was lost on the way is not done: it is sent again in the background.
         """
+        check_process()
         return ref in self._void or (bool(split([ref])[0]) and self._answered(ref, request_id))
 
     def when_done(self, ref: Any, request_id: str, work: Callable[[], object]) -> None:

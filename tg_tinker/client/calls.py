@@ -17,6 +17,7 @@ from tg_tinker.client.actor_link import TrainingLink
 from tg_tinker.client.future import FutureHandle
 from tg_tinker.client.recovery import Reach, Reached, Recover
 from tg_tinker.cluster.messages import Request
+from tg_tinker.cluster.ray_calls import check_process, inherited
 from tg_tinker.errors import ActorLostError, InvalidRequestError, QueueFullError
 from tg_tinker.texts import check_texts
 from tg_tinker.types import PARKED, ModelInfo, SaveStateResult, TrainingClientInfo
@@ -157,7 +158,9 @@ class OrderedCalls:
 
         Raises:
             ActorLostError: the actor is lost, and only `recover()` may recover the run.
+            InvalidRequestError: this process was forked, see `check_process`.
         """
+        check_process()
         with self._recovering:
             self._notice_parking()
             lost = self.link.lost if self.link.told else None
@@ -169,6 +172,7 @@ class OrderedCalls:
 
     def recover(self) -> None:
         """Reconnects to the run's actor, or recovers the run if its actor is gone."""
+        check_process()
         self._refuse_closed()
         with self._recovering:
             lost = self.link.expect_loss()
@@ -178,14 +182,18 @@ class OrderedCalls:
 
     def park(self) -> None:
         """Parks the run after all queued calls, and ends its actor."""
+        check_process()
         with self._recovering:
             if not self.link.parked:
                 self.submit("park").result()
                 self.link.park()
 
     def close(self) -> None:
-        """Ends the run after its last save; repeating it changes nothing."""
-        if not self.closed:
+        """Ends the run after its last save; repeating it changes nothing.
+
+        In a forked process this does nothing: the run belongs to the other process.
+        """
+        if not self.closed and not inherited():
             for save in self._saves:
                 # Waits for the end. The handle of the save reports an error.
                 save.exception()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import warnings
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from tg_tinker.cluster.messages import Reply
@@ -132,7 +133,11 @@ class FutureHandle(Generic[Result]):
             if not arrived.done():
                 arrived.set_result(None)
 
-        self.add_done_callback(lambda _: loop.call_soon_threadsafe(wake))
+        def arrive(_: FutureHandle[Result]) -> None:
+            with suppress(RuntimeError):  # The loop has ended: nobody waits any longer.
+                loop.call_soon_threadsafe(wake)
+
+        self.add_done_callback(arrive)
         yield from arrived
         return self.result()
 

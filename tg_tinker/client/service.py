@@ -748,11 +748,15 @@ class ServiceClient:
     def close(self) -> None:
         """Leaves the cluster; artifacts stay.
 
-        An embedded cluster and its training clients end with its last `ServiceClient`.
+        An embedded cluster and its training clients end with its last `ServiceClient`. Its HTTP
+        server then takes no new request, and the answers that it has begun have 8 seconds to end.
         """
-        if self._cluster.connected:
-            self._registry.settle(whole=self._cluster.embedded)
-        self._cluster.close()
+        try:
+            self._cluster.end_http()
+            if self._cluster.connected:
+                self._registry.settle(whole=self._cluster.embedded)
+        finally:
+            self._cluster.close()
 
     def __enter__(self) -> Self:
         return self

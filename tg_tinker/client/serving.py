@@ -9,7 +9,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from tg_tinker.cluster.connection import running_cluster
+from tg_tinker.cluster.connection import fitting_cluster
 from tg_tinker.cluster.ports import addresses, check_port
 from tg_tinker.errors import NotFoundError
 
@@ -24,7 +24,7 @@ def check_serving(model_ref: str, host: str, port: int) -> None:
     """
     check_model(model_ref)
     addresses(host, port)
-    if (os.environ.get("RAY_ADDRESS") or running_cluster() or "local") == "local":
+    if (os.environ.get("RAY_ADDRESS") or fitting_cluster() or "local") == "local":
         # A running cluster may use the port for its own Serve.
         check_port(host, port)
 

@@ -10,7 +10,7 @@
 - ports.py, ray_folder.py: the checks of a server's address and port, and of Ray's own folder.
 - named_actors.py: the search for actors by name.
 - remote_registry.py: the calls of other processes to the registry.
-- interrupts.py: the delay of Ctrl-C during calls that must not be interrupted.
+- interrupts.py: one way to stop for Ctrl-C, SIGTERM and SIGHUP; their delay during some calls.
 
 The package imports the modules at the base of `tg_tinker`, `tg_tinker.storage` and
 `tg_tinker.backend`. It loads Ray when Ray is first needed. `tg_tinker.client` gives calls their

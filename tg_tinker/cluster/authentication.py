@@ -6,6 +6,7 @@ Ray's own default has changed between its versions, so it decides nothing here.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -197,6 +198,61 @@ def check_authenticated(address: str, environment: Mapping[str, str] = os.enviro
         " your data: end it, and start it by `tg-tinker up` or with RAY_AUTH_MODE=token"
         " (docs/deployment.md)"
     )
+
+
+def check_fits(address: str, how: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Checks that the cluster at ``host:port`` takes this program's token and versions.
+
+    Ray itself says neither in time: it waits, or raises what is only a text.
+
+    Args:
+        how: how the address was found or named, for the error.
+
+    Raises:
+        ClusterUnavailableError: the cluster has another token, or another version of Ray or Python.
+    """
+    import grpc
+    from google.protobuf.message import DecodeError
+
+    ray = lazy_ray()
+    messages = ray.core.generated.gcs_service_pb2
+    about = messages.InternalKVGetRequest(namespace=b"cluster", key=b"CLUSTER_METADATA")
+    token = (environment.get("RAY_AUTH_TOKEN") or _text_of(token_file(environment))).strip()
+    try:
+        with _channel(address, environment) as channel:
+            ask = channel.unary_unary("/ray.rpc.InternalKVGcsService/InternalKVGet")
+            answer = ask(
+                about.SerializeToString(), timeout=ANSWERS_WITHIN_S,
+                metadata=[("authorization", f"Bearer {token}")],
+            )  # fmt: skip
+        found = json.loads(messages.InternalKVGetReply.FromString(answer).value)
+        theirs = found["ray_version"], found["python_version"]
+    except grpc.RpcError as error:
+        if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
+            return  # Ray's own connection tells.
+        raise ClusterUnavailableError(
+            f"the Ray cluster at {address}, {how}, requires another token than this program has:"
+            " set RAY_AUTH_TOKEN_PATH to a file with its token, or pass address='local' for an"
+            " embedded cluster"
+        ) from None
+    except (ValueError, KeyError, TypeError, DecodeError):
+        return
+    try:
+        ray._private.utils.check_version_info(found, address)
+    except RuntimeError:
+        ours = ray._private.utils.compute_version_info()
+        raise ClusterUnavailableError(
+            f"the Ray cluster at {address}, {how}, runs Ray {theirs[0]} on Python {theirs[1]}, and"
+            f" this program Ray {ours[0]} on Python {ours[1]}: use the same versions, or pass"
+            " address='local' for an embedded cluster"
+        ) from None
+
+
+def _text_of(token: Path) -> str:
+    try:
+        return token.read_text()
+    except (OSError, UnicodeError):
+        return ""
 
 
 def _channel(address: str, environment: Mapping[str, str]) -> Any:

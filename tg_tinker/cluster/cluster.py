@@ -21,7 +21,14 @@ from tg_tinker.cluster.connection import (
 from tg_tinker.cluster.messages import SampleRequest
 from tg_tinker.cluster.named_actors import living_actors, named_actor
 from tg_tinker.cluster.node import read, tls_is_on
-from tg_tinker.cluster.ray_calls import ask, kill, lazy_ray, translated
+from tg_tinker.cluster.ray_calls import (
+    ask,
+    check_process,
+    inherited,
+    kill,
+    lazy_ray,
+    translated,
+)
 from tg_tinker.cluster.remote_registry import RemoteRegistry
 from tg_tinker.config import ResourceConfig
 from tg_tinker.errors import (
@@ -44,11 +51,14 @@ class Cluster:
 
     placement_timeout_s = 120.0
     silent_s = 30.0
+    drain_s = 8.0  # `docker stop` waits 10 before it kills
     _embedded_users = 0
+    _serves_http = False  # whether the embedded cluster does
     _started: ClassVar[set[str]] = set()  # ids of the runs that this process has started
     _lock = threading.Lock()
 
     def __init__(self, address: str | None, namespace: str) -> None:
+        check_process()
         self.namespace = namespace
         with Cluster._lock:
             if lazy_ray().is_initialized():
@@ -64,10 +74,22 @@ class Cluster:
 
     @property
     def connected(self) -> bool:
-        return self._open and bool(lazy_ray().is_initialized())
+        return self._open and not inherited() and bool(lazy_ray().is_initialized())
+
+    def end_http(self) -> None:
+        """Gives the answers of an HTTP server that ends with this connection `drain_s` to end."""
+        if self.connected and Cluster._serves_http and Cluster._embedded_users == 1:
+            Cluster._serves_http = False
+            with contextlib.suppress(Exception), translated():
+                serve_backend().end_http(self.drain_s)
 
     def close(self) -> None:
-        """Leaves the cluster, and ends an embedded cluster without other users; may be repeated."""
+        """Leaves the cluster, and ends an embedded cluster without other users; may be repeated.
+
+        In a forked process this does nothing: the connection belongs to the other process.
+        """
+        if inherited():
+            return
         with Cluster._lock:
             if not self._open:
                 return
@@ -249,6 +271,7 @@ class Cluster:
     ) -> None:
         """Deploys the sampling application of a base model at an HTTP address."""
         place = {"namespace": self.namespace, **where}
+        Cluster._serves_http = self.embedded
         with translated():
             serve_backend().serve_http(host, port, replicas, place, **options)
 

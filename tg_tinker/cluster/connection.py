@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from tg_tinker.backend import serve_backend
 from tg_tinker.cluster import node
 from tg_tinker.cluster.authentication import (
     check_authenticated,
+    check_fits,
     check_token,
     make_token,
     name_token,
     require_token,
 )
-from tg_tinker.cluster.interrupts import ctrl_c_held_back
+from tg_tinker.cluster.interrupts import stops_held_back, stops_raise
 from tg_tinker.cluster.other_users import is_foreign_link, keeps_out, others_listen, read_own
 from tg_tinker.cluster.ray_calls import lazy_ray, translated
 from tg_tinker.cluster.ray_folder import private_ray_folder, ray_folder
@@ -32,6 +34,8 @@ _SHARED = Path("/tmp/ray")  # noqa: S108
 """Ray's folder in programs whose environment names no other."""
 
 _OBJECT_STORE_BYTES = 512 * 2**20
+
+_log = logging.getLogger("tg_tinker")
 
 
 def refuse_another(address: str | None) -> None:
@@ -53,19 +57,28 @@ def refuse_another(address: str | None) -> None:
 def connect(address: str | None) -> bool:
     """Connects this process; returns whether it started an embedded cluster.
 
+    A cluster that was only found is passed over with a warning if this program does not fit it; one
+    that was named, by `address` or RAY_ADDRESS, is then refused.
+
     Raises:
-        ClusterUnavailableError: no cluster answers, Ray did not start, or see `running_cluster`.
+        ClusterUnavailableError: no cluster answers, Ray did not start, or see `check_fits`.
         InvalidRequestError: the address is not supported, the cluster requires no token, or see
             `check_encrypted` and `check_ray_folder`; or the working directory was removed.
         StorageError: see `make_token` and `home_directory`.
     """
     absolute_path(Path())  # Ray starts its processes in the working directory.
     name_token()
-    target = address or os.environ.get("RAY_ADDRESS")
-    if target in (None, "auto"):
+    named, how = address, "named by `address`"
+    if named is None:
+        named, how = os.environ.get("RAY_ADDRESS"), "named by RAY_ADDRESS"
+    if named is None:
+        target = fitting_cluster() or "local"
+    elif named == "auto":
         # Ray itself would follow links, and take any cluster that it sees on this machine.
-        target = running_cluster() or ("local" if target is None else None)
-    if target is None:
+        target, how = _running() or ("", "")
+    else:
+        target = named
+    if not target:
         raise ClusterUnavailableError(f"no cluster runs here: {_START_ONE}")
     if target == "local":
         _start_embedded()
@@ -77,14 +90,21 @@ def connect(address: str | None) -> bool:
         )
     if not node.answers(target):
         raise ClusterUnavailableError(f"no Ray cluster answers at {target}: {_START_ONE}")
-    check_token()
-    check_authenticated(target)
+    if named is not None:
+        _check(target, how)
     require_token()
     with _starting():
         lazy_ray().init(address=target, **_QUIET)
     with _left_on_error():
         check_encrypted()
     return False
+
+
+def _check(address: str, how: str) -> None:
+    """Checks that a cluster requires its token, and that this program fits it."""
+    check_token()
+    check_authenticated(address)
+    check_fits(address, how)
 
 
 _QUIET = {"configure_logging": False, "log_to_driver": False, "logging_level": logging.ERROR}
@@ -157,15 +177,17 @@ def _refuse_unencrypted(machines: set[str]) -> None:
 
 @contextlib.contextmanager
 def _starting() -> Iterator[None]:
-    """Delays Ctrl-C during `ray.init`, and translates its errors.
+    """Delays stops during `ray.init`, translates its errors, and keeps Ray out of signals.
 
-    An interrupted `ray.init` would leave a process that crashes at its end.
+    An interrupted `ray.init` would leave a process that crashes at its end. A program that has no
+    way of its own to handle SIGTERM and SIGHUP gets that of Ctrl-C.
 
     Raises:
         ClusterUnavailableError: Ray did not start, or refused this process.
     """
+    stops_raise()
     try:
-        with ctrl_c_held_back():
+        with stops_held_back(), _apart():
             yield
     except KeyboardInterrupt:
         lazy_ray().shutdown()
@@ -179,6 +201,49 @@ def _starting() -> Iterator[None]:
         ) from None
 
 
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """Keeps Ray from handling SIGTERM, and its processes from the signals of this program's group.
+
+    Terminals, `timeout` and batch systems send a signal to the whole group of a program. It must
+    reach the program alone, which needs its cluster in order to save.
+    """
+    private = lazy_ray()._private
+    start, handle = private.services.ConsolePopen, private.utils.set_sigterm_handler
+    private.services.ConsolePopen = partial(start, process_group=0)
+    private.utils.set_sigterm_handler = lambda _: None
+    try:
+        yield
+    finally:
+        private.services.ConsolePopen = start
+        private.utils.set_sigterm_handler = handle
+
+
+def fitting_cluster() -> str | None:
+    """Returns the address of the cluster that runs here if this program can use it; else None.
+
+    A warning, once for each reason, says why a cluster is passed over.
+
+    Raises:
+        StorageError: see `check_token`.
+    """
+    address, how = None, ""
+    try:
+        address, how = _running() or (None, "")
+        if address is not None:
+            _check(address, how)
+    except (ClusterUnavailableError, InvalidRequestError) as error:
+        at = f"the Ray cluster at {address}, {how}," if address else "a Ray cluster"
+        _warn(f"{at} was found and is passed over, because it was not named: {error.message}")
+        return None
+    return address
+
+
+@cache
+def _warn(text: str) -> None:
+    _log.warning("%s", text)
+
+
 def running_cluster() -> str | None:
     """Returns the address of the cluster that runs on this machine for this user, or None.
 
@@ -188,11 +253,19 @@ def running_cluster() -> str | None:
     Raises:
         ClusterUnavailableError: other users could have put the address of `ray start` in its place.
     """
+    found = _running()
+    return None if found is None else found[0]
+
+
+def _running() -> tuple[str, str] | None:
+    """Returns the address as `running_cluster` does, and how it was found."""
     running = node.read(home_directory())
     if running is not None and not others_listen(running.address):
-        return running.address
-    noted = (_noted_in(folder) for folder in dict.fromkeys((ray_folder(), _SHARED)))
-    return next((address for address in noted if address), None)
+        return running.address, "which `tg-tinker up` started"
+    for folder in dict.fromkeys((ray_folder(), _SHARED)):
+        if address := _noted_in(folder):
+            return address, f"which `ray start` noted in {folder}"
+    return None
 
 
 def _noted_in(folder: Path) -> str:

@@ -5,16 +5,25 @@ The module translates Ray's exceptions: its functions return values or raise a `
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import ctypes
 import logging
 import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tg_tinker.errors import ActorLostError, ClusterUnavailableError, FutureTimeoutError
+from tg_tinker.backend import PACKAGES
+from tg_tinker.errors import (
+    ActorLostError,
+    ClusterUnavailableError,
+    FutureTimeoutError,
+    InvalidRequestError,
+)
 
 # These variables must be set before Ray is first imported, so other packages import this module
 # first. No telemetry leaves the machine.
@@ -28,11 +37,66 @@ os.environ.setdefault("no_grpc_proxy", "0.0.0.0/0,::/0")
 # Serve loads gRPC, whose fork handlers disturb the start of the next embedded cluster.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
+_inherited = False
 _RESTART_S = 30.0
 """The maximum wait of a call for an actor that restarts, in seconds."""
 _RESTARTING = "actor_restarting"
 _LEFT = "left_cluster"
+_FORKED = "forked_process"
+_NOT_IMPORTED = "failed to import on the worker"
+"""In Ray's text about an actor whose class its worker could not import."""
 _log = logging.getLogger("tg_tinker")
+
+
+def inherited() -> bool:
+    """Returns whether this process was forked from one that was connected to a Ray cluster.
+
+    Nothing of the connection works here: its threads stayed in the other process, and each call
+    would wait for them forever. Also, its locks may be held for good.
+    """
+    return _inherited
+
+
+def check_process() -> None:
+    """Checks that this process can use Ray; call it before a lock of an object that existed before.
+
+    Raises:
+        InvalidRequestError: this process was forked from one that was connected.
+    """
+    if _inherited:
+        raise InvalidRequestError(
+            "this process was forked from a program that was connected to a Ray cluster, and no"
+            " client, service or handle works in it: start it by spawn, as"
+            " multiprocessing.get_context('spawn') does (DataLoader(multiprocessing_context="
+            "'spawn')), and create a ServiceClient in it; or fork before the first ServiceClient",
+            code=_FORKED,
+        )
+
+
+def _note_fork() -> None:
+    """Notes in a forked process that it inherited a connection, and keeps Ray from ending that.
+
+    Ray would do so at the end of this process, in three ways, and wait for threads that are not
+    there: the parent that waits for its child would hang as well.
+    """
+    global _inherited
+    ray: Any = sys.modules.get("ray")
+    is_initialized = getattr(ray, "is_initialized", None)
+    if is_initialized is None or not is_initialized():
+        return
+    _inherited = True
+    atexit.unregister(ray.shutdown)
+    worker, state = ray._private.worker.global_worker, ray._private.state.state
+    for held in (worker.core_worker, worker.gcs_client, state._global_state_accessor):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))  # No destructor runs.
+    del worker.core_worker  # Nor do those of refs and handles reach it.
+    library = ctypes.CDLL(None)
+    with contextlib.suppress(AttributeError):  # Only the GNU library has `on_exit`.
+        # Comes before what Ray has registered there, when Python itself has ended.
+        library.on_exit(ctypes.cast(library._exit, ctypes.c_void_p), None)
+
+
+os.register_at_fork(after_in_child=_note_fork)
 
 
 def ask(method: Any, *arguments: Any, timeout: float | None = None) -> Any:
@@ -60,7 +124,7 @@ def fetch(ref: Any, timeout: float | None = None) -> Any:
 
 def kill(actor: Any) -> None:
     """Ends an actor and frees its resources; ignores errors."""
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception), translated():
         lazy_ray().kill(actor)
 
 
@@ -85,6 +149,7 @@ def when_done(ref: Any, work: Callable[[], object]) -> None:
 
 def dispatch(work: Callable[[], object]) -> None:
     """Runs `work` on the dispatcher thread."""
+    check_process()
     _dispatcher().put(work)
 
 
@@ -124,7 +189,9 @@ def translated() -> Iterator[None]:
         FutureTimeoutError: the answer did not arrive within the timeout.
         ActorLostError: the actor is gone.
         ClusterUnavailableError: the cluster or the actor does not answer, or was left.
+        InvalidRequestError: see `check_process`.
     """
+    check_process()
     if not lazy_ray().is_initialized():
         raise ClusterUnavailableError(
             "this process has left its Ray cluster: open a new ServiceClient, and reconnect to the"
@@ -152,6 +219,12 @@ def translated() -> Iterator[None]:
             code=_RESTARTING,
         ) from None
     except errors.RayActorError as error:
+        if _NOT_IMPORTED in str(error):
+            raise ClusterUnavailableError(
+                "a worker of the Ray cluster cannot import TG-Tinker: rename files and folders"
+                f" named {', '.join(PACKAGES)} in the working directory and on the PYTHONPATH of"
+                " the workers, and install the same version of TG-Tinker on every node"
+            ) from None
         reason = _how_it_ended(error)
         raise ActorLostError(
             f"the actor of this client is gone ({reason}): service.get_training_client(id) recovers"

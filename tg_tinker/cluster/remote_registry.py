@@ -10,7 +10,7 @@ from typing import Any
 
 from tg_tinker import backend
 from tg_tinker.cluster.messages import Reply
-from tg_tinker.cluster.ray_calls import ask, ask_again, restarting
+from tg_tinker.cluster.ray_calls import ask, ask_again, check_process, restarting
 from tg_tinker.errors import (
     ActorLostError,
     ClusterUnavailableError,
@@ -106,6 +106,7 @@ class RemoteRegistry:
 
     def notify(self, name: str, *arguments: Any) -> Future[Any]:
         """Calls in the background, in the order of these calls; returns a future of the value."""
+        check_process()  # The thread of `_sender` stays in the process that started it.
         return self._sender.submit(self.call, name, *arguments)
 
     def sealed(self, value: Any) -> bytes:

@@ -2,10 +2,10 @@
 
 `Demo.run` shows all steps, and is a template for your own training loop. Every run is private and
 has its own dataset, and so its own privacy budget. `no_privacy` trains on the same rows without
-privacy. Ctrl-C at any moment cancels the queued calls, saves a checkpoint and prints the command
-that continues. A second Ctrl-C exits without a checkpoint. `options` makes the configuration,
-`docstrings` makes the text, and `outcome` prints and writes the results. The service does all
-training.
+privacy. Ctrl-C, SIGTERM or SIGHUP at any moment cancels the queued calls, saves a checkpoint and
+prints the command that continues. A second one exits without a checkpoint. `options` makes the
+configuration, `docstrings` makes the text, and `outcome` prints and writes the results. The service
+does all training.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rich.text import Text
 from tg_tinker.client.future import FutureHandle
 from tg_tinker.client.service import ServiceClient
 from tg_tinker.client.training import TrainingClient
-from tg_tinker.cluster.interrupts import ctrl_c_held_back
+from tg_tinker.cluster.interrupts import exit_status, stops_held_back
 from tg_tinker.config import TrainingConfig
 from tg_tinker.data.batch import IGNORED, BatchData
 from tg_tinker.data.chat import encode_row, render_row_prompt
@@ -56,9 +56,6 @@ HELD_OUT = 48
 SHOWN = 3
 """The number of held-out rows whose answers are shown."""
 
-INTERRUPTED = 130
-"""The exit status after Ctrl-C, the same as in shells."""
-
 _FEW = 10  # with fewer rows per expected row of a step, noise hides what the model learns
 _ANSWER_TOKENS = 40
 _T = TypeVar("_T")
@@ -88,7 +85,7 @@ def run_demo(
     connect: Callable[[], ServiceClient] = ServiceClient,
     program: str = "tg-tinker",
 ) -> int:
-    """Runs the demo; returns the exit status, 0 or 130 after Ctrl-C.
+    """Runs the demo; returns the exit status: 0, or that of shells after a signal (130 for Ctrl-C).
 
     Args:
         options: see `DemoOptions`.
@@ -103,12 +100,12 @@ def run_demo(
             demo = Demo(options, config, service, console, program)
             try:
                 demo.run(rows)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as stop:
                 demo.leave()
-                return INTERRUPTED
-    except KeyboardInterrupt:
+                return exit_status(stop)
+    except KeyboardInterrupt as stop:
         console.print("\nStopped.")
-        return INTERRUPTED
+        return exit_status(stop)
     return 0
 
 
@@ -431,7 +428,7 @@ class Demo:
         return self._send(client.optim_step)
 
     def _send(self, call: Callable[[], FutureHandle[_T]]) -> FutureHandle[_T]:
-        with ctrl_c_held_back():
+        with stops_held_back():
             handle = call()
             self._in_flight.append(handle)
         return handle
