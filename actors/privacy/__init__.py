@@ -8,7 +8,8 @@
 - layers.py: the layers that a private run may have.
 - unit_gradients.py, capture.py: the gradient of each unit, by the fast path or row by row.
 - clipping.py, noise.py: the bound on each unit; the noise.
-- accountants.py: the only module that imports the numerical accountants.
+- accountants.py: epsilon of Poisson samples, and tables of it; renyi.py: the Renyi bound;
+  composition.py: the composed distribution of the privacy loss.
 - attacks.py: measures what one unit moves and whether the noise is correct, on the real step.
 - self_audit.py: runs the attacks and reports the results.
 
