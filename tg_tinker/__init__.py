@@ -30,6 +30,7 @@ Importing this package does not load torch, ray or transformers.
 """
 
 from tg_tinker.client.future import FutureHandle
+from tg_tinker.client.planning import plan_privacy
 from tg_tinker.client.service import ServiceClient
 from tg_tinker.client.training import TrainingClient
 from tg_tinker.config import (
@@ -69,6 +70,7 @@ from tg_tinker.errors import (
 )
 from tg_tinker.records.audit_log import AuditRow
 from tg_tinker.records.heads import AuditHead
+from tg_tinker.records.planning import PlannedEvaluations, PlannedRun, PrivacyPlan
 from tg_tinker.records.report import PrivacyInfo, PrivacyReport
 from tg_tinker.types import (
     ApiKeyInfo,
@@ -127,7 +129,10 @@ __all__ = [
     "OptimizerConfig",
     "Orphan",
     "PlacementError",
+    "PlannedEvaluations",
+    "PlannedRun",
     "PrivacyInfo",
+    "PrivacyPlan",
     "PrivacyReport",
     "QueueFullError",
     "RegistryAcceptance",
@@ -148,4 +153,5 @@ __all__ = [
     "VersionGoneError",
     "WindowSpoiledError",
     "batch_hash",
+    "plan_privacy",
 ]

@@ -2,6 +2,7 @@
 
 - session.py: the whole path of a private step. A reviewer reads it in order.
 - plan.py: derives the values that a `DPConfig` leaves out.
+- comparison.py: what a budget buys under each contract.
 - budget.py: the remaining budget of a run, and its charges.
 - units.py: the unit that each row belongs to, and the rows of a step that count.
 - poisson.py: the registered units, and the draw of each step.
