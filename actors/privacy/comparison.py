@@ -61,6 +61,8 @@ def compare_contracts(
             raise InvalidRequestError(f"{name} is {number}: give a number of 1 or more")
     if not 0 < epsilon < math.inf:
         raise InvalidRequestError(f"epsilon is {epsilon:g}: give a positive, finite number")
+    if not 0 < max_grad_norm < math.inf:
+        raise InvalidRequestError(f"max_grad_norm is {max_grad_norm:g}: give a positive number")
     if delta is not None and not 0 < delta < 1:
         raise InvalidRequestError(f"delta is {delta:g}: give a number between 0 and 1")
     if first > rows:

@@ -7,6 +7,7 @@
 - successions.py: how a signing key follows another, and which key is in force at a row.
 - files.py: exports of the audit log, and files with kept heads.
 - accounting.py: epsilon of Gaussian mechanisms in closed form.
+- planning.py: a comparison of what a budget buys under each contract.
 - report.py: the privacy of runs and datasets: values, report and certificate.
 
 The package imports value modules and `tg_tinker.storage`, so an auditor needs no cluster.
