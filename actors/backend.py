@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tg_tinker import backend
 from tg_tinker.config import ResourceConfig, TrainingConfig
 from tg_tinker.records.heads import AuditHead
+from tg_tinker.records.planning import PrivacyPlan
 from tg_tinker.records.successions import Signers
 from tg_tinker.types import ArtifactInfo, KeyUses, Orphan, RegistryAcceptance, RegistryCheck
 
@@ -205,6 +206,17 @@ class Backend:
         return profile_steps(
             config, cache, rows=rows, tokens=tokens, steps=steps, progress=progress
         )
+
+    def plan_privacy(
+        self, rows: int, epsilon: float, epochs: int, *, delta: float | None,
+        batch_size: int | None, max_grad_norm: float, held_out_rows: int | None,
+    ) -> PrivacyPlan:  # fmt: skip
+        from actors.privacy.comparison import compare_contracts
+
+        return compare_contracts(
+            rows, epsilon, epochs, delta=delta, batch_size=batch_size,
+            max_grad_norm=max_grad_norm, held_out_rows=held_out_rows,
+        )  # fmt: skip
 
     def privacy_audit(
         self, *, progress: Callable[[str], None], canaries: int, epsilon: float

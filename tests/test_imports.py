@@ -120,7 +120,6 @@ DOORS = {
         "actors/registry/revisions.py",
     },
     "opacus": {
-        "actors/privacy/accountants.py",
         "actors/privacy/layers.py",
     },
     "cryptography": {

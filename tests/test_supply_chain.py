@@ -51,7 +51,7 @@ def test_each_package_is_pinned_by_hash_and_no_index_is_named(name: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "extras"), [("demo.txt", ["demo"]), ("dev.txt", ["demo", "dev", "pld", "postgres"])]
+    ("name", "extras"), [("demo.txt", ["demo"]), ("dev.txt", ["demo", "dev", "postgres"])]
 )
 def test_the_lock_is_in_step_with_the_project(name: str, extras: list[str]) -> None:
     found: dict[str, list[Requirement]] = {}
@@ -132,7 +132,7 @@ def test_no_text_installs_this_project_by_its_name() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["pip install tg-tinker", "pip install 'tg-tinker[pld]'", "uv pip install -U tg_tinker==1",
+    ["pip install tg-tinker", "pip install 'tg-tinker[postgres]'", "uv pip install -U tg_tinker==1",
      'x = "run pip install"\n    " tg-tinker[demo]"', "pipx install tg-tinker"],
 )  # fmt: skip
 def test_an_install_by_name_is_found(text: str) -> None:

@@ -30,6 +30,7 @@ Importing this package does not load torch, ray or transformers.
 """
 
 from tg_tinker.client.future import FutureHandle
+from tg_tinker.client.planning import plan_privacy
 from tg_tinker.client.service import ServiceClient
 from tg_tinker.client.training import TrainingClient
 from tg_tinker.cluster.interrupts import Stopped, exit_status, stop_noted
@@ -70,6 +71,7 @@ from tg_tinker.errors import (
 )
 from tg_tinker.records.audit_log import AuditRow
 from tg_tinker.records.heads import AuditHead
+from tg_tinker.records.planning import PlannedEvaluations, PlannedRun, PrivacyPlan
 from tg_tinker.records.report import PrivacyInfo, PrivacyReport
 from tg_tinker.types import (
     ApiKeyInfo,
@@ -129,7 +131,10 @@ __all__ = [
     "OptimizerConfig",
     "Orphan",
     "PlacementError",
+    "PlannedEvaluations",
+    "PlannedRun",
     "PrivacyInfo",
+    "PrivacyPlan",
     "PrivacyReport",
     "PrivateEvalResult",
     "QueueFullError",
@@ -153,5 +158,6 @@ __all__ = [
     "WindowSpoiledError",
     "batch_hash",
     "exit_status",
+    "plan_privacy",
     "stop_noted",
 ]

@@ -27,6 +27,7 @@ from tg_tinker.config import ResourceConfig, TrainingConfig
 from tg_tinker.errors import ClusterUnavailableError, InvalidRequestError
 from tg_tinker.records.entries import Entry
 from tg_tinker.records.heads import AuditHead
+from tg_tinker.records.planning import PrivacyPlan
 from tg_tinker.records.report import PrivacyInfo
 from tg_tinker.records.successions import Signers, Succession
 from tg_tinker.types import (
@@ -249,6 +250,10 @@ class ActorsBackend(Protocol):
         self, config: TrainingConfig, cache: Path, *, rows: int, tokens: int, steps: int,
         progress: Callable[[str], None],
     ) -> dict[str, float]: ...  # fmt: skip
+    def plan_privacy(
+        self, rows: int, epsilon: float, epochs: int, *, delta: float | None,
+        batch_size: int | None, max_grad_norm: float, held_out_rows: int | None,
+    ) -> PrivacyPlan: ...  # fmt: skip
     def privacy_audit(
         self, *, progress: Callable[[str], None], canaries: int, epsilon: float
     ) -> AuditReport: ...

@@ -140,7 +140,8 @@ class DPConfig(_Config):
         target_epsilon: the budget, > 0; None takes the limit with which the dataset is registered,
             or no limit if this run registers the dataset.
         target_delta: delta, in (0, 1); also accepted as ``delta``.
-        accountant_type: the accountant of Poisson samples: prv, rdp (``moments`` means rdp) or pld.
+        accountant_type: the accountant of Poisson samples: prv (``pld`` means prv) or rdp
+            (``moments`` means rdp).
         sampling: the contract on how batches are drawn.
         dataset_size: N, the number of units in the dataset; required for Poisson sampling.
         sample_rate: q; if given, it must equal the expected batch / N.

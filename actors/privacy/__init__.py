@@ -3,6 +3,7 @@
 - session.py: the whole path of a private step. A reviewer reads it in order.
 - combinations.py: the combinations of contract, clip rule, unit, ... that are proven or refused.
 - plan.py: derives the values that a `DPConfig` leaves out.
+- comparison.py: what a budget buys under each contract.
 - budget.py: the remaining budget of a run, and its charges.
 - units.py: the unit that each row belongs to, and the rows of a step that count.
 - known_units.py: which rows of a batch other datasets of the tenant know.
@@ -11,7 +12,8 @@
 - unit_gradients.py, capture.py: the gradient of each unit, by the fast path or row by row.
 - clipping.py, noise.py: the bound on each unit; the noise.
 - evaluation.py: releases a held-out loss with noise, at the cost of the held-out dataset.
-- accountants.py: the only module that imports the numerical accountants.
+- accountants.py: epsilon of Poisson samples, and tables of it; renyi.py: the Renyi bound;
+  composition.py: the composed distribution of the privacy loss.
 - attacks.py: measures what one unit moves and whether the noise is correct, on the real step.
 - self_audit.py: runs the attacks and reports the results.
 

@@ -88,6 +88,15 @@ def plan_run(dp: DPConfig, config: TrainingConfig, ledger: Ledger) -> Plan:
     return _Planner(dp, config, ledger).plan()
 
 
+def calibrated_noise(dp: DPConfig, config: TrainingConfig, ledger: Ledger) -> float:
+    """Returns the smallest noise multiplier with which the stated uses or steps fit.
+
+    Raises:
+        As `plan_run`.
+    """
+    return _Planner(dp, config, ledger).calibrated()
+
+
 class _Planner:
     """A calculation of the plan for one config and one ledger."""
 
@@ -110,7 +119,7 @@ class _Planner:
         self.accountant = accountant if self.poisson else "exact"
 
     def plan(self) -> Plan:
-        sigma = self.dp.noise_multiplier or self._calibrated()
+        sigma = self.dp.noise_multiplier or self.calibrated()
         account = self._account(sigma, self._table(sigma))
         limit = self._limit(account)
         # After a drop, only the dataset and the run's own target limit the uses of such a run.
@@ -248,7 +257,7 @@ class _Planner:
 
     # --- noise that fits -----------------------------------------------------------------------
 
-    def _calibrated(self) -> float:
+    def calibrated(self) -> float:
         sigma = self._smallest_sigma(self.wanted, self.accountant)
         if math.isinf(sigma):
             raise self._too_much(None)

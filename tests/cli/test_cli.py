@@ -72,7 +72,7 @@ def test_the_commands_are_these() -> None:
         "keys", "keys list", "keys rotate", "keys retire", "keys new",
         "keys rotate-audit", "keys rotate-secret", "keys retire-secret",
         "privacy", "privacy report", "privacy certificate", "privacy ledger", "privacy verify",
-        "privacy audit", "privacy book-missing", "privacy drop", "privacy combinations",
+        "privacy audit", "privacy plan", "privacy book-missing", "privacy drop", "privacy combinations",
         "serve", "sample", "chat",
         "audit-log", "audit-log show", "audit-log verify", "audit-log export",
         "api-keys", "api-keys create", "api-keys list", "api-keys revoke",
@@ -368,6 +368,25 @@ def private_service() -> FakeService:
     client = service.create_training_client(config)
     client.optim_step().result()
     return service
+
+
+def test_a_plan_needs_no_service(tmp_path: Path) -> None:
+    given = ("privacy", "plan", "--rows", "100", "--batch-size", "50", "--epochs", "2")
+    found = call(*given, "--plot", str(tmp_path / "plan.png"))
+    assert found.exit_code == 0
+    assert "participation" in found.output
+    assert (tmp_path / "plan.png").exists()
+    as_json = json.loads(call(*given, "--json").output)
+    assert [run["batch_size"] for run in as_json["runs"]] == [50, 100] * 4
+    assert as_json["epsilon"] == 8.0
+
+
+def test_a_plan_that_cannot_be_made_or_drawn_says_why(tmp_path: Path) -> None:
+    found = call("privacy", "plan", "--rows", "100", "--batch-size", "101")
+    assert (found.exit_code, "lower batch_size" in found.output) == (1, True)
+    plot = tmp_path / "no" / "folder" / "plan.png"
+    found = call("privacy", "plan", "--rows", "100", "--plot", str(plot))
+    assert (found.exit_code, "cannot write" in found.output) == (1, True)
 
 
 def test_privacy_is_reported_and_certified(private_service: FakeService) -> None:

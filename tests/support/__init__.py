@@ -5,6 +5,7 @@
   of many families.
 - chat_models.py: tokenizers of five kinds, and the chat templates of many families.
 - helpers.py, privacy_helpers.py: the slow versions that engine and private step are compared with.
+- exact_delta.py: the true delta of Poisson samples.
 - sampling.py, runs.py: requests and what they got; runs that lose their actor.
 - artifacts.py, stores.py, restored.py: a checkpoint; how stores are reached; older
   databases.

@@ -28,6 +28,7 @@ privacy = typer.Typer(
 
       [cyan]tg-tinker privacy report[/]
       [cyan]tg-tinker privacy certificate support-2026 > certificate.json[/]
+      [cyan]tg-tinker privacy plan --rows 3692 --epsilon 8 --epochs 3[/]
       [cyan]tg-tinker privacy audit[/]""",
 )
 
@@ -199,6 +200,51 @@ def audit(
         typer.echo(f"{'held    ' if check.passed else 'VIOLATED'}  {check.name}: {check.statement}")
     typer.echo(f"\n{found.verdict}\nPlot and figures: {output}")
     raise typer.Exit(not found.passed)
+
+
+@privacy.command()
+def plan(
+    rows: Annotated[int, typer.Option(min=1, help="Units of the dataset.")],
+    epsilon: Annotated[float, typer.Option(help="Budget of the dataset.")] = 8.0,
+    epochs: Annotated[int, typer.Option(min=1, help="Uses of each row, on average.")] = 1,
+    delta: Annotated[
+        float | None, typer.Option(help="1e-5, or 0.1 / rows if that is smaller.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Smallest batch; 2x, 4x and 8x follow.")
+    ] = None,
+    max_grad_norm: Annotated[float, typer.Option(help="C, the bound of a gradient.")] = 1.0,
+    held_out_rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows of private evaluations; a tenth of --rows.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file of noise by batch size.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Compare what a privacy budget buys under each contract.
+
+    The command shows noise, steps and epsilon by batch size, which contract
+    fits the data, what twice the rows would buy, and how many private
+    evaluations fit. It needs no cluster, reads no data and charges nothing.
+
+      [cyan]tg-tinker privacy plan --rows 3692 --epsilon 8 --epochs 3[/]
+      [cyan]tg-tinker privacy plan --rows 100000 --batch-size 512 --plot plan.png[/]
+    """
+    from tg_tinker.client.planning import plan_privacy
+    from tg_tinker.demo import plots
+    from tg_tinker.demo.options import unwritable
+
+    if plot:
+        plots.check_available()
+    found = plan_privacy(
+        rows, epsilon, epochs, delta=delta, batch_size=batch_size, max_grad_norm=max_grad_norm,
+        held_out_rows=held_out_rows,
+    )  # fmt: skip
+    if plot:
+        try:
+            plots.plot_plan(found, plot)
+        except OSError as error:
+            raise unwritable(plot, error) from None
+    typer.echo(json.dumps(found.to_json(), indent=2) if as_json else str(found))
 
 
 def _report(ctx: typer.Context, dataset_id: str) -> PrivacyReport:

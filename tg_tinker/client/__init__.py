@@ -1,6 +1,7 @@
 """Provides the objects that a program uses: `ServiceClient`, `TrainingClient`, call handles.
 
 - service.py: `ServiceClient`, the entry point.
+- planning.py: `plan_privacy`, which needs no cluster.
 - runs.py, placement.py: the start and the end of runs; the resources that actors occupy.
 - artifacts.py, keys.py, records.py: the methods of `ServiceClient` about artifacts, about keys, and
   about ledgers and audit logs.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tg_tinker.errors import NotFoundError
+from tg_tinker.records.planning import PrivacyPlan
 from tg_tinker.storage.files import new_file
 
 WINDOW = 10
@@ -98,6 +99,30 @@ def plot_audit(
     _draw_bound(lower, bound, claimed)
     _title(upper, f"Privacy audit: {verdict}")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, labelcolor=_TEXT)
+    return _saved(figure, Path(path))
+
+
+def plot_plan(plan: PrivacyPlan, path: str | Path) -> Path:
+    """Writes a plot of the noise in each value by batch size, one line for each contract.
+
+    Returns:
+        The path of the PNG file.
+    """
+    figure = _figure()
+    axes = figure.add_subplot()
+    looks = {"participation": (_AVERAGE, "-"), "poisson": (_AFTER, "-"),
+             "client_poisson": (_STEP, ":"), "worst_case": (_SPENT, "-")}  # fmt: skip
+    for contract, (color, line) in looks.items():
+        runs = [run for run in plan.runs if run.contract == contract]
+        batches, noise = [run.batch_size for run in runs], [run.noise for run in runs]
+        axes.plot(batches, noise, line, color=color, marker="o", label=contract)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(batches, [f"{batch:,}" for batch in batches])
+    axes.set_xlabel("batch size", color=_TEXT)
+    axes.set_ylabel("noise in each value of a step", color=_TEXT)
+    _title(axes, f"{plan.rows:,} rows, {plan.epochs} epochs, epsilon {plan.epsilon:g}")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, labelcolor=_TEXT)
     return _saved(figure, Path(path))
 
 

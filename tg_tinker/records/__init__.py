@@ -9,6 +9,7 @@
 - sums.py: sums of 1 / sigma^2, which are never rounded down.
 - accounting.py: epsilon of Gaussian mechanisms in closed form.
 - figures.py: what was spent at other deltas, and for several units together.
+- planning.py: a comparison of what a budget buys under each contract.
 - report.py: the privacy of runs and datasets: values, report and certificate.
 
 The package imports value modules and `tg_tinker.storage`, so an auditor needs no cluster.

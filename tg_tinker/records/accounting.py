@@ -7,7 +7,7 @@
 
 In this module sigma is the standard deviation of the noise divided by C, the L2 bound of one unit.
 k uses at one sigma have mu = sqrt(k) / sigma. Uses at several sigmas have mu^2 = the sum of
-1 / sigma^2. The numerical accountants (prv, pld) are in `actors.privacy.accountants`.
+1 / sigma^2. Poisson samples are accounted for in `actors.privacy.accountants`.
 """
 
 from __future__ import annotations
