@@ -5,8 +5,9 @@
 - budget.py: the remaining budget of a run, and its charges.
 - units.py: the unit that each row belongs to, and the rows of a step that count.
 - poisson.py: the registered units, and the draw of each step.
-- layers.py: the layers that a private run may have.
+- layers.py: the layers that a private run may have, and the mode in which they run.
 - unit_gradients.py, capture.py: the gradient of each unit, by the fast path or row by row.
+- gradient_probes.py: tests at creation whether these gradients are correct.
 - clipping.py, noise.py: the bound on each unit; the noise.
 - accountants.py: the only module that imports the numerical accountants.
 - attacks.py: measures what one unit moves and whether the noise is correct, on the real step.

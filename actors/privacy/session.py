@@ -29,7 +29,8 @@ from actors.engine.session import Session
 from actors.engine.timing import Stage, stage
 from actors.privacy.budget import Budget
 from actors.privacy.clipping import ClippedSum, privatize
-from actors.privacy.layers import refuse_mixing_layers, silence_dropout
+from actors.privacy.gradient_probes import probe
+from actors.privacy.layers import refuse_mixing_layers
 from actors.privacy.noise import standard_normal
 from actors.privacy.poisson import PoissonDraws
 from actors.privacy.unit_gradients import UnitBackward
@@ -52,7 +53,6 @@ class PrivateSession(Session):
 
     def __init__(self, base: Base, config: TrainingConfig, budget: Budget) -> None:
         refuse_mixing_layers(base.model)
-        silence_dropout(base.model)
         self.dp = config.dp_config or DPConfig()
         self.budget = budget
         self.poisson = PoissonDraws(budget, config)
@@ -61,6 +61,7 @@ class PrivateSession(Session):
         super().__init__(base, config)
         self._divisor = config.batch_size * config.gradient_accumulation_steps
         self.unit_backward = UnitBackward(base, self._parameters, self._losses)
+        probe(self.unit_backward, self.recomputation)
         budget.open()
 
     @property
@@ -122,7 +123,7 @@ class PrivateSession(Session):
         self._pending.units |= taken
         self._pending.rows += len(examples)
         self._pending.calls.append((digest, fingerprint))
-        skipped["gradient not finite"] += total.non_finite
+        skipped["gradient not finite"] += int(total.non_finite)
         return self._shown(
             ForwardBackwardResult(
                 loss=loss,
@@ -251,14 +252,15 @@ class PrivateSession(Session):
         The medians are NaN if the step has no units or the metrics are hidden.
         """
         total = window.total
-        shown = self.dp.show_private_metrics and bool(total.norms_before)
+        before, after = total.norms_before.tolist(), total.norms_after.tolist()
+        shown = self.dp.show_private_metrics and bool(before)
         return DPMetrics(
             noise_applied=charge.noised,
             epsilon_spent=charge.epsilon_spent,
             total_epsilon=charge.total_epsilon,
             delta=charge.delta,
-            grad_norm_before_clip=statistics.median(total.norms_before) if shown else math.nan,
-            grad_norm_after_clip=statistics.median(total.norms_after) if shown else math.nan,
+            grad_norm_before_clip=statistics.median(before) if shown else math.nan,
+            grad_norm_after_clip=statistics.median(after) if shown else math.nan,
             num_clipped=total.num_clipped if self.dp.show_private_metrics else 0,
         )
 
