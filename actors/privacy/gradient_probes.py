@@ -16,15 +16,19 @@ from contextlib import contextmanager
 import torch
 
 from actors.engine.batching import flatten
-from actors.engine.gradients import by_name
+from actors.engine.gradients import Shapes, by_name
 from actors.engine.probes import passes
 from actors.engine.recompute import Recomputation
 from actors.privacy.unit_gradients import UnitBackward
 from tg_tinker.data.batch import Example
 from tg_tinker.errors import InvalidRequestError
 
-_TOLERANCE = {torch.float32: 1e-3}
-"""The relative difference of two gradients that rounding explains; 5e-2 for shorter types."""
+_TOLERANCE = {torch.float32: 1e-2}
+"""The relative difference of two gradients that rounding explains; 5e-2 for shorter types.
+
+A model may enlarge rounding: 1e-3 was measured on SmolLM2-135M with an adapter of rank 1. What is
+to be found is as large as the gradient of a tensor: another unit's, twice the value, half the
+uses."""
 
 
 def probe(units: UnitBackward, recomputation: Recomputation) -> None:
@@ -87,7 +91,9 @@ def _refuse_random_numbers(units: UnitBackward) -> None:
             torch.manual_seed(seed)
             losses.append(units.losses(stream))
     first, second = losses
-    if not torch.allclose(first, second, rtol=_tolerance(units), atol=0.0, equal_nan=True):
+    # On a GPU, sums may take another order.
+    rounding = 1e-5 if units.base.dtype == torch.float32 else 1e-2
+    if not torch.allclose(first, second, rtol=rounding, atol=0.0, equal_nan=True):
         raise InvalidRequestError(
             "this model cannot be trained privately: it draws random numbers in eval mode too, and"
             " an additional row would change those of the rows behind it. Use another model"
@@ -129,9 +135,7 @@ def _difference(units: UnitBackward) -> str:
     """Returns why the fast path is wrong on this model, or nothing if it is right.
 
     Its gradients of several rows at once are compared with those that autograd computes for each
-    row alone. A tensor may differ by rounding of its own size or, where its gradient cancels, as
-    at rank 1, by rounding of the size of an average tensor of the unit: clipping sees all tensors
-    together.
+    row alone.
     """
     rows = _rows(units)
     capture = units.capture
@@ -147,13 +151,27 @@ def _difference(units: UnitBackward) -> str:
     finally:
         units.capture = capture
     shapes = {name: parameter.shape for name, parameter in units.parameters.items()}
-    size, apart = (
-        torch.stack([part.flatten(1).norm(dim=1) for part in by_name(flat, shapes).values()], 1)
-        for flat in (alone, together - alone)
-    )  # [U, n]
-    average = size.square().mean(1, keepdim=True).sqrt()
-    ratio = (apart / torch.maximum(size, average).clamp(min=1e-12)).amax(0)  # [n]
-    if ratio.max() <= _tolerance(units):
+    name, ratio = farthest(together, alone, shapes)
+    if ratio <= _tolerance(units):
         return ""
-    name = [*shapes][int(ratio.nan_to_num(nan=torch.inf).argmax())]
-    return f"the gradient of {name} differs by {float(ratio.max()):.1e} from that of autograd"
+    return f"the gradient of {name} differs by {ratio:.1e} from that of autograd"
+
+
+def farthest(found: torch.Tensor, wanted: torch.Tensor, shapes: Shapes) -> tuple[str, float]:
+    """Returns the tensor that is farthest from the wanted one, and its relative difference.
+
+    Its difference counts relative to its own norm or, where that is smaller, to the norm of an
+    average tensor of the unit (the root mean square). For clipping sees all tensors together, and
+    a gradient that cancels, as at rank 1, has the rounding of larger ones.
+
+    Args:
+        found, wanted: [U, P], the gradients of units.
+    """
+    sizes, apart = (
+        torch.stack([part.flatten(1).norm(dim=1) for part in by_name(flat, shapes).values()], 1)
+        for flat in (wanted, found - wanted)
+    )  # [U, n]
+    average = sizes.square().mean(1, keepdim=True).sqrt()
+    ratios = (apart / torch.maximum(sizes, average).clamp(min=1e-12)).amax(0)  # [n]
+    worst = int(ratios.nan_to_num(nan=torch.inf).argmax())
+    return [*shapes][worst], float(ratios[worst])
