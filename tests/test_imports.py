@@ -82,6 +82,7 @@ DOORS = {
         "actors/engine/loading.py",
         "actors/engine/lora.py",
         "actors/engine/model.py",
+        "actors/engine/recompute.py",
         "tg_tinker/data/text.py",
     },
     "peft": {

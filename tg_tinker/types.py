@@ -315,6 +315,8 @@ class TrainingClientInfo:
         queued: the number of calls that wait on the actor.
         reason: why the run has no actor: closed, parked, or how the last actor was lost; empty if
             the run has an actor.
+        unit_gradients, slow_because: how a private run computes the gradients of single units, as
+            in `ModelInfo`; empty if no actor was asked.
     """
 
     training_client_id: str
@@ -327,6 +329,8 @@ class TrainingClientInfo:
     num_trainable: int = 0
     queued: int = 0
     reason: str = ""
+    unit_gradients: str = ""
+    slow_because: str = ""
 
 
 @dataclass(frozen=True)
@@ -356,6 +360,9 @@ class ModelInfo:
         flat_stream: whether the model can process several rows as one stream of tokens.
         sampling: how the model is sampled: ``slots``, ``cache``, ``cache-prompts``, ``whole``, from
             fast to slow; empty if it can only be trained.
+        unit_gradients: how a private run computes the gradients of units: ``fast``, in the one
+            backward pass of a micro-batch, or ``row by row``; empty in a run without privacy.
+        slow_because: why they are computed row by row; empty if they are not.
         warnings: messages about the model, and about the restored state of a recovered run.
     """
 
@@ -368,6 +375,8 @@ class ModelInfo:
     flat_stream: bool
     sampling: str
     num_threads: int
+    unit_gradients: str = ""
+    slow_because: str = ""
     warnings: tuple[str, ...] = ()
 
 

@@ -10,6 +10,7 @@
   flat streams; logits at wanted positions.
 - slots.py, caches.py: keys and values of running sequences in one stream; sequences one by one.
 - losses.py, matmul.py: losses of single tokens; matrix products by oneDNN.
+- recompute.py: activations that are computed again in the backward pass.
 - gradients.py, optim.py: sums, means and hashes of gradients; optimizers and schedules.
 - checkpoint.py, lineage.py: the state between two steps as plain files; the origin of weights.
 - memory.py, cpus.py, timing.py: the least memory that a run needs; the CPUs that it may use; the

@@ -17,6 +17,7 @@ import torch
 from tg_tinker.errors import InvalidRequestError
 
 Tensors = dict[str, torch.Tensor]
+Shapes = Mapping[str, torch.Size]
 
 FULL_HASH_BYTES = 64 * 2**20
 _BLOCK = 4096
@@ -100,6 +101,15 @@ def take_gradients(parameters: Mapping[str, torch.nn.Parameter]) -> Tensors:
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         taken[name], parameter.grad = gradient.float(), None
     return taken
+
+
+def by_name(flat: torch.Tensor, shapes: Shapes) -> Tensors:
+    """Returns views [..., *shape] by name of values [..., P], one tensor after another."""
+    parts = torch.split(flat, [shape.numel() for shape in shapes.values()], dim=-1)
+    return {
+        name: part.view(*flat.shape[:-1], *shape)
+        for (name, shape), part in zip(shapes.items(), parts, strict=True)
+    }
 
 
 def gradient_hash(tensors: Tensors) -> str:

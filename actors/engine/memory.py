@@ -68,13 +68,14 @@ def estimate(
     lora = config.lora_config
     trained = values if lora is None else adapter_values(shapes, lora)
     each = width if lora is None else 4  # adapters are float32
-    # A private run holds gradients of a unit, of its clipped form, of this call and of the window.
-    copies = 4 if config.private else 2
+    # A private run holds autograd's gradient, the unit's in float32, and the sums of this call and
+    # of the window in float64.
+    gradient = each + 4 + 2 * 8 if config.private else 2 * each
     moments = _MOMENTS.get(config.optimizer.name, int(config.optimizer.momentum > 0))
     return Estimate(
         weights=values * width,
         trained=0 if lora is None else trained * each,
-        gradients=copies * trained * each,
+        gradients=gradient * trained,
         optimizer=moments * trained * each,
         activations=_activations(sizes, width),
     )

@@ -128,11 +128,6 @@ class Base:
             )
 
     @property
-    def can_recompute(self) -> bool:
-        """Whether this architecture supports activation checkpointing."""
-        return bool(self.model.supports_gradient_checkpointing)
-
-    @property
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.model.dtype
         return dtype

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from actors.engine.attention import keeping_attention
 from actors.engine.batching import FlatStream, flat_streams
 from actors.engine.checkpoint import SessionState
 from actors.engine.gradients import (
@@ -38,6 +37,7 @@ from actors.engine.losses import sums_by_example
 from actors.engine.matmul import library
 from actors.engine.model import Base, labeled_losses
 from actors.engine.optim import Optimizer, learning_rate
+from actors.engine.recompute import Recomputation
 from actors.engine.timing import Stage, stage
 from tg_tinker.config import TrainingConfig
 from tg_tinker.data.batch import Example, check_bounds
@@ -71,8 +71,8 @@ class Session:
         self.step = 0
         self._parameters, self._adapter_config = make_trainable(base, config.lora_config)
         base.model.eval()  # fresh adapter layers start in train mode
-        self._recomputing = False
-        self._recompute_activations(config.resources.activation_checkpointing)
+        always = config.resources.activation_checkpointing
+        self.recomputation = Recomputation(base.model, always)
         # Of an adapter, the trained values that the base model has too: its biases.
         self._base_values = {
             name: parameter.detach().clone()
@@ -333,20 +333,10 @@ class Session:
 
     def _losses(self, stream: FlatStream) -> torch.Tensor:
         """Returns the summed loss of each example of the stream: float32 [S], in nats."""
-        long = stream.tokens.numel() > MAX_STREAM_TOKENS and self.base.can_recompute
-        self._recompute_activations(long or self.config.resources.activation_checkpointing)
-        losses = labeled_losses(self.base, stream)
+        long = stream.tokens.numel() > MAX_STREAM_TOKENS
+        with self.recomputation.used(long):
+            losses = labeled_losses(self.base, stream)
         return sums_by_example(losses, stream.owners.to(losses.device), stream.size)
-
-    def _recompute_activations(self, wanted: bool) -> None:
-        """Turns activation checkpointing on or off. It bounds the memory of a long row."""
-        if wanted and not self._recomputing:
-            self.base.model.activation_checkpointing_enable(
-                {"use_reentrant": False, "context_fn": keeping_attention}
-            )
-        elif self._recomputing and not wanted:
-            self.base.model.activation_checkpointing_disable()
-        self._recomputing = wanted
 
     def _seed_dropout(self) -> None:
         """Seeds torch from (seed, step, call), so that no generator state needs to be saved."""

@@ -50,7 +50,7 @@ def profile_steps(
     with tempfile.TemporaryDirectory() as scratch:
         session = _session(base, config, Path(scratch) / "home")
         _step(session, batches[0])
-        progress(f"measuring {steps} steps")
+        progress(f"measuring {steps} steps{_path(session)}")
         with measured() as spent:
             started = time.perf_counter()
             for batch in batches[1:]:
@@ -58,6 +58,17 @@ def profile_steps(
             total = time.perf_counter() - started
     found = {stage.value: spent[stage] / steps for stage in Stage}
     return found | {OTHER: total / steps - sum(found.values())}
+
+
+def _path(session: Session) -> str:
+    """Returns how a private session computes the gradients of single rows, in words."""
+    from actors.privacy.session import PrivateSession
+
+    if not isinstance(session, PrivateSession):
+        return ""
+    units = session.unit_backward
+    because = units.slow_because and f", because {units.slow_because}"
+    return f"; gradients of single rows: {units.path}{because}"
 
 
 def _step(session: Session, batch: list[Example]) -> None:

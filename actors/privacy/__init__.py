@@ -8,8 +8,9 @@
 - units.py: the unit that each row belongs to, and the rows of a step that count.
 - known_units.py: which rows of a batch other datasets of the tenant know.
 - poisson.py: the registered units, and the draw of each step.
-- layers.py: the layers that a private run may have.
+- layers.py: the layers that a private run may have, and the mode in which they run.
 - unit_gradients.py, capture.py: the gradient of each unit, by the fast path or row by row.
+- gradient_probes.py: tests at creation whether these gradients are correct.
 - clipping.py, noise.py: the bound on each unit; the noise.
 - evaluation.py: releases a held-out loss with noise, at the cost of the held-out dataset.
 - accountants.py: epsilon of Poisson samples, and tables of it; renyi.py: the Renyi bound;

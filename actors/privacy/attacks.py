@@ -23,7 +23,6 @@ import torch
 from scipy import fft, stats
 
 from actors.engine.batching import FlatStream
-from actors.engine.gradients import Tensors
 from actors.engine.model import Base, save_tiny_llama
 from actors.privacy.budget import Budget
 from actors.privacy.session import PrivateSession
@@ -160,7 +159,7 @@ def neighbor_replay(bench: Bench) -> Check:
     for factor in _QUIET:
         embeddings[:128] = factor * loud[:128]
         whole = collect(session, [_ROWS])
-        norms += session._pending.total.norms_before
+        norms += session._pending.total.norms_before.tolist()
         for at in range(len(_ROWS)):
             without = collect(session, [_ROWS[:at] + _ROWS[at + 1 :]])
             moved = max(moved, float((whole - without).norm()) / BOUND)
@@ -293,7 +292,7 @@ def _play_step(
     """
     session = bench.session(sigma, epsilon)
 
-    def planted(stream: FlatStream, owners: list[int]) -> tuple[torch.Tensor, Tensors]:
+    def planted(stream: FlatStream, owners: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.zeros(stream.size, device=session.base.device), _directions(session, stream)
 
     session.unit_backward.of_stream = planted  # type: ignore[method-assign]
@@ -305,19 +304,14 @@ def _play_step(
     return scores, inside, charged
 
 
-def _directions(session: PrivateSession, stream: FlatStream) -> Tensors:
-    """Returns [S, ...] by name: 100 C times the direction of each canary in a stream."""
+def _directions(session: PrivateSession, stream: FlatStream) -> torch.Tensor:
+    """Returns float32 [S, P]: 100 C times the direction of each canary in a stream."""
     # The two tokens of a row encode the canary's number: `_row(divmod(number, _TOKENS))`.
     first, second = stream.tokens.view(-1, 2).T.numpy()
     wanted = np.zeros((stream.size, session.num_trainable), dtype=np.float32)
     wanted[np.arange(stream.size), first * _TOKENS + second] = 100 * BOUND
     flat = torch.from_numpy(fft.idct(wanted, norm="ortho", axis=1, overwrite_x=True))
-    parameters = session._parameters
-    parts = torch.split(flat, [parameter.numel() for parameter in parameters.values()], dim=1)
-    return {
-        name: part.reshape(-1, *parameter.shape).to(parameter.device)
-        for (name, parameter), part in zip(parameters.items(), parts, strict=True)
-    }
+    return flat.to(session.base.device)
 
 
 def one_run_audit(

@@ -1,32 +1,39 @@
 """Turns per-unit gradients into a private gradient. Each stage has a type, so none can be skipped.
 
-    UnitGradients.clip(C) -> ClippedSum, which adds up -> privatize -> PrivateGradient
+    UnitGradients.clip_into -> ClippedSum, which adds up -> privatize -> PrivateGradient
 
 The optimizer of a private run accepts only a `PrivateGradient`, which `privatize` alone makes.
 The values of the earlier stages must not leave the memory of the actor. Their types have no
 printable form. `unit_gradients` assigns gradients to units; `session` charges each draw of noise.
 
-Legend: U units, each one example or all rows of one id; C the L2 bound of a unit.
+Each stage is one flat tensor, and no stage waits for the device: norms stay on it until a step asks
+for its metrics.
+
+Legend: U units, each one example or all rows of one id; P trainable values; C the L2 bound of a
+unit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
-from actors.engine.gradients import PrivateGradient, Tensors
+from actors.engine.gradients import PrivateGradient, Shapes, Tensors, by_name
 from actors.privacy.noise import standard_normal
 
 Noise = Callable[[int], torch.Tensor]
 
-_BLOCK = 2**20
-"""The number of values that get noise at a time: this bounds the float64 copies."""
+_BLOCK = 2**18
+"""The number of values in float64 at a time: this bounds the copies, and fits a processor's cache.
 
-_NORMED = 1024
-"""The number of values whose squares are added in float32."""
+A GPU gets larger blocks, which cost it fewer launches."""
+_DEVICE_BLOCK = 2**24
+
+_NOISE_BLOCK = 2**20
+"""The number of values that get noise at a time."""
 
 
 @dataclass(repr=False)
@@ -34,114 +41,124 @@ class UnitGradients:
     """The gradients of whole units, before clipping.
 
     Attributes:
-        by_unit: float32 [U, ...] by parameter name. The norms and the sum use these values.
+        values: float32 [U, P]. The norms and the sum use these values.
     """
 
-    by_unit: Tensors
+    values: torch.Tensor
 
     def norms(self) -> torch.Tensor:
         """Returns float64 [U]: the L2 norm of each unit over all tensors together.
 
-        The squares of 1,024 values at a time are added in float32, and these sums in float64. In
-        float32 alone, the norm of 28 million values was measured 1.6 % too small, which would let a
-        unit exceed its bound by 1.6 %.
+        In float32 alone, the norm of 28 million values was measured 1.6 % too small, which would
+        let a unit exceed its bound by 1.6 %.
         """
-        squares = [
-            torch.linalg.vector_norm(block, dim=-1).double().square().sum(1)
-            for tensor in self.by_unit.values()
-            for block in _norm_blocks(tensor.flatten(1))
-        ]
-        return torch.stack(squares).sum(0).sqrt()
+        squares = self.values.new_zeros(len(self.values), dtype=torch.float64)
+        for block in torch.split(self.values, _block_size(self.values), dim=1):
+            squares += torch.linalg.vector_norm(block, dim=1, dtype=torch.float64).square()
+        return squares.sqrt()
 
-    def clip(self, bound: float) -> ClippedSum:
-        """Returns the sum over units of g * C / max(|g|, C), and consumes the gradients.
+    def clip_into(self, total: ClippedSum) -> None:
+        """Adds each unit's gradient, clipped to the bound of the sum.
 
-        Replacing any unit by a null example moves the sum by at most `bound` in L2 (Abadi et
-        al. 2016, arXiv:1607.00133), up to rounding in float32. A unit with a NaN, an infinity
-        or an overflowing norm adds exactly zero. So does a unit whose gradient is zero.
+        Replacing any unit by a null example moves the sum by at most `total.bound` in L2, up to
+        rounding in float64. A unit with a NaN or an infinity adds exactly zero. So does a unit
+        whose gradient is zero.
         """
         norms = self.norms()
         finite = torch.isfinite(norms)
-        # The factor must never exceed C / |g|. The denominator is never 0, so it needs no epsilon.
-        factors = _rounded_down(torch.where(finite, bound / norms.clamp(min=bound), 0.0))
-        sums = {}
-        for name in list(self.by_unit):
-            tensor = self.by_unit.pop(name)
-            if not finite.all():
-                # A factor of 0 is not enough: 0 * NaN is NaN.
-                tensor[~finite] = 0
+        factors = torch.where(finite, _factors(norms, total.bound), 0.0)
+        size = _block_size(self.values)
+        for block, into in zip(
+            torch.split(self.values, size, dim=1), torch.split(total.values, size), strict=True
+        ):
             # A matrix product of factors and gradients would be faster. But a GPU may compute it in
-            # TF32, whose ten bits would let a unit exceed its bound by 0.1 %.
-            tensor *= factors.to(tensor).view(-1, *[1] * (tensor.ndim - 1))
-            sums[name] = tensor.sum(0)
-        clipped = torch.where(finite, norms.clamp(max=bound), 0.0)
+            # fewer bits, which would let a unit exceed its bound.
+            clipped = block.double().mul_(factors[:, None])
+            # A factor of 0 is not enough: 0 * NaN is NaN. No other NaN is possible.
+            into += clipped.nansum(0)
         before = torch.where(finite, norms, 0.0)
-        return ClippedSum(sums, bound, before.tolist(), clipped.tolist(), int((~finite).sum()))
+        total.norms_before = torch.cat([total.norms_before, before])
+        total.norms_after = torch.cat([total.norms_after, before * factors])
+        total.non_finite += (~finite).sum()
+
+
+def _factors(norms: torch.Tensor, bound: float) -> torch.Tensor:
+    """Returns the factor of each unit, C / max(|g|, C), at most C / |g|: float64 [U].
+
+    This is flat clipping (Abadi et al. 2016, arXiv:1607.00133). The denominator is never 0, so it
+    needs no epsilon.
+    """
+    return bound / norms.clamp(min=bound)
+
+
+def _block_size(values: torch.Tensor) -> int:
+    """Returns the columns of [U, P] that make a block of about `_BLOCK` values."""
+    block = _BLOCK if values.device.type == "cpu" else _DEVICE_BLOCK
+    return max(1, block // max(1, len(values)))
 
 
 @dataclass(repr=False)
 class ClippedSum:
     """The sum of the clipped gradients since the last step. It has no noise: it stays in the actor.
 
+    The sum is float64, so that it stays exact however many units it has: adding n of them rounds by
+    at most n * 2^-53 of the largest norm that the sum has had on the way.
+
     Attributes:
-        sums: float32 by parameter name.
+        values: float64 [P].
+        shapes: of the trainable tensors, in the order of their values.
         bound: C, the largest distance by which one unit may have moved the sum.
-        norms_before, norms_after: the norm of every unit in the sum, before and after clipping.
-        non_finite: the number of units that added zero because their gradient was not finite.
+        norms_before, norms_after: float64, the norm of every unit in the sum, before and after
+            clipping; 0 for a unit whose gradient is not finite.
+        non_finite: int64 [], the number of units that added zero because their gradient was not
+            finite.
     """
 
-    sums: Tensors
+    values: torch.Tensor
+    shapes: Shapes
     bound: float
-    norms_before: list[float] = field(default_factory=list)
-    norms_after: list[float] = field(default_factory=list)
-    non_finite: int = 0
+    norms_before: torch.Tensor
+    norms_after: torch.Tensor
+    non_finite: torch.Tensor
 
     @classmethod
     def zero(cls, parameters: Mapping[str, torch.Tensor], bound: float) -> ClippedSum:
         """Returns a sum over no unit. It has all tensors: a step without data gets noise too."""
-        zeros = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
-        return cls(zeros, bound)
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        device = next(iter(parameters.values())).device
+        values = sum(shape.numel() for shape in shapes.values())
+        none = torch.zeros(0, dtype=torch.float64, device=device)
+        return cls(
+            values=none.new_zeros(values),
+            shapes=shapes,
+            bound=bound,
+            norms_before=none,
+            norms_after=none,
+            non_finite=torch.zeros((), dtype=torch.int64, device=device),
+        )
+
+    @property
+    def sums(self) -> Tensors:
+        """The sum by parameter name, as views."""
+        return by_name(self.values, self.shapes)
 
     @property
     def num_clipped(self) -> int:
-        return sum(norm > self.bound for norm in self.norms_before)
+        return int((self.norms_before > self.bound).sum())
 
     def add(self, other: ClippedSum) -> None:
         """Adds in place. The two sums must have no unit in common, or the unit counts twice."""
-        if other.bound != self.bound or other.sums.keys() != self.sums.keys():
+        if other.bound != self.bound or other.shapes != self.shapes:
             raise ValueError("sums with different bounds or parameters do not add up")
-        for name, tensor in self.sums.items():
-            tensor += other.sums[name]
-        self.norms_before += other.norms_before
-        self.norms_after += other.norms_after
-        self.non_finite += other.non_finite
+        self.values += other.values
+        self.norms_before = torch.cat([self.norms_before, other.norms_before])
+        self.norms_after = torch.cat([self.norms_after, other.norms_after])
+        self.non_finite = self.non_finite + other.non_finite
 
     def wipe(self) -> None:
         """Overwrites the sum with zeros, so that a dropped window leaves nothing in memory."""
-        for tensor in self.sums.values():
-            tensor.zero_()
-        self.sums = {}
-
-
-def _norm_blocks(rows: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yields rows [U, n] as [U, blocks, 1024], and the remaining values as [U, 1, rest]."""
-    whole = rows.shape[1] // _NORMED * _NORMED
-    if whole:
-        yield rows[:, :whole].view(len(rows), whole // _NORMED, _NORMED)
-    if whole < rows.shape[1]:
-        yield rows[:, None, whole:]
-
-
-def _rounded_down(factors: torch.Tensor) -> torch.Tensor:
-    """Returns the factors in float32, never above their float64 values.
-
-    For the largest gradients the factors are denormal. Rounded to nearest, they would exceed the
-    bound by far more than 1e-7.
-    """
-    nearest = factors.float()
-    return torch.where(
-        nearest > factors, torch.nextafter(nearest, -torch.ones_like(nearest)), nearest
-    )
+        self.values.zero_()
+        self.values, self.shapes = self.values.new_zeros(0), {}
 
 
 def privatize(
@@ -156,27 +173,13 @@ def privatize(
     std = sigma * total.bound
     if not (math.isfinite(std) and divisor > 0):
         raise ValueError("the noise needs a finite scale and a positive divisor")
-    for block in _blocks(total.sums):
-        sizes = [piece.numel() for piece in block]
-        drawn = noise(sum(sizes)) if std else torch.zeros(sum(sizes), dtype=torch.float64)
-        for piece, part in zip(block, torch.split(drawn, sizes), strict=True):
-            piece.copy_((piece.double() + std * part.to(piece.device)) / divisor)
-    tensors, total.sums = total.sums, {}
+    released = torch.empty_like(total.values, dtype=torch.float32)
+    for clipped, into in zip(
+        torch.split(total.values, _NOISE_BLOCK), torch.split(released, _NOISE_BLOCK), strict=True
+    ):
+        if std:
+            clipped += std * noise(len(clipped)).to(clipped.device)
+        into.copy_(clipped / divisor)
+    tensors = by_name(released, total.shapes)
+    total.wipe()
     return PrivateGradient(tensors, std)
-
-
-def _blocks(sums: Tensors) -> Iterator[list[torch.Tensor]]:
-    """Yields lists of flat views of all values, in order, with at most `_BLOCK` values per list.
-
-    One draw for many small tensors takes a quarter of the time of one draw for each tensor.
-    """
-    block: list[torch.Tensor] = []
-    room = _BLOCK
-    for tensor in sums.values():
-        for piece in torch.split(tensor.view(-1), _BLOCK):
-            if piece.numel() > room:
-                yield block
-                block, room = [], _BLOCK
-            block.append(piece)
-            room -= piece.numel()
-    yield block

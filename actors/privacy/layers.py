@@ -1,13 +1,13 @@
-"""Refuses layers that cannot train privately, by the rules of Opacus, and switches dropout off.
+"""Refuses layers that cannot train privately, by the rules of Opacus; sets the mode of others.
 
-`unit_gradients` probes whether the per-unit gradients of the trainable layers are correct.
+`gradient_probes` tests whether forward passes repeat and per-unit gradients are correct.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
-
-import torch
 
 from tg_tinker.errors import InvalidRequestError
 
@@ -38,19 +38,19 @@ def refuse_mixing_layers(model: Any) -> None:
         )
 
 
-def silence_dropout(model: Any) -> None:
-    """Switches off the dropout of the base model, and other noise of its training mode.
+@contextmanager
+def adapter_dropout(model: Any) -> Iterator[None]:
+    """Puts the dropout of an adapter, and nothing else of the model, in train mode.
 
-    That is each `nn.Dropout`, and each setting of a layer or of its config whose name says dropout
-    or jitter.
-
-    The masks of this dropout follow one another along a stream, so an additional row would shift
-    the masks of the rows behind it.
+    In train mode, the base model may draw random numbers in ways that no list of layers knows:
+    dropout by functions, jitter, layers left out. Its masks follow one another along a stream, so
+    an additional row would shift the masks of the rows behind it.
     """
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for holder in (module, getattr(module, "config", None)):
-            for name, value in vars(holder).items() if holder is not None else ():
-                if isinstance(value, float) and ("drop" in name or "jitter" in name):
-                    setattr(holder, name, 0.0)
+    model.eval()
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "lora_dropout":
+            module.train()
+    try:
+        yield
+    finally:
+        model.eval()

@@ -31,8 +31,9 @@ from actors.engine.timing import Stage, stage
 from actors.privacy.budget import Budget
 from actors.privacy.clipping import ClippedSum, privatize
 from actors.privacy.evaluation import HeldOut, clipped_sum, multiplier, released, units_of
+from actors.privacy.gradient_probes import probe
 from actors.privacy.known_units import OverlapWarnings
-from actors.privacy.layers import refuse_mixing_layers, silence_dropout
+from actors.privacy.layers import refuse_mixing_layers
 from actors.privacy.noise import standard_normal
 from actors.privacy.poisson import PoissonDraws
 from actors.privacy.unit_gradients import UnitBackward
@@ -56,7 +57,6 @@ class PrivateSession(Session):
 
     def __init__(self, base: Base, config: TrainingConfig, budget: Budget) -> None:
         refuse_mixing_layers(base.model)
-        silence_dropout(base.model)
         self.dp = config.dp_config or DPConfig()
         self.budget = budget
         self.poisson = PoissonDraws(budget, config)
@@ -69,6 +69,7 @@ class PrivateSession(Session):
         super().__init__(base, config)
         self._divisor = config.batch_size * config.gradient_accumulation_steps
         self.unit_backward = UnitBackward(base, self._parameters, self._losses)
+        probe(self.unit_backward, self.recomputation)
         budget.open(trainable=self.num_trainable)
 
     @property
@@ -132,7 +133,7 @@ class PrivateSession(Session):
         self._pending.sent |= set(units)
         self._pending.rows += len(examples)
         self._pending.calls.append((digest, fingerprint))
-        skipped["gradient not finite"] += total.non_finite
+        skipped["gradient not finite"] += int(total.non_finite)
         return self._shown(
             ForwardBackwardResult(
                 loss=loss,
@@ -301,14 +302,15 @@ class PrivateSession(Session):
         The medians are NaN if the step has no units or the metrics are hidden.
         """
         total = window.total
-        shown = self.dp.show_private_metrics and bool(total.norms_before)
+        before, after = total.norms_before.tolist(), total.norms_after.tolist()
+        shown = self.dp.show_private_metrics and bool(before)
         return DPMetrics(
             noise_applied=charge.noised,
             epsilon_spent=charge.epsilon_spent,
             total_epsilon=charge.total_epsilon,
             delta=charge.delta,
-            grad_norm_before_clip=statistics.median(total.norms_before) if shown else math.nan,
-            grad_norm_after_clip=statistics.median(total.norms_after) if shown else math.nan,
+            grad_norm_before_clip=statistics.median(before) if shown else math.nan,
+            grad_norm_after_clip=statistics.median(after) if shown else math.nan,
             num_clipped=total.num_clipped if self.dp.show_private_metrics else 0,
         )
 

@@ -1,10 +1,12 @@
 """Runs the backward passes of a private run, one gradient per unit, and makes their clipped sum.
 
 Rows travel in streams. The gradient of a unit is clipped once it includes all rows of the unit.
-`capture` has the fast path that separates units; each model is probed for it. `clipping` bounds
-what a unit adds. `session` decides which rows are passed, and what happens to the sum.
+`capture` has the fast path that separates units; `gradient_probes` tests it on each model.
+`clipping` bounds what a unit adds. `session` decides which rows are passed, and what happens to the
+sum.
 
-Legend: U units of a stream, each one example or all rows of one id; S rows of a stream.
+Legend: U units of a stream, each one example or all rows of one id; S rows of a stream; P trainable
+values.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from actors.engine.batching import FlatStream, flat_streams, flatten
-from actors.engine.gradients import Tensors, take_gradients
+from actors.engine.batching import FlatStream, flat_streams
+from actors.engine.gradients import by_name
 from actors.engine.model import Base
 from actors.engine.session import MAX_STREAM_TOKENS
 from actors.engine.timing import Stage, stage
-from actors.privacy.capture import Recorder, capture
+from actors.privacy.capture import Capture, capture
 from actors.privacy.clipping import ClippedSum, UnitGradients
+from actors.privacy.layers import adapter_dropout
 from tg_tinker.data.batch import Example
 
 UNIT_GRADIENT_BYTES = 256 * 2**20
@@ -35,7 +38,9 @@ class UnitBackward:
         losses: returns float32 [S] to differentiate: the summed loss of each row of a stream.
 
     Attributes:
-        recorder: the fast path; None where rows go one by one through ordinary autograd.
+        capture: the fast path; None where rows go one by one through ordinary autograd, which
+            needs no rule for any layer and is exact for tied weights.
+        slow_because: why there is no fast path; empty where there is one.
     """
 
     def __init__(
@@ -44,11 +49,16 @@ class UnitBackward:
         parameters: Mapping[str, torch.nn.Parameter],
         losses: Callable[[FlatStream], torch.Tensor],
     ) -> None:
-        self._base = base
-        self._parameters = parameters
-        self._losses = losses
-        self.recorder: Recorder | None = None
-        self.recorder = self._probed_recorder()
+        self.base = base
+        self.parameters = parameters
+        self.losses = losses
+        self.capture: Capture | None = capture(base.model, parameters)
+        self.slow_because = "" if self.capture else "it trains more than matrices of an adapter"
+
+    @property
+    def path(self) -> str:
+        """How the gradients of units are computed: ``fast`` or ``row by row``."""
+        return "fast" if self.capture else "row by row"
 
     def clipped_sum(
         self, groups: list[list[Example]], bound: float, check_cancelled: Callable[[], None]
@@ -59,119 +69,83 @@ class UnitBackward:
         """
         rows = [example for group in groups for example in group]
         owners = [index for index, group in enumerate(groups) for _ in group]
-        total = ClippedSum.zero(self._parameters, bound)
-        loss, tokens = 0.0, 0
+        total = ClippedSum.zero(self.parameters, bound)
+        # They stay on the device: to read one would wait for the micro-batch.
+        loss = torch.zeros((), dtype=torch.float64, device=self.base.device)
+        tokens = torch.zeros((), dtype=torch.int64, device=self.base.device)
         # The gradient of a unit that has more rows in the next stream.
-        rest: Tensors = {}
-        self._base.model.train(True)
+        rest: torch.Tensor | None = None
         try:
-            for stream in flat_streams(rows, *self.stream_limits()):
-                check_cancelled()
-                here, owners = owners[: stream.size], owners[stream.size :]
-                by_row, by_unit = self.of_stream(stream, here)
-                for name, part in rest.items():
-                    by_unit[name][0] += part
-                rest = cut_last(by_unit) if owners and owners[0] == here[-1] else {}
-                # Clipping empties `by_unit`; the next stream makes another one.
-                with stage(Stage.CLIP):
-                    total.add(UnitGradients(by_unit).clip(bound))
-                finite = torch.isfinite(by_row)
-                loss += float(by_row[finite].sum())
-                tokens += int(stream.label_counts()[finite.cpu()].sum())
+            with adapter_dropout(self.base.model):
+                for stream in flat_streams(rows, *self.stream_limits()):
+                    check_cancelled()
+                    here, owners = owners[: stream.size], owners[stream.size :]
+                    by_row, by_unit = self.of_stream(stream, here)
+                    if rest is not None:
+                        by_unit[0] += rest
+                    goes_on = bool(owners) and owners[0] == here[-1]
+                    by_unit, rest = cut_last(by_unit) if goes_on else (by_unit, None)
+                    with stage(Stage.CLIP):
+                        UnitGradients(by_unit).clip_into(total)
+                    del by_unit  # before the next stream makes others
+                    finite = torch.isfinite(by_row)
+                    counts = stream.label_counts().to(by_row.device)
+                    loss += torch.where(finite, by_row, 0.0).sum()
+                    tokens += torch.where(finite, counts, 0).sum()
         finally:
-            self._base.model.eval()
-            for parameter in self._parameters.values():
+            for parameter in self.parameters.values():
                 parameter.grad = None
-        return (loss / tokens if tokens else math.nan), total
+        labeled = int(tokens)
+        return (float(loss) / labeled if labeled else math.nan), total
 
-    def of_stream(self, stream: FlatStream, owners: list[int]) -> tuple[torch.Tensor, Tensors]:
-        """Returns the summed loss of each row, and the gradients as float32 [U, ...] by name.
+    def of_stream(self, stream: FlatStream, owners: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the summed loss of each row, and the gradients of the units: float32 [U, P].
 
         The mean loss of each row over its own labeled tokens is differentiated. So neither the
         length of a row nor the other rows scale its gradient.
         """
 
         def backward() -> torch.Tensor:
-            by_row = self._losses(stream)
+            by_row = self.losses(stream)
             means = by_row / stream.label_counts().clamp(min=1).to(by_row)
             with stage(Stage.BACKWARD):
                 means.sum().backward()  # type: ignore[no-untyped-call]
             return by_row.detach()
 
-        # Without a recorder a stream has one row, whose gradient is that of its unit.
-        if self.recorder is None:
+        # Without a capture a stream has one row, whose gradient is that of its unit.
+        if self.capture is None:
+            return backward(), self._taken()
+        with self.capture.units(unit_bounds(stream, owners), self.base.device) as captured:
             by_row = backward()
-            taken = take_gradients(self._parameters)
-            return by_row, {name: tensor[None] for name, tensor in taken.items()}
-        bounds = unit_bounds(stream, owners)
-        with self.recorder.recording(bounds) as captured:
-            by_row = backward()
-        for name, parameter in self._parameters.items():
-            # The layer of a parameter that was not captured took no part.
-            if name not in captured:
-                shape = (len(bounds) - 1, *parameter.shape)
-                captured[name] = torch.zeros(shape, device=parameter.device)
         return by_row, captured
+
+    def _taken(self) -> torch.Tensor:
+        """Returns the gradient of the parameters as float32 [1, P], and removes it from them.
+
+        A parameter that took no part has a gradient of zeros.
+        """
+        shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        values = sum(shape.numel() for shape in shapes.values())
+        taken = torch.empty(1, values, device=self.base.device)
+        for name, into in by_name(taken[0], shapes).items():
+            parameter = self.parameters[name]
+            into.zero_() if parameter.grad is None else into.copy_(parameter.grad)
+            parameter.grad = None
+        return taken
 
     def stream_limits(self) -> tuple[int, int]:
         """Returns the limits of a micro-batch, (tokens, rows); 0 tokens means one row each."""
-        if self.recorder is None:
+        if self.capture is None:
             return 0, 1
-        values = sum(parameter.numel() for parameter in self._parameters.values())
+        values = sum(parameter.numel() for parameter in self.parameters.values())
         rows = UNIT_GRADIENT_BYTES // (4 * values)
-        return MAX_STREAM_TOKENS if self._base.flat else 0, max(1, rows)
-
-    def _probed_recorder(self) -> Recorder | None:
-        """Returns the fast path if its gradients on this model equal those of ordinary autograd.
-
-        Returns None otherwise. Then the rows go one by one through ordinary autograd, which needs
-        no rule for any layer and is exact for tied weights.
-        """
-        recorder = capture(self._base.model, self._parameters)
-        kept = {name: p.detach().clone() for name, p in self._parameters.items()}
-        try:
-            # B starts at zero, so the gradient of A would be zero.
-            with torch.no_grad():
-                for parameter in self._parameters.values():
-                    parameter.add_(torch.randn_like(parameter), alpha=0.02)
-            return recorder if recorder and self.captures_rightly(recorder) else None
-        finally:
-            with torch.no_grad():
-                for name, parameter in self._parameters.items():
-                    parameter.copy_(kept[name])
-                    parameter.grad = None
-
-    def captures_rightly(self, recorder: Recorder) -> bool:
-        """Returns whether the recorder's gradients of several rows at once are correct.
-
-        They are compared with the gradients that autograd computes for each row alone.
-        """
-        sizes = (5, 9, 3) if self._base.flat else (9,)
-        generator = torch.Generator().manual_seed(0)
-        rows = [torch.randint(self._base.vocab_size, (n,), generator=generator) for n in sizes]
-        examples = [Example(row.numpy(), row.numpy()) for row in rows]
-        before, self.recorder = self.recorder, recorder
-        try:
-            together = self.of_stream(flatten(examples), [*range(len(examples))])[1]
-        except (RuntimeError, ValueError):
-            return False
-        finally:
-            self.recorder = None
-        alone = [self.of_stream(flatten([example]), [0])[1] for example in examples]
-        self.recorder = before
-        tolerance = 1e-3 if self._base.dtype == torch.float32 else 5e-2
-        return all(
-            (together[name][unit] - one[name][0]).norm() <= tolerance * one[name].norm() + 1e-12
-            for unit, one in enumerate(alone)
-            for name in one
-        )
+        return MAX_STREAM_TOKENS if self.base.flat else 0, max(1, rows)
 
 
-def cut_last(by_unit: Tensors) -> Tensors:
-    """Removes and returns the last unit, which has more rows in the next stream."""
-    last = {name: tensor[-1].clone() for name, tensor in by_unit.items()}
-    by_unit.update({name: tensor[:-1] for name, tensor in by_unit.items()})
-    return last
+def cut_last(by_unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the gradients without the last unit, which goes on in the next stream, and a copy of
+    the last."""
+    return by_unit[:-1], by_unit[-1].clone()
 
 
 def unit_bounds(stream: FlatStream, owners: Sequence[int]) -> tuple[int, ...]:

@@ -66,6 +66,20 @@ _WARNINGS: dict[Way | None, tuple[str, ...]] = {
 """What a new client says of the way in which its model is sampled."""
 
 
+SLOW = (
+    "the gradients of single rows are computed row by row, which is as slow as batches of one row,"
+    " because {}"
+)
+"""What a new private client says where its model has no fast path."""
+
+
+def _path(session: Session) -> tuple[str, str]:
+    """Returns how a session computes the gradients of units, and why they are slow if they are."""
+    if not isinstance(session, PrivateSession):
+        return "", ""
+    return session.unit_backward.path, session.unit_backward.slow_because
+
+
 class Worker:
     """The operations of one training client.
 
@@ -133,6 +147,7 @@ class Worker:
 
     def model_info(self) -> ModelInfo:
         base = self.session.base
+        path, why = _path(self.session)
         return ModelInfo(
             vocab_size=base.vocab_size,
             context_length=base.context_length,
@@ -143,7 +158,9 @@ class Worker:
             flat_stream=base.flat,
             sampling="" if base.sampling is None else base.sampling.value,
             num_threads=self._threads,
-            warnings=_WARNINGS.get(base.sampling, ()),
+            unit_gradients=path,
+            slow_because=why,
+            warnings=_WARNINGS.get(base.sampling, ()) + ((SLOW.format(why),) if why else ()),
         )
 
     def tokenizer_files(self) -> dict[str, bytes]:

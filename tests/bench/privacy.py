@@ -65,7 +65,7 @@ def critical_path(repeats: int) -> Sheet:
         shapes = {f"p{i}": torch.zeros(count // 240) for i in range(240)}
 
         def noise(shapes: dict[str, torch.Tensor] = shapes) -> None:
-            privatize(ClippedSum(dict(shapes), 1.0), sigma=1.0, divisor=8)
+            privatize(ClippedSum.zero(shapes, 1.0), sigma=1.0, divisor=8)
 
         few = repeats if count < 10**7 else 3
         add(f"noise, {count:,} parameters", partial(noise), few)

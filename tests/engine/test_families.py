@@ -22,9 +22,11 @@ from transformers import AutoModelForCausalLM
 
 from actors.artifacts.adapters import imported
 from actors.engine.batching import flatten
+from actors.engine.gradients import by_name
 from actors.engine.model import Base
 from actors.engine.session import Session
-from actors.privacy.layers import refuse_mixing_layers, silence_dropout
+from actors.privacy.gradient_probes import probe
+from actors.privacy.layers import refuse_mixing_layers
 from actors.privacy.unit_gradients import UnitBackward
 from actors.sampling import engine as generation
 from actors.sampling.adapters import Adapter
@@ -147,16 +149,17 @@ def separates(model: Path, targets: Any) -> bool:
     """Checks the gradients of single rows. Returns whether one backward pass gives several."""
     s = session(model, lora_config=LoRAConfig(rank=8, target_modules=targets))
     refuse_mixing_layers(s.base.model)
-    silence_dropout(s.base.model)
     units = UnitBackward(s.base, s._parameters, s._losses)
+    probe(units, s.recomputation)
     rows = normalize({"input_ids": ROWS})
-    fast = units.recorder is not None
+    fast = units.path == "fast"
     streams = [rows] if fast and s.base.flat else [[row] for row in rows]
     taken = [units.of_stream(flatten(stream), [*range(len(stream))])[1] for stream in streams]
-    found = {name: torch.cat([one[name] for one in taken]) for name in taken[0]}
-    units.recorder = None
+    shapes = {name: parameter.shape for name, parameter in s._parameters.items()}
+    found = by_name(torch.cat(taken), shapes)
+    units.capture = None
     for index, row in enumerate(rows):
-        alone = units.of_stream(flatten([row]), [0])[1]
+        alone = by_name(units.of_stream(flatten([row]), [0])[1], shapes)
         for name, gradient in alone.items():
             assert (found[name][index] - gradient[0]).norm() <= 1e-3 * gradient.norm() + 1e-9, name
     return fast

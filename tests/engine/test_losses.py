@@ -188,7 +188,7 @@ def test_a_row_longer_than_a_stream_recomputes_activations(
     real = engine.labeled_losses
 
     def noted(base: Base, stream: Any) -> torch.Tensor:
-        seen.append((stream.tokens.numel(), base.model.is_activation_checkpointing))
+        seen.append((stream.tokens.numel(), cut.recomputation.on))
         return real(base, stream)
 
     monkeypatch.setattr(engine, "labeled_losses", noted)
@@ -215,7 +215,10 @@ def test_attention_is_not_among_what_is_recomputed(
 
     s = session(tiny_model)
     monkeypatch.setattr(engine, "MAX_STREAM_TOKENS", 7)
+    entered: list[int] = []
+    mlp = s.base.model.get_decoder().layers[0].mlp
+    mlp.register_forward_pre_hook(lambda *_: entered.append(1))
     with Counted() as seen:
         s.forward_backward([examples()[4]])
-    assert s.base.model.is_activation_checkpointing
+    assert len(entered) == 2
     assert seen.times == s.base.model.config.num_hidden_layers

@@ -81,7 +81,7 @@ def test_each_part_has_the_time_of_its_own_work_and_no_other(
     takes(1, LlamaModel, "forward")
     takes(2, model, "head_losses")
     takes(4, torch.Tensor, "backward")
-    takes(8, clipping.UnitGradients, "clip")
+    takes(8, clipping.UnitGradients, "clip_into")
     takes(16, session, "resolve_batch_hash")
     takes(32, session, "gradient_hash")
     takes(64, budget.Budget, "charge")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors.engine.gradients import PrivateGradient
+from actors.engine.gradients import PrivateGradient, by_name
 from actors.engine.session import Session
 from actors.privacy import attacks, self_audit, session
 from actors.privacy.attacks import epsilon_bound, mean_shift, one_run_audit
@@ -158,8 +158,8 @@ class NoisePerCall(PrivateSession):
     def forward_backward(self, *arguments: Any, **options: Any) -> Any:
         result = super().forward_backward(*arguments, **options)
         std = (self.dp.noise_multiplier or 0) * self.dp.max_grad_norm
-        for tensor in self._pending.total.sums.values():
-            tensor += std * standard_normal(tensor.numel()).view_as(tensor)
+        values = self._pending.total.values
+        values += std * standard_normal(len(values))
         return result
 
     _noise = staticmethod(lambda count: torch.zeros(count, dtype=torch.float64))
@@ -179,27 +179,32 @@ class NoisePerCallToo(NoisePerCall):
     _noise = staticmethod(standard_normal)
 
 
-def clip_the_batch(self: UnitGradients, bound: float) -> ClippedSum:
-    units = len(next(iter(self.by_unit.values())))
-    whole = UnitGradients({name: g.sum(0, keepdim=True) for name, g in self.by_unit.items()})
-    total = CLIP(whole, bound)
-    return ClippedSum(total.sums, bound, total.norms_before * units, total.norms_after * units)
+def clip_the_batch(self: UnitGradients, total: ClippedSum) -> None:
+    whole = ClippedSum.zero(total.sums, total.bound)
+    CLIP(UnitGradients(self.values.sum(0, keepdim=True)), whole)
+    whole.norms_before = whole.norms_before.expand(len(self.values))
+    whole.norms_after = whole.norms_after.expand(len(self.values))
+    total.add(whole)
 
 
-def clip_each_tensor(self: UnitGradients, bound: float) -> ClippedSum:
-    parts = [CLIP(UnitGradients({name: g}), bound) for name, g in self.by_unit.items()]
-    sums = {name: tensor for part in parts for name, tensor in part.sums.items()}
-    return ClippedSum(sums, bound, parts[0].norms_before, parts[0].norms_after)
+def clip_each_tensor(self: UnitGradients, total: ClippedSum) -> None:
+    parts = []
+    for name, gradient in by_name(self.values, total.shapes).items():
+        parts.append(ClippedSum.zero({name: total.sums[name]}, total.bound))
+        CLIP(UnitGradients(gradient.flatten(1)), parts[-1])
+    parts[0].values, parts[0].shapes = torch.cat([part.values for part in parts]), total.shapes
+    total.add(parts[0])
 
 
-def clip_nothing(self: UnitGradients, bound: float) -> ClippedSum:
-    return ClippedSum(CLIP(self, 1e9).sums, bound)
+def clip_nothing(self: UnitGradients, total: ClippedSum) -> None:
+    loose = ClippedSum.zero(total.sums, 1e9)
+    CLIP(self, loose)
+    total.values += loose.values
 
 
 def add_in_bfloat16(self: ClippedSum, other: ClippedSum) -> None:
     ADD(self, other)
-    for tensor in self.sums.values():
-        tensor.copy_(tensor.bfloat16())
+    self.values.copy_(self.values.bfloat16())
 
 
 def noise_of_the_mean(total: ClippedSum, **options: Any) -> PrivateGradient:
@@ -215,7 +220,7 @@ def noise_in_bfloat16(total: ClippedSum, **options: Any) -> PrivateGradient:
     return PrivateGradient({n: t.bfloat16().float() for n, t in found.tensors.items()}, 0.0)
 
 
-CLIP, ADD = UnitGradients.clip, ClippedSum.add
+CLIP, ADD = UnitGradients.clip_into, ClippedSum.add
 
 SESSIONS: dict[type[PrivateSession], set[str]] = {
     NoiseOff: {NOISE, GUESS, SHIFT},
@@ -234,9 +239,9 @@ SESSIONS: dict[type[PrivateSession], set[str]] = {
 """Session -> checks that must fail; others may."""
 
 FUNCTIONS: list[tuple[Any, str, Callable[..., Any], set[str]]] = [
-    (UnitGradients, "clip", clip_the_batch, {REPLAY, SHIFT}),
-    (UnitGradients, "clip", clip_each_tensor, {REPLAY, SHIFT}),
-    (UnitGradients, "clip", clip_nothing, {REPLAY, GUESS, SHIFT}),
+    (UnitGradients, "clip_into", clip_the_batch, {REPLAY, SHIFT}),
+    (UnitGradients, "clip_into", clip_each_tensor, {REPLAY, SHIFT}),
+    (UnitGradients, "clip_into", clip_nothing, {REPLAY, GUESS, SHIFT}),
     (ClippedSum, "add", add_in_bfloat16, {REPLAY}),
     (session, "privatize", noise_of_the_mean, {REPLAY, NOISE, GUESS, SHIFT}),
     (session, "privatize", noise_without_the_bound, {REPLAY, NOISE}),

@@ -19,9 +19,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from actors.engine.model import Base
-from actors.privacy import capture, clipping, unit_gradients
+from actors.privacy import clipping, unit_gradients
 from actors.privacy.clipping import ClippedSum, UnitGradients, privatize
-from actors.privacy.layers import silence_dropout
 from actors.privacy.noise import standard_normal
 from actors.privacy.session import PrivateSession
 from support.helpers import IGNORED, assert_close, assert_equal, session, weights
@@ -30,6 +29,7 @@ from support.privacy_helpers import (
     ROWS,
     Counting,
     Noiseless,
+    clipped,
     distance,
     norm,
     oracle_sum,
@@ -58,13 +58,6 @@ TRAINABLE = pytest.mark.parametrize("what", [LORA, BIASES, EVERYTHING], ids=["lo
 SGD = OptimizerConfig(name="sgd", learning_rate=1.0)
 
 
-def checkpointed(session: PrivateSession, reentrant: bool) -> None:
-    model = session.base.model
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    if reentrant:
-        model.enable_input_require_grads()
-
-
 # --- the sum -----------------------------------------------------------------------------------
 
 
@@ -78,7 +71,7 @@ def biased_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_sum_equals_the_loop_oracle(biased_model: Path, what: Any, bound: float) -> None:
     s = private_session(biased_model, dp={"max_grad_norm": bound}, **what)
     perturb(s)
-    assert (s.unit_backward.recorder is not None) == (what is LORA)
+    assert (s.unit_backward.capture is not None) == (what is LORA)
     s.forward_backward(rows())
     assert_close(sums(s), oracle_sum(s, [[row] for row in rows()]), 2e-5)
 
@@ -131,16 +124,13 @@ def test_a_tied_head_and_embedding_are_exact(tmp_path: Path) -> None:
     assert_close(sums(s), oracle_sum(s, [[row] for row in rows()]), 2e-5)
 
 
-@pytest.mark.parametrize("mode", ["plain", "reentrant", "not-reentrant"])
-def test_activation_checkpointing_changes_nothing(tiny_model: Path, mode: str) -> None:
-    s = private_session(tiny_model)
+def test_activation_checkpointing_changes_nothing(tiny_model: Path) -> None:
+    resources = ResourceConfig(activation_checkpointing=True)
+    s = private_session(tiny_model, resources=resources)
     perturb(s)
-    expected = oracle_sum(s, [[row] for row in rows()])
-    if mode != "plain":
-        checkpointed(s, mode == "reentrant")
-        assert s.unit_backward.captures_rightly(s.unit_backward.recorder)
+    assert s.unit_backward.capture is not None
     s.forward_backward(rows())
-    assert_close(sums(s), expected, 2e-5)
+    assert_close(sums(s), oracle_sum(s, [[row] for row in rows()]), 2e-5)
 
 
 LONG = [[(7 * place + row) % 257 for place in range(1100 + row)] for row in (1, 90)]
@@ -173,7 +163,7 @@ def test_recomputed_activations_are_clipped_as_the_oracle_clips(
     resources = ResourceConfig(activation_checkpointing=asked)
     s = private_session(long_model, dp={"max_grad_norm": 12.0}, resources=resources, **what)
     perturb(s)
-    assert (s.unit_backward.recorder is not None) == (
+    assert (s.unit_backward.capture is not None) == (
         what is LORA
     )  # else the fast way would not be tested
     with entries(s.base.model.get_decoder().layers[0].mlp) as entered:
@@ -211,14 +201,14 @@ def test_dropout_is_drawn_afresh_whatever_the_seed(tiny_model: Path) -> None:
     assert distance(*found) > 1e-3 * norm(found[0])
 
 
-def test_bfloat16_weights_are_normed_and_summed_in_float32(tiny_model: Path) -> None:
+def test_bfloat16_weights_are_normed_and_summed_in_float64(tiny_model: Path) -> None:
     s = private_session(tiny_model, dtype="bfloat16")
     s.base.model.to(torch.bfloat16)
     perturb(s)
     for row in rows():
         s.forward_backward([row])
         found = sums(s)
-        assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+        assert {tensor.dtype for tensor in found.values()} == {torch.float64}
         assert norm(found) <= 1 + 1e-5
         s._open_window()
 
@@ -268,13 +258,13 @@ def test_gradients_of_single_units_are_gone_before_the_next_are_made(
 ) -> None:
     monkeypatch.setattr(unit_gradients, "MAX_STREAM_TOKENS", 8)
     s = private_session(tiny_model, **what)
-    made: list[list[weakref.ref[torch.Tensor]]] = []
+    made: list[weakref.ref[torch.Tensor]] = []
     make = s.unit_backward.of_stream
 
     def watched(*of: Any) -> Any:
-        assert not any(held() is not None for held in itertools.chain.from_iterable(made))
+        assert not any(held() is not None for held in made)
         by_row, by_unit = make(*of)
-        made.append([weakref.ref(tensor) for tensor in by_unit.values()])
+        made.append(weakref.ref(by_unit))
         return by_row, by_unit
 
     monkeypatch.setattr(s.unit_backward, "of_stream", watched)
@@ -283,11 +273,10 @@ def test_gradients_of_single_units_are_gone_before_the_next_are_made(
 
 
 def test_a_unit_that_goes_on_holds_nothing_of_the_others() -> None:
-    by_unit = {"a": torch.arange(12.0).view(3, 4)}
-    last = unit_gradients.cut_last(by_unit)
-    assert last["a"].tolist() == [8, 9, 10, 11]
-    assert last["a"].untyped_storage().nbytes() == 4 * 4
-    assert by_unit["a"].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    others, last = unit_gradients.cut_last(torch.arange(12.0).view(3, 4))
+    assert last.tolist() == [8, 9, 10, 11]
+    assert last.untyped_storage().nbytes() == 4 * 4
+    assert others.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_neighbors_and_padding_do_not_change_a_row(tiny_model: Path) -> None:
@@ -354,26 +343,10 @@ def test_norms_of_large_tensors_are_exact_enough_to_bound_by(size: int, kind: st
     if kind == "drawn":
         values = torch.randn(1, size, generator=torch.Generator().manual_seed(0))
     exact = float(values.double().square().sum().sqrt())
-    norm = float(UnitGradients({"w": values.clone()}).norms()[0])
-    assert norm == pytest.approx(exact, rel=3e-6)
-    total = UnitGradients({"w": values}).clip(exact / 7)
-    assert float(total.sums["w"].double().norm()) <= exact / 7 * (1 + 3e-6)
-
-
-def test_the_base_models_own_dropout_is_off(tmp_path: Path) -> None:
-    model = make_model(tmp_path, attention_dropout=0.5)
-    s = private_session(model, Noiseless)
-    perturb(s)
-    s.forward_backward(rows())
-    first = sums(s)
-    s.optim_step()
-    again = private_session(model, Noiseless)
-    perturb(again)
-    again.forward_backward(rows())
-    assert distance(first, sums(again)) == 0
-    layers = torch.nn.ModuleList([torch.nn.Dropout(0.5), torch.nn.Linear(2, 2)])
-    silence_dropout(layers)  # a tiny Llama has no such layer
-    assert layers[0].p == 0
+    assert float(UnitGradients(values).norms()[0]) == pytest.approx(exact, rel=1e-12)
+    total = clipped(values, exact / 7)
+    moved = float(total.values.square().sum().sqrt())
+    assert moved == pytest.approx(exact / 7, rel=1e-12)
 
 
 def test_a_run_that_cannot_start_binds_no_data_set(tiny_model: Path) -> None:
@@ -420,9 +393,8 @@ def test_no_product_that_a_gpu_may_shorten_clips() -> None:
             self.names |= {func.overloadpacket.__name__}
             return func(*args, **(kwargs or {}))
 
-    units = UnitGradients({"a": torch.randn(3, 4, 5), "b": torch.randn(3, 6)})
     with Called() as called:
-        units.clip(0.5)
+        clipped(torch.randn(3, 26), 0.5)
     assert "mul_" in called.names
     assert not called.names & {"mm", "mv", "bmm", "dot", "addmm", "addmv", "baddbmm", "matmul"}
 
@@ -529,9 +501,10 @@ def test_two_runs_with_one_seed_have_different_noise(tiny_model: Path) -> None:
 
 
 def test_noise_is_added_in_float64_and_rounded_once() -> None:
-    total = ClippedSum({"w": torch.full((100_000,), 256.0)}, 1.0)
-    total.sums["w"][::2] = -256.0
-    signal = total.sums["w"].clone()
+    total = ClippedSum.zero({"w": torch.zeros(100_000)}, 1.0)
+    total.values += 256.0
+    total.values[::2] = -256.0
+    signal = total.values.float()
     gradient = privatize(total, sigma=0.5, divisor=1.0).tensors["w"]
     assert (gradient - signal).std() == pytest.approx(0.5, rel=0.02)
 
@@ -539,9 +512,10 @@ def test_noise_is_added_in_float64_and_rounded_once() -> None:
 def test_each_value_gets_its_own_noise_however_the_draws_are_cut(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(clipping, "_BLOCK", 10)
+    monkeypatch.setattr(clipping, "_NOISE_BLOCK", 10)
     sizes = {"a": 7, "b": 25, "c": 3, "d": 10, "e": 1}
-    total = ClippedSum({name: torch.full((size,), 3.0) for name, size in sizes.items()}, 2.0)
+    total = ClippedSum.zero({name: torch.zeros(size) for name, size in sizes.items()}, 2.0)
+    total.values += 3.0
     drawn: list[torch.Tensor] = []
 
     def noise(count: int) -> torch.Tensor:
@@ -556,7 +530,7 @@ def test_each_value_gets_its_own_noise_however_the_draws_are_cut(
 
 
 def test_privatize_consumes_the_sum_and_refuses_a_scale_without_sense() -> None:
-    total = ClippedSum({"w": torch.ones(3)}, 1.0)
+    total = ClippedSum.zero({"w": torch.ones(3)}, 1.0)
     for sigma, divisor in ((math.inf, 1.0), (math.nan, 1.0), (1.0, 0.0)):
         with pytest.raises(ValueError, match="finite scale"):
             privatize(total, sigma=sigma, divisor=divisor)
@@ -593,10 +567,9 @@ def test_grad_norm_is_that_of_the_noised_gradient(tiny_model: Path) -> None:
 def test_no_unit_adds_more_than_the_bound(values: list[list[float]], bound: float) -> None:
     tensor = torch.tensor(values, dtype=torch.float32).reshape(-1, 3)
     for unit in tensor:
-        clipped = UnitGradients({"a": unit[None, :1].clone(), "b": unit[None, 1:].clone()})
-        total = clipped.clip(bound)
-        joint = torch.cat([*total.sums.values()]).double().norm()
-        assert joint <= bound * (1 + 1e-6)
+        total = clipped(unit[None], bound)
+        joint = total.values.norm()
+        assert joint <= bound * (1 + 1e-12)
         if not torch.isfinite(unit).all():
             assert joint == 0
             assert total.non_finite == 1
@@ -604,16 +577,74 @@ def test_no_unit_adds_more_than_the_bound(values: list[list[float]], bound: floa
 
 def test_a_gradient_below_the_bound_is_left_alone_and_a_zero_adds_zero() -> None:
     given_tensor = torch.tensor([[0.3, 0.4], [0.0, 0.0], [3.0, 4.0]])
-    total = UnitGradients({"w": given_tensor}).clip(1.0)
-    torch.testing.assert_close(total.sums["w"], torch.tensor([0.3 + 0.6, 0.4 + 0.8]))
-    assert total.norms_before == pytest.approx([0.5, 0, 5])
-    assert total.norms_after == pytest.approx([0.5, 0, 1])
+    total = clipped(given_tensor, 1.0)
+    torch.testing.assert_close(total.values, torch.tensor([0.3 + 0.6, 0.4 + 0.8]).double())
+    assert total.norms_before.tolist() == pytest.approx([0.5, 0, 5])
+    assert total.norms_after.tolist() == pytest.approx([0.5, 0, 1])
     assert total.num_clipped == 1
 
 
+@pytest.mark.parametrize("count", [4096, 16384])
+def test_many_rows_do_not_blur_the_part_of_one(count: int) -> None:
+    """Gradients have a common direction, so the sum is long, and its last digits are coarse.
+
+    In float32 the other rows changed by 5e-4 and 4e-3 of C.
+    """
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(1000, generator=generator) / 1000**0.5
+
+    def total(first: int) -> ClippedSum:
+        drawn = torch.Generator().manual_seed(1)
+        found = ClippedSum.zero({"w": common}, 1.0)
+        for start in range(0, count, 64):
+            units = 3 * (common + torch.randn(64, 1000, generator=drawn) / 1000**0.5)
+            call = ClippedSum.zero({"w": common}, 1.0)
+            UnitGradients(units[first if start == 0 else 0 :]).clip_into(call)
+            found.add(call)
+        return found
+
+    whole, without = total(0), total(1)
+    drawn = torch.Generator().manual_seed(1)
+    one = clipped(3 * (common + torch.randn(64, 1000, generator=drawn) / 1000**0.5)[:1], 1.0)
+    assert whole.values.norm() > count / 2
+    rest = float((whole.values - without.values - one.values).norm())
+    law = 2 * len(whole.norms_before) * 2**-53 * float(whole.values.norm())
+    assert rest <= min(law, 1e-8)
+
+
+class Waits(TorchDispatchMode):
+    """A counter of what makes the host wait for a device: a value that it reads, or a size."""
+
+    times = 0
+    waiting = frozenset({"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.times += func.overloadpacket.__name__ in self.waiting
+        by_mask = func.overloadpacket.__name__ in ("index", "index_put_")
+        self.times += by_mask and any(i is not None and i.dtype == torch.bool for i in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@TRAINABLE
+def test_a_micro_batch_waits_once_for_the_device(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, what: Any
+) -> None:
+    monkeypatch.setattr(unit_gradients, "MAX_STREAM_TOKENS", 8)
+    s = private_session(tiny_model, **what)
+    streams: list[int] = []
+    make = s.unit_backward.of_stream
+    monkeypatch.setattr(s.unit_backward, "of_stream", lambda *of: (streams.append(1), make(*of))[1])
+    with Waits() as seen:
+        s.unit_backward.clipped_sum([[row] for row in rows()], 1.0, lambda: None)
+    assert len(streams) > 4
+    # transformers asks once for each stream whether rows are packed; the mean loss is read once.
+    assert seen.times <= len(streams) + 2
+
+
 def test_sums_of_different_bounds_or_parameters_do_not_add() -> None:
-    total = ClippedSum({"w": torch.zeros(2)}, 1.0)
-    for other in (ClippedSum({"w": torch.zeros(2)}, 2.0), ClippedSum({}, 1.0)):
+    total = ClippedSum.zero({"w": torch.zeros(2)}, 1.0)
+    others = ({"w": torch.zeros(2)}, 2.0), ({"v": torch.zeros(2)}, 1.0)
+    for other in (ClippedSum.zero(*one) for one in others):
         with pytest.raises(ValueError, match="do not add up"):
             total.add(other)
 
@@ -722,7 +753,7 @@ def test_a_failure_after_the_charge_ends_the_session(
     with pytest.raises(MemoryError):
         s.optim_step()
     assert s.broken
-    assert s._pending.total.norms_before == []
+    assert len(s._pending.total.norms_before) == 0
 
 
 def test_a_charge_pays_for_one_draw(tiny_model: Path) -> None:
@@ -851,18 +882,3 @@ def test_a_model_with_batch_norm_is_refused(tiny_model: Path) -> None:
     config = private_session(tiny_model).config
     with pytest.raises(InvalidRequestError, match="cannot be trained privately"):
         PrivateSession(base, config, private_session(tiny_model).budget)
-
-
-def test_a_wrong_capture_is_found_and_ordinary_autograd_takes_over(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = capture._per_unit
-
-    def wrong(upstream: Any, inputs: Any, bounds: tuple[int, ...]) -> torch.Tensor:
-        return real(upstream, inputs, bounds).flip(0)
-
-    monkeypatch.setattr(capture, "_per_unit", wrong)
-    s = private_session(tiny_model)
-    assert s.unit_backward.recorder is None
-    s.forward_backward(rows())
-    assert_close(sums(s), oracle_sum(s, [[row] for row in rows()]), 2e-5)

@@ -11,6 +11,7 @@ import torch
 
 from actors.engine.model import Base
 from actors.privacy.budget import Budget
+from actors.privacy.clipping import ClippedSum, UnitGradients
 from actors.privacy.session import PrivateSession
 from actors.registry.registry import Registry
 from actors.storage import home
@@ -93,6 +94,13 @@ def perturb(session: PrivateSession, scale: float = 0.05) -> None:
     with torch.no_grad():
         for parameter in session._parameters.values():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def clipped(values: torch.Tensor, bound: float) -> ClippedSum:
+    """Returns the clipped sum of units with these gradients [U, P]."""
+    total = ClippedSum.zero({"w": values[0]}, bound)
+    UnitGradients(values).clip_into(total)
+    return total
 
 
 def sums(session: PrivateSession) -> dict[str, torch.Tensor]:

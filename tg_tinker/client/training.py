@@ -105,7 +105,12 @@ class TrainingClient:
         If the actor is gone, `reason` says why. This method never recovers a run.
         """
         known = self._describe()
-        values = {**vars(known), "num_trainable": self._calls.model.num_trainable}
+        model = self._calls.model
+        values = vars(known) | {
+            "num_trainable": model.num_trainable,
+            "unit_gradients": model.unit_gradients,
+            "slow_because": model.slow_because,
+        }
         if not self._calls.closed:
             link = self._calls.link
             try:
