@@ -11,6 +11,8 @@
 - slots.py, caches.py: keys and values of running sequences in one stream; sequences one by one.
 - losses.py, matmul.py: losses of single tokens; matrix products by oneDNN.
 - gradients.py, optim.py: sums, means and hashes of gradients; optimizers and schedules.
+- corrected_adam.py, averages.py: Adam without the variance of the privacy noise; averages of the
+  weights over the steps.
 - checkpoint.py, lineage.py: the state between two steps as plain files; the origin of weights.
 - memory.py, timing.py: the least memory that a run needs; the time of each part of a step.
 

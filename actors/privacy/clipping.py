@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -21,9 +22,18 @@ from actors.engine.gradients import PrivateGradient, Tensors
 from actors.privacy.noise import standard_normal
 
 Noise = Callable[[int], torch.Tensor]
+Rule = Literal["flat", "normalise"]
 
 _BLOCK = 2**20
 """The number of values that get noise at a time: this bounds the float64 copies."""
+
+GAMMA = 0.01
+"""The length that normalized clipping adds to each norm: public, and the same for every run."""
+
+_SLACK = 1 - 2**-14
+"""What normalized factors keep of their value. A norm adds up to 1,024 squares in float32, in any
+order, and so is at most 2^-15 too small; rounding a product adds 2^-24. Without it, units with a
+norm of more than a few hundred could exceed C."""
 
 _NORMED = 1024
 """The number of values whose squares are added in float32."""
@@ -35,9 +45,11 @@ class UnitGradients:
 
     Attributes:
         by_unit: float32 [U, ...] by parameter name. The norms and the sum use these values.
+        rule: how `clip` bounds them, as `DPConfig.clipping` names it.
     """
 
     by_unit: Tensors
+    rule: Rule = "flat"
 
     def norms(self) -> torch.Tensor:
         """Returns float64 [U]: the L2 norm of each unit over all tensors together.
@@ -59,11 +71,20 @@ class UnitGradients:
         Replacing any unit by a null example moves the sum by at most `bound` in L2 (Abadi et
         al. 2016, arXiv:1607.00133), up to rounding in float32. A unit with a NaN, an infinity
         or an overflowing norm adds exactly zero. So does a unit whose gradient is zero.
+
+        The rule ``normalise`` returns the sum of g * C / (|g| + gamma) (Bu et al. 2022,
+        arXiv:2206.07136): a unit's part is shorter than C, rounding included. This bounds what
+        nulling, adding or removing a unit does. Replacing a unit by another could move the sum by
+        2 C, under either rule.
         """
         norms = self.norms()
         finite = torch.isfinite(norms)
-        # The factor must never exceed C / |g|. The denominator is never 0, so it needs no epsilon.
-        factors = _rounded_down(torch.where(finite, bound / norms.clamp(min=bound), 0.0))
+        # The factor must never exceed C / |g|. No denominator is 0, so none needs an epsilon.
+        if self.rule == "normalise":
+            exact = _SLACK * bound / (norms + GAMMA)
+        else:
+            exact = bound / norms.clamp(min=bound)
+        factors = _rounded_down(torch.where(finite, exact, 0.0))
         sums = {}
         for name in list(self.by_unit):
             tensor = self.by_unit.pop(name)
@@ -74,7 +95,8 @@ class UnitGradients:
             # TF32, whose ten bits would let a unit exceed its bound by 0.1 %.
             tensor *= factors.to(tensor).view(-1, *[1] * (tensor.ndim - 1))
             sums[name] = tensor.sum(0)
-        clipped = torch.where(finite, norms.clamp(max=bound), 0.0)
+        # The norm of an infinite gradient times its factor of 0 would be NaN.
+        clipped = torch.where(finite, norms * factors.double(), 0.0)
         before = torch.where(finite, norms, 0.0)
         return ClippedSum(sums, bound, before.tolist(), clipped.tolist(), int((~finite).sum()))
 
@@ -162,7 +184,7 @@ def privatize(
         for piece, part in zip(block, torch.split(drawn, sizes), strict=True):
             piece.copy_((piece.double() + std * part.to(piece.device)) / divisor)
     tensors, total.sums = total.sums, {}
-    return PrivateGradient(tensors, std)
+    return PrivateGradient(tensors, std / divisor)
 
 
 def _blocks(sums: Tensors) -> Iterator[list[torch.Tensor]]:

@@ -60,7 +60,7 @@ class PrivateSession(Session):
         self._rows_per_step: list[int] = []
         super().__init__(base, config)
         self._divisor = config.batch_size * config.gradient_accumulation_steps
-        self.unit_backward = UnitBackward(base, self._parameters, self._losses)
+        self.unit_backward = UnitBackward(base, self._parameters, self._losses, self.dp.clipping)
         budget.open()
 
     @property

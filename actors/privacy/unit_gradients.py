@@ -20,7 +20,7 @@ from actors.engine.model import Base
 from actors.engine.session import MAX_STREAM_TOKENS
 from actors.engine.timing import Stage, stage
 from actors.privacy.capture import Recorder, capture
-from actors.privacy.clipping import ClippedSum, UnitGradients
+from actors.privacy.clipping import ClippedSum, Rule, UnitGradients
 from tg_tinker.data.batch import Example
 
 UNIT_GRADIENT_BYTES = 256 * 2**20
@@ -33,6 +33,7 @@ class UnitBackward:
     Args:
         parameters: all trainable parameters, by name.
         losses: returns float32 [S] to differentiate: the summed loss of each row of a stream.
+        rule: how the gradient of a unit is bounded; see `UnitGradients.clip`.
 
     Attributes:
         recorder: the fast path; None where rows go one by one through ordinary autograd.
@@ -43,10 +44,12 @@ class UnitBackward:
         base: Base,
         parameters: Mapping[str, torch.nn.Parameter],
         losses: Callable[[FlatStream], torch.Tensor],
+        rule: Rule = "flat",
     ) -> None:
         self._base = base
         self._parameters = parameters
         self._losses = losses
+        self._rule = rule
         self.recorder: Recorder | None = None
         self.recorder = self._probed_recorder()
 
@@ -74,7 +77,7 @@ class UnitBackward:
                 rest = cut_last(by_unit) if owners and owners[0] == here[-1] else {}
                 # Clipping empties `by_unit`; the next stream makes another one.
                 with stage(Stage.CLIP):
-                    total.add(UnitGradients(by_unit).clip(bound))
+                    total.add(UnitGradients(by_unit, self._rule).clip(bound))
                 finite = torch.isfinite(by_row)
                 loss += float(by_row[finite].sum())
                 tokens += int(stream.label_counts()[finite.cpu()].sum())
