@@ -56,6 +56,17 @@ def test_no_unit_reaches_the_bound_however_long_its_gradient_is(size: int) -> No
             assert normalised(unit[None], 0.7).sums["w"].double().norm() < 0.7
 
 
+@pytest.mark.parametrize("bound", [1e-6, 1e-3])
+def test_a_factor_that_is_denormal_is_rounded_down(bound: float) -> None:
+    """Such a factor has few digits: to the nearest one, it could be too large by a third."""
+    added = [
+        normalised(torch.tensor([[length]]), bound).sums["w"].double().norm()
+        for length in torch.linspace(1e38, 3.4e38, 60)
+    ]
+    assert max(added) < bound
+    assert max(added) > 0.1 * bound
+
+
 def test_what_a_unit_adds_is_its_gradient_over_its_norm_and_gamma() -> None:
     units = torch.tensor([[0.3, 0.4], [0.0, 0.0], [30.0, 40.0], [0.006, 0.008]])
     total = normalised(units, 2.0)
