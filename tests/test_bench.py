@@ -17,7 +17,7 @@ from rich.console import Console
 
 from actors.engine.model import Base
 from bench import __main__ as program
-from bench import machine, peers, report
+from bench import machine, peers, report, utility
 from bench.catalogue import benches, selected
 from bench.loops import IGNORED, LoopSpec, Ours, Plain, Rows, collate
 from bench.measure import Bench, Goal, Row, Run, Sheet, Spread, in_turns, ratios
@@ -28,6 +28,7 @@ from bench.size import BASIS, flatness, sizes, slopes
 from bench.training import WORKLOADS
 from bench.workloads import Turns, Workload, check_losses, compared, run_all
 from support.helpers import RAGGED, assert_close, weights, window
+from support.privacy_helpers import registry, rows
 
 GOALS = {
     "ragged": (1.6, 0.6), "uniform": (1.0, None), "row4096": (1.0, 0.5), "eval": (1.6, None),
@@ -314,6 +315,70 @@ def test_only_our_own_engine_has_our_setting_of_threads() -> None:
     spun = {kind: [word for word in command(LoopSpec(kind, "m")) if "SPIN" in word] for kind in
             ("ours", "plain", "opacus", "sdk")}  # fmt: skip
     assert spun == {"ours": ["GOMP_SPINCOUNT=1000"], "plain": [], "opacus": [], "sdk": []}
+
+
+# --- what is learned at one epsilon ---------------------------------------------------------
+
+
+def tiny_study(model: Path, tmp_path: Path, **changes: Any) -> utility.Study:
+    """Returns a study of eight rows on the tiny model."""
+    task = utility.Task(str(model), 2, (1,), 8, "a commit", rows=8, batch=4)
+    found = utility.Study(replace(task, **changes), registry(), tmp_path / "utility.json")
+    found._base = Base.load(str(model), cache=tmp_path / "models")
+    found._training = found._held_out = rows()
+    return found
+
+
+def test_a_study_goes_on_where_it_stopped_and_starts_anew_for_another_task(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side, setting = utility.SIDES[1], (1e-2, 0.5)
+    made = tiny_study(tiny_model, tmp_path).run(side, setting, 1)
+    assert made.after.keys() == {"last", "ema", "tail"}
+    assert len({made.before, *made.after.values()}) > 2
+    assert 0 < made.epsilon <= 8
+    assert made.sigma > 0
+    monkeypatch.setattr(utility.Study, "_trained", lambda *_: pytest.fail("it was there already"))
+    assert tiny_study(tiny_model, tmp_path).run(side, setting, 1) == made
+    for other in ({"steps": 3}, {"commit": "another"}):
+        assert tiny_study(tiny_model, tmp_path, **other)._runs == {}
+
+
+def test_sides_of_a_study_share_model_rows_and_noise(tiny_model: Path, tmp_path: Path) -> None:
+    study = tiny_study(tiny_model, tmp_path)
+    plain = study._loaded().model.state_dict().keys()
+    sessions = [
+        study._session(study._config(side, 1e-2, 0.5, seed))
+        for side, seed in ((utility.BASIS, 1), (utility.BASIS, 2), (utility.SIDES[2], 1))
+    ]
+    assert study._loaded().model.state_dict().keys() == plain  # no adapter in the loaded one
+    embeddings = {id(s.base.model.get_input_embeddings().weight) for s in sessions}
+    assert len(embeddings) == 1
+    one, other_seed, same_seed = (s._noise(5).tolist() for s in sessions)  # type: ignore[attr-defined]
+    assert one == same_seed != other_seed
+    drawn = [[len(sample) for sample in study._samples(seed)] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1]
+
+
+def test_a_line_of_a_study_states_epsilon_seeds_spread_and_the_pairs() -> None:
+    def runs(*after: float, sigma: float = 0.5) -> list[utility.Found]:
+        losses = [{"last": x, "ema": x - 0.1, "tail": x + 0.1} for x in after]
+        return [utility.Found(5.0, loss, 7.9 if sigma else 0.0, sigma) for loss in losses]
+
+    found = {
+        "LoRA": runs(4.0, 4.2, 4.4), "normalise": runs(3.9, 4.1, 4.1),
+        "without privacy": runs(3.0, 3.0, 3.0, sigma=0.0),
+    }  # fmt: skip
+    settings = dict.fromkeys(found, (0.02, 0.2))
+    line = dict(zip(utility.HEADINGS, [*utility.sides(found, settings)][1], strict=True))
+    assert line == {
+        "side": "normalise", "rate": "0.02", "C": "0.2", "epsilon": "7.90", "sigma": "0.5",
+        "seeds": "3", "before": "5.000 [5.000..5.000]", "after": "4.100 [3.900..4.100]",
+        "against LoRA, paired": "-0.100 [-0.300..-0.100]", "gap closed": "45 % [45..55]",
+    }  # fmt: skip
+    averaged = dict(zip(utility.AVERAGED, next(utility.averages(found)), strict=True))
+    assert averaged["ema - last"] == "-0.100 [-0.100..-0.100]"
+    assert averaged["tail"] == "4.300 [4.100..4.500]"
 
 
 # --- the program -----------------------------------------------------------------------------

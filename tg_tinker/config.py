@@ -33,6 +33,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 ResourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,62}$")]
 LabelKey = Annotated[str, Field(pattern=r"^([a-z0-9.-]+/)?[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+AverageKind = Literal["ema", "tail"]
 LabelValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$")]
 
 
@@ -82,10 +83,14 @@ class LoRAConfig(_Config):
 
     Attributes:
         rank: the inner dimension r, >= 1 and at most the smaller side of each target layer.
-        alpha: the scale, in (0, 1e6]; the adapter's output is multiplied by alpha / rank.
+        alpha: the scale, in (0, 1e6]; the adapter's output is multiplied by alpha / rank. A private
+            run that states none has 2 x rank, so that a low rank does not scale its noise up.
         dropout: the dropout probability on the adapter's input in train mode, in [0, 1).
         target_modules: the names of the linear layers to adapt, or ``"all-linear"``.
         bias: the biases that are trained too: none, all, or only those of the adapted layers.
+        freeze_a: True trains B alone; A stays as the seed draws it (FFA-LoRA, Sun et al. 2024,
+            arXiv:2403.12313). Half as many values get noise, and no product of two noises arises.
+            The learning rate that fits is several times higher.
     """
 
     rank: int = Field(16, ge=1)
@@ -95,6 +100,7 @@ class LoRAConfig(_Config):
         "q_proj", "k_proj", "v_proj", "o_proj",
     )  # fmt: skip
     bias: Literal["none", "all", "lora_only"] = "none"
+    freeze_a: bool = False
 
 
 class OptimizerConfig(_Config):
@@ -112,6 +118,13 @@ class OptimizerConfig(_Config):
         warmup_steps: the number of steps over which the rate rises linearly to its peak.
         max_grad_norm: the global L2 bound on the mean gradient of a step, for non-private runs
             only; None means no bound.
+        noise_correction: True subtracts the known variance of the privacy noise from the second
+            moment (DP-AdamBC, Tang et al. 2023, arXiv:2312.14334), for private runs only (adam,
+            adamw). `actors.engine.corrected_adam` states the floor.
+        ema_decay: the decay, in (0, 1), of an exponential average of the weights over all steps;
+            None keeps none. `save_state(average="ema")` saves it.
+        tail_from: the first step, >= 1, whose weights enter an equally weighted average; None
+            keeps none. `save_state(average="tail")` saves it.
     """
 
     name: Literal["adamw", "adam", "sgd", "adafactor"] = "adamw"
@@ -123,6 +136,18 @@ class OptimizerConfig(_Config):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
     max_grad_norm: Positive | None = None
+    noise_correction: bool = False
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    tail_from: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _noise_correction_needs_a_second_moment(self) -> Self:
+        if self.noise_correction and self.name not in ("adam", "adamw"):
+            raise ValueError(
+                f"noise_correction is for adam and adamw, and {self.name} has no second moment to"
+                " correct: leave it out, or use adamw"
+            )
+        return self
 
 
 class DPConfig(_Config):
@@ -137,6 +162,12 @@ class DPConfig(_Config):
             > 0; None calibrates it.
         max_grad_norm: C, the L2 bound of one unit's gradient, in [1e-6, 1e6]: float32 can represent
             the squares of gradients in this range.
+        clipping: how a unit's gradient g is bounded: ``flat`` is g x min(1, C / |g|), and
+            ``normalise`` is g x C / (|g| + 0.01) (Bu et al. 2022, arXiv:2206.07136), which needs no
+            tuned C. Each keeps a unit within C, under zero-out and under add/remove adjacency;
+            replacing a unit by another could move a step by 2 C.
+        allow_plain_sgd: True accepts ``normalise`` with SGD without momentum, whose steps then no
+            longer shrink with the gradient.
         target_epsilon: the budget, > 0; None takes the limit with which the dataset is registered,
             or no limit if this run registers the dataset.
         target_delta: delta, in (0, 1); also accepted as ``delta``.
@@ -159,6 +190,8 @@ class DPConfig(_Config):
     enabled: bool = True
     noise_multiplier: Positive | None = None
     max_grad_norm: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
+    clipping: Literal["flat", "normalise"] = "flat"
+    allow_plain_sgd: bool = False
     target_epsilon: Positive | None = 8.0
     target_delta: Annotated[float, Field(gt=0, lt=1)] = Field(
         1e-5, validation_alias=AliasChoices("target_delta", "delta")
@@ -281,6 +314,12 @@ class TrainingConfig(_Config):
                 f"warmup_steps {self.optimizer.warmup_steps} exceed max_steps"
                 f" {self.max_steps}: use fewer warm-up steps"
             )
+        tail = self.optimizer.tail_from
+        if self.max_steps is not None and tail is not None and tail > self.max_steps:
+            raise ValueError(
+                f"tail_from {tail} exceeds max_steps {self.max_steps}, so the average would hold no"
+                " weights: begin it at an earlier step"
+            )
         return self
 
     @model_validator(mode="after")
@@ -290,4 +329,23 @@ class TrainingConfig(_Config):
                 "optimizer.max_grad_norm is for non-private runs: leave it out; a private run clips"
                 " each unit to dp_config.max_grad_norm"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _noise_correction_needs_noise(self) -> Self:
+        if self.optimizer.noise_correction and not self.private:
+            raise ValueError(
+                "optimizer.noise_correction is for private runs: leave it out, since this run has"
+                " no noise to correct for"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _private_alpha_follows_the_rank(self) -> Self:
+        lora = self.lora_config
+        if lora is not None and self.private and "alpha" not in lora.model_fields_set:
+            # Stored with its value, so that a config keeps it whatever the default becomes.
+            scaled = LoRAConfig(**(dict(lora) | {"alpha": min(2.0 * lora.rank, 1e6)}))
+            # A validator may not return another object, and the class is frozen.
+            object.__setattr__(self, "lora_config", scaled)
         return self

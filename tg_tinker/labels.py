@@ -14,6 +14,10 @@ from tg_tinker.errors import InvalidRequestError
 AUTOMATIC = {"saved": "automatically"}
 """The label of an automatically saved artifact. A run never deletes an artifact without it."""
 
+AVERAGED = "tg-tinker/average"
+"""The label of an artifact of averaged weights; its value is the kind of average. A lost run is not
+restored from such an artifact."""
+
 MOST_LABELS = 16
 """The maximum number of labels of one artifact."""
 

@@ -12,6 +12,8 @@
 - losses.py, matmul.py: losses of single tokens; matrix products by oneDNN.
 - recompute.py: activations that are computed again in the backward pass.
 - gradients.py, optim.py: sums, means and hashes of gradients; optimizers and schedules.
+- corrected_adam.py, averages.py: Adam without the variance of the privacy noise; averages of the
+  weights over the steps.
 - checkpoint.py, lineage.py: the state between two steps as plain files; the origin of weights.
 - memory.py, cpus.py, timing.py: the least memory that a run needs; the CPUs that it may use; the
   time of each part of a step.

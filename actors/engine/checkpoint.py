@@ -21,10 +21,12 @@ from safetensors import SafetensorError
 
 from actors.engine.gradients import Tensors
 from actors.engine.lineage import Lineage
+from tg_tinker.config import AverageKind
 from tg_tinker.errors import IntegrityError
 from tg_tinker.storage.envelope import Buffer
 
 WEIGHTS, OPTIMIZER, STATE = "adapter_model.safetensors", "optimizer.safetensors", "state.json"
+AVERAGES = "averages.safetensors"
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -46,6 +48,10 @@ class SessionState:
         plan: the settings that must be equal for a bit-exact resume.
         adapter_config: PEFT's configuration, or None after full fine-tuning.
         lineage: the origin of the weights, and whether all their training was private.
+        averages: the averages of the weights that the run keeps; None if it keeps none, or if the
+            optimizer was left out.
+        average: the kind of average that the weights are; None for the weights of a step. Training
+            does not resume from an average.
     """
 
     weights: Tensors
@@ -55,6 +61,8 @@ class SessionState:
     plan: dict[str, Any]
     adapter_config: dict[str, Any] | None
     lineage: Lineage
+    averages: Tensors | None = None
+    average: AverageKind | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,11 +86,15 @@ def to_files(checkpoint: Checkpoint) -> dict[str, Buffer]:
         "metadata": checkpoint.metadata,
         "timestamp": checkpoint.timestamp.isoformat(),
     }
+    if state.average is not None:
+        described["average"] = state.average
     files: dict[str, Buffer] = {
         STATE: json.dumps(described).encode(), WEIGHTS: staged(state.weights)
     }  # fmt: skip
     if state.optimizer is not None:
         files[OPTIMIZER] = staged(state.optimizer)
+    if state.averages is not None:
+        files[AVERAGES] = staged(state.averages)
     return files
 
 
@@ -102,6 +114,8 @@ def from_files(files: dict[str, bytes]) -> Checkpoint:
             plan=described["plan"],
             adapter_config=described["adapter_config"],
             lineage=Lineage(**described["lineage"]),
+            averages=safetensors.torch.load(files[AVERAGES]) if AVERAGES in files else None,
+            average=described.get("average"),
         )
         timestamp = datetime.fromisoformat(described["timestamp"])
         return Checkpoint(state, described["metadata"], timestamp)

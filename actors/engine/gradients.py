@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -29,6 +29,7 @@ class MeanGradient:
     """The gradient of one optimizer step: the token-weighted mean, by parameter name."""
 
     tensors: Tensors
+    noise_std: float = field(default=0.0, init=False)
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,8 +38,8 @@ class PrivateGradient:
 
     Attributes:
         tensors: float32, by parameter name.
-        noise_std: the standard deviation of the noise on the sum, sigma * C. It is 0 only on a
-            dataset with unlimited epsilon.
+        noise_std: the standard deviation of the noise on each value, sigma * C / B. It is 0 only on
+            a dataset with unlimited epsilon.
     """
 
     tensors: Tensors

@@ -10,6 +10,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,29 @@ Parameters = dict[str, torch.nn.Parameter]
 _LINEAR = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
 
 
-def make_trainable(base: Base, lora: LoRAConfig | None) -> tuple[Parameters, dict[str, Any] | None]:
-    """Returns the parameters to train by stored name, and the PEFT config (None for all weights).
+@dataclass(frozen=True, repr=False)
+class Trainable:
+    """The tensors of a model that a run trains and saves, by stored name (PEFT's of an adapter).
 
-    LoRA layers are injected into `base.model`. Its own weights stay frozen.
+    Attributes:
+        moved: the tensors that the optimizer moves.
+        fixed: the tensors of the adapter that stay as the seed drew them: A, under `freeze_a`.
+        adapter_config: PEFT's configuration; None if all weights are trained.
+    """
+
+    moved: Parameters
+    fixed: Parameters
+    adapter_config: dict[str, Any] | None
+
+    @property
+    def saved(self) -> Parameters:
+        """All tensors without which the trained model cannot be rebuilt from its base."""
+        return self.moved | self.fixed
+
+
+def make_trainable(base: Base, lora: LoRAConfig | None) -> Trainable:
+    """Returns what to train. LoRA layers are injected into `base.model`; its own weights stay
+    frozen.
 
     Raises:
         InvalidRequestError: if the model lacks a target module, if PEFT would not put a plain
@@ -39,7 +59,7 @@ def make_trainable(base: Base, lora: LoRAConfig | None) -> tuple[Parameters, dic
     if lora is None:
         base.model.requires_grad_(True)
         use_fast_layers(base.model)
-        return dict(base.model.named_parameters()), None
+        return Trainable(dict(base.model.named_parameters()), {}, None)
     _check_lora(base.model, lora)
     adapted = _adapted(base.model, lora)
     use_fast_layers(base.model)  # includes the layers of the adapter
@@ -50,7 +70,11 @@ def make_trainable(base: Base, lora: LoRAConfig | None) -> tuple[Parameters, dic
     }
     if lora.bias == "none":
         _refuse_others(named)
-    return named, _export_config(adapted)
+    fixed = {n: p for n, p in named.items() if lora.freeze_a and n.endswith(".lora_A.weight")}
+    for parameter in fixed.values():
+        parameter.requires_grad_(False)
+    moved = {name: parameter for name, parameter in named.items() if name not in fixed}
+    return Trainable(moved, fixed, _export_config(adapted))
 
 
 def _adapted(model: Any, lora: LoRAConfig) -> PeftModel:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class Estimate:
         weights: the base model. On CPU the clients of a node share it, except in full fine-tuning.
         trained: the adapter; 0 in full fine-tuning.
         gradients: the gradients of one call, and their sum over the calls of a step.
-        optimizer: the moments.
+        optimizer: the moments, and averages of the weights.
         activations: the activations of `TOKENS` tokens, and as many logits as exist at a time.
     """
 
@@ -67,27 +67,42 @@ def estimate(
     values, width = sum(map(math.prod, shapes.values())), dtype.itemsize
     lora = config.lora_config
     trained = values if lora is None else adapter_values(shapes, lora)
+    moved = trained_values(shapes, lora) if lora is not None and lora.freeze_a else trained
     each = width if lora is None else 4  # adapters are float32
     # A private run holds autograd's gradient, the unit's in float32, and the sums of this call and
     # of the window in float64.
     gradient = each + 4 + 2 * 8 if config.private else 2 * each
-    moments = _MOMENTS.get(config.optimizer.name, int(config.optimizer.momentum > 0))
+    optimizer = config.optimizer
+    moments = _MOMENTS.get(optimizer.name, int(optimizer.momentum > 0))
+    in_float32 = (optimizer.ema_decay is not None) + (optimizer.tail_from is not None)
+    if optimizer.noise_correction:
+        moments, in_float32 = 0, in_float32 + moments
     return Estimate(
         weights=values * width,
         trained=0 if lora is None else trained * each,
-        gradients=gradient * trained,
-        optimizer=moments * trained * each,
+        gradients=gradient * moved,
+        optimizer=moved * (moments * each + 4 * in_float32),
         activations=_activations(sizes, width),
     )
 
 
 def adapter_values(shapes: Shapes, lora: LoRAConfig) -> int:
     """Returns the number of values in an adapter."""
-    return sum(
-        lora.rank * sum(shape)
-        for name, shape in shapes.items()
-        if len(shape) == 2 and _adapted(name.removesuffix(".weight"), lora)
-    )
+    return sum(lora.rank * sum(shape) for shape in _adapted_shapes(shapes, lora))
+
+
+def trained_values(shapes: Shapes, lora: LoRAConfig) -> int:
+    """Returns the number of values in the B matrices, which `freeze_a` alone trains.
+
+    The few models with transposed linear layers (GPT-2) count the A matrices instead.
+    """
+    return sum(lora.rank * shape[0] for shape in _adapted_shapes(shapes, lora))
+
+
+def _adapted_shapes(shapes: Shapes, lora: LoRAConfig) -> Iterator[tuple[int, ...]]:
+    for name, shape in shapes.items():
+        if len(shape) == 2 and _adapted(name.removesuffix(".weight"), lora):
+            yield shape
 
 
 def _adapted(name: str, lora: LoRAConfig) -> bool:

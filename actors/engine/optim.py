@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from actors.engine.corrected_adam import NOISE, NoiseCorrectedAdam
 from actors.engine.gradients import MeanGradient, PrivateGradient, Tensors
 from tg_tinker.config import OptimizerConfig
 from tg_tinker.errors import NonFiniteError
@@ -30,6 +31,11 @@ def learning_rate(config: OptimizerConfig, step: int, max_steps: int | None) -> 
     done = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
     left = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
     return config.learning_rate * max(0.0, left)
+
+
+def kind(config: OptimizerConfig) -> str:
+    """Returns the name that states must share to share their moments."""
+    return f"{config.name} with noise_correction" if config.noise_correction else config.name
 
 
 class Optimizer:
@@ -80,6 +86,8 @@ class Optimizer:
         try:
             if max_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), max_grad_norm, norm)
+            if isinstance(self._torch, NoiseCorrectedAdam):
+                self._torch.noise_variance = gradient.noise_std**2
             self.half_moved = True
             self._torch.step()
             self.half_moved = False
@@ -102,11 +110,14 @@ class Optimizer:
         for full_name, tensor in state.items():
             name, _, key = full_name.rpartition("::")
             parameter = self._parameters[name]
-            moment = tensor.clone() if key == "step" else tensor.to(parameter.device, copy=True)
+            kept = key in ("step", NOISE)  # scalars that are read in each step stay on the CPU
+            moment = tensor.clone() if kept else tensor.to(parameter.device, copy=True)
             self._torch.state[parameter][key] = moment
 
 
 def _create(config: OptimizerConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    if config.noise_correction:
+        return NoiseCorrectedAdam(parameters, config.learning_rate, config.name == "adamw")
     kinds: dict[str, Any] = {
         "adamw": torch.optim.AdamW,
         "adam": torch.optim.Adam,

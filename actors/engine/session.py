@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from actors.engine.averages import Averages
 from actors.engine.batching import FlatStream, flat_streams
 from actors.engine.checkpoint import SessionState
 from actors.engine.gradients import (
@@ -36,10 +37,10 @@ from actors.engine.lora import make_trainable
 from actors.engine.losses import sums_by_example
 from actors.engine.matmul import library
 from actors.engine.model import Base, labeled_losses
-from actors.engine.optim import Optimizer, learning_rate
+from actors.engine.optim import Optimizer, kind, learning_rate
 from actors.engine.recompute import Recomputation
 from actors.engine.timing import Stage, stage
-from tg_tinker.config import TrainingConfig
+from tg_tinker.config import AverageKind, TrainingConfig
 from tg_tinker.data.batch import Example, check_bounds
 from tg_tinker.data.hashing import resolve_batch_hash
 from tg_tinker.errors import (
@@ -69,7 +70,8 @@ class Session:
         self.base = base
         self.config = config
         self.step = 0
-        self._parameters, self._adapter_config = make_trainable(base, config.lora_config)
+        self._trainable = make_trainable(base, config.lora_config)
+        self._parameters = self._trainable.moved
         base.model.eval()  # fresh adapter layers start in train mode
         always = config.resources.activation_checkpointing
         self.recomputation = Recomputation(base.model, always)
@@ -80,6 +82,7 @@ class Session:
             if config.lora_config is not None and ".lora_" not in name
         }
         self._optimizer = Optimizer(config.optimizer, self._parameters)
+        self._averages = Averages(config.optimizer, self._parameters)
         self.lineage = Lineage(base.digest)
         self._open_window()
 
@@ -180,7 +183,8 @@ class Session:
                 momentum=settings.momentum,
                 max_grad_norm=settings.max_grad_norm,
             )
-        self.step += 1
+            self.step += 1
+            self._averages.add(self.step)
         return norm, rate
 
     @property
@@ -247,19 +251,33 @@ class Session:
             live,
             weights=_copied(live.weights),
             optimizer=None if live.optimizer is None else _copied(live.optimizer),
+            averages=None if live.averages is None else _copied(live.averages),
         )
 
     def live_state(self, include_optimizer: bool = True) -> SessionState:
         """Returns the state with the live tensors. Copy them before the next call changes them."""
         return SessionState(
-            weights={name: p.detach() for name, p in self._parameters.items()},
+            weights={name: p.detach() for name, p in self._trainable.saved.items()},
             optimizer=self._optimizer.state() if include_optimizer else None,
+            averages=(self._averages.state() or None) if include_optimizer else None,
             step=self.step,
             geometry=self._geometry() | {FILES: dict(self.base.identity.files)},
             plan=self._plan(),
-            adapter_config=self._adapter_config,
+            adapter_config=self._trainable.adapter_config,
             lineage=self.lineage,
         )
+
+    def averaged_state(self, kind: AverageKind) -> SessionState:
+        """Returns a state for sampling that holds averaged weights, some of its tensors live.
+
+        An average of released weights costs no privacy: the lineage is that of the run.
+
+        Raises:
+            InvalidRequestError: if the run keeps no such average, or no step has entered it yet.
+        """
+        averaged = self._averages.of(kind)
+        live = self.live_state(include_optimizer=False)
+        return replace(live, weights=live.weights | averaged, average=kind)
 
     def load(self, state: SessionState) -> tuple[str, ...]:
         """Loads a state and returns warnings, or raises and changes nothing.
@@ -269,15 +287,24 @@ class Session:
         """
         self.check_fits(state)
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
+            for name, parameter in self._trainable.saved.items():
                 parameter.copy_(state.weights[name])
         self._optimizer.load(state.optimizer or {})
+        anew = self._averages.load(state.averages or {}, state.step)
         self.step, self.lineage = state.step, state.lineage
         self._open_window()
-        return self._warnings(state)
+        return self._warnings(state, anew)
 
     def check_fits(self, state: SessionState) -> None:
         """Raises the error with which `load` would refuse the state, and changes nothing."""
+        if state.average is not None:
+            raise ArtifactMismatchError(
+                f"the artifact holds averaged weights ({state.average}), which were saved to be"
+                " sampled: no step of the run had these weights, and no optimizer state belongs to"
+                " them. Nothing was loaded; to resume, load an artifact that was saved without"
+                " average=",
+                details={"part": "average"},
+            )
         mine = self._geometry()
         if state.optimizer is None:
             mine = mine | {"optimizer": state.geometry.get("optimizer")}
@@ -365,14 +392,16 @@ class Session:
 
     def _geometry(self) -> dict[str, Any]:
         lora = self.config.lora_config
-        described = None if lora is None else lora.model_dump(mode="json", exclude={"dropout"})
+        # Without `freeze_a` an adapter is described as by versions that did not know it.
+        left_out = {"dropout"} if lora is not None and lora.freeze_a else {"dropout", "freeze_a"}
+        described = None if lora is None else lora.model_dump(mode="json", exclude=left_out)
         if described and isinstance(described["target_modules"], list):
             described["target_modules"].sort()  # these are a set of names: PEFT keeps no order
         return {
             "base": self.base.digest,
             "lora": described,
-            "shapes": {name: list(p.shape) for name, p in sorted(self._parameters.items())},
-            "optimizer": self.config.optimizer.name,
+            "shapes": {name: list(p.shape) for name, p in sorted(self._trainable.saved.items())},
+            "optimizer": kind(self.config.optimizer),
         }
 
     def _plan(self) -> dict[str, Any]:
@@ -386,7 +415,7 @@ class Session:
             "matmul": library(next(iter(self._parameters.values()))),
         }
 
-    def _warnings(self, state: SessionState) -> tuple[str, ...]:
+    def _warnings(self, state: SessionState, anew: list[str]) -> tuple[str, ...]:
         found = []
         if state.optimizer is None:
             found.append("the artifact has no optimizer state: the moments start from zero")
@@ -394,6 +423,11 @@ class Session:
             found.append(
                 "the artifact is of an older version, which compares a base model by its weights"
                 " and config.json only: make sure that its tokenizer and chat template are the same"
+            )
+        if anew:
+            found.append(
+                f"the artifact has no {' and no '.join(anew)} average of this configuration: the"
+                f" average begins at step {state.step + 1}"
             )
         changed = [k for k, v in self._plan().items() if state.plan.get(k) != v]
         if changed:

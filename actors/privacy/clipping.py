@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -25,6 +26,7 @@ from actors.engine.gradients import PrivateGradient, Shapes, Tensors, by_name
 from actors.privacy.noise import standard_normal
 
 Noise = Callable[[int], torch.Tensor]
+Rule = Literal["flat", "normalise"]
 
 _BLOCK = 2**18
 """The number of values in float64 at a time: this bounds the copies, and fits a processor's cache.
@@ -35,6 +37,14 @@ _DEVICE_BLOCK = 2**24
 _NOISE_BLOCK = 2**20
 """The number of values that get noise at a time."""
 
+GAMMA = 0.01
+"""The length that normalized clipping adds to each norm: public, and the same for every run."""
+
+_SLACK = 1 - 2**-24
+"""What normalized factors keep of their value. A norm adds up to 2^29 squares in float64, in any
+order, and so is at most 2^-25 too small. Without it, a unit whose norm is far above gamma could
+exceed C by rounding."""
+
 
 @dataclass(repr=False)
 class UnitGradients:
@@ -42,9 +52,11 @@ class UnitGradients:
 
     Attributes:
         values: float32 [U, P]. The norms and the sum use these values.
+        rule: how `clip_into` bounds them, as `DPConfig.clipping` names it.
     """
 
     values: torch.Tensor
+    rule: Rule = "flat"
 
     def norms(self) -> torch.Tensor:
         """Returns float64 [U]: the L2 norm of each unit over all tensors together.
@@ -60,13 +72,12 @@ class UnitGradients:
     def clip_into(self, total: ClippedSum) -> None:
         """Adds each unit's gradient, clipped to the bound of the sum.
 
-        Replacing any unit by a null example moves the sum by at most `total.bound` in L2, up to
-        rounding in float64. A unit with a NaN or an infinity adds exactly zero. So does a unit
-        whose gradient is zero.
+        Nulling any unit moves the sum by at most `total.bound` in L2, up to rounding in float64. A
+        unit with a NaN or an infinity adds exactly zero. So does a unit whose gradient is zero.
         """
         norms = self.norms()
         finite = torch.isfinite(norms)
-        factors = torch.where(finite, _factors(norms, total.bound), 0.0)
+        factors = torch.where(finite, _factors(norms, total.bound, self.rule), 0.0)
         size = _block_size(self.values)
         for block, into in zip(
             torch.split(self.values, size, dim=1), torch.split(total.values, size), strict=True
@@ -82,12 +93,17 @@ class UnitGradients:
         total.non_finite += (~finite).sum()
 
 
-def _factors(norms: torch.Tensor, bound: float) -> torch.Tensor:
-    """Returns the factor of each unit, C / max(|g|, C), at most C / |g|: float64 [U].
+def _factors(norms: torch.Tensor, bound: float, rule: Rule) -> torch.Tensor:
+    """Returns the factor of each unit, at most C / |g|: float64 [U].
 
-    This is flat clipping (Abadi et al. 2016, arXiv:1607.00133). The denominator is never 0, so it
-    needs no epsilon.
+    ``flat`` is C / max(|g|, C) (Abadi et al. 2016, arXiv:1607.00133). ``normalise`` is
+    C / (|g| + gamma) (Bu et al. 2022, arXiv:2206.07136), a little less: what a unit adds is then
+    shorter than C, rounding included. Either rule bounds what nulling, adding or removing a unit
+    does; replacing a unit by another could move the sum by 2 C. No denominator is 0, so none needs
+    an epsilon.
     """
+    if rule == "normalise":
+        return _SLACK * bound / (norms + GAMMA)
     return bound / norms.clamp(min=bound)
 
 
@@ -182,4 +198,4 @@ def privatize(
         into.copy_(clipped / divisor)
     tensors = by_name(released, total.shapes)
     total.wipe()
-    return PrivateGradient(tensors, std)
+    return PrivateGradient(tensors, std / divisor)

@@ -76,6 +76,7 @@ _FLAT = (
     "test_one_row_moves_the_sum_by_at_most_the_bound",
     "test_rows_of_one_id_are_clipped_together",
     "test_the_sum_equals_the_loop_oracle",
+    "test_no_unit_moves_the_sum_by_more_than_the_bound_nor_the_others",
     "test_the_noise_has_std_sigma_times_bound_on_the_sum",
 )
 """A unit moves the sum by at most C, whatever is trained, and the noise is that of C."""
@@ -105,6 +106,10 @@ ROWS = (
     ),
     row(
         "the norm of C g / (|g| + 0.01) is below C (arXiv:2206.07136); the rest as flat",
+        "test_no_unit_reaches_the_bound",
+        "test_nulling_one_row_moves_the_sum_by_less_than_the_bound",
+        "test_no_unit_moves_the_sum_by_more_than_the_bound_nor_the_others",
+        "test_the_noise_has_std_sigma_times_bound_on_the_sum",
         clipping="normalise", optimizer="any",
     ),
     row(
@@ -137,10 +142,10 @@ def combination_of(config: TrainingConfig) -> dict[str, str]:
     return {
         "contract": dp.sampling,
         "noise": "gaussian",
-        "clipping": getattr(dp, "clipping", "flat"),
+        "clipping": dp.clipping,
         # A run that states no unit takes that of its dataset; rows do not differ between units.
         "unit": dp.unit or "example",
-        "trainable": "full" if lora is None else _adapter(lora),
+        "trainable": "full" if lora is None else "freeze_a" if lora.freeze_a else "lora",
         "optimizer": "plain_sgd" if _plain_sgd(config, dp) else "any",
         "loss": "cross_entropy",
         "workers": "1",
@@ -151,11 +156,7 @@ def combination_of(config: TrainingConfig) -> dict[str, str]:
 def _plain_sgd(config: TrainingConfig, dp: DPConfig) -> bool:
     """Whether the run has SGD without momentum, and has not asked for it."""
     plain = config.optimizer.name == "sgd" and not config.optimizer.momentum
-    return plain and not getattr(dp, "allow_plain_sgd", False)
-
-
-def _adapter(lora: object) -> str:
-    return "freeze_a" if getattr(lora, "freeze_a", False) else "lora"
+    return plain and not dp.allow_plain_sgd
 
 
 def refuse_unproven(config: TrainingConfig) -> None:

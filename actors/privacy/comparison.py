@@ -110,7 +110,7 @@ class _Comparison:
         })  # fmt: skip
         config = TrainingConfig(model_ref="-", batch_size=batch, max_steps=steps)
         fresh = Ledger()
-        fresh.append(registration("-", self.epsilon, self.delta, dp.unit, born=""))
+        fresh.append(registration("-", self.epsilon, self.delta, "example", born=""))
         return calibrated_noise(dp, config, fresh)
 
     def _spent(self, contract: str, sigma: float, rate: float, steps: int) -> float:

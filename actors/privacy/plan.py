@@ -367,6 +367,7 @@ class _Planner:
         """Returns what the certificate also states: values that do not depend on the data."""
         return {
             "bound": self.dp.max_grad_norm,
+            "clipping": self.dp.clipping,
             "batch": self.batch,
             "dataset_size": self.dp.dataset_size,
             "target_epsilon": self.dp.target_epsilon,

@@ -22,7 +22,7 @@ from actors.engine.model import Base
 from actors.engine.session import MAX_STREAM_TOKENS
 from actors.engine.timing import Stage, stage
 from actors.privacy.capture import Capture, capture
-from actors.privacy.clipping import ClippedSum, UnitGradients
+from actors.privacy.clipping import ClippedSum, Rule, UnitGradients
 from actors.privacy.layers import adapter_dropout
 from tg_tinker.data.batch import Example
 
@@ -36,6 +36,7 @@ class UnitBackward:
     Args:
         parameters: all trainable parameters, by name.
         losses: returns float32 [S] to differentiate: the summed loss of each row of a stream.
+        rule: how the gradient of a unit is bounded; see `UnitGradients.clip`.
 
     Attributes:
         capture: the fast path; None where rows go one by one through ordinary autograd, which
@@ -48,10 +49,12 @@ class UnitBackward:
         base: Base,
         parameters: Mapping[str, torch.nn.Parameter],
         losses: Callable[[FlatStream], torch.Tensor],
+        rule: Rule = "flat",
     ) -> None:
         self.base = base
         self.parameters = parameters
         self.losses = losses
+        self._rule = rule
         self.capture: Capture | None = capture(base.model, parameters)
         self.slow_because = "" if self.capture else "it trains more than matrices of an adapter"
 
@@ -86,7 +89,7 @@ class UnitBackward:
                     goes_on = bool(owners) and owners[0] == here[-1]
                     by_unit, rest = cut_last(by_unit) if goes_on else (by_unit, None)
                     with stage(Stage.CLIP):
-                        UnitGradients(by_unit).clip_into(total)
+                        UnitGradients(by_unit, self._rule).clip_into(total)
                     del by_unit  # before the next stream makes others
                     finite = torch.isfinite(by_row)
                     counts = stream.label_counts().to(by_row.device)

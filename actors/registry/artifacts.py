@@ -28,6 +28,7 @@ from actors.registry.runs import check_epoch
 from actors.registry.schema import ARTIFACTS, LABELS, RUNS
 from actors.storage.key_providers import KeyProvider
 from tg_tinker.errors import InvalidRequestError, NotFoundError, StorageError
+from tg_tinker.labels import AVERAGED
 from tg_tinker.types import ArtifactInfo
 
 
@@ -76,7 +77,8 @@ class Artifacts:
             )  # fmt: skip
             if labels:
                 tx.execute(LABELS.insert(), label_rows(artifact_id, labels))
-            _comes_back_from(tx, run_id, artifact_id)
+            if AVERAGED not in (labels or {}):
+                _comes_back_from(tx, run_id, artifact_id)
             details: Details = {"step": step, "size_bytes": size_bytes, "manifest": digest}
             self._writer.note(tx, tenant, who, "artifact.save", artifact_id, details)
 
@@ -119,6 +121,11 @@ class Artifacts:
                     **{name: getattr(source, name) for name in kept},
                 )
             )  # fmt: skip
+            # A copy of averaged weights is no state of the run either.
+            of_source = sa.and_(LABELS.c.artifact_id == source_id, LABELS.c.name == AVERAGED)
+            averaged = sa.select(sa.literal(artifact_id), LABELS.c.name, LABELS.c.value)
+            columns = ["artifact_id", "name", "value"]
+            tx.execute(LABELS.insert().from_select(columns, averaged.where(of_source)))
             details: Details = {
                 "source": source_id, "step": source.step, "size_bytes": size_bytes,
                 "manifest": digest,

@@ -22,7 +22,7 @@ from actors.registry.database import Database
 from actors.registry.lookups import owned
 from actors.registry.schema import ARTIFACTS, LABELS, RUNS
 from tg_tinker.errors import ActorLostError, IntegrityError, InvalidRequestError, NotFoundError
-from tg_tinker.labels import check_labels
+from tg_tinker.labels import AVERAGED, check_labels
 from tg_tinker.types import ArtifactInfo, ArtifactQuery
 
 NEVER = "never"
@@ -196,7 +196,7 @@ def resume_point(connection: sa.Connection, run: Any) -> tuple[str | None, int]:
 
 def last_artifact(connection: sa.Connection, run_id: str) -> str | None:
     """Returns the id of the artifact that a run saved last and that may be opened; None if there is
-    none.
+    none. Averaged weights do not count, because no run resumes from them.
 
     A copy counts by the time at which its source was saved, so copying an early state loses no
     steps.
@@ -209,10 +209,17 @@ def _unexpired(now: Any = None) -> sa.ColumnElement[bool]:
     return sa.or_(ARTIFACTS.c.expires_at.is_(None), ARTIFACTS.c.expires_at > now)
 
 
+_RESUMABLE = ~sa.exists().where(LABELS.c.artifact_id == ARTIFACTS.c.id, LABELS.c.name == AVERAGED)
+
 # Built once, see `runs`. It is here because it needs the conditions above.
 _LAST = (
     sa.select(ARTIFACTS.c.id)
-    .where(ARTIFACTS.c.run_id == sa.bindparam("run"), *LIVING, _unexpired(sa.bindparam("now")))
+    .where(
+        ARTIFACTS.c.run_id == sa.bindparam("run"),
+        *LIVING,
+        _RESUMABLE,
+        _unexpired(sa.bindparam("now")),
+    )
     .order_by(ARTIFACTS.c.saved_at.desc())
     .limit(1)
 )

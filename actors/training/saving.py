@@ -24,9 +24,9 @@ from actors.registry.registry import Registry
 from actors.storage.store import ArtifactStore
 from actors.training.place import Place
 from tg_tinker.cluster.messages import Saving
-from tg_tinker.config import CheckpointConfig
+from tg_tinker.config import AverageKind, CheckpointConfig
 from tg_tinker.errors import NotFoundError, TGTinkerError
-from tg_tinker.labels import AUTOMATIC
+from tg_tinker.labels import AUTOMATIC, AVERAGED
 from tg_tinker.storage.envelope import Buffer
 from tg_tinker.types import ArtifactQuery, SaveStateResult
 
@@ -93,15 +93,24 @@ class Saver:
 
     def begin(
         self, session: Session, include_optimizer: bool, metadata: dict[str, Any],
-        labels: Mapping[str, str] | None = None,
+        labels: Mapping[str, str] | None = None, average: AverageKind | None = None,
     ) -> Saving:  # fmt: skip
         """Copies the state, starts to save the copy and returns.
 
         Waits for an earlier save while memory already holds `MOST_COPIES` copies.
+
+        Args:
+            average: the kind of average to save for sampling; None saves the state itself.
+
+        Raises:
+            InvalidRequestError: see `Session.averaged_state`. Nothing is saved.
         """
         self._copies.acquire()
         try:
-            state = session.live_state(include_optimizer)
+            if average is None:
+                state = session.live_state(include_optimizer)
+            else:
+                state, labels = session.averaged_state(average), {AVERAGED: average}
             checkpoint = Checkpoint(state, metadata, datetime.now(UTC))
             files, shown = to_files(checkpoint), self._place.capability
             draft = Draft(self._registry, self._store, shown, files)

@@ -34,7 +34,7 @@ from actors.storage.store import ArtifactStore
 from actors.training.place import Place
 from actors.training.saving import Saver
 from tg_tinker.cluster.messages import TRAINING_OPERATIONS, Request, Saving, SnapshotRef
-from tg_tinker.config import TrainingConfig
+from tg_tinker.config import AverageKind, TrainingConfig
 from tg_tinker.data.batch import Example
 from tg_tinker.errors import (
     InvalidRequestError,
@@ -271,14 +271,15 @@ class Worker:
         return found
 
     def save_state(
-        self, check_cancelled: Check, include_optimizer: bool, metadata: dict[str, Any]
-    ) -> Saving:
+        self, check_cancelled: Check, include_optimizer: bool, metadata: dict[str, Any],
+        average: AverageKind | None = None,
+    ) -> Saving:  # fmt: skip
         """Copies the state and returns. `Saver.outcome` waits until the artifact is durable.
 
         Waits for an earlier save while memory already holds `saving.MOST_COPIES` copies.
         """
         check_cancelled()
-        return self.saver.begin(self.session, include_optimizer, metadata)
+        return self.saver.begin(self.session, include_optimizer, metadata, average=average)
 
     def park(self, check_cancelled: Check) -> None:
         """Saves the state and gives up the run. Another actor serves all later calls.

@@ -261,7 +261,7 @@ class Engines:
 
     def _with_weights(self, snapshot: Snapshot) -> Base:
         base = self._read()
-        parameters, _ = make_trainable(base, snapshot.lora_config)
+        parameters = make_trainable(base, snapshot.lora_config).saved
         with torch.no_grad():
             for name, tensor in snapshot.weights.items():
                 parameters[name].copy_(tensor)

@@ -66,7 +66,7 @@ def test_a_gate_with_one_output_forbids_nothing_and_pefts_own_adapter_is_importe
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "minimax"])
 def test_all_linear_leaves_experts_and_routers_that_are_no_layers(family: Any, kind: str) -> None:
     s = session(family(kind), lora_config=ALL.model_copy(update={"dropout": 0.1}))
-    config = s._adapter_config or {}
+    config = s._trainable.adapter_config or {}
     assert config["lora_dropout"] == 0.1
     assert not config["target_parameters"]
     assert not config["rank_pattern"]

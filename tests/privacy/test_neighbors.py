@@ -78,6 +78,12 @@ CASES: dict[str, Case] = {
     "ids": Case(config=LINEAR | BY_ID),
     "ids over streams": Case(config=LORA | BY_ID, stream=16),
     "ids, full": Case(config=FULL | BY_ID, fast=False),
+    "freeze_a": Case(config={"lora_config": LoRAConfig(rank=4, freeze_a=True)}),
+    "normalise": Case(config=LINEAR | {"dp": {"clipping": "normalise"}}),
+    "normalise, ids": Case(
+        config=LORA | {"dp": {"clipping": "normalise", "unit": "id"}}, stream=16
+    ),
+    "normalise, full": Case(config=FULL | {"dp": {"clipping": "normalise"}}, fast=False),
     "ids, gpt2": Case("gpt2", config=LINEAR | BY_ID, stream=16),
 }  # fmt: skip
 

@@ -32,7 +32,7 @@ from tg_tinker.client.recovery import Recover
 from tg_tinker.client.runs import Progress
 from tg_tinker.client.service import ServiceClient
 from tg_tinker.client.training import TrainingClient
-from tg_tinker.config import TrainingConfig
+from tg_tinker.config import AverageKind, TrainingConfig
 from tg_tinker.data.batch import BatchData, check_bounds, normalize
 from tg_tinker.errors import (
     DPBudgetExceededError,
@@ -276,7 +276,11 @@ class FakeTrainingClient(TrainingClient):
         return self.call("sample", work).result()
 
     def save_state_async(
-        self, include_optimizer: bool = True, metadata: dict[str, Any] | None = None
+        self,
+        include_optimizer: bool = True,
+        metadata: dict[str, Any] | None = None,
+        *,
+        average: AverageKind | None = None,
     ) -> FutureHandle[SaveStateResult]:
         def work() -> SaveStateResult:
             artifact_id = f"art-{len(self._service.artifacts) + 1}"

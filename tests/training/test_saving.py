@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from actors.artifacts.copies import copy
 from actors.artifacts.publish import Draft, write
 from actors.storage.store import ArtifactStore
 from actors.training.place import Place
@@ -17,16 +18,30 @@ from actors.training.worker import Worker
 from support.artifacts import TENANT, Service
 from support.artifacts import service as service  # a fixture
 from support.helpers import assert_equal, examples, weights
-from tg_tinker import CheckpointConfig, LoRAConfig, StorageError, TrainingConfig
+from tg_tinker import (
+    ActorLostError,
+    ArtifactMismatchError,
+    CheckpointConfig,
+    InvalidRequestError,
+    LoRAConfig,
+    OptimizerConfig,
+    StorageError,
+    TrainingConfig,
+)
+from tg_tinker.labels import AVERAGED
 from tg_tinker.types import ArtifactInfo, ArtifactQuery, OptimStepResult
 
 BY_ITSELF = ArtifactQuery(label=("saved", "automatically"))
 
 
-def worker(service: Service, model: Path, carry: object = write, **values: int) -> Worker:
+def worker(
+    service: Service, model: Path, carry: object = write, optimizer: OptimizerConfig | None = None,
+    **values: int,
+) -> Worker:  # fmt: skip
     config = TrainingConfig(
-        model_ref=str(model), lora_config=LoRAConfig(rank=2), checkpoints=CheckpointConfig(**values)
-    )
+        model_ref=str(model), lora_config=LoRAConfig(rank=2),
+        checkpoints=CheckpointConfig(**values), optimizer=optimizer or OptimizerConfig(),
+    )  # fmt: skip
     place = Place(
         TENANT, service.run, service.epoch, str(service.root), service.home, service.capability
     )
@@ -88,6 +103,39 @@ def test_the_newest_stay_and_what_was_saved_or_labeled_by_hand(
     assert service.registry.runs.resume_point(TENANT, service.run) == (newest, 5)
     service.registry.artifacts.delete(TENANT, newest)
     assert service.registry.runs.resume_point(TENANT, service.run)[1] == 4
+
+
+def test_averaged_weights_are_saved_for_sampling_and_a_lost_run_is_restored_from_others(
+    service: Service, tiny_model: Path
+) -> None:
+    run = worker(service, tiny_model, optimizer=OptimizerConfig(learning_rate=1e-2, ema_decay=0.5))
+    with pytest.raises(InvalidRequestError, match="no step has entered"):
+        run.save_state(lambda: None, True, {}, "ema")
+    for _ in range(2):
+        step(run)
+    resumable = run.saver.outcome(run.save_state(lambda: None, True, {}))
+    averaged = run.saver.outcome(run.save_state(lambda: None, True, {"note": 1}, "ema"))
+    assert resumable is not None
+    assert averaged is not None
+    found = service.fetch(averaged.artifact_id)
+    assert found.metadata == {"note": 1}
+    assert_equal(found.state.weights, run.session.averaged_state("ema").weights)
+    assert found.state.lineage == service.fetch(resumable.artifact_id).state.lineage
+    info = service.registry.catalogue.get(TENANT, averaged.artifact_id)
+    assert (info.step, info.include_optimizer, info.labels) == (2, False, {AVERAGED: "ema"})
+
+    copied = copy(service.registry, str(service.root), TENANT, averaged.artifact_id)
+    resume_point = service.registry.runs.resume_point
+    assert resume_point(TENANT, service.run) == (resumable.artifact_id, 2)
+    for artifact in (averaged.artifact_id, copied.artifact_id):
+        before = weights(run.session)
+        with pytest.raises(ArtifactMismatchError, match="averaged weights"):
+            run.load_state(lambda: None, artifact)
+        assert_equal(weights(run.session), before)
+    # Not even if nothing else is left that the run could be restored from.
+    service.registry.artifacts.delete(TENANT, resumable.artifact_id)
+    with pytest.raises(ActorLostError):
+        resume_point(TENANT, service.run)
 
 
 def test_no_step_waits_for_a_store_that_does_not_answer_or_fails_with_it(

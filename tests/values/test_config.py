@@ -89,6 +89,8 @@ OUT_OF_RANGE = [
     (OptimizerConfig, "momentum", [1, -0.5, math.nan]),
     (OptimizerConfig, "warmup_steps", [-1, 0.5]),
     (OptimizerConfig, "max_grad_norm", [0, -1, math.nan]),
+    (OptimizerConfig, "ema_decay", [0, 1, -0.5, math.nan]),
+    (OptimizerConfig, "tail_from", [0, -1, 1.5]),
     (DPConfig, "noise_multiplier", [0, -1, math.inf, math.nan]),
     (DPConfig, "max_grad_norm", [0, -1, math.inf, math.nan]),
     (DPConfig, "target_epsilon", [0, -8, math.inf, math.nan]),
@@ -239,6 +241,60 @@ def test_delta_is_another_name_of_target_delta() -> None:
 def test_two_deltas_at_once_are_refused() -> None:
     with pytest.raises(InvalidRequestError, match="delta"):
         DPConfig(delta=1e-7, target_delta=1e-5)
+
+
+# --- choices that only fit private runs ------------------------------------------------------
+
+
+def test_alpha_follows_the_rank_in_private_runs_unless_it_is_stated() -> None:
+    def alpha(lora: LoRAConfig, dp: DPConfig | None) -> float:
+        made = TrainingConfig(model_ref="m", lora_config=lora, dp_config=dp)
+        read = TrainingConfig.model_validate_json(made.model_dump_json())
+        assert read == made
+        # What is stored states it, so another run with the same text has the same adapter.
+        assert read.lora_config is not None
+        assert TrainingConfig(**(dict(read) | {"dp_config": DPConfig()})).lora_config == (
+            read.lora_config
+        )
+        return read.lora_config.alpha
+
+    assert alpha(LoRAConfig(rank=1), DPConfig()) == 2
+    assert alpha(LoRAConfig(rank=1), None) == 32
+    assert alpha(LoRAConfig(rank=1), DPConfig(enabled=False)) == 32
+    assert alpha(LoRAConfig(rank=1, alpha=32), DPConfig()) == 32
+    assert alpha(LoRAConfig(rank=10**9), DPConfig()) == 1e6
+
+
+def test_a_config_that_was_stored_with_alpha_keeps_it() -> None:
+    stored = {"model_ref": "m", "lora_config": {"rank": 1, "alpha": 32.0}, "dp_config": {}}
+    lora = TrainingConfig.model_validate_json(json.dumps(stored)).lora_config
+    assert lora is not None
+    assert (lora.alpha, lora.freeze_a) == (32, False)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"optimizer": OptimizerConfig(noise_correction=True)}, "for private runs"),
+        (
+            {
+                "optimizer": OptimizerConfig(noise_correction=True),
+                "dp_config": DPConfig(enabled=False),
+            },
+            "for private runs",
+        ),
+        ({"optimizer": OptimizerConfig(tail_from=9), "max_steps": 8}, "tail_from 9 exceeds"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other_are_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidRequestError, match=said):
+        TrainingConfig(model_ref="m", **values)
+
+
+def test_noise_correction_needs_adam() -> None:
+    for name in ("sgd", "adafactor"):
+        with pytest.raises(InvalidRequestError, match=f"{name} has no second moment"):
+            OptimizerConfig(name=name, noise_correction=True)
 
 
 # --- JSON ------------------------------------------------------------------------------------

@@ -10,14 +10,14 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from tg_tinker.client.calls import OrderedCalls
 from tg_tinker.client.future import FutureHandle
 from tg_tinker.client.recovery import Reached
 from tg_tinker.cluster.cluster import SamplerLink
 from tg_tinker.cluster.messages import SampleRequest, SnapshotRef
-from tg_tinker.config import TrainingConfig
+from tg_tinker.config import AverageKind, TrainingConfig
 from tg_tinker.data.batch import BatchData, check_bounds, from_examples, normalize, require_ids
 from tg_tinker.data.hashing import resolve_batch_hash
 from tg_tinker.data.peft_files import PeftFiles
@@ -261,7 +261,11 @@ class TrainingClient:
     # --- checkpoints -------------------------------------------------------------------------
 
     def save_state(
-        self, include_optimizer: bool = True, metadata: dict[str, Any] | None = None
+        self,
+        include_optimizer: bool = True,
+        metadata: dict[str, Any] | None = None,
+        *,
+        average: AverageKind | None = None,
     ) -> SaveStateResult:
         """Saves the state after the last `optim_step`, encrypted; returns when it is durable.
 
@@ -270,22 +274,36 @@ class TrainingClient:
         Args:
             include_optimizer: whether to save the optimizer state, which an exact resume needs.
             metadata: your own data, in any form that JSON supports; it is stored encrypted.
+            average: saves an average of the weights that `OptimizerConfig` keeps, ``ema`` or
+                ``tail``, instead of the weights of the last step. The artifact is for sampling and
+                export; it holds no optimizer state, and `load_state` refuses it. It costs no
+                epsilon.
 
         Raises:
-            InvalidRequestError: JSON does not support `metadata`; nothing was saved.
+            InvalidRequestError: JSON does not support `metadata`, or this run keeps no such
+                average, or no step has entered it yet; nothing was saved.
         """
-        return self.save_state_async(include_optimizer, metadata).result()
+        return self.save_state_async(include_optimizer, metadata, average=average).result()
 
     def save_state_async(
-        self, include_optimizer: bool = True, metadata: dict[str, Any] | None = None
+        self,
+        include_optimizer: bool = True,
+        metadata: dict[str, Any] | None = None,
+        *,
+        average: AverageKind | None = None,
     ) -> FutureHandle[SaveStateResult]:
         """Saves like `save_state`, but returns at once.
 
         Training pauses only while the state is copied. `close` waits until the artifact is durable.
 
         Raises:
-            InvalidRequestError: JSON does not support `metadata`; nothing was saved.
+            InvalidRequestError: JSON does not support `metadata`, or `average` is unknown; nothing
+                was saved.
         """
+        if average not in (None, *get_args(AverageKind)):
+            raise InvalidRequestError(
+                f"average={average!r:.80} is unknown: use 'ema', 'tail' or None"
+            )
         try:
             copy = json.loads(json.dumps(metadata or {}, allow_nan=True))
         except (TypeError, ValueError) as error:
@@ -293,7 +311,9 @@ class TrainingClient:
                 f"JSON cannot hold this metadata ({type(error).__name__}): use strings, numbers,"
                 " lists, dicts with string keys"
             ) from None
-        return self._calls.submit_save(include_optimizer=include_optimizer, metadata=copy)
+        return self._calls.submit_save(
+            include_optimizer=include_optimizer, metadata=copy, average=average
+        )
 
     def load_state(self, artifact_id: str) -> LoadStateResult:
         """Restores the state of an artifact and drops pending gradients.

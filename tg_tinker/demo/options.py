@@ -24,10 +24,30 @@ ADAPTED = "v_proj"
 ADAPTED_LAYERS = range(4, 30)
 """The layers of the demo's own model that get an adapter: 19,968 parameters at rank 1."""
 
-CLIP = 0.2
-"""C, the bound of one row's gradient norm."""
-
 _DELTA = 1e-5
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the demo trains: the choices that `make bench ARGS='--only utility'` compares.
+
+    Attributes:
+        clip: C, the bound of one row's gradient norm.
+        The others: see `DemoOptions`, `LoRAConfig`, `OptimizerConfig` and `DPConfig`.
+    """
+
+    steps: int = 8
+    batch_size: int = 64
+    learning_rate: float = 2e-2
+    rank: int = 1
+    freeze_a: bool = False
+    noise_correction: bool = False
+    clipping: Literal["flat", "normalise"] = "flat"
+    clip: float = 0.2
+
+
+RECIPE = Recipe()
+"""What the demo does unless its options say otherwise."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +58,10 @@ class DemoOptions:
     data: Path | None = None
     epsilon: float = 8.0
     no_privacy: bool = False
-    steps: int = 8
-    batch_size: int = 64
-    learning_rate: float = 2e-2
-    rank: int = 1
+    steps: int = RECIPE.steps
+    batch_size: int = RECIPE.batch_size
+    learning_rate: float = RECIPE.learning_rate
+    rank: int = RECIPE.rank
     max_length: int = 64
     output: Path = Path("demo-output")
     resume: str | None = None
@@ -60,7 +80,8 @@ def prepare(options: DemoOptions) -> tuple[TrainingConfig, list[Row]]:
         lora_config=LoRAConfig(
             rank=options.rank,
             alpha=2.0 * options.rank,
-            target_modules=(ADAPTED,) if options.model else _late_layers(),
+            target_modules=(ADAPTED,) if options.model else adapted_layers(),
+            freeze_a=RECIPE.freeze_a,
         ),
         optimizer=OptimizerConfig(learning_rate=options.learning_rate),
         batch_size=options.batch_size,
@@ -86,13 +107,18 @@ def private_config(
     dp = DPConfig(
         target_epsilon=options.epsilon,
         target_delta=min(_DELTA, 0.1 / num_units),
-        max_grad_norm=CLIP,
+        max_grad_norm=RECIPE.clip,
+        clipping=RECIPE.clipping,
         sampling="poisson",
         dataset_size=num_units,
         unit=unit,
     )
     values = {
         "dp_config": dp,
+        # Without privacy there is no noise to correct for.
+        "optimizer": config.optimizer.model_copy(
+            update={"noise_correction": RECIPE.noise_correction}
+        ),
         "dataset_id": f"demo-{secrets.token_hex(4)}",
         "batch_size": min(config.batch_size, num_units),
         "max_steps": options.steps + 1,
@@ -142,5 +168,6 @@ def unwritable(output: Path, error: OSError) -> StorageError:
     return StorageError(f"cannot write to {output} ({reason}): choose another --output")
 
 
-def _late_layers() -> tuple[str, ...]:
+def adapted_layers() -> tuple[str, ...]:
+    """Returns the paths of the layers of the demo's own model that get an adapter."""
     return tuple(f"{layer}.self_attn.{ADAPTED}" for layer in ADAPTED_LAYERS)
