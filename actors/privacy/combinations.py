@@ -105,7 +105,7 @@ ROWS = (
         contract="client_poisson", clipping="flat",
     ),
     row(
-        "the norm of C g / (|g| + 0.01) is below C (arXiv:2206.07136); the rest as flat",
+        "C g / (norm of g + 0.01) is shorter than C (arXiv:2206.07136); the rest as flat",
         "test_no_unit_reaches_the_bound",
         "test_nulling_one_row_moves_the_sum_by_less_than_the_bound",
         "test_no_unit_moves_the_sum_by_more_than_the_bound_nor_the_others",
@@ -113,7 +113,7 @@ ROWS = (
         clipping="normalise", optimizer="any",
     ),
     row(
-        refused="normalised gradients do not become shorter near a minimum, so plain SGD does not"
+        refused="normalized gradients do not become shorter near a minimum, so plain SGD does not"
         " settle: use Adam or momentum, or ask for it with DPConfig(allow_plain_sgd=True)",
         clipping="normalise", optimizer="plain_sgd",
     ),

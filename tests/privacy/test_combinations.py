@@ -56,9 +56,9 @@ def test_the_tests_that_rows_name_exist() -> None:
 def test_the_table_has_every_value_that_a_configuration_can_have() -> None:
     fields = DPConfig.model_fields
     for dimension, field in (("contract", "sampling"), ("clipping", "clipping")):
-        if field in fields:
-            assert set(get_args(fields[field].annotation)) == set(VALUES[dimension])
-    assert {"example", "id"} == set(VALUES["unit"])
+        assert set(get_args(fields[field].annotation)) == set(VALUES[dimension])
+    units = {name for one in get_args(fields["unit"].annotation) for name in get_args(one)}
+    assert units == set(VALUES["unit"])
     for lora, name in itertools.product(
         (None, LoRAConfig()), get_args(OptimizerConfig.model_fields["name"].annotation)
     ):
@@ -97,10 +97,17 @@ def test_a_refused_run_registers_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     assert known.ledgers.datasets("default") == []
 
 
-def test_plain_sgd_with_normalised_gradients_is_refused() -> None:
+def test_plain_sgd_with_normalized_gradients_is_refused() -> None:
     here = {**EVERY[0], "clipping": "normalise", "optimizer": "plain_sgd"}
     assert "plain SGD does not settle" in verdict(here).refused
     assert not verdict(here | {"optimizer": "any"}).refused
+
+
+def test_every_line_of_the_table_has_a_cell_for_each_column() -> None:
+    """A bar within a cell would move all cells behind it into other columns."""
+    _, _, head, *lines = markdown().splitlines()
+    assert len(lines) == 1 + len(ROWS)
+    assert {line.count("|") for line in lines} == {head.count("|")}
 
 
 def test_the_page_has_the_table_of_the_code() -> None:
