@@ -72,7 +72,7 @@ class Budget:
         ledger = Ledger.replay(entries := registry.ledgers.entries(tenant, dataset))
         dp = config.dp_config or DPConfig()
         new = None
-        budget.unit_stated = dp.unit is not None or (bool(entries) and _states_unit(ledger))
+        budget.unit_stated = dp.unit is not None or (bool(entries) and states_unit(ledger))
         if not entries:
             unit = dp.unit or UNIT
             new = registration(dataset, dp.target_epsilon, dp.target_delta, unit, born="")
@@ -198,7 +198,7 @@ class Budget:
             self.registry.ledgers.link(self.tenant, self.dataset, self.run_id, others)
 
 
-def _states_unit(ledger: Ledger) -> bool:
+def states_unit(ledger: Ledger) -> bool:
     """Returns whether somebody chose the unit of a registered dataset.
 
     Nobody did if the run that registered it left the unit open. Runs of earlier releases always

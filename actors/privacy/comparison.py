@@ -13,7 +13,7 @@ from actors.privacy.accountants import epsilon_after
 from actors.privacy.plan import calibrated_noise
 from tg_tinker.config import DPConfig, TrainingConfig
 from tg_tinker.errors import InvalidRequestError
-from tg_tinker.records.accounting import gaussian_epsilon, gaussian_mu
+from tg_tinker.records.accounting import EVALUATION_BOUND, gaussian_epsilon, gaussian_mu
 from tg_tinker.records.entries import registration
 from tg_tinker.records.ledger import Ledger
 from tg_tinker.records.planning import PlannedEvaluations, PlannedRun, PrivacyPlan
@@ -23,9 +23,6 @@ LARGER = (1, 2, 4, 8)
 
 STDS = (0.02, 0.05, 0.1, 0.2)
 """The standard deviations of private evaluations, in nats."""
-
-CLIPPED = 2.0
-"""The bound of one row's loss difference in a private evaluation, in nats: its sensitivity."""
 
 
 def compare_contracts(
@@ -133,13 +130,13 @@ class _Comparison:
 
     def _reasons(self, first: dict[str, PlannedRun]) -> dict[str, str]:
         counted = first["participation"].noise
-        drawn, worst = counted / first["poisson"].noise, first["worst_case"].noise / counted
+        drawn, worst = (first[name].noise / counted for name in ("poisson", "worst_case"))
         rate = first["poisson"].batch_size / self.rows
         return {
             "participation": f"{self.epochs} uses of each row cost the same at every batch size,"
             " and nothing is assumed about how batches are drawn.",
             "poisson": f"a step misses a row with probability {1 - rate:.3g}, which needs"
-            f" {drawn:.3g}x less noise than participation; nobody may learn who was drawn.",
+            f" {drawn:.3g}x the noise of participation; nobody may learn who was drawn.",
             "client_poisson": "the noise of poisson, but you vouch for the draws.",
             "worst_case": f"every step counts against every row, which needs {worst:.3g}x the"
             " noise of participation; for data without units to count.",
@@ -155,6 +152,6 @@ class _Comparison:
         )
 
     def _evaluations(self, std: float, held_out: int) -> PlannedEvaluations:
-        mu = CLIPPED / (std * held_out)
+        mu = EVALUATION_BOUND / (std * held_out)
         count = math.floor((gaussian_mu(self.epsilon, self.delta) / mu) ** 2)
         return PlannedEvaluations(std, gaussian_epsilon(mu, self.delta), count)

@@ -23,18 +23,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from actors.engine.session import Session
-from actors.privacy.budget import Budget
+from actors.privacy.budget import Budget, states_unit
 from actors.privacy.clipping import Noise
 from actors.privacy.known_units import known_elsewhere
 from actors.privacy.units import row_defect, unit_ids
 from actors.registry.head_keeper import HeadKeeper
 from tg_tinker.data.batch import Example, require_ids
 from tg_tinker.errors import DPBudgetExceededError, InvalidRequestError, NotFoundError
-from tg_tinker.records.accounting import SIGMA_RANGE
+from tg_tinker.records.accounting import EVALUATION_BOUND, SIGMA_RANGE
+from tg_tinker.records.ledger import Ledger
 from tg_tinker.records.report import Charge
-
-BOUND = 2.0
-"""The largest part of one unit, in nats per token: the sensitivity of the sum under zero-out."""
 
 _GRID = 2.0**-10
 """The grid of a released value, in standard deviations. The last bits of a float that holds a sum
@@ -49,6 +47,7 @@ class HeldOut:
     Attributes:
         budget: the budget of the run itself.
         dataset, unit, key: the held-out dataset, its unit, and the key of its unit hashes.
+        unit_stated: whether somebody chose the unit, as in `Budget`.
         heads: puts heads of the held-out ledger into the store; None without a store.
         last: the head position of the ledger after the last charge; empty before the first.
     """
@@ -57,6 +56,7 @@ class HeldOut:
     dataset: str
     unit: str
     key: bytes
+    unit_stated: bool = True
     heads: HeadKeeper | None = None
     last: str = ""
 
@@ -79,7 +79,8 @@ class HeldOut:
                 f"no dataset {dataset!r}: register the held-out rows with"
                 " service.register_dataset, which gives them an epsilon of their own"
             )
-        return cls(budget, dataset, *keys[dataset])
+        ledger = Ledger.replay(budget.registry.ledgers.entries(budget.tenant, dataset))
+        return cls(budget, dataset, *keys[dataset], unit_stated=states_unit(ledger))
 
     def admitted(self, units: Sequence[bytes], sigma: float) -> list[bytes]:
         """Returns those of the units that the held-out dataset can pay for.
@@ -144,9 +145,16 @@ def units_of(
 
     Raises:
         InvalidRequestError: the held-out dataset protects ids, or one that the weights were trained
-            on does, and rows lack them.
+            on does, and rows lack them; or rows have ids, and nobody chose the unit of the dataset.
     """
     budget, base = held_out.budget, session.base
+    if not held_out.unit_stated and any(example.example_id is not None for example in examples):
+        raise InvalidRequestError(
+            "these rows have example_ids, but nobody has said whether an id is the unit of dataset"
+            f" {held_out.dataset!r}, which the first run on it has registered; nothing was charged."
+            " Register the held-out rows under another dataset_id, with"
+            ' service.register_dataset(..., unit="id") or unit="example"'
+        )
     keys = budget.registry.ledgers.unit_keys(budget.tenant)
     # Without ids nobody sees whether a row belongs to a person in the training data.
     if any(keys[name][0] == "id" for name in keys.keys() & session.lineage.ledgers.keys()):
@@ -185,16 +193,18 @@ def clipped_sum(
         of_base = session.row_losses(examples, check_cancelled)
     differences = iter([a - b for a, b in zip(present, of_base, strict=True)])
     means = [sum(next(differences) for _ in rows) / len(rows) for rows in units if rows]
-    return math.fsum(max(-BOUND, min(BOUND, mean)) for mean in means if math.isfinite(mean))
+    return math.fsum(
+        max(-EVALUATION_BOUND, min(EVALUATION_BOUND, mean)) for mean in means if math.isfinite(mean)
+    )
 
 
 def multiplier(std: float, count: int) -> float:
-    """Returns sigma, the noise in units of `BOUND`, that gives the mean of `count` units this std.
+    """Returns sigma, in units of `EVALUATION_BOUND`, that gives the mean of `count` units this std.
 
     Raises:
         InvalidRequestError: the ledger cannot account for so much or so little noise.
     """
-    sigma = std * count / BOUND
+    sigma = std * count / EVALUATION_BOUND
     least, most = SIGMA_RANGE
     if not least <= sigma <= most:
         raise InvalidRequestError(
@@ -211,6 +221,6 @@ def released(total: float, charge: Charge, count: int, noise: Noise) -> float:
         count: the public divisor n.
         noise: returns float64 [k] of independent standard normal values, given k.
     """
-    std = charge.spend() * BOUND
+    std = charge.spend() * EVALUATION_BOUND
     grid = 2.0 ** math.floor(math.log2(_GRID * std / count))
     return round((total + std * float(noise(1))) / count / grid) * grid

@@ -36,7 +36,7 @@ class UnitBackward:
     Args:
         parameters: all trainable parameters, by name.
         losses: returns float32 [S] to differentiate: the summed loss of each row of a stream.
-        rule: how the gradient of a unit is bounded; see `UnitGradients.clip`.
+        rule: how the gradient of a unit is bounded; see `UnitGradients.clip_into`.
 
     Attributes:
         capture: the fast path; None where rows go one by one through ordinary autograd, which

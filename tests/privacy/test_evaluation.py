@@ -12,7 +12,7 @@ import torch
 
 from actors.privacy import evaluation
 from actors.privacy.clipping import Noise
-from actors.privacy.evaluation import BOUND, HeldOut, clipped_sum, multiplier, released
+from actors.privacy.evaluation import HeldOut, clipped_sum, multiplier, released
 from actors.privacy.units import unit_ids
 from actors.training.call_journal import CallJournal
 from actors.training.place import Place
@@ -43,7 +43,7 @@ from tg_tinker import (
 )
 from tg_tinker.cluster.messages import Request
 from tg_tinker.data.batch import Example
-from tg_tinker.records.accounting import gaussian_epsilon
+from tg_tinker.records.accounting import EVALUATION_BOUND, gaussian_epsilon
 from tg_tinker.records.ledger import Ledger
 from tg_tinker.records.report import Charge, PrivacyReport
 
@@ -109,7 +109,8 @@ def test_the_value_is_the_clipped_difference_to_the_base_model(
     tmp_path: Path, unit: str, bias: Any
 ) -> None:
     model = make_model(tmp_path / "model", attention_bias=True)
-    values = {"lora_config": LoRAConfig(rank=4, bias=bias, dropout=0.3)}
+    lora = LoRAConfig(rank=4, bias=bias, dropout=0.3)
+    values: dict[str, Any] = {"lora_config": lora, "dp": {"unit": "example"}}
     s, base = evaluating(model, **values), sharpened(private_session(model, **values))
     s.forward_backward(rows(ROWS, example_ids=IDS))  # with dropout, which must be off again
     examples = rows(HELD, example_ids=IDS)
@@ -121,8 +122,8 @@ def test_the_value_is_the_clipped_difference_to_the_base_model(
     expected = oracle_sum(s, base, groups)
     assert result.value == pytest.approx(expected / len(groups), abs=2e-4)
     parts = [oracle_sum(s, base, [[row]]) for row in examples]
-    assert BOUND in map(abs, parts)  # some are clipped,
-    assert not all(abs(part) == BOUND for part in parts)  # and some are not
+    assert EVALUATION_BOUND in map(abs, parts)  # some are clipped,
+    assert not all(abs(part) == EVALUATION_BOUND for part in parts)  # and some are not
 
 
 @pytest.mark.parametrize(("unit", "scale"), [("example", 0.02), ("example", 1.0), ("id", 1.0)])
@@ -144,8 +145,8 @@ def test_a_unit_moves_the_sum_by_at_most_its_bound(
         moved.append(abs(whole - without))
         part = s.private_eval(alone, held, FINE, n).value * n
         assert whole - without == pytest.approx(part, abs=1e-4)  # the others stay as they are
-    assert max(moved) <= BOUND + 1e-4
-    assert scale < 1 or max(moved) == pytest.approx(BOUND, abs=1e-4)
+    assert max(moved) <= EVALUATION_BOUND + 1e-4
+    assert scale < 1 or max(moved) == pytest.approx(EVALUATION_BOUND, abs=1e-4)
 
 
 def test_a_row_that_cannot_count_adds_zero_and_its_unit_is_charged(tiny_model: Path) -> None:
@@ -170,7 +171,10 @@ def test_a_unit_whose_loss_is_not_finite_adds_zero(
     for bad in (math.nan, math.inf, -math.inf):
         losses = iter([[bad, 3.0, 1.0], [1.0, 1.5, 9.0]])
         monkeypatch.setattr(s, "row_losses", lambda *given: next(losses))  # noqa: B023
-        assert clipped_sum(s, [[row] for row in rows(HELD[:3])], lambda: None) == 1.5 - BOUND
+        assert (
+            clipped_sum(s, [[row] for row in rows(HELD[:3])], lambda: None)
+            == 1.5 - EVALUATION_BOUND
+        )
 
 
 @pytest.mark.parametrize("unit", ["example", "id"])
@@ -379,6 +383,17 @@ def test_rows_without_ids_are_refused_where_ids_were_trained_on(tiny_model: Path
 
 
 # --- what stays as it is -----------------------------------------------------------------------
+
+
+def test_rows_with_ids_are_refused_where_nobody_chose_the_held_out_unit(tiny_model: Path) -> None:
+    known = registry()
+    private_session(tiny_model, known=known, dataset_id="held")  # registers it, and states no unit
+    s = evaluating(tiny_model, known=known)
+    place = HeldOut.opened(s.budget, "held")
+    with pytest.raises(InvalidRequestError, match="nobody has said whether an id is the unit"):
+        s.private_eval(rows(HELD, example_ids=IDS), place, FINE)
+    assert [entry["type"] for entry in entries(s)] == ["register", "open"]
+    assert s.private_eval(rows(HELD), place, 0.5).num_units == len(HELD)
 
 
 def test_an_evaluation_changes_neither_weights_nor_the_open_step(tiny_model: Path) -> None:

@@ -22,6 +22,10 @@ MAX_ORDER = 512
 SIGMA_RANGE = (1e-4, 1e6)
 """The noise multipliers for which these formulas neither overflow nor round to zero."""
 
+EVALUATION_BOUND = 2.0
+"""The largest part of one held-out unit in a private evaluation, in nats per token: by as much, the
+unit moves the sum of all parts under zero-out."""
+
 _SQRT2 = math.sqrt(2.0)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tg_tinker.records.accounting import EVALUATION_BOUND
+
 
 @dataclass(frozen=True)
 class PlannedRun:
@@ -99,7 +101,7 @@ class PrivacyPlan:
         yield ""
         yield (
             f"Private evaluations on {self.held_out_rows:,} held-out rows, loss differences clipped"
-            " to 2 nats, charged to that set's own ledger with the same budget:"
+            f" to {EVALUATION_BOUND:g} nats, charged to that set's own ledger with the same budget:"
         )
         for one in self.evaluations:
             yield f"- std {one.std:g}: epsilon {one.epsilon:.3g} each, {one.count:,} fit"
