@@ -186,7 +186,7 @@ class Budget:
         return [place for place in (self.known, self.last) if place]
 
     def counted_units(self) -> int:
-        """Returns how many distinct units of the dataset were charged; see `Ledgers`."""
+        """Returns how many distinct units the dataset knows; see `Ledgers`."""
         return self.registry.ledgers.counted_units(self.tenant, self.dataset)
 
     def link(self, datasets: Iterable[str]) -> None:

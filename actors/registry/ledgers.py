@@ -110,7 +110,8 @@ class Ledgers:
             _check_held(tx, tenant, dataset, ledger, entry["run"], entry["planned"])
 
     def counted_units(self, tenant: str, dataset: str) -> int:
-        """Returns how many distinct units have a counted use, by whatever run."""
+        """Returns how many distinct units the dataset knows: trained on, registered for samples, or
+        evaluated."""
         query = sa.select(sa.func.count()).where(SUMS.c.tenant == tenant, SUMS.c.dataset == dataset)
         with self._database.reading() as connection:
             return int(connection.execute(query).scalar_one())

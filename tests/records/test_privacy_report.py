@@ -142,6 +142,10 @@ def test_a_sampled_ledger_has_upper_bounds_and_no_rho() -> None:
     stated = report({"noise_multiplier": 4.0} | sampled).certificate()
     assert stated["rho"] is None
     assert "depended on who was drawn" in stated["presumes"]
+    assert "so their secrecy is computational" in stated["presumes"]
+    assert "drawn" not in report({"noise_multiplier": 4.0}).certificate()["presumes"].replace(
+        "choices from losses, metrics or who was drawn", ""
+    )
     assert all("computational" in run["vouched_by"] for run in stated["runs"].values())
     assert all(group["how"].startswith("upper bound") for group in stated["groups"])
     assert stated["units"] == 80

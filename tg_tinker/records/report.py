@@ -69,8 +69,10 @@ PRESUMED_OF_JOINED = (
 )
 PRESUMED_OF_SAMPLES = (
     " It also presumes that the drawn samples stay secret: whoever knows which units took part in"
-    " which step has the guarantee of a run without sampling. And it presumes that no choice of the"
-    " owner (stopping, rate, noise, giving up a draw) depended on who was drawn."
+    " which step has the guarantee of a run without sampling. Samples that the server draws are"
+    " pseudo-random: a key that stays in the registry decides who is drawn, so their secrecy is"
+    " computational. And it presumes that no choice of the owner (stopping, rate, noise, giving up"
+    " a draw) depended on who was drawn."
 )
 
 
@@ -189,8 +191,9 @@ class PrivacyReport:
 
     Attributes:
         entries: the whole ledger; `Ledger.replay(entries)` verifies it anywhere.
-        counted: the number of distinct units that the registry has charged; None if it is not
-            known, as for a ledger in a file.
+        counted: the number of distinct units that the registry knows of the dataset: trained on,
+            registered for samples, or evaluated. None if it is not known, as for a ledger in a
+            file.
         ledger: the state that the entries lead to.
     """
 
