@@ -64,7 +64,7 @@ soak-random: .venv/dev ## test half an hour of random operations, kills and canc
 	$(SOAK) tests/system/test_soak.py $(ARGS)
 
 soak-families: .venv/dev ## test 123 families of models against transformers and PEFT (10 minutes)
-	$(SOAK) tests/engine/test_families.py tests/privacy/test_layers.py $(ARGS)
+	$(SOAK) tests/engine/test_families.py tests/privacy/test_private_families.py $(ARGS)
 
 soak-epsilon: .venv/dev ## test epsilon of 60 settings down to a delta of 1e-15 against the true delta (1 minute)
 	$(SOAK) tests/privacy/test_accountants.py $(ARGS)

@@ -51,9 +51,9 @@ from tg_tinker import (
 )
 from tg_tinker.records.ledger import Ledger
 
-LORA: dict[str, Any] = {"lora_config": LoRAConfig(rank=4)}
+LORA: dict[str, Any] = {"lora_config": LoRAConfig(rank=4, alpha=32)}
 EVERYTHING: dict[str, Any] = {"lora_config": None}
-BIASES: dict[str, Any] = {"lora_config": LoRAConfig(rank=4, bias="all")}
+BIASES: dict[str, Any] = {"lora_config": LoRAConfig(rank=4, alpha=32, bias="all")}
 TRAINABLE = pytest.mark.parametrize("what", [LORA, BIASES, EVERYTHING], ids=["lora", "bias", "all"])
 SGD = OptimizerConfig(name="sgd", learning_rate=1.0)
 

@@ -59,7 +59,7 @@ def private_config(model: Path, **values: Any) -> TrainingConfig:
     """Returns a config with LoRA of rank 4, sigma 1 and epsilon 8; `dp` replaces values of its
     DPConfig."""
     dp = {"noise_multiplier": 1.0} | values.pop("dp", {})
-    defaults: dict[str, Any] = {"lora_config": LoRAConfig(rank=4), "batch_size": 8}
+    defaults: dict[str, Any] = {"lora_config": LoRAConfig(rank=4, alpha=32), "batch_size": 8}
     return TrainingConfig(model_ref=str(model), dp_config=DPConfig(**dp), **(defaults | values))
 
 
