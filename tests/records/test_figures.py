@@ -35,6 +35,7 @@ from tg_tinker.records.figures import (
     noise_tail,
 )
 from tg_tinker.records.ledger import Account, Ledger
+from tg_tinker.records.sums import added, weight
 
 DELTA = 1e-5
 NOISE = [number * 4e-3 for number in range(-3_000, 9_000)]
@@ -93,7 +94,7 @@ def test_the_figures_of_gaussian_contracts_are_exact() -> None:
     mu = math.sqrt(3.0)
     assert gaussian_mu2(made) == pytest.approx(3.0)
     for figure in curve(made):
-        assert gaussian_delta(mu, figure.epsilon) == pytest.approx(figure.delta, rel=1e-6)
+        assert gaussian_delta(mu, figure.epsilon) == pytest.approx(figure.delta, rel=1e-6, abs=0)
         assert figure.how == EXACT
     assert [figure.delta for figure in curve(made)] == [1e-3, 1e-4, 1e-5, 1e-6, 1e-7]
     found = {figure.units: figure.epsilon for figure in groups(made)}
@@ -235,10 +236,22 @@ def test_the_deltas_of_the_curve_stay_below_one() -> None:
 
 def test_the_bounded_noise_adds_to_delta_by_values_and_steps() -> None:
     made = ledger(poisson(1.0, 0.01, 1000, trainable=134_500_000))
-    assert noise_tail(made) == pytest.approx(5e-17 * math.sqrt(134.5e6) * 1000)
-    assert noise_tail(ledger(participation(2.0, 3, trainable=100))) == pytest.approx(7.5e-16)
+    assert noise_tail(made) == pytest.approx(5e-17 * math.sqrt(134.5e6) * 1000, rel=1e-9, abs=0)
+    assert noise_tail(ledger(participation(2.0, 3, trainable=100))) == pytest.approx(
+        7.5e-16, rel=1e-9, abs=0
+    )
     assert noise_tail(ledger(participation(2.0, 3))) is None
     assert noise_tail(ledger()) == 0
+
+
+def test_evaluations_add_the_range_of_one_value_each() -> None:
+    made, spent = Ledger(), 0.0
+    made.append(registration("d", 50.0, DELTA, "example", "now"))
+    for number, sigma in enumerate((2.0, 4.0)):
+        spent = added(spent, weight(sigma))
+        made.append({"type": "evaluation", "run": "r", "epoch": 1, "charge": f"{number:032x}",
+                     "sigma": sigma, "spent": spent})  # fmt: skip
+    assert noise_tail(made) == pytest.approx(5e-17 * (1 / 2 + 1 / 4), rel=1e-9, abs=0)
 
 
 def test_the_density_at_the_end_of_the_noise_is_below_the_one_that_is_used() -> None:

@@ -89,12 +89,12 @@ def noise_tail(ledger: Ledger) -> float | None:
     The noise of one value never exceeds 8.57 sigma. An outcome that lies beyond this range for one
     dataset, and within it for the neighbor, tells them apart. If a unit shifts value i by s_i, this
     has probability at most the density at the end of the range times the sum of the s_i, which is
-    at most sqrt(P) x |s| for P values.
+    at most sqrt(P) x |s| for P values. An evaluation releases one value.
 
     Returns None if a run does not state the number of its trainable values, as runs of earlier
     releases.
     """
-    tails = []
+    tails = [TAIL_DENSITY * ledger.evaluated]
     for account in ledger.accounts.values():
         steps = account.count if account.contract == "participation" else account.steps
         if steps:
