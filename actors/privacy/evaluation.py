@@ -110,7 +110,7 @@ class HeldOut:
         budget = self.budget
         charge = budget.registry.ledgers.evaluate(
             budget.tenant, self.dataset, budget.run_id, budget.epoch, secrets.token_hex(16),
-            sorted(units), sigma, [self.last] if self.last else [],
+            sorted(units), sigma, [self.last] if self.last else [], self.unit,
         )  # fmt: skip
         self.last = charge.place
         return charge
@@ -151,6 +151,7 @@ def units_of(
     # Without ids nobody sees whether a row belongs to a person in the training data.
     if any(keys[name][0] == "id" for name in keys.keys() & session.lineage.ledgers.keys()):
         require_ids(examples)
+    held_out.unit = keys[held_out.dataset][0]  # It may have been chosen since the last call.
     training = unit_ids(budget.key, examples, keys[budget.dataset][0])
     elsewhere = known_elsewhere(budget, examples, held_out.dataset)
     units = unit_ids(held_out.key, examples, held_out.unit)
