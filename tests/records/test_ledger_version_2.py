@@ -289,6 +289,14 @@ def test_a_unit_that_was_stated_paid_for_or_drawn_by_is_never_changed(before: li
     refused(ledger, chosen("z"))
 
 
+def test_version_1_has_no_unit_to_choose() -> None:
+    ledger = registered(version=1)
+    ledger.append(unstated("a"))
+    refused(ledger, chosen("z"))
+    ledger.append(UPGRADE)
+    ledger.append(chosen("z"))
+
+
 # --- evaluations, and what was lost --------------------------------------------------------------
 
 
@@ -340,7 +348,7 @@ def test_an_upgraded_ledger_keeps_its_past() -> None:
     for number, run in enumerate(["a", "b", "p", "w"]):
         ledger.append(old | {"run": run, "charge": f"c{number}", "count": 1})
     for later in (draw("p", 1), evaluation("a", 2.0, 0.25), charge("a", 2, 0.25),
-                  {"type": "drop", "run": None, "position": 1}, chosen("z")):  # fmt: skip
+                  {"type": "drop", "run": None, "position": 1}):  # fmt: skip
         refused(ledger, later)
     before = ledger.epsilon
     ledger.append(UPGRADE)
