@@ -516,11 +516,11 @@ def _unit_to_choose(ledger: Ledger, entry: Entry) -> str | None:
         InvalidRequestError: The run may not choose: it was planned under a unit that holds no more,
             or the unit was stated or used since.
     """
-    facts, unit = entry["facts"], ledger.registered["unit"]
-    wanted: str = facts.get("unit", unit)
+    unit = ledger.registered["unit"]
+    wanted: str = entry["facts"].get("unit", unit)
     if wanted == unit:
         return None
-    if not (facts.get("unit_stated") and ledger.unit_open):
+    if not ledger.unit_open:
         raise _another_unit(ledger)
     return wanted
 
