@@ -9,7 +9,7 @@ from typing import Any
 
 from actors.privacy.combinations import refuse_unproven
 from actors.privacy.plan import plan_run
-from actors.privacy.units import refuse_ids, unit_ids
+from actors.privacy.units import ids_without_unit, unit_ids
 from actors.registry.draws import Draw
 from actors.registry.head_keeper import HeadKeeper
 from actors.registry.registry import Registry
@@ -72,7 +72,7 @@ class Budget:
         ledger = Ledger.replay(entries := registry.ledgers.entries(tenant, dataset))
         dp = config.dp_config or DPConfig()
         new = None
-        budget.unit_stated = dp.unit is not None or (bool(entries) and states_unit(ledger))
+        budget.unit_stated = dp.unit is not None or (bool(entries) and ledger.unit_stated)
         if not entries:
             unit = dp.unit or UNIT
             new = registration(dataset, dp.target_epsilon, dp.target_delta, unit, born="")
@@ -82,6 +82,9 @@ class Budget:
             return budget
         if entries and ledger.version < VERSION:
             ledger.append(UPGRADE)  # the rules by which the plan is opened
+        if dp.unit not in (None, budget.unit) and ledger.unit_open:
+            budget.unit = dp.unit
+            ledger.append({"type": "unit", "run": run_id, "unit": dp.unit})
         plan = plan_run(dp, config, ledger)
         entry = plan.entry(run_id)
         entry["facts"] |= {
@@ -101,7 +104,7 @@ class Budget:
 
         Raises:
             DPBudgetExceededError: other runs took the budget since `planned`; nothing was reserved.
-            InvalidRequestError: see `Ledgers.register`.
+            InvalidRequestError: see `Ledgers.register` and `Ledgers.open_account`.
         """
         if self.plan is not None:
             (entry, new), self.plan = self.plan, None
@@ -124,10 +127,13 @@ class Budget:
 
         Raises:
             InvalidRequestError: the rows have ids, and nobody chose the unit, so that an id might
-                wrongly be taken for what is protected; or the unit is ``id`` and a row has no id.
+                wrongly be taken for what is protected; or it was chosen since this run was opened;
+                or the unit is ``id`` and a row has no id.
         """
-        if not self.unit_stated:
-            refuse_ids(examples, self.dataset)
+        if not self.unit_stated and any(row.example_id is not None for row in examples):
+            ledger = Ledger.replay(self.registry.ledgers.entries(self.tenant, self.dataset))
+            ledger.usable(self.run_id)
+            raise ids_without_unit(self.dataset, ledger.unit_open)
         return unit_ids(self.key, examples, self.unit)
 
     def admit(self, units: Sequence[bytes]) -> set[bytes]:
@@ -196,13 +202,3 @@ class Budget:
         """
         if others := sorted(set(datasets) - {self.dataset}):
             self.registry.ledgers.link(self.tenant, self.dataset, self.run_id, others)
-
-
-def states_unit(ledger: Ledger) -> bool:
-    """Returns whether somebody chose the unit of a registered dataset.
-
-    Nobody did if the run that registered it left the unit open. Runs of earlier releases always
-    stated one.
-    """
-    opened = ledger.accounts.values()
-    return not opened or any(account.facts.get("unit_stated", True) for account in opened)

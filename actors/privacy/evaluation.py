@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from actors.engine.session import Session
-from actors.privacy.budget import Budget, states_unit
+from actors.privacy.budget import Budget
 from actors.privacy.clipping import Noise
 from actors.privacy.known_units import known_elsewhere
 from actors.privacy.units import row_defect, unit_ids
@@ -80,7 +80,7 @@ class HeldOut:
                 " service.register_dataset, which gives them an epsilon of their own"
             )
         ledger = Ledger.replay(budget.registry.ledgers.entries(budget.tenant, dataset))
-        return cls(budget, dataset, *keys[dataset], unit_stated=states_unit(ledger))
+        return cls(budget, dataset, *keys[dataset], unit_stated=ledger.unit_stated)
 
     def admitted(self, units: Sequence[bytes], sigma: float) -> list[bytes]:
         """Returns those of the units that the held-out dataset can pay for.
@@ -111,7 +111,7 @@ class HeldOut:
         budget = self.budget
         charge = budget.registry.ledgers.evaluate(
             budget.tenant, self.dataset, budget.run_id, budget.epoch, secrets.token_hex(16),
-            sorted(units), sigma, [self.last] if self.last else [],
+            sorted(units), sigma, [self.last] if self.last else [], self.unit,
         )  # fmt: skip
         self.last = charge.place
         return charge
@@ -159,6 +159,7 @@ def units_of(
     # Without ids nobody sees whether a row belongs to a person in the training data.
     if any(keys[name][0] == "id" for name in keys.keys() & session.lineage.ledgers.keys()):
         require_ids(examples)
+    held_out.unit = keys[held_out.dataset][0]  # It may have been chosen since the last call.
     training = unit_ids(budget.key, examples, keys[budget.dataset][0])
     elsewhere = known_elsewhere(budget, examples, held_out.dataset)
     units = unit_ids(held_out.key, examples, held_out.unit)

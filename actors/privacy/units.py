@@ -41,23 +41,26 @@ def unit_ids(key: bytes, examples: Sequence[Example], unit: str) -> list[bytes]:
     ]
 
 
-def refuse_ids(examples: Sequence[Example], dataset: str) -> None:
-    """Refuses rows with ids in a run whose unit of privacy nobody chose.
+def ids_without_unit(dataset: str, unit_open: bool) -> InvalidRequestError:
+    """Returns the error for rows with ids in a run whose unit of privacy nobody chose.
 
-    Without this check, a caller who gives the rows of one person one id would believe that the
+    Without this error, a caller who gives the rows of one person one id would believe that the
     person is protected as a whole.
 
-    Raises:
-        InvalidRequestError: a row has an id.
+    Args:
+        unit_open: whether the unit of the dataset can still be chosen.
     """
-    if any(example.example_id is not None for example in examples):
-        raise InvalidRequestError(
-            "these rows have example_ids, but neither the run nor the dataset says whether an id is"
-            " the unit of privacy; nothing was charged. Choose in a new client:"
-            ' DPConfig(unit="example") protects each row by itself; DPConfig(unit="id") protects'
-            " all rows of an id together, with another dataset_id, since the unit of"
-            f" {dataset!r} is the example already"
-        )
+    where = (
+        ""
+        if unit_open
+        else f", with another dataset_id, since {dataset!r} has used example already"
+    )
+    return InvalidRequestError(
+        "these rows have example_ids, but neither the run nor the dataset says whether an id is"
+        " the unit of privacy; nothing was charged for them. Choose, and create the client again:"
+        ' DPConfig(unit="example") protects each row by itself; DPConfig(unit="id") protects all'
+        f" rows of an id together{where}"
+    )
 
 
 def _content(example: Example, unit: str) -> bytes:

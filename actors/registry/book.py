@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from actors.registry.audit_log import SDK, AuditWriter
 from actors.registry.draws import DrawKeys
 from actors.registry.schema import DATASETS, ENTRIES
+from actors.registry.uses import forget_units
 from actors.storage.key_providers import KeyProvider
 from actors.storage.keyring import parse_wrapped
 from tg_tinker.errors import IntegrityError, NotFoundError
@@ -29,6 +30,7 @@ _EVENTS = {
     "unnoised": "budget.charge", "fall_back": "budget.fall_back", "release": "budget.release",
     "link": "budget.link", "book": "budget.book", "draw": "budget.draw", "drop": "budget.drop",
     "evaluation": "budget.charge", "upgrade": "dataset.upgrade",
+    "unit": "dataset.unit",
 }  # fmt: skip
 """The event in the audit log for each type of ledger entry. Every entry has a row there."""
 
@@ -108,9 +110,12 @@ class Book:
     ) -> Entry:
         """Applies an entry, stores it, adds its audit row, and returns the entry. If the
         transaction fails later, the ledger in memory is ahead of the stored head, and the next use
-        replays it. The draw key moves to the ledger's position in the same transaction."""
+        replays it. The draw key moves to the ledger's position in the same transaction, and units
+        that are no units any more are forgotten."""
         position = ledger.position
         entry = ledger.append(body)
+        if entry["type"] == "unit":
+            forget_units(tx, tenant, dataset)
         if ledger.position != position:
             self.draw_keys.advance(tx, tenant, dataset, ledger.position)
         tx.execute(

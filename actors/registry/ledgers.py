@@ -21,7 +21,7 @@ from actors.registry.database import Database
 from actors.registry.draws import BLOCK, Draw, digest_of, drawn_of
 from actors.registry.lookups import owned
 from actors.registry.runs import check_epoch
-from actors.registry.schema import CHARGES, DATASETS, ENTRIES, RUNS, SUMS
+from actors.registry.schema import CHARGES, DATASETS, RUNS, SUMS
 from actors.registry.uses import (
     add_to_sums,
     all_uses,
@@ -91,11 +91,12 @@ class Ledgers:
     # --- private runs --------------------------------------------------------------------------
 
     def open_account(self, tenant: str, dataset: str, entry: Entry) -> None:
-        """Records a run's contract, and reserves the budget that the run plans. A repeat changes
-        nothing.
+        """Records a run's contract, and reserves the budget that the run plans. If the run states a
+        unit, and nobody has chosen one, this chooses it. A repeat changes nothing.
 
         Raises:
             DPBudgetExceededError: Other runs took the budget since the plan was made.
+            InvalidRequestError: Another unit holds since the plan was made; nothing was reserved.
         """
         who = self._actor(tenant, entry["run"])
         with (
@@ -106,6 +107,9 @@ class Ledgers:
             if entry["run"] in ledger.accounts and self._book.has(tx, tenant, dataset, entry):
                 return
             ledger = self._book.upgraded(tx, tenant, dataset, who)
+            if (unit := _unit_to_choose(ledger, entry)) is not None:
+                body = {"type": "unit", "run": entry["run"], "unit": unit}
+                self._book.append(tx, tenant, dataset, ledger, body, who)
             self._book.append(tx, tenant, dataset, ledger, entry, who)
             _check_held(tx, tenant, dataset, ledger, entry["run"], entry["planned"])
 
@@ -125,17 +129,14 @@ class Ledgers:
     def unit_keys(self, tenant: str) -> dict[str, tuple[str, bytes]]:
         """Returns the unit and the key of the unit hashes of every dataset of a tenant, for the
         memory of the tenant's training actors alone."""
-        first = sa.select(ENTRIES.c.dataset, ENTRIES.c.entry).where(
-            ENTRIES.c.tenant == tenant, ENTRIES.c.seq == 0
-        )
+        query = sa.select(DATASETS.c.id).where(DATASETS.c.tenant == tenant)
         with self._database.reading() as connection:
-            registrations = connection.execute(first).all()
             return {
                 dataset: (
-                    json.loads(entry)["unit"],
+                    self._book.known(connection, tenant, dataset).registered["unit"],
                     self._book.unit_key(connection, tenant, dataset),
                 )
-                for dataset, entry in registrations
+                for dataset in connection.execute(query).scalars().all()
             }
 
     def known_units(
@@ -154,10 +155,14 @@ class Ledgers:
 
     def note_units(self, tenant: str, dataset: str, run_id: str, units: Sequence[bytes]) -> None:
         """Records units from which a run's samples will be drawn, so that they are known. Their
-        sums stay the same."""
+        sums stay the same.
+
+        Raises:
+            InvalidRequestError: The unit was chosen after the run was opened; nothing was recorded.
+        """
         with self._database.change() as tx:
             _check_run(tx, tenant, run_id)
-            self._book.known(tx, tenant, dataset)
+            self._book.known(tx, tenant, dataset).usable(run_id)
             note_units(tx, tenant, dataset, units)
 
     def privacy_info(self, tenant: str, dataset: str, run_id: str) -> PrivacyInfo:
@@ -255,7 +260,7 @@ class Ledgers:
 
     def evaluate(
         self, tenant: str, dataset: str, run_id: str, epoch: int, charge_id: str,
-        units: Sequence[bytes], sigma: float, known: Sequence[str] = (),
+        units: Sequence[bytes], sigma: float, known: Sequence[str] = (), unit: str | None = None,
     ) -> Charge:  # fmt: skip
         """Checks and charges one Gaussian release on uses of these units, which `at_limit` does not
         name. The charge is durable on return. A repeat returns the same receipt.
@@ -265,9 +270,11 @@ class Ledgers:
                 account in this one.
             charge_id, units, known: See `charge`.
             sigma: The standard deviation of the noise divided by the sensitivity of the sum.
+            unit: The unit of privacy by which the rows were hashed; None trusts the caller.
 
         Raises:
             DPBudgetExceededError: The dataset cannot pay for one of the units; nothing was charged.
+            InvalidRequestError: Another unit holds meanwhile; nothing was charged.
             LedgerMismatchError, ActorLostError: See `charge`.
         """
         who = f"{run_id}@{epoch}"
@@ -280,6 +287,8 @@ class Ledgers:
                 return again
             ledger = self._met(tx, tenant, dataset, run_id, epoch, known)
             ledger = self._book.upgraded(tx, tenant, dataset, who)
+            if unit not in (None, ledger.registered["unit"]):
+                raise _another_unit(ledger)
             costs = dict.fromkeys(units, weight(sigma))
             spent = add_to_sums(
                 tx, tenant, dataset, ledger, costs, run_id, ledger.check_sum
@@ -389,7 +398,7 @@ class Ledgers:
                 return again
             self._met(tx, tenant, dataset, run_id, epoch, known)
             ledger = self._book.upgraded(tx, tenant, dataset, who)
-            account = ledger.accounts[run_id]
+            account = ledger.usable(run_id)
             if (limits := refuted(tx, account, run_id, len(units))) is not None:
                 uses = all_uses(tx, run_id)
                 costs = {unit: times(count, account.sigma) for unit, count in uses.items()}
@@ -486,6 +495,12 @@ def _receipt(connection: sa.Connection, run_id: str, charge_id: str) -> Charge |
 def _refuse_another(ledger: Ledger, epsilon: float | None, delta: float, unit: str) -> None:
     known = ledger.registered
     for name, given in (("epsilon", epsilon), ("delta", delta), ("unit", unit)):
+        if known[name] != given and name == "unit" and ledger.unit_open:
+            raise InvalidRequestError(
+                f"dataset {known['dataset']!r} is registered, and nobody has chosen its unit yet:"
+                f" create a client with DPConfig(unit={unit!r}), which chooses it",
+                details={"field": name},
+            )
         if known[name] != given:
             raise InvalidRequestError(
                 f"dataset {known['dataset']!r} is registered with {name} {known[name]}, not"
@@ -493,6 +508,31 @@ def _refuse_another(ledger: Ledger, epsilon: float | None, delta: float, unit: s
                 " dataset_id",
                 details={"field": name},
             )
+
+
+def _unit_to_choose(ledger: Ledger, entry: Entry) -> str | None:
+    """Returns the unit that a run chooses when it opens; None if its unit holds already.
+
+    Raises:
+        InvalidRequestError: The run may not choose: it was planned under a unit that holds no more,
+            or the unit was stated or used since.
+    """
+    unit = ledger.registered["unit"]
+    wanted: str = entry["facts"].get("unit", unit)
+    if wanted == unit:
+        return None
+    if not ledger.unit_open:
+        raise _another_unit(ledger)
+    return wanted
+
+
+def _another_unit(ledger: Ledger) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"the unit of dataset {ledger.registered['dataset']!r} is {ledger.registered['unit']!r}:"
+        " another client has chosen or used it meanwhile. Nothing was charged or reserved: create"
+        " the client again, with this unit, or use another dataset_id",
+        details={"field": "unit"},
+    )
 
 
 def _refuse_exhausted(ledger: Ledger, run_id: str) -> None:

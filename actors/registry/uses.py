@@ -167,6 +167,11 @@ def note_units(tx: sa.Connection, tenant: str, dataset: str, units: Iterable[byt
         tx.execute(SUMS.insert(), [row | {"unit": unit} for unit in fresh])
 
 
+def forget_units(tx: sa.Connection, tenant: str, dataset: str) -> None:
+    """Forgets the units of a dataset that has charged none, because another unit was chosen."""
+    tx.execute(SUMS.delete().where(SUMS.c.tenant == tenant, SUMS.c.dataset == dataset))
+
+
 def known_to(
     connection: sa.Connection, tenant: str, dataset: str, runs: Iterable[str],
     units: Iterable[bytes],

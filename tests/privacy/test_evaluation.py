@@ -26,6 +26,7 @@ from support.privacy_helpers import (
     ROWS,
     Noiseless,
     PrivateSession,
+    new_budget,
     perturb,
     private_config,
     private_session,
@@ -363,6 +364,21 @@ def test_only_another_registered_data_set_of_the_tenant_is_evaluated(tiny_model:
         HeldOut.opened(s.budget, "nowhere")
     with pytest.raises(InvalidRequestError, match="this run trains on"):
         HeldOut.opened(s.budget, "default")
+
+
+def test_a_unit_that_was_chosen_since_the_last_call_counts(tiny_model: Path) -> None:
+    s = evaluating(tiny_model)
+    config = private_config(tiny_model, dataset_id="held")
+    new_budget(s.budget.registry, config)
+    held = HeldOut.opened(s.budget, "held")
+    assert held.unit == "example"
+    chosen = private_config(tiny_model, dataset_id="held", dp={"unit": "id"})
+    new_budget(s.budget.registry, chosen)
+    with pytest.raises(InvalidRequestError, match="pass example_ids"):
+        s.private_eval(rows(ROWS[:2]), held, 2.0)
+    s.private_eval(rows(ROWS[:2], example_ids=["a", "a"]), held, 2.0)
+    assert [entry["type"] for entry in entries(s)][-2:] == ["open", "evaluation"]
+    assert s.budget.registry.ledgers.counted_units("default", "held") == 1
 
 
 def test_a_run_that_trains_all_weights_has_no_base_to_compare_with(tiny_model: Path) -> None:

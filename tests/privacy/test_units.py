@@ -36,7 +36,7 @@ from tg_tinker import (
 from tg_tinker.data.batch import Example
 from tg_tinker.errors import ClusterUnavailableError
 from tg_tinker.records.ledger import Ledger
-from tg_tinker.records.report import PrivacyReport
+from tg_tinker.records.report import UNITS, PrivacyReport
 
 IDS = ["alice"] * 8
 
@@ -65,8 +65,9 @@ def test_ids_without_a_stated_unit_are_refused_before_any_charge(tiny_model: Pat
     s = session(tiny_model, known)
     with pytest.raises(InvalidRequestError, match="example_ids") as refusal:
         s.forward_backward(rows(example_ids=IDS))
-    for way_out in ('DPConfig(unit="id")', 'DPConfig(unit="example")', "another dataset_id"):
+    for way_out in ('DPConfig(unit="id")', 'DPConfig(unit="example")', "create the client again"):
         assert way_out in str(refusal.value)
+    assert "dataset_id" not in str(refusal.value)
     assert "alice" not in str(refusal.value)
     with pytest.raises(WindowSpoiledError):
         s.optim_step()
@@ -121,6 +122,56 @@ def test_later_runs_on_a_data_set_inherit_what_was_left_open(tiny_model: Path) -
     session(tiny_model, known, **stated).forward_backward(rows(example_ids=IDS))
 
 
+@pytest.mark.parametrize(("unit", "count"), [("id", 1), ("example", 8)])
+def test_both_ways_out_of_a_refusal_keep_the_data_set(
+    tiny_model: Path, unit: str, count: int
+) -> None:
+    known = registry()
+    with pytest.raises(InvalidRequestError, match="example_ids"):
+        session(tiny_model, known, max_participations=1).forward_backward(rows(example_ids=IDS))
+    s = session(tiny_model, known, max_participations=1, unit=unit)
+    s.forward_backward(rows(example_ids=IDS))
+    assert len(s._pending.units) == count
+    s.optim_step()
+    ledger = Ledger.replay(entries := known.ledgers.entries("default", "default"))
+    assert ledger.registered["unit"] == unit
+    assert PrivacyReport(entries).certificate()["unit"] == UNITS[unit]
+    assert ledger.accounts[s.budget.run_id].facts["unit"] == unit
+    assert kinds(known) == ["register", "open", *["unit"] * (unit == "id"), "open", "charge"]
+    # A later run takes the unit that was chosen.
+    later = session(tiny_model, known, max_participations=1)
+    later.forward_backward(rows(example_ids=IDS))
+    assert len(later._pending.units) == count
+
+
+def test_a_run_that_was_opened_before_the_unit_was_chosen_takes_no_step(tiny_model: Path) -> None:
+    known, config = registry(), private_config(tiny_model)
+    old, idle = of_config(tiny_model, known, config), of_config(tiny_model, known, config)
+    old.forward_backward(rows())
+    session(tiny_model, known, unit="id")
+    message = "opened before the unit of dataset 'default' was chosen.*create a new client"
+    with pytest.raises(InvalidRequestError, match=message):
+        old.optim_step()
+    again = claimed(tiny_model, known, config, idle.budget.run_id)
+    for ids in (None, IDS):
+        with pytest.raises(InvalidRequestError, match=message):
+            idle.forward_backward(rows(example_ids=ids))
+    with pytest.raises(InvalidRequestError, match=message):
+        again.forward_backward(rows(example_ids=IDS))
+    assert kinds(known) == ["register", "open", "open", "unit", "open"]
+
+
+def test_after_a_charge_only_another_data_set_gets_the_unit(tiny_model: Path) -> None:
+    known = registry()
+    s = session(tiny_model, known)
+    s.forward_backward(rows())
+    s.optim_step()
+    with pytest.raises(InvalidRequestError, match="with another dataset_id, since 'default'"):
+        s.forward_backward(rows(example_ids=IDS))
+    with pytest.raises(InvalidRequestError, match="use the dataset's unit"):
+        session(tiny_model, known, unit="id")
+
+
 def test_a_run_that_goes_on_elsewhere_still_refuses_ids(tiny_model: Path) -> None:
     known, config = registry(), private_config(tiny_model)
     first = of_config(tiny_model, known, config)
@@ -148,6 +199,20 @@ def test_poisson_samples_are_not_drawn_from_ids_without_a_stated_unit(tiny_model
     with pytest.raises(InvalidRequestError, match="no dataset is registered"):
         s.poisson.draw(0)
     assert kinds(known) == ["register", "open"]
+
+
+def test_units_of_samples_are_forgotten_with_the_unit(tiny_model: Path) -> None:
+    known = registry()
+    dp = {"sampling": "poisson", "dataset_size": 8, "accountant_type": "rdp"}
+    s = of_config(tiny_model, known, private_config(tiny_model, batch_size=2, dp=dp))
+    s.poisson.register(rows())
+    assert known.ledgers.counted_units("default", "default") == 8
+    config = private_config(tiny_model, batch_size=2, dp=dp | {"unit": "id"})
+    of_config(tiny_model, known, config)
+    assert known.ledgers.counted_units("default", "default") == 0
+    with pytest.raises(InvalidRequestError, match="before the unit of dataset"):
+        s.poisson.register(rows())
+    assert known.ledgers.counted_units("default", "default") == 0
 
 
 def test_measuring_the_loss_of_rows_with_ids_is_free(tiny_model: Path) -> None:

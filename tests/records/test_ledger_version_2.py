@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tg_tinker.errors import DPBudgetExceededError, IntegrityError
+from tg_tinker.errors import DPBudgetExceededError, IntegrityError, InvalidRequestError
 from tg_tinker.records.accounting import gaussian_epsilon
 from tg_tinker.records.entries import GENESIS, UPGRADE, Entry, entry_hash, registration
 from tg_tinker.records.ledger import Ledger
@@ -230,6 +230,73 @@ def test_a_step_without_noise_uses_its_draw_too() -> None:
     assert (ledger.position, ledger.epsilon) == (1, math.inf)
 
 
+# --- the unit that nobody stated -----------------------------------------------------------------
+
+
+def unstated(run: str, contract: str = "participation", **changes: Any) -> Entry:
+    facts = {"batch": 8, "bound": 1.0, "unit": "example", "unit_stated": False}
+    return opening(run, contract, facts=facts, **changes)
+
+
+def chosen(run: str, unit: str = "id") -> Entry:
+    return {"type": "unit", "run": run, "unit": unit}
+
+
+def test_a_unit_that_nobody_stated_is_chosen_once_and_ends_the_runs_before_it() -> None:
+    ledger = registered()
+    ledger.append(unstated("a", planned=2))
+    ledger.append(unstated("b", "poisson"))
+    assert (ledger.unit_stated, ledger.unit_open) == (False, True)
+    for body in (chosen("a"), chosen(""), chosen("c", "example"), chosen("c", "user"),
+                 chosen("c") | {"more": 1}, opening("c", facts={"unit": "id"})):  # fmt: skip
+        refused(ledger, body)
+    ledger.append(chosen("c"))
+    assert (ledger.registered["unit"], ledger.unit_stated, ledger.unit_open) == ("id", True, False)
+    assert ledger.accounts["a"].reserved == 0
+    for body in (chosen("d", "example"), unstated("c")):
+        refused(ledger, body)
+    ledger.append(opening("c", facts={"unit": "id", "unit_stated": True}))
+    old = "opened before the unit of dataset 'd' was chosen, which is 'id' now.*create a new client"
+    for body in (charge("a", 1, 1.0), draw("b", 0), evaluation("a", 2.0, 0.25)):
+        refused(ledger, body, InvalidRequestError, old)
+    ledger.append(charge("c", 1, 1.0))
+    ledger.append(evaluation("tc-1", 2.0, 1.25))
+    refused(ledger, chosen("d", "example"))
+    ledger.append({"type": "book", "runs": ["a", "c"]})
+    refused(ledger, charge("a", 1, 1.25), InvalidRequestError, old)
+    refused(ledger, charge("c", 2, 2.25), DPBudgetExceededError, "restored after the database")
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        [],  # whoever registered the dataset stated the unit
+        [opening("a")],  # a run of an earlier release
+        [unstated("a"), opening("b", facts={"unit": "example", "unit_stated": True})],
+        [unstated("a"), charge("a", 1, 1.0)],
+        [unstated("a"), evaluation("tc-1", 2.0, 0.25)],
+        [unstated("a"), charge("a", 1, 1.0) | {"type": "unnoised"}],
+        [unstated("a", "poisson"), draw("a", 0)],
+        [unstated("a", "poisson"), draw("a", 0), {"type": "drop", "run": "a", "position": 0}],
+        [unstated("a"), {"type": "book", "runs": ["a"]}],
+    ],
+)
+def test_a_unit_that_was_stated_paid_for_or_drawn_by_is_never_changed(before: list[Entry]) -> None:
+    ledger = registered(None)
+    for body in before:
+        ledger.append(body)
+    assert not ledger.unit_open
+    refused(ledger, chosen("z"))
+
+
+def test_version_1_has_no_unit_to_choose() -> None:
+    ledger = registered(version=1)
+    ledger.append(unstated("a"))
+    refused(ledger, chosen("z"))
+    ledger.append(UPGRADE)
+    ledger.append(chosen("z"))
+
+
 # --- evaluations, and what was lost --------------------------------------------------------------
 
 
@@ -367,4 +434,13 @@ def test_every_vector_is_tested_and_every_type_of_entry_has_one() -> None:
     good = {entry["type"] for name in EXPECTED["good"] for entry in read(name)}
     broken = {read(name)[-1]["type"] for name in EXPECTED["broken"]}
     assert good == set(Ledger()._rules()) - {"unnoised", "link", "release"}
-    assert broken >= {"upgrade", "draw", "charge", "drop", "evaluation", "fall_back", "book"}
+    assert broken >= {
+        "upgrade",
+        "unit",
+        "draw",
+        "charge",
+        "drop",
+        "evaluation",
+        "fall_back",
+        "book",
+    }

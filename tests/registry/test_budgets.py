@@ -12,7 +12,7 @@ import pytest
 from actors.privacy.budget import Budget
 from actors.registry.draws import Draw
 from actors.registry.registry import Registry
-from support.privacy_helpers import new_budget, private_config, registry
+from support.privacy_helpers import new_budget, planned_budget, private_config, registry
 from tg_tinker import (
     ActorLostError,
     DPBudgetExceededError,
@@ -110,6 +110,125 @@ def test_data_sets_have_different_unit_keys_which_are_stored_wrapped(tmp_path: P
     for file in (tmp_path / "home").glob("registry.db*"):
         assert first.key not in file.read_bytes()
         assert first.key.hex().encode() not in file.read_bytes()
+
+
+# --- the unit that nobody stated -----------------------------------------------------------------
+
+
+def planned(known: Registry, unit: str | None, **values: Any) -> Budget:
+    return planned_budget(known, private_config(Path("none"), dp={"unit": unit}, **values))
+
+
+def kinds(known: Registry, dataset: str = "default") -> list[str]:
+    return [entry["type"] for entry in known.ledgers.entries("default", dataset)]
+
+
+def test_the_client_that_chooses_the_unit_opens_in_the_same_transaction() -> None:
+    known = registry()
+    first = opened(known, max_steps=2)
+    key = known.ledgers.unit_keys("default")["default"]
+    second = planned(known, "id").open()
+    assert kinds(known) == ["register", "open", "unit", "open"]
+    assert known.ledgers.unit_keys("default")["default"] == ("id", key[1])
+    assert known.ledgers.entries("default", "default")[2]["run"] == second.run_id
+    assert (second.unit, second.unit_stated) == ("id", True)
+    before = known.ledgers.entries("default", "default")
+    refusals = [
+        lambda: charge(first, units(1)),
+        lambda: first.admit(units(1)),
+        lambda: first.note(units(1)),
+        lambda: draw(first, units(1)),
+    ]
+    for refused in refusals:
+        with pytest.raises(InvalidRequestError, match=r"before the unit .* create a new client"):
+            refused()
+    assert known.ledgers.entries("default", "default") == before
+    assert charge(second, units(1)).count == 1
+
+
+def test_a_plan_that_is_refused_chooses_no_unit() -> None:
+    known = registry()
+    first = opened(known)
+    with pytest.raises(DPBudgetExceededError, match="cannot pay"):
+        planned_budget(known, private_config(
+            Path("none"), dp={"unit": "id", "noise_multiplier": 0.1}
+        ))  # fmt: skip
+    late = planned(known, "id")
+    assert late.plan is not None
+    late.plan[0]["sigma"] = 0.1
+    late.plan[0]["planned"] = 1
+    with pytest.raises(DPBudgetExceededError, match="cannot pay"):
+        late.open()
+    assert kinds(known) == ["register", "open"]
+    charge(first, units(1))
+
+
+@pytest.mark.parametrize(("unit", "meanwhile"), [("id", "example"), (None, "id"), ("id", None)])
+def test_a_client_whose_plan_came_too_late_reserves_nothing(
+    unit: str | None, meanwhile: str | None
+) -> None:
+    known = registry()
+    first = opened(known)
+    late = planned(known, unit)
+    if meanwhile is None:
+        charge(first, units(1))
+    else:
+        planned(known, meanwhile).open()
+    before = kinds(known)
+    with pytest.raises(InvalidRequestError, match=r"meanwhile.*create the client again"):
+        late.open()
+    assert kinds(known) == before
+    assert planned(known, None).open().unit == ("id" if meanwhile == "id" else "example")
+
+
+def test_of_clients_that_choose_at_once_one_writes_the_unit_and_all_open() -> None:
+    known = registry()
+    opened(known)
+    budgets = [planned(known, "id", max_steps=1) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(Budget.open, budgets))
+    assert kinds(known) == ["register", "open", "unit", "open", "open", "open", "open"]
+    for number, budget in enumerate(budgets):
+        charge(budget, units(number))
+
+
+def test_clients_that_choose_differently_at_once_leave_one_unit() -> None:
+    known = registry()
+    opened(known)
+    budgets = [planned(known, unit) for unit in ("id", "example")]
+
+    def try_to_open(budget: Budget) -> bool:
+        try:
+            budget.open()
+        except InvalidRequestError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        worked = list(pool.map(try_to_open, budgets))
+    assert sorted(worked) == [False, True]
+    assert ledger_of(budgets[0]).registered["unit"] == budgets[worked.index(True)].unit
+
+
+def test_another_first_client_is_told_how_to_choose() -> None:
+    known = registry()
+    late = planned(known, "id")  # nobody has registered the dataset yet
+    opened(known)
+    with pytest.raises(InvalidRequestError, match=r"nobody has chosen .*DPConfig\(unit='id'\)"):
+        late.open()
+    planned(known, "id").open()
+
+
+def test_an_evaluation_by_a_unit_that_holds_no_more_is_not_charged() -> None:
+    known = registry()
+    run = opened(known, dataset_id="training")
+    opened(known, dataset_id="held")
+    planned(known, "id", dataset_id="held").open()
+    asked = ("default", "held", run.run_id, run.epoch, "f" * 32, units(1), 2.0, ())
+    with pytest.raises(InvalidRequestError, match="the unit of dataset 'held' is 'id'"):
+        known.ledgers.evaluate(*asked, "example")
+    assert kinds(known, "held") == ["register", "open", "unit", "open"]
+    assert known.ledgers.evaluate(*asked, "id").dataset == "held"
 
 
 # --- charges -------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from tg_tinker.errors import DPBudgetExceededError, IntegrityError
+from tg_tinker.errors import DPBudgetExceededError, IntegrityError, InvalidRequestError
 from tg_tinker.records.accounting import filter_order
 
 Entry = dict[str, Any]
@@ -32,8 +32,11 @@ _AT = re.compile(r"(0|[1-9]\d{0,8})-([0-9a-f]{64})", re.ASCII)
 
 REFUSALS = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
-    DPBudgetExceededError,
+    DPBudgetExceededError, InvalidRequestError,
 )  # fmt: skip
+
+
+UNITS = ("example", "id")
 
 
 POISSON = ("poisson", "client_poisson")

@@ -12,6 +12,7 @@ below. Its `hash` is SHA-256 over its canonical JSON (keys sorted, no spaces) wi
 
     register   version, dataset, epsilon (null: unlimited), delta, unit, order, born
     upgrade    version: a ledger of an older version follows the rules of this version from here on
+    unit       run, unit: the unit that nobody had stated is chosen, by a run that opens next
     open       run, contract, sigma, rate, accountant, table, limit, planned, facts
     draw       run, position, units: position n of the stream of Poisson draws is told from here on,
                bound to the run's sigma, rate and C and to a keyed digest of the list of units
@@ -27,9 +28,13 @@ below. Its `hash` is SHA-256 over its canonical JSON (keys sorted, no spaces) wi
     book       runs: their entries before this one were restored from heads; the uses of each unit
                are lost with the database, so these runs charge nothing any more
 
-Version 1 has no `upgrade`, `draw`, `drop` and `evaluation`, and no `spent` and `position`. Entries
-of version 1 stay as they are, and are replayed by the rules of version 1. A release that knows only
-version 1 says of a later ledger that an entry "breaks a rule".
+Version 1 has no `upgrade`, `unit`, `draw`, `drop` and `evaluation`, and no `spent` and `position`.
+Entries of version 1 stay as they are, and are replayed by the rules of version 1. A release that
+knows only version 1 says of a later ledger that an entry "breaks a rule".
+
+The unit stays as registered, unless nobody stated it: then all runs that are open have the fact
+`unit_stated` false. As long as nothing was paid for and no draw was told, an entry `unit` may
+choose another unit, once. It closes these runs, because their actors hash rows by the old unit.
 
 `count` is the number that a contract counts: uses of the most used unit (participation) or steps
 (all other contracts). `spent` is the greatest sum of 1 / sigma^2 of any unit, over the uses by all
@@ -60,7 +65,12 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from tg_tinker.errors import DPBudgetExceededError, IntegrityError, LedgerMismatchError
+from tg_tinker.errors import (
+    DPBudgetExceededError,
+    IntegrityError,
+    InvalidRequestError,
+    LedgerMismatchError,
+)
 from tg_tinker.records.accounting import (
     MAX_ORDER,
     SIGMA_RANGE,
@@ -75,6 +85,7 @@ from tg_tinker.records.entries import (
     GENESIS,
     POISSON,
     REFUSALS,
+    UNITS,
     VERSION,
     Entry,
     canonical,
@@ -107,7 +118,8 @@ class Account:
         steps: the number of charges.
         facts: further values for the certificate (C, batch size, dtype, ...).
         refuted: whether the run asserted Poisson samples that did not look drawn.
-        closed: whether the run may charge nothing any more.
+        closed: the type of the entry after which the run may charge nothing any more: book, unit,
+            or empty.
     """
 
     contract: str
@@ -121,7 +133,7 @@ class Account:
     steps: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
     refuted: bool = False
-    closed: bool = False
+    closed: str = ""
 
     @property
     def poisson(self) -> bool:
@@ -158,6 +170,7 @@ class Ledger:
 
     Attributes:
         version: the version of the rules that hold for the next entry.
+        registered: the values of the first entry, with the unit that was chosen since.
         everyone: the sum of 1 / sigma^2 of what was charged to every unit.
         spent: the greatest sum of 1 / sigma^2 of any unit over all counted uses.
         unknown: an upper bound of those uses of any one unit that were lost with a database.
@@ -262,9 +275,16 @@ class Ledger:
         """Returns the account of a run that may still charge.
 
         Raises:
-            DPBudgetExceededError: the account is closed.
+            DPBudgetExceededError: a book closed the account.
+            InvalidRequestError: the unit was chosen after the run was opened.
         """
         account = self.accounts[run]
+        if account.closed == "unit":
+            raise InvalidRequestError(
+                f"this run was opened before the unit of dataset {self.registered['dataset']!r} was"
+                f" chosen, which is {self.registered['unit']!r} now. Nothing was charged: create a"
+                " new client"
+            )
         if account.closed:
             raise DPBudgetExceededError(
                 "this run may make no more steps: its charges were restored after the database was"
@@ -273,6 +293,28 @@ class Ledger:
                 details={"limit": account.count, "epsilon": self.epsilon},
             )
         return account
+
+    @property
+    def unit_stated(self) -> bool:
+        """Whether somebody chose the unit: whoever registered the dataset, or a run.
+
+        Nobody did if the run that registered it left the unit open. Runs of earlier releases always
+        stated one.
+        """
+        opened = self.accounts.values()
+        return not opened or any(
+            account.closed == "unit" or account.facts.get("unit_stated") is not False
+            for account in opened
+        )
+
+    @property
+    def unit_open(self) -> bool:
+        """Whether an entry `unit` may still choose the unit."""
+        # Whoever has seen a release or a draw must not choose whom it was to protect. After a book,
+        # nobody knows what was released.
+        untouched = not self._paid and self.position == 0 and self.told is None
+        booked = any(account.closed for account in self.accounts.values())
+        return not self.unit_stated and untouched and not booked
 
     @property
     def epsilon(self) -> float:
@@ -348,7 +390,7 @@ class Ledger:
                 changed.
         """
         rule = self._rules()[body["type"]]
-        if self.version == 1 and body["type"] in ("draw", "drop", "evaluation"):
+        if self.version == 1 and body["type"] in ("unit", "draw", "drop", "evaluation"):
             raise ValueError("version 1 has no such entry: upgrade the ledger first")
         if (body["type"] == "register") != (self.length == 0):
             raise ValueError("the first entry, and no other, must register the dataset")
@@ -368,6 +410,7 @@ class Ledger:
         return {
             "register": self._register,
             "upgrade": self._upgrade,
+            "unit": self._unit,
             "open": self._open,
             "draw": self._draw,
             "charge": self._charge,
@@ -384,7 +427,7 @@ class Ledger:
         self, version: int, dataset: str, epsilon: float | None, delta: float, unit: str,
         order: int, born: str,
     ) -> None:  # fmt: skip
-        known = unit in ("example", "id") and is_text(dataset) and isinstance(born, str)
+        known = unit in UNITS and is_text(dataset) and isinstance(born, str)
         if not 1 <= whole(version) <= VERSION or not 0 < real(delta) < 1 or not known:
             raise ValueError("not a registration of a known version")
         if not 2 <= whole(order) <= MAX_ORDER:
@@ -410,6 +453,17 @@ class Ledger:
                 self.spent = added(self.spent, cost)
                 self.unknown = added(self.unknown, cost) if account.closed else self.unknown
 
+    def _unit(self, run: str, unit: str) -> None:
+        if not self.unit_open:
+            raise ValueError("the unit was stated, or something was paid for or drawn by it")
+        if unit not in UNITS or unit == self.registered["unit"]:
+            raise ValueError("not another unit")
+        if not is_text(run) or run in self.accounts:
+            raise ValueError("a run chooses the unit before it is opened")
+        for account in self.accounts.values():
+            account.closed, account.reserved = "unit", 0
+        self.registered = self.registered | {"unit": unit}
+
     def _open(
         self, run: str, contract: str, sigma: float, rate: float, accountant: str,
         table: Iterable[Iterable[float]], limit: int | None, planned: int, facts: Entry,
@@ -421,6 +475,8 @@ class Ledger:
             raise ValueError("the noise multiplier or the rate is out of range")
         if not (isinstance(facts, dict) and is_text(run) and is_text(accountant)):
             raise ValueError("facts must be an object, and names must be text")
+        if facts.get("unit", self.registered["unit"]) != self.registered["unit"]:
+            raise ValueError("the run was planned under another unit")
         if contract not in POISSON and (rate != 1 or rows):
             raise ValueError("only a Poisson sample has a rate and a table")
         check_table(rows, subsampled_gaussian_epsilon(sigma, rate, self.delta))
@@ -516,7 +572,7 @@ class Ledger:
                 continue
             if self.version > 1 and account.contract == "participation" and not account.closed:
                 self.unknown = added(self.unknown, times(account.count, account.sigma))
-            account.closed, account.reserved = True, 0
+            account.closed, account.reserved = account.closed or "book", 0
         # A draw may have been told whose entry is lost.
         if self.version > 1 and any(a.contract == "poisson" for a in self.accounts.values()):
             self._give_up()
