@@ -20,8 +20,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 spin_briefly()  # else idle threads of one process slow down the others
 gc.disable()  # while the tests' modules are imported: a third of that time were collections
-# A shell's background job starts with SIGINT ignored; the tests of Ctrl-C need Python's own way.
+# A shell's background job starts with SIGINT ignored, and `nohup` with SIGHUP ignored; the tests of
+# Ctrl-C and of lost terminals need what a program in the foreground has.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 SHARED = pytest.StashKey[set[Path]]()

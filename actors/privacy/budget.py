@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from actors.privacy.combinations import refuse_unproven
 from actors.privacy.plan import plan_run
@@ -93,12 +92,8 @@ class Budget:
         budget.plan = entry, new
         return budget
 
-    def open(self, **facts: Any) -> Budget:
+    def open(self) -> Budget:
         """Opens the account of the run, and registers the dataset if the run is its first.
-
-        Args:
-            facts: what the certificate also states, as known once the model is loaded. It must not
-                depend on training data.
 
         This is the last step of a creation: a run that cannot start must not register a dataset.
 
@@ -108,7 +103,6 @@ class Budget:
         """
         if self.plan is not None:
             (entry, new), self.plan = self.plan, None
-            entry["facts"] |= facts
             if new is not None:
                 self.registry.ledgers.register(
                     self.tenant,

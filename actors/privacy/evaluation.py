@@ -26,6 +26,7 @@ from actors.engine.session import Session
 from actors.privacy.budget import Budget
 from actors.privacy.clipping import Noise
 from actors.privacy.known_units import known_elsewhere
+from actors.privacy.noise import LEAST_SIGMA
 from actors.privacy.units import row_defect, unit_ids
 from actors.registry.head_keeper import HeadKeeper
 from tg_tinker.data.batch import Example, require_ids
@@ -47,7 +48,7 @@ class HeldOut:
     Attributes:
         budget: the budget of the run itself.
         dataset, unit, key: the held-out dataset, its unit, and the key of its unit hashes.
-        unit_stated: whether somebody chose the unit, as in `Budget`.
+        unit_stated: whether somebody chose the unit, as far as is known; see `Budget`.
         heads: puts heads of the held-out ledger into the store; None without a store.
         last: the head position of the ledger after the last charge; empty before the first.
     """
@@ -56,7 +57,7 @@ class HeldOut:
     dataset: str
     unit: str
     key: bytes
-    unit_stated: bool = True
+    unit_stated: bool = False
     heads: HeadKeeper | None = None
     last: str = ""
 
@@ -79,8 +80,14 @@ class HeldOut:
                 f"no dataset {dataset!r}: register the held-out rows with"
                 " service.register_dataset, which gives them an epsilon of their own"
             )
-        ledger = Ledger.replay(budget.registry.ledgers.entries(budget.tenant, dataset))
-        return cls(budget, dataset, *keys[dataset], unit_stated=ledger.unit_stated)
+        return cls(budget, dataset, *keys[dataset])
+
+    def refresh(self) -> None:
+        """Reads the unit again until somebody has chosen it."""
+        if not self.unit_stated:
+            entries = self.budget.registry.ledgers.entries(self.budget.tenant, self.dataset)
+            ledger = Ledger.replay(entries)
+            self.unit, self.unit_stated = ledger.registered["unit"], ledger.unit_stated
 
     def admitted(self, units: Sequence[bytes], sigma: float) -> list[bytes]:
         """Returns those of the units that the held-out dataset can pay for.
@@ -148,6 +155,7 @@ def units_of(
             on does, and rows lack them; or rows have ids, and nobody chose the unit of the dataset.
     """
     budget, base = held_out.budget, session.base
+    held_out.refresh()
     if not held_out.unit_stated and any(example.example_id is not None for example in examples):
         raise InvalidRequestError(
             "these rows have example_ids, but nobody has said whether an id is the unit of dataset"
@@ -159,7 +167,6 @@ def units_of(
     # Without ids nobody sees whether a row belongs to a person in the training data.
     if any(keys[name][0] == "id" for name in keys.keys() & session.lineage.ledgers.keys()):
         require_ids(examples)
-    held_out.unit = keys[held_out.dataset][0]  # It may have been chosen since the last call.
     training = unit_ids(budget.key, examples, keys[budget.dataset][0])
     elsewhere = known_elsewhere(budget, examples, held_out.dataset)
     units = unit_ids(held_out.key, examples, held_out.unit)
@@ -206,7 +213,7 @@ def multiplier(std: float, count: int) -> float:
         InvalidRequestError: the ledger cannot account for so much or so little noise.
     """
     sigma = std * count / EVALUATION_BOUND
-    least, most = SIGMA_RANGE
+    least, most = LEAST_SIGMA, SIGMA_RANGE[1]
     if not least <= sigma <= most:
         raise InvalidRequestError(
             f"std {std:g} for {count} units is noise of {sigma:.3g} times the part of one unit,"

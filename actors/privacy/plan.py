@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.privacy.accountants import epsilon_after, tabulate
+from actors.privacy.noise import LEAST_SIGMA, RANGE
 from tg_tinker.config import DPConfig, TrainingConfig
 from tg_tinker.errors import DPBudgetExceededError, InvalidRequestError
 from tg_tinker.records.accounting import (
@@ -159,7 +160,7 @@ class _Planner:
             )
 
     def _check_noise(self) -> None:
-        sigma, (least, most) = self.dp.noise_multiplier, SIGMA_RANGE
+        sigma, least, most = self.dp.noise_multiplier, LEAST_SIGMA, SIGMA_RANGE[1]
         if sigma is not None and not least <= sigma <= most:
             raise InvalidRequestError(
                 f"noise_multiplier {sigma:g} is outside {least:g} to {most:g}: use a value inside"
@@ -276,7 +277,7 @@ class _Planner:
         return _refined(cheap, lambda sigma: self._is_enough(sigma, count, accountant))
 
     def _is_enough(self, sigma: float, count: int, accountant: str) -> bool:
-        if not SIGMA_RANGE[0] <= sigma <= SIGMA_RANGE[1]:
+        if not LEAST_SIGMA <= sigma <= SIGMA_RANGE[1]:
             return False
         if not self.poisson:
             return self._fits(self._account(sigma), count)
@@ -367,6 +368,7 @@ class _Planner:
         """Returns what the certificate also states: values that do not depend on the data."""
         return {
             "bound": self.dp.max_grad_norm,
+            "noise_range": RANGE,
             "clipping": self.dp.clipping,
             "batch": self.batch,
             "dataset_size": self.dp.dataset_size,
@@ -383,9 +385,9 @@ def _refined(high: float, holds: Callable[[float], bool]) -> float:
 
     Every number that is tried has 4 significant digits, as has the result.
     """
-    low = float(f"{0.9 * high:.4g}")
-    while holds(low):
-        low, high = float(f"{0.9 * low:.4g}"), low
+    factor = 0.9
+    while holds(low := float(f"{factor * high:.4g}")):
+        factor, high = factor**2, low
     while high - low > 2e-3 * high:
         middle = float(f"{(low + high) / 2:.4g}")
         low, high = (low, middle) if holds(middle) else (middle, high)

@@ -70,7 +70,7 @@ class PrivateSession(Session):
         self._divisor = config.batch_size * config.gradient_accumulation_steps
         self.unit_backward = UnitBackward(base, self._parameters, self._losses, self.dp.clipping)
         probe(self.unit_backward, self.recomputation)
-        budget.open(trainable=self.num_trainable)
+        budget.open()
 
     @property
     def pending(self) -> bool:

@@ -13,6 +13,7 @@ import torch
 from actors.privacy import evaluation
 from actors.privacy.clipping import Noise
 from actors.privacy.evaluation import HeldOut, clipped_sum, multiplier, released
+from actors.privacy.noise import LEAST_SIGMA
 from actors.privacy.units import unit_ids
 from actors.training.call_journal import CallJournal
 from actors.training.place import Place
@@ -54,6 +55,19 @@ HELD = [[100 + row, *ids] for row, ids in enumerate(ROWS)]
 IDS = ["a", "b", "a", "c", "b", "d", "d", "d"]
 FINE = 1e-4
 """A std whose grid is finer than any difference that these tests look at."""
+
+
+@pytest.fixture(autouse=True)
+def _any_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests look through noise that is too small for a guarantee."""
+    monkeypatch.setattr(evaluation, "LEAST_SIGMA", 1e-4)
+
+
+def test_noise_that_its_range_would_betray_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "LEAST_SIGMA", LEAST_SIGMA)
+    with pytest.raises(InvalidRequestError, match=r"outside 0\.05 to 1e\+06"):
+        multiplier(0.0099, 10)
+    assert multiplier(0.01, 10) == pytest.approx(0.05)
 
 
 def evaluating(

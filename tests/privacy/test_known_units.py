@@ -23,9 +23,14 @@ def known() -> Registry:
     return registry()
 
 
+def session(model: Path, known: Registry, **values: Any) -> PrivateSession:
+    values["dp"] = {"unit": "example"} | values.get("dp", {})
+    return private_session(model, known=known, **values)
+
+
 def trained(model: Path, known: Registry, dataset: str, **values: Any) -> PrivateSession:
     """Returns a session after one step on the first four rows."""
-    s = private_session(model, known=known, dataset_id=dataset, **values)
+    s = session(model, known, dataset_id=dataset, **values)
     s.forward_backward(rows(ROWS[:4], example_ids=IDS[:4]))
     s.optim_step()
     return s
@@ -49,7 +54,7 @@ def test_a_forgotten_data_set_shows_in_the_first_calls(
     known = registry()
     dp = {"sampling": contract, "unit": unit, "dataset_size": 16}
     trained(tiny_model, known, "old", dp=dp, max_steps=2)
-    s = private_session(tiny_model, known=known)  # no dataset_id: `default` pays
+    s = session(tiny_model, known)  # no dataset_id: `default` pays
     (told,) = warned(s, example_ids=IDS[:4])
     assert told.startswith(f"{FORGOTTEN}, and this run is charged to default")
     (told,) = warned(s, ROWS[3:6], example_ids=IDS[3:6])
@@ -67,7 +72,7 @@ def test_units_that_samples_are_drawn_from_are_known_before_they_are_drawn(
         tiny_model, known=known, dataset_id="old", batch_size=2, max_steps=3, dp=dp
     )
     drawing.poisson.register(rows())
-    (told,) = warned(private_session(tiny_model, known=known))
+    (told,) = warned(session(tiny_model, known))
     assert told.startswith(FORGOTTEN)
 
 
@@ -75,14 +80,14 @@ def test_the_own_data_set_and_rows_that_are_new_cause_no_warning(
     tiny_model: Path, known: Registry
 ) -> None:
     trained(tiny_model, known, "own")
-    s = private_session(tiny_model, known=known, dataset_id="own")
+    s = session(tiny_model, known, dataset_id="own")
     assert warned(s) == []
     assert warned(s, ROWS[4:]) == []
 
 
 def test_another_tenant_is_never_asked(tiny_model: Path, known: Registry) -> None:
     s = trained(tiny_model, known, "theirs")
-    other = private_session(tiny_model, known=known)
+    other = session(tiny_model, known)
     other.budget.tenant = "somebody"
     assert known.ledgers.unit_keys("somebody") == {}
     assert known_elsewhere(other.budget, rows(), "default") == [set()] * len(ROWS)
@@ -93,7 +98,7 @@ def test_another_tenant_is_never_asked(tiny_model: Path, known: Registry) -> Non
 
 def test_hidden_metrics_hide_the_warning(tiny_model: Path, known: Registry) -> None:
     trained(tiny_model, known, "hidden")
-    s = private_session(tiny_model, known=known, dp={"show_private_metrics": False})
+    s = session(tiny_model, known, dp={"show_private_metrics": False})
     assert s.forward_backward(rows(ROWS[:4])).warnings == ()
 
 
@@ -103,7 +108,7 @@ def test_the_warning_is_in_no_entry_row_or_log(
     caplog.set_level(0)
     known = registry()
     trained(tiny_model, known, "old")
-    s = private_session(tiny_model, known=known)
+    s = session(tiny_model, known)
     assert warned(s)
     s.optim_step()
     entries = [str(known.ledgers.entries("default", name)) for name in ("old", "default")]
@@ -115,7 +120,7 @@ def test_the_warning_is_in_no_entry_row_or_log(
 def test_a_row_without_an_id_is_unknown_to_a_data_set_of_ids(tiny_model: Path) -> None:
     known = registry()
     trained(tiny_model, known, "people", dp={"unit": "id"})
-    s = private_session(tiny_model, known=known)
+    s = session(tiny_model, known)
     assert warned(s) == []
     assert len(warned(s, example_ids=IDS[:4])) == 1
 
@@ -125,7 +130,7 @@ def test_the_lookup_is_bounded_and_a_lost_key_stops_no_run(
 ) -> None:
     known = registry()
     trained(tiny_model, known, "old")
-    s = private_session(tiny_model, known=known)
+    s = session(tiny_model, known)
     asked: list[int] = []
     real = known.ledgers.known_units
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.privacy import accountants
+from actors.privacy.noise import LEAST_SIGMA
 from actors.privacy.plan import Plan, plan_run
 from tg_tinker.config import DPConfig, TrainingConfig
 from tg_tinker.errors import DPBudgetExceededError, InvalidRequestError
@@ -191,8 +192,8 @@ def test_sampled_steps_that_do_not_fit() -> None:
         ({"target_delta": 1e-4}, "target_delta 0.0001 exceeds the 1e-05 of the dataset"),
         ({"unit": "id"}, "protects unit='example'"),
         ({"dataset_size": 100_000}, "below 1 / dataset_size"),
-        ({"noise_multiplier": 1e-7}, "outside 0.0001 to"),
-        ({"noise_multiplier": 1e7}, "outside 0.0001 to"),
+        ({"noise_multiplier": 0.049}, "outside 0.05 to"),
+        ({"noise_multiplier": 1e7}, "outside 0.05 to"),
         ({"sampling": "worst_case"}, "needs noise_multiplier, or max_steps"),
         (SAMPLED, "needs noise_multiplier, or max_steps"),
         ({"sampling": "poisson", "noise_multiplier": 1.0}, "needs dataset_size"),
@@ -402,7 +403,13 @@ def test_facts(contract: str) -> None:
     assert made.facts == {
         "bound": 0.5, "batch": 12, "dataset_size": 80, "target_epsilon": 2.0,
         "target_delta": 1e-5, "unit": "id", "metrics_shown": False, "nonprivate_init": False,
+        "noise_range": 38.0, "clipping": "flat",
     }  # fmt: skip
+
+
+def test_noise_is_calibrated_within_the_range_of_the_noise() -> None:
+    """Else outcomes beyond the range would tell a unit apart, whatever epsilon says."""
+    assert planned(registered(1e5, 1e-5), target_epsilon=1e5).sigma >= LEAST_SIGMA
 
 
 def test_messages_say_what_is_allowed_and_what_would_allow_more() -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tg_tinker.records.accounting import (
     gaussian_delta,
     gaussian_epsilon,
+    normal_cdf,
     rdp_epsilon,
     subsampled_gaussian_rdp,
 )
@@ -26,8 +27,8 @@ from tg_tinker.records.figures import (
     FILTER,
     LEMMA,
     MIXTURE,
+    OLD_RANGE,
     RENYI,
-    TAIL_DENSITY,
     curve,
     gaussian_mu2,
     group_rdp,
@@ -35,7 +36,6 @@ from tg_tinker.records.figures import (
     noise_tail,
 )
 from tg_tinker.records.ledger import Account, Ledger
-from tg_tinker.records.sums import added, weight
 
 DELTA = 1e-5
 NOISE = [number * 4e-3 for number in range(-3_000, 9_000)]
@@ -234,26 +234,23 @@ def test_the_deltas_of_the_curve_stay_below_one() -> None:
 # --- the range of the noise ----------------------------------------------------------------------
 
 
-def test_the_bounded_noise_adds_to_delta_by_values_and_steps() -> None:
-    made = ledger(poisson(1.0, 0.01, 1000, trainable=134_500_000))
-    assert noise_tail(made) == pytest.approx(5e-17 * math.sqrt(134.5e6) * 1000, rel=1e-9, abs=0)
-    assert noise_tail(ledger(participation(2.0, 3, trainable=100))) == pytest.approx(
-        7.5e-16, rel=1e-9, abs=0
-    )
-    assert noise_tail(ledger(participation(2.0, 3))) is None
+def separated(sigma: float, values: int) -> float:
+    """Returns the probability of noise that the neighbor cannot have, for an equal shift of all
+    values."""
+    shift = 1 / sigma / math.sqrt(values)
+    return values * (normal_cdf(shift - OLD_RANGE) - normal_cdf(-OLD_RANGE))
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.1, 0.2, 0.3, 1.0, 4.0])
+def test_the_end_of_the_old_noise_adds_to_delta_whatever_the_shift(sigma: float) -> None:
+    tail = noise_tail(ledger(participation(sigma, 3)))
+    for values in (1, 2, 3, 5, 100, 1_500, 19_968, 134_500_000):
+        assert tail >= min(1.0, 3 * separated(sigma, values))
+    most = max(separated(sigma, values) for values in (*range(1, 300), 2**40))
+    assert tail <= 16 * most
+
+
+def test_noise_without_an_end_adds_nothing() -> None:
+    assert noise_tail(ledger(participation(0.2, 3, noise_range=38.0))) == 0
+    assert noise_tail(ledger(poisson(0.2, 0.01, 3, noise_range=38.0))) == 0
     assert noise_tail(ledger()) == 0
-
-
-def test_evaluations_add_the_range_of_one_value_each() -> None:
-    made, spent = Ledger(), 0.0
-    made.append(registration("d", 50.0, DELTA, "example", "now"))
-    for number, sigma in enumerate((2.0, 4.0)):
-        spent = added(spent, weight(sigma))
-        made.append({"type": "evaluation", "run": "r", "epoch": 1, "charge": f"{number:032x}",
-                     "sigma": sigma, "spent": spent})  # fmt: skip
-    assert noise_tail(made) == pytest.approx(5e-17 * (1 / 2 + 1 / 4), rel=1e-9, abs=0)
-
-
-def test_the_density_at_the_end_of_the_noise_is_below_the_one_that_is_used() -> None:
-    end = math.sqrt(2 * 53 * math.log(2))
-    assert math.exp(-end * end / 2) / math.sqrt(2 * math.pi) < TAIL_DENSITY

@@ -74,6 +74,7 @@ def arguments(service: Service, method: Callable[..., Any], given: dict[str, Any
         "stored_as": "x.2", "dataset": "patients", "charge_id": "c", "noised": True, "calls": [],
         "others": [], "places": {}, "who": "sdk", "under": "k0", "config": CONFIG,
         "event": "artifact.delete", "known": [], "query": ArtifactQuery(),
+        "sigma": 1.0, "told": None, "unit": None,
     }  # fmt: skip
     taken = [*inspect.signature(method).parameters]
     return [(values | given)[name] for name in taken]
@@ -291,7 +292,10 @@ def test_a_client_that_leaves_has_the_rows_that_wait_written() -> None:
         client._cluster = cast(
             "Any",
             SimpleNamespace(
-                connected=connected, embedded=embedded, close=lambda done=done: done.append("left")
+                connected=connected,
+                embedded=embedded,
+                close=lambda done=done: done.append("left"),
+                end_http=lambda: None,
             ),
         )
         client._registry = cast(

@@ -37,7 +37,7 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
     if mu == 0:
         return 0.0
     near, far = mu / 2 - epsilon / mu, -mu / 2 - epsilon / mu
-    return max(0.0, _normal_cdf(near) - math.exp(epsilon + _log_normal_cdf(far)))
+    return max(0.0, normal_cdf(near) - math.exp(epsilon + _log_normal_cdf(far)))
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
@@ -171,7 +171,7 @@ def _log_expm1(x: float) -> float:
     return x + math.log(-math.expm1(-x))
 
 
-def _normal_cdf(x: float) -> float:
+def normal_cdf(x: float) -> float:
     return math.erfc(-x / _SQRT2) / 2
 
 
@@ -181,7 +181,7 @@ def _log_normal_cdf(x: float) -> float:
     Below -35, before the CDF underflows, the result is a lower bound from Mills' ratio.
     """
     if x > -35:
-        return math.log(_normal_cdf(x))
+        return math.log(normal_cdf(x))
     return -x * x / 2 - math.log(-x * math.sqrt(2 * math.pi)) + math.log1p(-1 / (x * x))
 
 

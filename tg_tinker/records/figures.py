@@ -20,6 +20,7 @@ from functools import lru_cache
 from tg_tinker.records.accounting import (
     MAX_ORDER,
     gaussian_epsilon,
+    normal_cdf,
     rdp_epsilon,
     subsampled_gaussian_rdp,
 )
@@ -34,8 +35,8 @@ LEMMA = "upper bound: group lemma, which raises delta too"
 
 GROUPS = (1, 2, 4, 8)
 
-TAIL_DENSITY = 5e-17
-"""An upper bound of the normal density at 8.57, the largest value of `actors.privacy.noise`."""
+OLD_RANGE = 8.57
+"""The largest value of the noise of earlier releases."""
 
 _ORDERS = (*range(2, 64), *range(64, MAX_ORDER + 1, 16))
 _FRACTIONS = (1.05, 1.1, 1.2, 1.3, 1.5, 1.75)
@@ -83,25 +84,34 @@ def gaussian_mu2(ledger: Ledger) -> float | None:
     return None if sampled or ledger.unnoised else mu2
 
 
-def noise_tail(ledger: Ledger) -> float | None:
+def noise_tail(ledger: Ledger) -> float:
     """Returns an upper bound of the delta that the bounded range of the noise adds.
 
-    The noise of one value never exceeds 8.57 sigma. An outcome that lies beyond this range for one
-    dataset, and within it for the neighbor, tells them apart. If a unit shifts value i by s_i, this
-    has probability at most the density at the end of the range times the sum of the s_i, which is
-    at most sqrt(P) x |s| for P values. An evaluation releases one value.
-
-    Returns None if a run does not state the number of its trainable values, as runs of earlier
-    releases.
+    The noise of earlier releases never exceeded 8.57 sigma. An outcome that lies beyond this range
+    for one dataset, and within it for the neighbor, tells them apart. Runs that state a
+    `noise_range` have noise without such an end (`actors.privacy.noise`).
     """
-    tails = [TAIL_DENSITY * ledger.evaluated]
-    for account in ledger.accounts.values():
-        steps = account.count if account.contract == "participation" else account.steps
-        if steps:
-            if (values := account.facts.get("trainable")) is None:
-                return None
-            tails.append(TAIL_DENSITY * math.sqrt(values) / account.sigma * steps)
-    return math.fsum(tails)
+    tails = [
+        (account.count if account.contract == "participation" else account.steps)
+        * _beyond(account.sigma)
+        for account in ledger.accounts.values()
+        if "noise_range" not in account.facts
+    ]
+    return min(1.0, math.fsum(tails))
+
+
+def _beyond(sigma: float) -> float:
+    """Returns an upper bound of the probability that one release has noise beyond the old range,
+    seen from the neighbor.
+
+    For a unit that shifts k values by 1 / (sigma sqrt(k)) each, it is at most k times that of one
+    value. Any other shift of length 1 / sigma has at most twice the greatest of these, and powers
+    of 2 miss at most another factor of 2. Nobody trains more than 2^40 values.
+    """
+    end = -OLD_RANGE
+    counts = (2.0**power for power in range(41))
+    most = max(k * (normal_cdf(end + 1 / sigma / math.sqrt(k)) - normal_cdf(end)) for k in counts)
+    return min(1.0, 4 * most)
 
 
 def _at(ledger: Ledger, power: int) -> Figure:

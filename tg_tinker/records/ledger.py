@@ -178,7 +178,6 @@ class Ledger:
         unbound: how many of these draws version 1 charged, which bound them to nothing.
         told: the draw that is told and not yet used.
         dropped: how often a draw was given up. After the first time, Poisson steps count by uses.
-        evaluated: the sum of 1 / sigma of the evaluations.
     """
 
     def __init__(self) -> None:
@@ -187,7 +186,6 @@ class Ledger:
         self.everyone, self.spent, self.unknown = 0.0, 0.0, 0.0
         self.position, self.unbound, self.dropped = 0, 0, 0
         self.told: Told | None = None
-        self.evaluated = 0.0
         # By run: uses that no account counts, each as if it were of one and the same unit.
         self._uncounted: dict[str, float] = {}
         self.registered: Entry = {}
@@ -526,7 +524,6 @@ class Ledger:
         self._uncounted[run] = added(self._uncounted.get(run, 0.0), weight(sigma))
         self._paid.add(charge)
         self.spent = spent
-        self.evaluated += 1 / sigma
 
     def _fall_back(
         self, run: str, count: int, limit: int | None, spent: float | None = None

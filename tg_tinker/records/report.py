@@ -299,10 +299,10 @@ class PrivacyReport:
                 f"delta x units is {ledger.delta * units:.3g}, which is 1 or more: such a delta"
                 " allows the data of whole units to be released. Use a dataset with a smaller delta"
             )
-        if (tail := noise_tail(ledger)) is not None and tail >= ledger.delta / 100:
+        if (tail := noise_tail(ledger)) >= ledger.delta / 100:
             yield (
-                f"the noise has a bounded range, which adds up to {tail:.2g} to delta: claim delta"
-                f" {ledger.delta + tail:.3g}"
+                f"the noise of earlier releases had a bounded range, which adds up to {tail:.2g} to"
+                f" delta: claim delta {min(1.0, ledger.delta + tail):.3g}"
             )
         if ledger.linked:
             yield (
