@@ -435,7 +435,7 @@ def test_missing_charges_are_booked_and_counted(private_service: FakeService) ->
 
 
 def test_a_draw_is_dropped_if_one_waits(private_service: FakeService) -> None:
-    found = call("privacy", "drop", service=private_service)
+    found = call("privacy", "drop", "clinic", service=private_service)
     assert found.exit_code == 1
     assert "no draw" in found.output
 

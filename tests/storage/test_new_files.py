@@ -222,6 +222,7 @@ OWN_WAYS = {
     "actors/storage/objects.py": "sealed files in a store",
     "actors/training/warm_process.py": "a lock",
     "tg_tinker/cluster/connection.py": "nowhere",
+    "tg_tinker/cluster/interrupts.py": "nowhere",
     "tg_tinker/cluster/node.py": "address and log of a node, in a home of mode 0700",
     "tg_tinker/data/text.py": "copies in a temporary folder",
     "tg_tinker/records/files.py": "a lock",

@@ -328,6 +328,7 @@ def check_rows(rows: list[AuditRow], run: str, private: str, saved: str, key: st
             (f"{private}@1", "dataset.register", "ok"), (f"{private}@1", "budget.reserve", "ok"),
             (f"{private}@1", "budget.charge", "ok"),
             (f"{private}@1", "budget.charge", "dp_budget_exceeded"),
+            ("sdk", "budget.release", "ok"),
         ],
         key: [
             ("sdk", "api_key.create", "ok"), ("anyone", "api_key.check", "access_denied"),

@@ -79,8 +79,12 @@ def test_a_used_up_budget_is_typed_and_the_weights_can_still_be_saved(
         assert tc.step == 1
         assert tc.save_state().artifact_id
         assert tc.sample("ab", max_tokens=2).samples
-    with pytest.raises(DPBudgetExceededError, match="cannot pay"):
-        service.create_training_client(config(tiny_model, "spent", max_participations=2))
+    twice = config(tiny_model, "spent", max_participations=2)
+    with service.create_training_client(twice) as tc:
+        step(tc, 0, 1)
+        with pytest.raises(DPBudgetExceededError):  # three uses cost 8.39
+            tc.forward_backward({"input_ids": ROWS[:2]}).result()
+        step(tc, 2, 3)  # rows that have their whole budget
 
 
 def test_drawn_batches_train_until_the_planned_steps_are_made(
@@ -107,7 +111,7 @@ def test_drawn_batches_train_until_the_planned_steps_are_made(
 def test_reservations_of_a_closed_or_killed_client_are_given_back(
     service: ServiceClient, tiny_model: Path
 ) -> None:
-    plan = config(tiny_model, "kept", max_participations=2)
+    plan = config(tiny_model, "kept", sampling="worst_case", max_steps=2)
     first = service.create_training_client(plan)
     with pytest.raises(DPBudgetExceededError, match="reserved"):
         service.create_training_client(plan)
@@ -129,7 +133,7 @@ def reserved(service: ServiceClient, dataset: str, tc: TrainingClient) -> int:
     return Ledger.replay(service.privacy_report(dataset).entries).accounts[tc.id].reserved
 
 
-def test_a_plan_outlives_the_block_that_parked_its_run_and_other_embedded_clusters(
+def test_a_plan_outlives_other_embedded_clusters_and_ends_with_parking(
     service: ServiceClient, tiny_model: Path, home: Path
 ) -> None:
     plan = config(tiny_model, "needed", max_participations=2)
@@ -144,8 +148,6 @@ def test_a_plan_outlives_the_block_that_parked_its_run_and_other_embedded_cluste
         assert reserved(service, "needed", tc) == 2
         tc.park()
     assert service.describe_training_client(tc.id).reason == "parked"
-    assert reserved(service, "needed", tc) == 2
-    service.close_training_client(tc.id)
     assert reserved(service, "needed", tc) == 0
 
 
@@ -177,7 +179,7 @@ def test_a_run_that_comes_back_charges_on_and_is_refunded_nothing(
 def test_weights_trained_without_privacy_are_refused_unless_allowed(
     service: ServiceClient, tiny_model: Path
 ) -> None:
-    plain = TrainingConfig(model_ref=str(tiny_model), lora_config=LoRAConfig(rank=2))
+    plain = TrainingConfig(model_ref=str(tiny_model), lora_config=LoRAConfig(rank=2, alpha=4))
     with service.create_training_client(plain) as tc:
         step(tc, 0, 1)
         tainted = tc.save_state().artifact_id

@@ -391,7 +391,7 @@ def test_a_parked_run_goes_on_where_it_was_by_the_next_call_of_anybody(
         assert service.describe_training_client(tc.id).reason == "closed"
 
 
-def test_an_idle_run_parks_itself_and_keeps_its_budget(
+def test_an_idle_run_parks_itself_and_releases_its_reservation(
     service: ServiceClient, tiny_model: Path
 ) -> None:
     idle = private(tiny_model, "idle", target_epsilon=8.0, max_participations=None)
@@ -400,8 +400,7 @@ def test_an_idle_run_parks_itself_and_keeps_its_budget(
     train(tc, 1)
     while service.describe_training_client(tc.id).reason != "parked":
         time.sleep(0.2)
-    service._runs.release_reservations_of_the_dead("idle")
-    assert Ledger.replay(service.privacy_report("idle").entries).accounts[tc.id].reserved == 3
+    assert Ledger.replay(service.privacy_report("idle").entries).accounts[tc.id].reserved == 0
     assert [result.step for result in train(tc, 2)[1::2]] == [2]  # brought back, nothing told
     tc.close()
 

@@ -196,7 +196,8 @@ def test_a_lost_terminal_saves_although_nothing_can_be_printed(tmp_path: Path) -
     child, terminal = pty.fork()
     if child == 0:
         words = [sys.executable, "-c", IN_A_TERMINAL, str(note), str(data)]
-        os.execv(sys.executable, words)  # noqa: S606
+        path = os.pathsep.join(filter(None, sys.path))
+        os.execve(sys.executable, words, os.environ | {"PYTHONPATH": path})  # noqa: S606
     shown = b""
     while b"STEP THREE" not in shown:
         shown += os.read(terminal, 1000)
