@@ -84,6 +84,8 @@ def test_a_used_up_budget_is_typed_and_the_weights_can_still_be_saved(
         step(tc, 0, 1)
         with pytest.raises(DPBudgetExceededError):  # three uses cost 8.39
             tc.forward_backward({"input_ids": ROWS[:2]}).result()
+        with pytest.raises(DPBudgetExceededError):
+            tc.optim_step().result()
         step(tc, 2, 3)  # rows that have their whole budget
 
 
