@@ -24,13 +24,18 @@ from actors.process import harden, reply_of, settle_heap
 from actors.registry.group_commit import GroupCommit
 from actors.registry.registry import Registry
 from actors.storage.secrets import TRANSPORT, Secrets
+from tg_tinker import __version__
 from tg_tinker.cluster.messages import Reply
 from tg_tinker.cluster.named_actors import REGISTRY_NAME
 from tg_tinker.cluster.ray_calls import ask_again
-from tg_tinker.errors import InvalidRequestError, StorageError
-from tg_tinker.storage.databases import check_database
+from tg_tinker.errors import ClusterUnavailableError, InvalidRequestError, StorageError
+from tg_tinker.records.entries import VERSION
+from tg_tinker.storage.databases import REVISION, check_database
 from tg_tinker.storage.envelope import open_payload, seal_payload
 from tg_tinker.storage.keyrings import place_of
+
+RELEASE = f"{__version__}, database revision {REVISION}, ledger version {VERSION}"
+"""What must be the same in a program and in the registry that it finds running."""
 
 MOST_WAITING = 64
 """The number of calls that the actor accepts at a time. Further calls wait in Ray."""
@@ -56,6 +61,9 @@ class RegistryActor:
 
     def serves(self, database: str, keyring: str) -> bool:
         return (database, place_of(keyring)) == (self._places[0], place_of(self._places[1]))
+
+    def release(self) -> str:
+        return RELEASE
 
     def transport_key(self) -> Reply:
         return reply_of(self._key)
@@ -107,6 +115,7 @@ def start(namespace: str, database: str, keyring: str, audit_keys: str, sole: bo
         sole: See `Registry`.
 
     Raises:
+        ClusterUnavailableError: The running actor is of another release of TG-Tinker.
         InvalidRequestError: The running actor has another database or keyring.
     """
     actor = RegistryActor.options(  # type: ignore[attr-defined]
@@ -115,6 +124,7 @@ def start(namespace: str, database: str, keyring: str, audit_keys: str, sole: bo
     ).remote(
         check_database(database), keyring, audit_keys, secrets.token_hex(32), sole
     )  # fmt: skip
+    _refuse_another_release(actor)
     if not ask_again(actor.serves, database, keyring):
         raise InvalidRequestError(
             f"the service in namespace {namespace!r} runs on another database or keyring: pass"
@@ -122,3 +132,16 @@ def start(namespace: str, database: str, keyring: str, audit_keys: str, sole: bo
             " TG_TINKER_KEYRING and TG_TINKER_HOME as then), or choose another namespace"
         )
     return actor
+
+
+def _refuse_another_release(actor: Any) -> None:
+    """Refuses an actor that was started before TG-Tinker was upgraded: it has the old code in
+    memory, and would call or answer by other rules."""
+    # Releases before the first one with this check have no such method.
+    theirs = ask_again(actor.release) if hasattr(actor, "release") else "an earlier release"
+    if theirs != RELEASE:
+        raise ClusterUnavailableError(
+            f"the registry of this cluster runs TG-Tinker {theirs}, and this program {RELEASE}: end"
+            " the cluster with `tg-tinker down` and start it again, or use the version that it was"
+            " started with"
+        )

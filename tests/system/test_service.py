@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from actors.registry import actor
 from tg_tinker import (
     ActorLostError,
     ArtifactMismatchError,
@@ -718,6 +719,21 @@ def test_a_dead_address_is_a_typed_error(service: ServiceClient) -> None:
     assert done.stdout.startswith("typed"), done.stderr
     assert "ray start" in done.stdout
     assert issubclass(ClusterUnavailableError, errors.ServiceError)
+
+
+@pytest.mark.usefixtures("service")
+def test_a_registry_of_another_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an upgrade under a cluster of `tg-tinker up`: its actors keep the old code."""
+    running = actor.RELEASE
+    monkeypatch.setattr(actor, "RELEASE", "9.9.9, database revision 0099, ledger version 9")
+    with pytest.raises(ClusterUnavailableError, match=r"this program 9\.9\.9.*down") as refused:
+        ServiceClient(address="local")
+    assert running in refused.value.message
+
+
+def test_a_registry_without_a_release_is_an_earlier_one() -> None:
+    with pytest.raises(ClusterUnavailableError, match="runs TG-Tinker an earlier release"):
+        actor._refuse_another_release(object())
 
 
 def test_a_second_service_on_another_database_or_cluster_is_refused(
