@@ -15,7 +15,7 @@ import ray
 from ray.core.generated import gcs_service_pb2
 from typer.testing import CliRunner
 
-from tg_tinker import ClusterUnavailableError
+from tg_tinker import ClusterUnavailableError, ServiceClient
 from tg_tinker.cli.main import main
 from tg_tinker.cluster import connection, node
 from tg_tinker.cluster.node import Node
@@ -158,6 +158,23 @@ def test_commands_about_a_cluster_start_none_beside_one_that_does_not_fit(
     assert done.exit_code == 1
     assert said in done.output
     assert found.joined == []
+
+
+def test_a_cluster_whose_service_refuses_this_program_can_be_ended(
+    found: Found, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an upgrade of TG-Tinker under it: the refusal advises `tg-tinker down`."""
+    wanted(found, about=OURS)
+    ended = []
+    monkeypatch.setattr(node, "read", lambda _: Node(found.address, "http://127.0.0.1:1", 1, 1))
+    monkeypatch.setattr(node, "stop", ended.append)
+
+    def refusing() -> ServiceClient:
+        raise ClusterUnavailableError("the registry runs another release")
+
+    done = CliRunner().invoke(main, ["down"], input="y\n", obj=refusing)
+    assert "End the cluster with all its training clients" in done.output
+    assert (done.exit_code, len(ended)) == (0, 1)
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -156,11 +156,16 @@ def down(
 def _training(ctx: typer.Context, address: str) -> str:
     """Returns what trains on a cluster, in words; empty if nothing does."""
     from tg_tinker.cluster.connection import fitting_cluster
+    from tg_tinker.errors import TGTinkerError
 
+    unseen = "the cluster with all its training clients"
     if fitting_cluster() != address:  # as after an upgrade of Ray
-        return "the cluster with all its training clients"
-    with connector(ctx)() as service:
-        clients = service.cluster_status().clients
+        return unseen
+    try:
+        with connector(ctx)() as service:
+            clients = service.cluster_status().clients
+    except TGTinkerError:  # as after an upgrade of TG-Tinker: what cannot be seen can be ended
+        return unseen
     return f"{len(clients)} training clients" if len(clients) > 1 else "".join(clients)
 
 
