@@ -83,11 +83,14 @@ class Offsets:
 
 
 def _may_begin(data: bytes) -> bool:
-    """Returns whether the bytes may be the beginning of a text."""
+    """Returns whether the bytes may be the beginning of a text.
+
+    An incremental decoder would keep half of a surrogate, which no further byte can complete.
+    """
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(data)
-    except UnicodeDecodeError:
-        return False
+        data.decode()
+    except UnicodeDecodeError as error:
+        return error.reason == "unexpected end of data"
     return True
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from actors.sampling.requests import Token
@@ -151,6 +151,9 @@ def starts(parts: Sequence[bytes]) -> list[int]:
 
 @quick
 @given(parts=st.lists(st.binary(min_size=1, max_size=3), max_size=12))
+@example(parts=[b"\xed", b"\xa0"])
+@example(parts=[b"\xed\xa0", b"\x80", b"a"])
+@example(parts=[b"\xf4", b"\x90\x80", b"\x80"])
 def test_places_are_counted_in_characters(parts: list[bytes]) -> None:
     offsets = Offsets()
     assert [offsets.push(part) for part in parts] == starts(parts)
