@@ -28,7 +28,7 @@ LOCK  := $(TOOLS)/uv pip compile --quiet --universal --python-version 3.11 --gen
          --no-emit-package torch --custom-compile-command "make lock"
 AUDIT ?= --vulnerability-service osv
 
-.PHONY: help lock audit sbom demo check test programs lint soak soak-artifacts soak-kills soak-random soak-cluster soak-families soak-epsilon browser clients bench bench-peers clean
+.PHONY: help lock audit sbom demo check test programs lint soak soak-artifacts soak-kills soak-random soak-cluster soak-families soak-epsilon soak-examples browser clients bench bench-peers clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -49,7 +49,7 @@ lint: .venv/dev  ## run ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-soak: soak-artifacts soak-kills soak-cluster soak-random soak-families soak-epsilon ## test faults for longer: the six parts below (100 minutes)
+soak: soak-artifacts soak-kills soak-cluster soak-random soak-families soak-epsilon soak-examples ## test faults for longer: the seven parts below (105 minutes)
 
 soak-artifacts: .venv/dev ## test saves, deletions and sweeps in any order; edits of sealed files
 	$(SOAK) tests/artifacts/test_artifact_machine.py tests/artifacts/test_artifact_edits.py tests/registry/test_draws.py $(ARGS)
@@ -68,6 +68,9 @@ soak-families: .venv/dev ## test 123 families of models against transformers and
 
 soak-epsilon: .venv/dev ## test epsilon of 60 settings down to a delta of 1e-15 against the true delta (1 minute)
 	$(SOAK) tests/privacy/test_accountants.py $(ARGS)
+
+soak-examples: .venv/dev ## test properties with random examples that are new each time (5 minutes)
+	$(SOAK) -m 'not slow' $$(grep -rl '^from hypothesis' tests --include='test_*.py') $(ARGS)
 
 browser: .venv/dev .venv/browser ## test what web pages in a headless browser can do to a server on this machine (1 minute)
 	$(BIN)/python -m pytest tests/system/test_browser.py -rs $(ARGS)

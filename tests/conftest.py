@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from actors.process import spin_briefly
 from support import clusters, databases
 from support.models import make_home, make_model
+from support.processes import SOAK
 from tg_tinker import ServiceClient
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,6 +26,10 @@ gc.disable()  # while the tests' modules are imported: a third of that time were
 # Ctrl-C and of lost terminals need what a program in the foreground has.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# A failure is there again in the next run. `make soak-examples` tries other examples each time.
+settings.register_profile("repeatable", derandomize=True)
+if not SOAK:
+    settings.load_profile("repeatable")
 
 
 SHARED = pytest.StashKey[set[Path]]()
