@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from actors.process import harden, reply_of, settle_heap
 from actors.registry.group_commit import GroupCommit
 from actors.registry.registry import Registry
 from actors.storage.secrets import TRANSPORT, Secrets
-from tg_tinker import __version__
 from tg_tinker.cluster.messages import Reply
 from tg_tinker.cluster.named_actors import REGISTRY_NAME
 from tg_tinker.cluster.ray_calls import ask_again
@@ -34,7 +34,7 @@ from tg_tinker.storage.databases import REVISION, check_database
 from tg_tinker.storage.envelope import open_payload, seal_payload
 from tg_tinker.storage.keyrings import place_of
 
-RELEASE = f"{__version__}, database revision {REVISION}, ledger version {VERSION}"
+RELEASE = f"{metadata.version('tg-tinker')}, database revision {REVISION}, ledger version {VERSION}"
 """What must be the same in a program and in the registry that it finds running."""
 
 MOST_WAITING = 64
