@@ -168,7 +168,7 @@ def units_of(
     if any(keys[name][0] == "id" for name in keys.keys() & session.lineage.ledgers.keys()):
         require_ids(examples)
     training = unit_ids(budget.key, examples, keys[budget.dataset][0])
-    elsewhere = known_elsewhere(budget, examples, held_out.dataset)
+    elsewhere = known_elsewhere(budget, keys, examples, held_out.dataset)
     units = unit_ids(held_out.key, examples, held_out.unit)
     known = {
         unit

@@ -10,7 +10,7 @@ metric.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from actors.privacy.budget import Budget
@@ -24,23 +24,23 @@ calls, and the first datasets by name."""
 
 
 def known_elsewhere(
-    budget: Budget, examples: Sequence[Example], dataset: str, most: int | None = None
-) -> list[set[str]]:
+    budget: Budget, keys: Mapping[str, tuple[str, bytes]], examples: Sequence[Example],
+    dataset: str, most: int | None = None,
+) -> list[set[str]]:  # fmt: skip
     """Returns for each row the datasets of this tenant, other than `dataset`, that know its unit.
 
     A row without an id is unknown to a dataset whose unit is the id: nobody can tell whose it is.
 
     Args:
+        keys: unit and key of each dataset of the tenant; see `Ledgers.unit_keys`.
         most: the number of datasets to look at; None looks at all of them.
     """
-    registry, tenant = budget.registry, budget.tenant
-    keys = registry.ledgers.unit_keys(tenant)
     hashes = {
         name: [_hashed(example, *keys[name]) for example in examples]
         for name in sorted(keys.keys() - {dataset})[:most]
     }
     asked = {name: sorted({*by_row} - {b""}) for name, by_row in hashes.items()}
-    known = registry.ledgers.known_units(tenant, asked)
+    known = budget.registry.ledgers.known_units(budget.tenant, asked)
     return [
         {name for name, by_row in hashes.items() if by_row[row] in known[name]}
         for row in range(len(examples))
@@ -69,15 +69,16 @@ class OverlapWarnings:
         if not self._left or not examples:
             return ()
         self._left -= 1
-        rows = examples[:ROWS]
+        budget, rows = self._budget, examples[:ROWS]
         found: Counter[str] = Counter()
         # This is a courtesy: a dataset whose key is lost must not stop a run on another one.
         with suppress(TGTinkerError):
-            for names in known_elsewhere(self._budget, rows, self._budget.dataset, DATASETS):
+            keys = budget.registry.ledgers.unit_keys(budget.tenant)
+            for names in known_elsewhere(budget, keys, rows, budget.dataset, DATASETS):
                 found.update(names)
         return tuple(
             f"{count} of these {len(rows)} rows were charged under {name}, and this run is charged"
-            f" to {self._budget.dataset}: did you forget dataset_id? A person in both datasets is"
+            f" to {budget.dataset}: did you forget dataset_id? A person in both datasets is"
             " protected by the sum of their epsilons only"
             for name, count in sorted(found.items())
         )

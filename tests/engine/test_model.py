@@ -14,7 +14,7 @@ import torch
 from actors.engine.model import Base
 from support.helpers import assert_close, examples, oracle_gradients, padded, session, window
 from support.models import make_model
-from support.other_user import as_nobody, needs_root
+from support.other_user import as_nobody, needs_root, open_to_others
 from tg_tinker import InvalidRequestError, LoRAConfig, NotFoundError, StorageError
 from tg_tinker.data.batch import normalize
 
@@ -102,8 +102,7 @@ def test_files_that_this_user_may_not_read_are_not_called_damaged(
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     (model / closed).chmod(0)
-    for above in (tmp_path, *tmp_path.parents[:2]):
-        above.chmod(0o755)
+    open_to_others(tmp_path)
 
     def said() -> str:
         try:

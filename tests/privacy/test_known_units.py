@@ -90,7 +90,8 @@ def test_another_tenant_is_never_asked(tiny_model: Path, known: Registry) -> Non
     other = session(tiny_model, known)
     other.budget.tenant = "somebody"
     assert known.ledgers.unit_keys("somebody") == {}
-    assert known_elsewhere(other.budget, rows(), "default") == [set()] * len(ROWS)
+    keys = other.budget.registry.ledgers.unit_keys(other.budget.tenant)
+    assert known_elsewhere(other.budget, keys, rows(), "default") == [set()] * len(ROWS)
     units = unit_ids(s.budget.key, rows(ROWS[:4]), "example")
     assert known.ledgers.known_units("default", {"theirs": units}) == {"theirs": {*units}}
     assert known.ledgers.known_units("somebody", {"theirs": units}) == {"theirs": set()}

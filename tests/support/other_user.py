@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,13 @@ import pytest
 NOBODY = 65_534
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="acts as a second user, which takes root")
+
+
+def open_to_others(path: Path) -> None:
+    """Lets other users enter and read a folder, and enter the closed folders above it."""
+    closed = [above for above in path.parents if not above.stat().st_mode & 0o001]
+    for folder in (path, *closed):
+        folder.chmod(0o755)
 
 
 def as_nobody(work: Callable[[], Any]) -> Any:

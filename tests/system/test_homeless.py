@@ -7,14 +7,14 @@ import pwd
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from actors.storage import home
-from support.other_user import as_nobody, needs_root
+from support.other_user import as_nobody, needs_root, open_to_others
 from tg_tinker import InvalidRequestError, ServiceClient, StorageError, TGTinkerError
 from tg_tinker.client.home import check_home, init_home
 from tg_tinker.cluster import authentication
@@ -61,11 +61,6 @@ def test_a_user_without_any_home_is_told_which_variable_to_set(entry: Callable[[
         entry()
 
 
-def above(path: Path) -> Iterator[Path]:
-    """Yields the folders above a path that are closed to others."""
-    return (folder for folder in path.parents if not folder.stat().st_mode & 0o001)
-
-
 @pytest.mark.usefixtures("_unknown")
 def test_the_token_of_a_user_without_a_home_is_in_the_home_of_tg_tinker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -80,8 +75,7 @@ def test_the_token_of_a_user_without_a_home_is_in_the_home_of_tg_tinker(
     assert (place / "ray-token").stat().st_mode & 0o777 == 0o600
     assert home.create(place), "the folder is still a new home, and closed"
     (place / "ray-token").chmod(0o644)
-    for open_to_others in (place, tmp_path, *above(tmp_path)):
-        open_to_others.chmod(0o755)
+    open_to_others(place)
     with pytest.raises(StorageError, match="others may read it"):
         authentication.check_token()
 
@@ -105,8 +99,7 @@ def test_a_user_with_a_home_keeps_the_token_of_ray(
 def test_a_home_that_this_user_cannot_use_is_named_with_the_variable(
     where: str, entry: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for open_to_others in (tmp_path, *above(tmp_path)):
-        open_to_others.chmod(0o755)
+    open_to_others(tmp_path)
     place = {"closed above": tmp_path / "closed/x/tg", "not ours": tmp_path / "tg"}.get(
         where, tmp_path / "file/tg"
     )
